@@ -1,0 +1,525 @@
+"""The command line: thin commands over public functions.
+
+Results go to stdout (`--json` makes them machine-readable), progress to stderr when it is a terminal, and an error is
+one line with exit code 2. Heavy imports live inside the commands, so that `--help` answers at once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from flawsift import __version__
+from flawsift.errors import FlawsiftError, ParameterError
+
+if TYPE_CHECKING:
+    from flawsift.backbones import Backbone
+    from flawsift.datasets import Dataset
+    from flawsift.detector import Detector
+    from flawsift.features import FeatureStore
+    from flawsift.images import ImageSet
+    from flawsift.progress import Progress
+    from flawsift.screening import ScreenOptions
+
+app = typer.Typer(
+    name="flawsift",
+    help="Unlabelled product images in; probable defects, a purified set and a trained detector out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+cache_app = typer.Typer(help="List, verify or clear the feature cache.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+
+class Preset(StrEnum):
+    """Named options of stage 1."""
+
+    default = "default"
+    paper = "paper"
+
+
+class ConsensusName(StrEnum):
+    """See `flawsift.consensus.Consensus`."""
+
+    mean = "mean"
+    median = "median"
+    trimmed_mean = "trimmed_mean"
+    rank_mean = "rank_mean"
+
+
+class NormalizeName(StrEnum):
+    """See `flawsift.consensus.Normalize`."""
+
+    none = "none"
+    robust = "robust"
+    rank = "rank"
+
+
+class Runtime(StrEnum):
+    """See `flawsift.backbones.load_backbone`."""
+
+    auto = "auto"
+    torch = "torch"
+    openvino = "openvino"
+
+
+Images = Annotated[Path, typer.Argument(help="Folder of images, flat or nested.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results.", show_default=False)]
+DetectorName = Annotated[str, typer.Option("--detector", help="See `flawsift detectors`.")]
+DetectorPreset = Annotated[str, typer.Option("--detector-preset", help="'default', or 'paper' for its constants.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Detector parameter, such as coreset_ratio=0.1. Repeatable.")
+]
+BackboneName = Annotated[str, typer.Option("--backbone", help="efficientnet_lite0 (offline) or any timm name.")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="Local weights file of the backbone.")]
+Size = Annotated[int, typer.Option("--size", help="Edge length in pixels that images are resized to.")]
+RuntimeOption = Annotated[Runtime, typer.Option("--runtime", help="What runs the backbone.")]
+PresetOption = Annotated[Preset, typer.Option("--preset", help="Options of stage 1, where not given one by one.")]
+Subsets = Annotated[int | None, typer.Option("--subsets", help="Disjoint subsets k. [preset: 5]")]
+Partitions = Annotated[int | None, typer.Option("--partitions", help="Independent random partitions. [preset: 1]")]
+Keep = Annotated[str | None, typer.Option("--keep", help="'auto', or the share to keep such as 0.4. [preset: auto]")]
+ConsensusOption = Annotated[ConsensusName | None, typer.Option("--consensus", help="How sub-models vote.")]
+NormalizeOption = Annotated[NormalizeName | None, typer.Option("--normalize", help="How they come on one scale.")]
+ExcludeOwn = Annotated[
+    bool | None, typer.Option("--exclude-own/--include-own", help="Leave out the sub-model that trained on the image.")
+]
+DivergenceWeight = Annotated[float | None, typer.Option("--divergence-weight", help="Weight of the paper's eq. 2.")]
+Groups = Annotated[
+    Path | None, typer.Option("--groups", help="CSV with columns file, group: images that belong together.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Cache = Annotated[Path | None, typer.Option("--cache", help="Feature cache. [~/.cache/flawsift or $FLAWSIFT_CACHE]")]
+Rate = Annotated[float | None, typer.Option("--false-alarm-rate", help="Share of good parts that may be stopped.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+ModelFolder = Annotated[Path, typer.Argument(help="Folder written by `flawsift fit`.", show_default=False)]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"flawsift {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def screen(
+    images: Images,
+    out: Out,
+    detector: DetectorName = "patchcore",
+    detector_preset: DetectorPreset = "default",
+    settings: Settings = None,
+    backbone: BackboneName = "efficientnet_lite0",
+    weights: Weights = None,
+    size: Size = 256,
+    runtime: RuntimeOption = Runtime.auto,
+    preset: PresetOption = Preset.default,
+    subsets: Subsets = None,
+    partitions: Partitions = None,
+    keep: Keep = None,
+    consensus: ConsensusOption = None,
+    normalize: NormalizeOption = None,
+    exclude_own: ExcludeOwn = None,
+    divergence_weight: DivergenceWeight = None,
+    groups: Groups = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 1: rank the images of a folder by how defective they look, and say which to keep."""
+    from flawsift import pipeline, report
+    from flawsift.files import ensure_folder
+    from flawsift.results import describe
+
+    options = _screen_options(preset, subsets, partitions, keep, consensus, normalize, exclude_own, divergence_weight)
+    ensure_folder(out)
+    found = _images(images, groups)
+    with _progress() as progress:
+        result = pipeline.screen(
+            found,
+            _detector(detector, detector_preset, settings, seed),
+            _backbone(backbone, weights, size, runtime, device),
+            store=_store(cache),
+            seed=seed,
+            device=device,
+            out=out,
+            progress=progress,
+            **options,
+        )
+    page = report.write_screening_report(result, found, out)
+    removed = result.removed
+    lines = [
+        f"{len(result.ids)} images screened, {len(removed)} set aside, {len(result.kept)} kept"
+        + (f", {len(result.unreadable)} unreadable" if result.unreadable else "")
+        + "."
+    ]
+    if result.contamination is not None:
+        lines.append(f"Estimated share of defective images: {100 * result.contamination.alpha_hat:.0f} %.")
+    names = dict(zip(result.ids.tolist(), result.names, strict=True))
+    lines += ["Most suspicious:", *(f"  {names[int(i)]}" for i in result.ranking[:5])]
+    lines += [f"Table:  {out / 'screening.csv'}", f"Report: {page}"]
+    _say(as_json, {**describe(result), "out": str(out), "report": str(page)}, lines)
+
+
+@app.command()
+def fit(
+    images: Images,
+    out: Out,
+    detector: DetectorName = "patchcore",
+    detector_preset: DetectorPreset = "default",
+    settings: Settings = None,
+    backbone: BackboneName = "efficientnet_lite0",
+    weights: Weights = None,
+    size: Size = 256,
+    runtime: RuntimeOption = Runtime.auto,
+    preset: PresetOption = Preset.default,
+    subsets: Subsets = None,
+    partitions: Partitions = None,
+    keep: Keep = None,
+    consensus: ConsensusOption = None,
+    normalize: NormalizeOption = None,
+    exclude_own: ExcludeOwn = None,
+    divergence_weight: DivergenceWeight = None,
+    groups: Groups = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    cache: Cache = None,
+    screening: Annotated[Path | None, typer.Option("--screening", help="Use this stage 1, edited or not.")] = None,
+    no_screen: Annotated[bool, typer.Option("--no-screen", help="Train on every image.")] = False,
+    false_alarm_rate: Rate = None,
+    as_json: AsJson = False,
+) -> None:
+    """Both stages: screen a folder, then train a detector on what is kept."""
+    from flawsift import pipeline, report
+    from flawsift.calibration import DEFAULT_RATE
+
+    options = _screen_options(preset, subsets, partitions, keep, consensus, normalize, exclude_own, divergence_weight)
+    found = _images(images, groups)
+    with _progress() as progress:
+        result = pipeline.fit(
+            found,
+            _detector(detector, detector_preset, settings, seed),
+            _backbone(backbone, weights, size, runtime, device),
+            screening=screening,
+            no_screen=no_screen,
+            false_alarm_rate=DEFAULT_RATE if false_alarm_rate is None else false_alarm_rate,
+            store=_store(cache),
+            seed=seed,
+            device=device,
+            out=out,
+            progress=progress,
+            on_screened=lambda done: report.write_screening_report(done, found, out / "screening"),
+            **options,
+        )
+    threshold = result.threshold()
+    training = dict(result.training)
+    lines = [f"Trained {detector} on {training['n_kept']} of {training['n_images']} images: {out}"]
+    lines += _threshold_lines(threshold)
+    if screening is None and not no_screen:
+        lines.append(f"Report of the screening: {out / 'screening' / 'report.html'}")
+    _say(as_json, {"out": str(out), **training, "threshold": None if threshold is None else vars(threshold)}, lines)
+
+
+@app.command()
+def predict(
+    model: ModelFolder,
+    images: Images,
+    out: Out,
+    weights: Weights = None,
+    runtime: RuntimeOption = Runtime.auto,
+    device: Device = "auto",
+    false_alarm_rate: Rate = None,
+    maps: Annotated[bool, typer.Option("--maps/--no-maps", help="Write heatmap overlays.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Score new images: predictions.csv, and heatmap overlays in OUT/maps."""
+    from flawsift import pipeline
+    from flawsift.files import ensure_folder
+    from flawsift.images import show
+    from flawsift.results import OverlayWriter, write_predictions
+
+    ensure_folder(out)
+    loaded = pipeline.load_model(model, weights=weights, runtime=runtime.value)
+    found = _images(images, None)
+    writer = OverlayWriter(out / "maps", loaded.calibration, loaded.threshold(false_alarm_rate)) if maps else None
+    with _progress() as progress:
+        result = pipeline.predict(
+            loaded, found, false_alarm_rate=false_alarm_rate, device=device, on_maps=writer, progress=progress
+        )
+    table = write_predictions(result, out)
+    flagged = result.is_anomalous
+    total = len(result.ids)
+    lines = [f"{total} images scored." if flagged is None else f"{int(flagged.sum())} of {total} images are anomalous."]
+    lines += _threshold_lines(result.threshold)
+    lines += [
+        f"Not readable: {show(result.names[p])}: {r}" for p, r in enumerate(map(result.errors.get, result.ids)) if r
+    ]
+    lines.append(f"Table: {table}" + (f"   Heatmaps: {out / 'maps'}" if maps else ""))
+    summary = {
+        "n_images": total,
+        "n_anomalous": None if flagged is None else int(flagged.sum()),
+        "n_unreadable": len(result.errors),
+        "threshold": None if result.threshold is None else vars(result.threshold),
+        "predictions": str(table),
+    }
+    _say(as_json, summary, lines)
+
+
+@app.command()
+def evaluate(
+    model: ModelFolder,
+    dataset: Annotated[str, typer.Argument(help="MVTec-style tree, or a named data set.", show_default=False)],
+    out: Out,
+    weights: Weights = None,
+    runtime: RuntimeOption = Runtime.auto,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on labelled images: OUT/metrics.json and OUT/predictions.csv."""
+    from flawsift import datasets, pipeline
+    from flawsift.files import ensure_folder, write_json
+    from flawsift.results import write_predictions
+
+    ensure_folder(out)
+    loaded = pipeline.load_model(model, weights=weights, runtime=runtime.value)
+    data = datasets.load(dataset)
+    images = _test_images(data)
+    with _progress() as progress:
+        result, predictions = pipeline.evaluate(loaded, images, data.truth, device=device, progress=progress)
+    write_predictions(predictions, out, data.truth)
+    write_json(out / "metrics.json", result)
+    width = max(map(len, result))
+    lines = [f"{key:<{width}}  {'-' if value is None else f'{value:.4g}'}" for key, value in result.items()]
+    _say(as_json, {**result, "out": str(out)}, [*lines, f"Written: {out / 'metrics.json'}"])
+
+
+@app.command()
+def demo(
+    out: Out,
+    seed: Seed = 0,
+    device: Device = "auto",
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """The whole chain on real solar cells (package elpv-dataset); labels are used only to evaluate."""
+    from flawsift.demo import run_demo
+    from flawsift.files import ensure_folder
+
+    ensure_folder(out)
+    with _progress() as progress:
+        result = run_demo(out, seed=seed, device=device, store=_store(cache), progress=progress)
+    _say(as_json, result.as_json(), result.lines())
+
+
+@app.command()
+def detectors(as_json: AsJson = False) -> None:
+    """List the detectors with their parameters."""
+    from flawsift.detector import DETECTORS, detector_class
+
+    table: dict[str, Any] = {}
+    lines = []
+    for name in DETECTORS:
+        cls = detector_class(name)
+        summary = (cls.__doc__ or "").splitlines()[0]
+        table[name] = {"summary": summary, "presets": sorted(cls.presets), "params": cls().params()}
+        lines.append(f"{name:<10} {summary}")
+        lines.append("           " + ", ".join(f"{k}={v}" for k, v in table[name]["params"].items()))
+    _say(as_json, table, lines)
+
+
+@cache_app.command("list")
+def cache_list(cache: Cache = None, as_json: AsJson = False) -> None:
+    """What the feature cache holds."""
+    store = _store(cache)
+    rows = store.summary()
+    lines = [f"{r['key']}: {r['images']} images, {', '.join(r['layers'])}, {r['bytes'] / 1e6:.1f} MB" for r in rows]
+    _say(as_json, {"root": str(store.root), "entries": rows}, [f"Feature cache: {store.root}", *(lines or ["empty"])])
+
+
+@cache_app.command("verify")
+def cache_verify(
+    cache: Cache = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what is damaged.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Recompute the checksums of the feature cache; exit code 1 when something is damaged and left so."""
+    problems = _store(cache).verify(repair=repair)
+    _say(as_json, {"problems": problems, "repaired": repair}, problems or ["The feature cache is intact."])
+    if problems and not repair:
+        raise typer.Exit(1)
+
+
+@cache_app.command("clear")
+def cache_clear(cache: Cache = None, as_json: AsJson = False) -> None:
+    """Remove everything that flawsift cached."""
+    freed = _store(cache).clear()
+    _say(as_json, {"freed_bytes": freed}, [f"{freed / 1e6:.1f} MB freed."])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: run a command, print errors as one line, exit."""
+    _quiet_libraries()
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except FlawsiftError as error:
+        code = _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = 2
+    except click.ClickException as error:
+        code = _fail(error.format_message())
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        code = _fail("stopped; the same command goes on where it was.", 130)
+    except OSError as error:
+        code = _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""))
+    except MemoryError:
+        code = _fail("out of memory. Use a smaller --size, fewer images or a detector with a smaller state.")
+    sys.exit(code or 0)
+
+
+def _fail(text: str, code: int = 2) -> int:
+    line = " ".join(text.split())
+    sys.stderr.write(f"flawsift: error: {line}\n".encode("utf-8", "backslashreplace").decode("utf-8"))
+    return code
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _say(as_json: bool, result: dict[str, Any], lines: Sequence[str]) -> None:
+    text = json.dumps(result, ensure_ascii=False, default=str) if as_json else "\n".join(lines)
+    typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def _threshold_lines(threshold: Any) -> list[str]:
+    if threshold is None:
+        return ["No threshold: one image gives no held-out scores to calibrate with. Scores are still ranked."]
+    text = (
+        f"Threshold {threshold.value:.4g}: about {threshold.per_hundred:.2g} false alarms per 100 good parts expected"
+    )
+    if threshold.limited:
+        text += f" ({threshold.n_calibration} images cannot support {100 * threshold.false_alarm_rate:g} per 100)"
+    return [text + "."]
+
+
+def _images(folder: Path, groups: Path | None) -> "ImageSet":
+    from flawsift.images import ImageSet, read_groups
+
+    return ImageSet.from_folder(folder, groups=None if groups is None else read_groups(groups))
+
+
+def _test_images(data: "Dataset") -> "ImageSet":
+    return data.images.select(data.test_ids) if len(data.test_ids) else data.images
+
+
+def _detector(name: str, preset: str, settings: Sequence[str] | None, seed: int) -> "Detector":
+    from flawsift.detector import make_detector
+
+    params: dict[str, Any] = {"seed": seed}
+    for setting in settings or ():
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ParameterError(f"--set needs name=value, got '{setting}'.")
+        try:
+            params[key] = json.loads(value)
+        except ValueError:
+            params[key] = value  # a bare word is a text: coreset=random
+    try:
+        return make_detector(name, preset, **params)
+    except TypeError as error:  # a text where a number belongs
+        raise ParameterError(f"--set: {error}.") from error
+
+
+def _backbone(name: str, weights: Path | None, size: int, runtime: Runtime, device: str) -> "Backbone":
+    from flawsift.backbones import load_backbone
+
+    return load_backbone(name, weights=weights, size=size, runtime=runtime.value, device=device)
+
+
+def _store(cache: Path | None) -> "FeatureStore":
+    from flawsift.features import FeatureStore
+
+    return FeatureStore() if cache is None else FeatureStore(cache)
+
+
+def _screen_options(
+    preset: Preset,
+    subsets: int | None,
+    partitions: int | None,
+    keep: str | None,
+    consensus: ConsensusName | None,
+    normalize: NormalizeName | None,
+    exclude_own: bool | None,
+    divergence_weight: float | None,
+) -> "ScreenOptions":
+    from flawsift.screening import PRESETS, check_options
+
+    options: dict[str, Any] = dict(PRESETS[preset.value])
+    given = {
+        "n_subsets": subsets,
+        "n_partitions": partitions,
+        "keep": _share(keep),
+        "consensus": None if consensus is None else consensus.value,
+        "normalize": None if normalize is None else normalize.value,
+        "exclude_own": exclude_own,
+        "divergence_weight": divergence_weight,
+    }
+    options |= {key: value for key, value in given.items() if value is not None}
+    check_options(options)
+    return options  # type: ignore[return-value]  # the keys are those of ScreenOptions, checked just above
+
+
+def _share(keep: str | None) -> float | str | None:
+    if keep is None or keep == "auto":
+        return keep
+    try:
+        return float(keep)
+    except ValueError:
+        raise ParameterError(f"--keep must be 'auto' or a share such as 0.4, got '{keep}'.") from None
+
+
+@contextmanager
+def _progress() -> Iterator["Progress"]:
+    """A progress bar on stderr when that is a terminal, else silence."""
+    from flawsift.progress import silent
+
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield tell
+
+
+if __name__ == "__main__":
+    main()

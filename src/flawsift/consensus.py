@@ -1,0 +1,156 @@
+"""How the scores of k sub-models become one ranking: pure functions of a (M, N) score matrix.
+
+Scale, vote, estimate of the contamination, selection. No detector and no image is seen here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from flawsift.images import Ids
+
+Floats = npt.NDArray[np.float64]
+Consensus = Literal["mean", "median", "trimmed_mean", "rank_mean"]
+Normalize = Literal["none", "robust", "rank"]
+
+MIN_KEEP = 0.4  # the paper's share; keep="auto" never goes below it
+MAD_TO_SIGMA = 1.4826  # median absolute deviation of a normal distribution in standard deviations
+TRIM = 0.25  # share cut off at each end by the trimmed mean: the lowest and highest of four held-out sub-models
+FIT_QUANTILES = (0.1, 0.5)  # the fit sees no score above the median: half the set may be anomalous
+TAIL_CUT = 3.0  # in Gumbel scales above the location: 5 % of normal images lie there
+TAIL_SIGMAS = 2.0  # the excess must exceed this many binomial standard errors to count
+MIN_FOR_ESTIMATE = 20  # quantiles of fewer scores say nothing
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """An estimate of the share of anomalies.
+
+    Attributes:
+        alpha_hat: The estimate in [0, 1 - MIN_KEEP].
+        method: How it was made.
+        evidence: What it rests on, for the report.
+    """
+
+    alpha_hat: float
+    method: str
+    evidence: Mapping[str, float]
+
+
+def own_mask(subset_of: npt.NDArray[np.int64], n_subsets: int) -> npt.NDArray[np.bool_]:
+    """(R * k, N): whether sub-model m trained on image i."""
+    subsets = np.arange(n_subsets)
+    own: npt.NDArray[np.bool_] = subset_of[:, None, :] == subsets[None, :, None]
+    return own.reshape(-1, subset_of.shape[1])
+
+
+def normalize_scores(
+    scores: npt.NDArray[np.float32], own: npt.NDArray[np.bool_], how: Normalize
+) -> npt.NDArray[np.float64]:
+    """Sub-models on one scale, by their held-out scores only: (M, N) to (M, N)."""
+    result = scores.astype(np.float64)
+    if how == "none":
+        return result
+    for row, mine in zip(result, own, strict=True):
+        reference = row[~mine] if (~mine).any() else row
+        if how == "robust":
+            row[:] = robust_units(row, reference)
+        else:
+            ordered = np.sort(reference)
+            below = np.searchsorted(ordered, row, "left") + np.searchsorted(ordered, row, "right")
+            row[:] = below / (2 * len(ordered))  # mid-ranks: ties share theirs
+    return result
+
+
+def robust_units(values: Floats, reference: Floats | None = None) -> Floats:
+    """Values as distances from the median of a reference, in its MAD as a standard deviation."""
+    reference = values if reference is None else reference
+    centre = np.median(reference)
+    scale = MAD_TO_SIGMA * np.median(np.abs(reference - centre))
+    if scale <= 0:  # more than half the values are equal
+        scale = np.abs(reference - centre).mean() or 1.0
+    result: Floats = (values - centre) / scale
+    return result
+
+
+def combine(
+    scores: Floats, own: npt.NDArray[np.bool_], how: Consensus, *, exclude_own: bool
+) -> npt.NDArray[np.float64]:
+    """One score per image (equation 3): (M, N) to (N,)."""
+    if how == "rank_mean":
+        scores = normalize_scores(scores.astype(np.float32), own, "rank")
+    if not exclude_own:
+        return COMBINE[how](scores)
+    n = scores.shape[1]
+    counts = (~own).sum(0)
+    # every image has the same number of own sub-models, one per partition: the others form a rectangle
+    held_out = scores.T[~own.T].reshape(n, int(counts[0])).T if n else scores
+    return COMBINE[how](held_out)
+
+
+def _trimmed_mean(scores: Floats) -> Floats:
+    cut = int(TRIM * len(scores))
+    result: Floats = np.sort(scores, axis=0)[cut : len(scores) - cut].mean(0)
+    return result
+
+
+def _mean(scores: Floats) -> Floats:
+    result: Floats = scores.mean(0)
+    return result
+
+
+def _median(scores: Floats) -> Floats:
+    result: Floats = np.median(scores, axis=0)
+    return result
+
+
+COMBINE: Mapping[str, Callable[[Floats], Floats]] = {
+    "mean": _mean,
+    "median": _median,
+    "trimmed_mean": _trimmed_mean,
+    "rank_mean": _mean,
+}
+
+
+def held_out_mean(scores: npt.NDArray[np.float32], own: npt.NDArray[np.bool_]) -> Floats:
+    """(N,) mean raw score over the other sub-models; over all of them where there is no other."""
+    return combine(scores.astype(np.float64), own, "mean", exclude_own=bool((~own).any(0).all()))
+
+
+def keep_lowest(ids: Ids, consensus: Floats, share: float) -> Ids:
+    """The floor(share * N) ids of lowest consensus (equation 4), at least one, in the order of `ids`.
+
+    The paper keeps all up to a quantile; counting makes ties definite: of equals, the first listed stay.
+    """
+    # 0.6 * 5 is 2.9999999999999996 in floating point, and means 3
+    n_keep = max(1, int(np.floor(share * len(ids) + 1e-9)))
+    lowest = np.argsort(consensus, kind="stable")[:n_keep]
+    return ids[np.sort(lowest)]
+
+
+def estimate_contamination(consensus: Floats) -> Contamination:
+    """The share of anomalies, from the upper tail of the consensus.
+
+    An image's score is a maximum over patches, so normal images follow roughly a Gumbel law. One is fitted to the
+    lower part of the consensus, where anomalies are rare, by its quantiles; what lies above its upper tail beyond
+    expectation is counted as anomalous. It underestimates when anomalies score like normals, which is the safe side.
+    """
+    n = len(consensus)
+    low, high = np.quantile(consensus, FIT_QUANTILES)
+    gumbel = -np.log(-np.log(np.asarray(FIT_QUANTILES)))
+    scale = (high - low) / (gumbel[1] - gumbel[0])
+    if n < MIN_FOR_ESTIMATE or scale <= 0:
+        return Contamination(0.0, "none: too few or constant scores", {"n": float(n)})
+    location = low - scale * gumbel[0]
+    # of an anomaly-free set, this share lies above the cut
+    expected = 1 - np.exp(-np.exp(-TAIL_CUT))
+    observed = float((consensus > location + scale * TAIL_CUT).mean())
+    noise = np.sqrt(expected * (1 - expected) / n)
+    excess = max(0.0, observed - expected) / (1 - expected)
+    significant = observed - expected > TAIL_SIGMAS * noise
+    alpha = min(excess, 1 - MIN_KEEP) if significant else 0.0
+    evidence = {"location": location, "scale": scale, "cut": TAIL_CUT, "observed": observed, "expected": expected}
+    return Contamination(float(alpha), "Gumbel tail excess", {k: float(v) for k, v in evidence.items()})

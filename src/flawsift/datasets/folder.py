@@ -1,0 +1,161 @@
+"""Plain folders: unlabelled ones, and labelled ones with normal and defective images apart.
+
+ROOT/normal/*.jpg
+ROOT/defect/DEFECT_TYPE/*.jpg
+ROOT/mask/DEFECT_TYPE/*[_mask].png     optional: same name as the image, any image ending
+ROOT/groups.csv                        optional: columns file (relative to ROOT) and group
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from flawsift.datasets.dataset import (
+    NORMAL,
+    NORMAL_FOLDERS,
+    Dataset,
+    Entry,
+    from_entries,
+    match_masks,
+    no_ids,
+    require_folder,
+    require_images,
+    sub_folders,
+)
+from flawsift.errors import InputError
+from flawsift.images import ImageSet, name_some, read_groups, show
+from flawsift.metrics import GroundTruth
+
+DATA_VARIABLE = "FLAWSIFT_DATA"  # the environment variable that names the folder with downloaded sets
+FLAT_DEFECT = "defect"  # defect type of images that lie directly in the defect folder
+
+
+def load_folder(
+    normal: str | Path,
+    *,
+    defect: str | Path | None = None,
+    masks: str | Path | None = None,
+    groups: str | Path | None = None,
+    name: str | None = None,
+) -> Dataset:
+    """Normal images from one folder, defective ones from another; ids are sorted by path, normal images first.
+
+    The sub-folders of `defect` are the defect types. Names are relative to the deepest folder that holds both.
+
+    Args:
+        normal: Folder of normal images, nested or flat.
+        defect: Folder of defective images; None if there are only normal ones.
+        masks: Folder that mirrors `defect`.
+        groups: CSV file with the columns `file` (relative to that deepest folder) and `group`.
+        name: Name of the data set; by default that of the deepest folder.
+
+    Raises:
+        InputError: A folder is missing or empty, one lies within the other, or masks or groups cannot be matched.
+    """
+    normal_folder = _absolute(normal)
+    root = normal_folder
+    normals = require_images(normal_folder)
+    entries: list[Entry] = []
+    if defect is not None:
+        defect_folder = _absolute(defect)
+        root = _common_root(normal_folder, defect_folder)
+        files = require_images(defect_folder)
+        _refuse_normal_types(defect_folder, files)
+        found = match_masks(files, _absolute(masks)) if masks is not None else {}
+        prefix = defect_folder.relative_to(root)
+        entries = [Entry((prefix / f).as_posix(), _defect_type(f), found.get(f)) for f in files]
+    elif masks is not None:
+        raise InputError("masks without a defect folder: name the folder of the images that they belong to.")
+    prefix = normal_folder.relative_to(root)
+    entries = [Entry((prefix / f).as_posix(), NORMAL) for f in normals] + entries
+    return from_entries(name or root.name, root, entries, read_groups(groups) if groups is not None else None)
+
+
+def load_labelled(root: str | Path, *, name: str | None = None) -> Dataset:
+    """A folder in the layout normal, defect/DEFECT_TYPE and, optionally, mask/DEFECT_TYPE and groups.csv.
+
+    Args:
+        root: The folder.
+        name: Name of the data set; by default that of the folder.
+
+    Raises:
+        InputError: A folder is missing or empty, or masks or groups cannot be matched.
+    """
+    root = require_folder(_absolute(root))
+    missing = [f for f in ("normal", "defect") if not (root / f).is_dir()]
+    if missing:
+        raise InputError(
+            f"'{show(root)}' has no folder {' and no folder '.join(missing)}. Expected normal, defect/DEFECT_TYPE "
+            f"and, optionally, mask/DEFECT_TYPE and groups.csv. Found: {name_some(sub_folders(root)) or 'no folders'}."
+        )
+    masks, groups = root / "mask", root / "groups.csv"
+    return load_folder(
+        root / "normal",
+        defect=root / "defect",
+        masks=masks if masks.is_dir() else None,
+        groups=groups if groups.is_file() else None,
+        name=name,
+    )
+
+
+def load_unlabelled(root: str | Path) -> Dataset:
+    """All images below a folder, nothing known about them: `truth` has no ids.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        InputError: It is missing or has no image.
+    """
+    root = _absolute(root)
+    nothing = GroundTruth(ids=no_ids(), labels=np.empty(0, np.int8), defect_types=(), masks={})
+    return Dataset(root.name, ImageSet.from_folder(root), nothing)
+
+
+def load_prepared(name: str, root: str | Path | None = None, *, source: str) -> Dataset:
+    """A public set that was downloaded and sorted into the labelled layout.
+
+    Args:
+        name: Name of the set, and of its folder below the one that the environment variable FLAWSIFT_DATA names.
+        root: Its folder, if not that one.
+        source: Where to get it, for the error.
+
+    Raises:
+        InputError: The folder is unknown, missing or incomplete.
+    """
+    base = os.environ.get(DATA_VARIABLE)
+    if root is None and not base:
+        raise InputError(
+            f"Where is the data set '{name}'? Get it from {source}, sort it into {name}/normal, "
+            f"{name}/defect/DEFECT_TYPE and {name}/mask/DEFECT_TYPE, and set {DATA_VARIABLE} to the folder that holds "
+            f"{name}, or pass root."
+        )
+    return load_labelled(root if root is not None else Path(base or "", name), name=name)
+
+
+def _absolute(path: str | Path) -> Path:
+    # not resolve(): a link's target would put machine-specific folders into the names
+    return Path(os.path.abspath(path))
+
+
+def _common_root(normal: Path, defect: Path) -> Path:
+    if normal.is_relative_to(defect) or defect.is_relative_to(normal):
+        raise InputError(
+            f"The folders of normal and of defective images lie within each other: '{show(normal)}' and "
+            f"'{show(defect)}'. An image would be both; use two folders side by side."
+        )
+    try:
+        return Path(os.path.commonpath([normal, defect]))
+    except ValueError as error:  # two drives of Windows
+        raise InputError(f"'{show(normal)}' and '{show(defect)}' have no folder in common.") from error
+
+
+def _refuse_normal_types(folder: Path, files: list[str]) -> None:
+    wrong = sorted({_defect_type(f) for f in files}.intersection(NORMAL_FOLDERS))
+    if wrong:
+        raise InputError(f"'{show(folder / wrong[0])}' holds defective images under a name that means normal. Move it.")
+
+
+def _defect_type(file: str) -> str:
+    return file.split("/")[0] if "/" in file else FLAT_DEFECT

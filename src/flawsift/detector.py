@@ -1,0 +1,274 @@
+"""The detector interface: hyper-parameters are the dataclass fields, learned state ends in an underscore.
+
+An author of a detector writes `fit` and `_maps`; `predict`, `clone`, `save` and `load` are written once, here.
+"""
+
+import dataclasses
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from flawsift import maps as map_ops
+from flawsift.errors import ModelError, NotFittedError, ParameterError, unknown_name
+from flawsift.files import write_bytes, write_json
+from flawsift.images import Batch, Ids, ImageSet, content_digest
+
+# registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
+DETECTORS: Mapping[str, tuple[str, str]] = {
+    "padim": ("flawsift.detectors.padim", "PaDiM"),
+    "patchcore": ("flawsift.detectors.patchcore", "PatchCore"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a detector says of some images.
+
+    Attributes:
+        ids: (N,) global ids in the order asked.
+        scores: (N,) float32, unbounded, higher is more anomalous.
+        maps: (N, H, W) float32 on the network's input grid, or None when not asked for.
+    """
+
+    ids: Ids
+    scores: npt.NDArray[np.float32]
+    maps: npt.NDArray[np.float32] | None
+
+
+@dataclass(kw_only=True, eq=False)
+class Detector(ABC):
+    """Learns normality from unlabelled images. Higher scores are more anomalous.
+
+    A score never depends on which other images are scored. All fields are hyper-parameters and survive JSON; the
+    learned state is every attribute whose name ends in an underscore: tensors (on the CPU), numbers, texts, lists.
+
+    Attributes:
+        layers: Backbone layers to read: exact names, or aliases such as "stride8".
+        seed: Of everything random in `fit`.
+    """
+
+    name: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+    reads_pixels: ClassVar[bool] = False
+
+    layers: Sequence[str] = field(default=("stride8", "stride16"))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.layers = tuple(self.layers)  # JSON has lists only
+        self._require("layers", bool(self.layers), "name at least one layer")
+        self._require("seed", self.seed >= 0, "not be negative")
+
+    @abstractmethod
+    def fit(self, data: ImageSet, *, device: str = "auto") -> Self:
+        """Learn from all images of the set and return self; a former fit is forgotten.
+
+        Raises:
+            InputError: The set is empty or has no features attached.
+        """
+
+    @abstractmethod
+    def _maps(self, batch: Batch, device: str) -> Tensor:
+        """(B, h, w) anomaly maps on the detector's patch grid, on any device."""
+
+    def _image_scores(self, maps: Tensor) -> Tensor:
+        """(B,) image scores from (B, h, w) patch-grid maps: the worst patch."""
+        return maps.amax((1, 2))
+
+    def _expected(self, batch: Batch, device: str) -> Tensor | None:
+        """(B, C, h, w) what the model would expect to see in place of each patch; None if it has no such notion.
+
+        Sub-models are compared by it in the divergence of stage 1.
+        """
+        return None
+
+    def predict(self, data: ImageSet, *, device: str = "auto", maps: bool = True, batch_size: int = 32) -> Prediction:
+        """Score and localise.
+
+        Args:
+            data: N images with features attached.
+            device: "auto" takes a GPU where there is one.
+            maps: Also make (N, H, W) maps on the network's input grid.
+            batch_size: Images at a time; does not change a score.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+        """
+        scores, grids, size = self._score(data, device, batch_size, keep_grids=maps)
+        if not maps:
+            return Prediction(data.ids, scores, None)
+        # in pieces: the image grid is many times larger than the patch grid
+        starts = range(0, len(grids), batch_size)
+        full = [map_ops.to_image_grid(grids[start : start + batch_size], size) for start in starts]
+        stacked = torch.cat(full).numpy() if full else np.empty((0, size, size), np.float32)
+        return Prediction(data.ids, scores, stacked)
+
+    def predict_grids(self, data: ImageSet, *, device: str = "auto") -> tuple[npt.NDArray[np.float32], Tensor]:
+        """(N,) scores and (N, h, w) maps on the patch grid, not upsampled: all that stage 1 needs."""
+        scores, grids, _ = self._score(data, device, 32, keep_grids=True)
+        return scores, grids
+
+    def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
+        """(B, h, w) patch-grid maps and (B,) image scores."""
+        found = self._maps(batch, device)
+        return found, self._image_scores(found)
+
+    def _score(
+        self, data: ImageSet, device: str, batch_size: int, *, keep_grids: bool
+    ) -> tuple[npt.NDArray[np.float32], Tensor, int]:
+        if not self.fitted:
+            raise NotFittedError(f"This {type(self).__name__} is not fitted yet; call fit(images) first.")
+        target = resolve_device(device)
+        scores, grids, size = [], [], 0
+        with torch.inference_mode():
+            for batch in data.batches(self.layers, pixels=self.reads_pixels, batch_size=batch_size):
+                found, values = self._score_batch(batch, target)
+                scores.append(values.float().cpu())
+                if keep_grids:
+                    grids.append(found.float().cpu())
+                size = batch.size
+        joined = torch.cat(scores).numpy() if scores else np.empty(0, np.float32)
+        return joined, torch.cat(grids) if grids else torch.empty(0, 1, 1), size
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there is learned state."""
+        return bool(self._state())
+
+    def params(self) -> dict[str, Any]:
+        """The hyper-parameters, ready for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def clone(self, **changes: Any) -> Self:
+        """An unfitted detector with the same hyper-parameters, or with some changed."""
+        return dataclasses.replace(self, **changes)
+
+    def save(self, folder: Path) -> str:
+        """Write detector.json and a safetensors file into an existing folder; nothing is pickled.
+
+        The state's file is named by its content and detector.json is written last, so a kill leaves the old detector.
+
+        Returns:
+            SHA-256 of detector.json.
+
+        Raises:
+            NotFittedError: There is nothing to save.
+            OutputError: The folder cannot be written.
+        """
+        if not self.fitted:
+            raise NotFittedError(f"This {type(self).__name__} is not fitted yet; call fit(images) first.")
+        state = self._state()
+        tensors = save({k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)})
+        digest = content_digest(tensors)
+        file = f"state-{digest[:16]}.safetensors"
+        write_bytes(folder / file, tensors)
+        plain = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+        content = {"name": self.name, "params": self.params(), "state": plain, "file": file, "sha256": digest}
+        write_json(folder / "detector.json", content)
+        for old in folder.glob("state-*.safetensors"):
+            if old.name != file:
+                old.unlink(missing_ok=True)
+        return content_digest((folder / "detector.json").read_bytes())
+
+    def _state(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k.endswith("_") and not k.startswith("_")}
+
+    def _forget(self) -> None:
+        for key in self._state():
+            delattr(self, key)
+
+    def _require(self, parameter: str, holds: bool, constraint: str) -> None:
+        if not holds:
+            got = getattr(self, parameter)
+            raise ParameterError(f"{type(self).__name__}.{parameter} must {constraint}, got {got!r}.")
+
+
+@runtime_checkable
+class Additive(Protocol):
+    """A fitted detector whose learned state is a sum over training images, so that k + 1 fits cost about one."""
+
+    def merged(self, other: Any) -> Detector:
+        """The model of both training sets, which must be disjoint."""
+
+    def without(self, data: ImageSet, *, device: str = "auto") -> Detector:
+        """The model of the training set less these images, all of which were in it."""
+
+
+def load_detector(folder: str | Path) -> Detector:
+    """Read what `Detector.save` wrote.
+
+    Raises:
+        ModelError: The folder is missing or damaged, or names an unknown detector.
+    """
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / "detector.json").read_text("utf-8"))
+        detector = make_detector(content["name"], **content["params"])
+        tensors = (folder / content["file"]).read_bytes()
+        if content_digest(tensors) != content["sha256"]:
+            raise ModelError(f"'{folder / content['file']}' does not match detector.json. Fit the model again.")
+        state = {**content["state"], **load(tensors)}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"'{folder}' is not a readable detector folder: {error}.") from error
+    for key, value in state.items():
+        setattr(detector, key, value)
+    return detector
+
+
+def detector_class(name: str) -> type[Detector]:
+    """The class behind a registry name.
+
+    Raises:
+        ParameterError: There is none; the closest name is suggested.
+    """
+    if name not in DETECTORS:
+        raise ParameterError(unknown_name("detector", name, DETECTORS))
+    module, attribute = DETECTORS[name]
+    found: type[Detector] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def make_detector(name: str, preset: str | None = None, **params: Any) -> Detector:
+    """An unfitted detector by registry name.
+
+    Args:
+        name: Such as "patchcore".
+        preset: "default", or "paper" for the published constants.
+        params: Hyper-parameters, above those of the preset.
+
+    Raises:
+        ParameterError: Unknown detector, preset or parameter, or a value out of range.
+    """
+    cls = detector_class(name)
+    if preset is not None and preset not in cls.presets:
+        raise ParameterError(unknown_name(f"preset of {name}", preset, cls.presets))
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in params:
+        if key not in known:
+            raise ParameterError(unknown_name(f"parameter of {cls.__name__}", key, known))
+    return cls(**{**(cls.presets[preset] if preset else {}), **params})
+
+
+def resolve_device(device: str) -> str:
+    """The device behind "auto": a GPU where there is one.
+
+    Raises:
+        ParameterError: A GPU is asked for and there is none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ParameterError(f"device '{device}' was asked for, but torch sees no GPU. Use 'auto' or 'cpu'.")
+    return device

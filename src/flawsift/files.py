@@ -1,0 +1,114 @@
+"""Files that are either whole or absent: atomic writes and early checks of output folders."""
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from flawsift.errors import OutputError
+
+SPARE_BYTES = 16 * 2**20  # an output folder needs at least this much free space for tables and a report
+
+
+def ensure_folder(path: str | Path, *, need_bytes: int = SPARE_BYTES) -> Path:
+    """Make a folder and prove that it can be written, before any work is done.
+
+    Raises:
+        OutputError: It is a file, cannot be written, or its disk has less than `need_bytes` free.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"flawsift")
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise _output_error(folder, error) from error
+    if free < need_bytes:
+        raise OutputError(
+            f"The disk of '{folder}' has {free / 2**20:.0f} MiB free, {need_bytes / 2**20:.0f} MiB are needed. "
+            "Free some space or choose another folder."
+        )
+    return folder
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file in one step: readers see the old content or all of the new one.
+
+    Raises:
+        OutputError: It cannot be written; nothing half-written is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _output_error(path, error) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text in one step; file names that are not UTF-8 appear as backslash escapes."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON in one step. Not-a-number is refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV table in one step; None becomes an empty cell."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when the block ends well; an older one is replaced.
+
+    Raises:
+        OutputError: It cannot be written; nothing half-written is left.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary.chmod(0o755)  # mkdtemp makes it private; a result should be readable like any other folder
+        yield temporary
+        if path.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            path.replace(retired / "old")
+            temporary.replace(path)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            temporary.replace(path)
+    except OSError as error:
+        raise _output_error(path, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _output_error(path: Path, error: OSError) -> OutputError:
+    reasons = {
+        errno.ENOSPC: "the disk is full. Free some space or choose another folder",
+        errno.EDQUOT: "the disk quota is used up. Free some space or choose another folder",
+        errno.EACCES: "permission denied. Choose a folder that you may write",
+        errno.EROFS: "the file system is read-only. Choose a folder that you may write",
+        errno.ENOTDIR: "a part of the path is a file. Choose another folder",
+        errno.EEXIST: "it is a file, not a folder. Choose another folder",
+    }
+    reason = reasons.get(error.errno or 0, error.strerror or str(error))
+    return OutputError(f"Cannot write '{path}': {reason}.")

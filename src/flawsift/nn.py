@@ -1,0 +1,413 @@
+"""Numeric code that detectors share: exact nearest neighbours, random projection, k-center greedy selection.
+
+Everything here works on plain tensors of feature vectors, one row per vector: images and their ids are unknown to it.
+Letters: Q queries, M bank rows, N rows to select from, C channels, k neighbours.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flawsift.errors import ParameterError
+
+# Floats in one (rows, M) block of scores: 8 MB stay in the L3 cache for the passes that look for the maxima.
+_BLOCK_FLOATS = 1 << 21
+# A matmul with fewer rows spends its time packing the bank. At 64 rows the block is no larger than a bank of C = 64.
+_MIN_BLOCK_ROWS = 64
+# Queries that are centred, and winners that are gathered, at a time: 12 MB at C = 384. Small steps cost hand-overs
+# between threads, which take milliseconds on a busy machine.
+_PART_ROWS = 8192
+# A dot product of C terms is off by about sqrt(C) * eps of its size; the largest error seen in 10^9 was 0.4 of that.
+_ROUNDING = 2.0
+# Rows that one round of k-center greedy brings up to date. Their features (4096 x C) stay in the L3 cache; 1024 to 4096
+# are equally quick on an idle machine, and few large matmuls suffer less than many small ones on a busy one.
+_CANDIDATES = 4096
+# Centres per matmul of k-center greedy: after each block, rows that cannot be picked any more are dropped. 1024 does
+# 1.3 times the work, 64 leaves the matmul too thin.
+_CENTRE_BLOCK = 256
+
+_Floats = NDArray[np.float32]
+_Ints = NDArray[np.int64]
+
+
+class NearestNeighbors:
+    """Exact Euclidean nearest neighbours in a fixed bank, on the device of the bank.
+
+    One blocked matmul finds the winners by `q.b - |b|^2 / 2`, the largest being the nearest; `|b|^2` rides along as one
+    more channel. Bank and queries are centred by the bank mean, so that a common offset costs no precision. Queries
+    whose winner is not clear within float32 rounding are searched again in float64. The distances are then computed
+    anew as `|q - b|`, pair by pair, with a kernel that never sees the other pairs.
+
+    Hence: a row of the bank is at distance 0 from itself; equal distances go to the lowest bank row; the same query gives
+    the same bits whatever other queries and whatever `chunk` it comes with. What remains: bank rows whose distances to a
+    query differ by less than float64 rounding (about 1e-7 of the distance between query and bank mean, when the query
+    nearly coincides with both) count as equal.
+
+    Cost: 2 Q M C flops as matmul, plus k + 1 passes over the Q x M scores; the float64 search doubles the cost of each
+    query that needs it (well below 1 % of them on real features, all of them when every bank row has a copy). Memory:
+    a second copy of the bank (a float64 one while a search in float64 runs) and one block of scores.
+
+    Args:
+        bank: (M, C) feature vectors; used as float32.
+        owners: (M,) integers: what each bank row came from, such as an image id. Needed to exclude by owner in `query`.
+
+    Raises:
+        ParameterError: if the bank is empty or not a matrix, or `owners` does not fit it.
+    """
+
+    def __init__(self, bank: Tensor, *, owners: Tensor | None = None) -> None:
+        if bank.ndim != 2 or bank.shape[0] == 0:
+            raise ParameterError(f"bank must be (M, C) with at least one row, got {tuple(bank.shape)}.")
+        if owners is not None and owners.shape != bank.shape[:1]:
+            raise ParameterError(f"bank owners must be ({bank.shape[0]},), got {tuple(owners.shape)}.")
+        self._bank = bank.detach().to(torch.float32).contiguous()
+        self._rows_of = {} if owners is None else _rows_by_owner(owners.to(bank.device))
+        self._mean = self._bank.mean(dim=0, dtype=torch.float64)
+        self._keys = _with_norm(self._bank, self._mean.float())
+
+    def query(
+        self, queries: Tensor, *, k: int = 1, owners: Tensor | None = None, chunk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The k nearest bank rows of each query.
+
+        Args:
+            queries: (Q, C) feature vectors; moved to the device of the bank block by block.
+            k: number of neighbours.
+            owners: (Q,) integers: bank rows of the same owner are not eligible, as for leave-one-image-out scores.
+            chunk: queries per block; by default what fits 32 MB of scores.
+
+        Returns:
+            (Q, k) float32 distances (not squared), ascending, and (Q, k) int64 bank rows.
+
+        Raises:
+            ParameterError: if C differs from that of the bank, k exceeds the eligible rows, or owners do not fit.
+        """
+        self._check(queries, k, owners)
+        n, m = queries.shape[0], self._bank.shape[0]
+        rows = chunk or max(_MIN_BLOCK_ROWS, _BLOCK_FLOATS // m)
+        ids = torch.empty((n, k), dtype=torch.int64, device=self._bank.device)
+        unclear = torch.empty(n, dtype=torch.bool, device=self._bank.device)
+        distances = self._bank.new_empty((n, k))
+        for part in _blocks(n, _PART_ROWS):
+            ids[part], unclear[part] = self._search(*self._take(queries, owners, part), k, rows)
+        again = unclear.nonzero()[:, 0]
+        for part in _blocks(len(again), max(1, rows // 2)):  # float64 scores are twice as large
+            ids[again[part]] = self._search_double(*self._take(queries, owners, again[part]), k)
+        for part in _blocks(n, max(1, _PART_ROWS // k)):
+            distances[part], ids[part] = self._measure(self._take(queries, None, part)[0], ids[part])
+        return distances, ids
+
+    def _check(self, queries: Tensor, k: int, owners: Tensor | None) -> None:
+        m, channels = self._bank.shape
+        if queries.ndim != 2 or queries.shape[1] != channels:
+            raise ParameterError(f"queries must be (Q, {channels}) like the bank, got {tuple(queries.shape)}.")
+        eligible = m
+        if owners is not None:
+            if not self._rows_of:
+                raise ParameterError("query owners were given, but the bank was built without owners.")
+            if owners.shape != queries.shape[:1]:
+                raise ParameterError(f"query owners must be ({queries.shape[0]},), got {tuple(owners.shape)}.")
+            eligible -= max((len(self._rows_of.get(owner, ())) for owner in torch.unique(owners).tolist()), default=0)
+        if not 1 <= k <= eligible:
+            raise ParameterError(f"k must be in [1, {eligible}], the number of eligible bank rows, got {k}.")
+
+    def _take(self, queries: Tensor, owners: Tensor | None, part: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Some queries (and their owners) on the device of the bank, as float32."""
+        if isinstance(part, Tensor):
+            part = part.to(queries.device)
+        block = queries.detach()[part].to(self._bank.device, torch.float32)
+        return block, None if owners is None else owners.to(queries.device)[part].to(self._bank.device)
+
+    def _search(self, block: Tensor, own: Tensor | None, k: int, rows: int) -> tuple[Tensor, Tensor]:
+        """(B, k) float32 winners, and (B,) True where rounding could have changed the set of winners."""
+        centred = _with_one(block, self._mean.float())
+        ids = torch.empty((block.shape[0], k + 1), dtype=torch.int64, device=block.device)
+        values = block.new_empty(ids.shape)
+        buffer = block.new_empty((min(rows, block.shape[0]), self._bank.shape[0]))
+        for part in _blocks(block.shape[0], rows):
+            scores = buffer[: part.stop - part.start]
+            torch.mm(centred[part], self._keys.T, out=scores)  # q.b - |b|^2 / 2
+            self._hide(scores, None if own is None else own[part])
+            for j in range(k + 1):  # one more than asked for: the runner-up
+                best = ids[part, j : j + 1] = _argmax(scores)[:, None]
+                values[part, j : j + 1] = scores.gather(1, best)
+                scores.scatter_(1, best, -torch.inf)
+        slack = self._slack(centred, values[:, k - 1 : k], torch.finfo(torch.float32).eps)
+        # without a runner-up its value is -inf: clear
+        return ids[:, :k], values[:, k - 1] - values[:, k] <= slack[:, 0]
+
+    def _search_double(self, block: Tensor, own: Tensor | None, k: int) -> Tensor:
+        """(rows, k) winners by float64 scores; the lowest bank row among those equal within rounding."""
+        centred = _with_one(block.double(), self._mean)
+        scores = centred @ _with_norm(self._bank.double(), self._mean).T
+        self._hide(scores, own)
+        ids = torch.empty((block.shape[0], k), dtype=torch.int64, device=scores.device)
+        for j in range(k):
+            best = scores.amax(dim=1, keepdim=True)
+            slack = self._slack(centred, best, torch.finfo(torch.float64).eps)
+            ids[:, j] = _argmax((scores >= best - slack).to(torch.int8))
+            scores.scatter_(1, ids[:, j : j + 1], -torch.inf)
+        return ids
+
+    def _hide(self, scores: Tensor, own: Tensor | None) -> None:
+        if (
+            own is not None
+        ):  # queries come image by image: few owners per block, and quicker than a (rows, M) comparison
+            for owner in torch.unique(own).tolist():
+                if (columns := self._rows_of.get(owner)) is not None:
+                    scores[(own == owner).nonzero(), columns] = -torch.inf
+
+    def _slack(self, centred: Tensor, best: Tensor, eps: float) -> Tensor:
+        """(rows, 1) by how much two scores near `best` may change order through rounding."""
+        square = centred[:, :-1].square().sum(dim=1, keepdim=True)
+        # |q - b|^2 = |q|^2 - 2 score, so a rival b has |b| <= reach, and |q.b| + |b|^2 / 2 <= 1.5 reach^2
+        reach = square.sqrt() + (square - 2 * best).clamp_min_(0).sqrt_()
+        return reach.square_().mul_(2 * 1.5 * _ROUNDING * math.sqrt(centred.shape[1]) * eps / 2)
+
+    def _measure(self, block: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows, k) distances by direct subtraction, ascending, ties to the lowest row, and their bank rows."""
+        ids = ids.sort(dim=1).values
+        # one small problem per query: a (1, k) distance matrix, every entry from its own pair of vectors only
+        direct = "donot_use_mm_for_euclid_dist"
+        distances = torch.cdist(block[:, None], self._bank[ids], compute_mode=direct)[:, 0]
+        distances, order = distances.sort(dim=1, stable=True)
+        return distances, ids.gather(1, order)
+
+
+def nearest(
+    queries: Tensor,
+    bank: Tensor,
+    *,
+    k: int = 1,
+    owners: Tensor | None = None,
+    bank_owners: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`NearestNeighbors(bank, owners=bank_owners).query(queries, ...)`, for a bank that is used once.
+
+    >>> bank = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    >>> nearest(torch.tensor([[0.0, 0.0]]), bank, k=2)
+    (tensor([[0., 5.]]), tensor([[0, 1]]))
+    """
+    return NearestNeighbors(bank, owners=bank_owners).query(queries, k=k, owners=owners, chunk=chunk)
+
+
+def _blocks(n: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` that cover range(n)."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def _with_one(block: Tensor, mean: Tensor) -> Tensor:
+    """(rows, C) -> (rows, C + 1): centred, then a channel of ones that picks up the last channel of the keys."""
+    out = block.new_ones((block.shape[0], block.shape[1] + 1))
+    torch.sub(block, mean, out=out[:, :-1])
+    return out
+
+
+def _with_norm(bank: Tensor, mean: Tensor) -> Tensor:
+    """(M, C) -> (M, C + 1): centred, then -|b|^2 / 2."""
+    out = _with_one(bank, mean)
+    out[:, -1] = out[:, :-1].square().sum(dim=1, dtype=torch.float64).mul_(-0.5)
+    return out
+
+
+def _rows_by_owner(owners: Tensor) -> dict[int, Tensor]:
+    order = owners.argsort(stable=True)
+    values, counts = torch.unique(owners, return_counts=True)
+    return dict(zip(values.tolist(), torch.split(order, counts.tolist()), strict=True))
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """(rows,) position of the first maximum of each row."""
+    if scores.device.type == "cpu":  # torch's own takes 5 to 10 times as long as numpy's on CPU
+        return torch.from_numpy(scores.numpy().argmax(axis=1))
+    return scores.argmax(dim=1)
+
+
+def random_projection(n_in: int, n_out: int, generator: torch.Generator) -> Tensor:
+    """A Gaussian Johnson-Lindenstrauss matrix: `x @ matrix` keeps Euclidean distances in expectation.
+
+    The relative error of a distance is about sqrt(1 / (2 n_out)): 6 % at 128.
+
+    Args:
+        n_in: channels before.
+        n_out: channels after.
+        generator: a CPU generator, the only source of randomness.
+
+    Returns:
+        (n_in, n_out) float32 on CPU, entries N(0, 1 / n_out).
+
+    Raises:
+        ParameterError: if a size is below 1.
+
+    Reference: Dasgupta & Gupta, "An elementary proof of a theorem of Johnson and Lindenstrauss", 2003.
+    """
+    if n_in < 1 or n_out < 1:
+        raise ParameterError(f"n_in and n_out must be at least 1, got {n_in} and {n_out}.")
+    return torch.randn((n_in, n_out), generator=generator) / math.sqrt(n_out)
+
+
+def project(features: Tensor, n_out: int, generator: torch.Generator) -> Tensor:
+    """(N, C) features projected to (N, n_out); the same tensor, and nothing drawn, when C <= n_out already."""
+    if features.shape[1] <= n_out:
+        return features
+    return features @ random_projection(features.shape[1], n_out, generator).to(features.device, features.dtype)
+
+
+def k_center_greedy(features: Tensor, n_select: int, generator: torch.Generator, *, start: int | None = None) -> Tensor:
+    """Farthest-first selection: each centre is the row farthest from all centres before it.
+
+    The order of the result is the order of selection, so a prefix of it is the selection of fewer centres. Equal
+    distances go to the lowest row. The largest distance of a row to its centre is at most twice the optimum.
+
+    On CPU the distances are evaluated lazily: they only shrink, so the last known value bounds a row from above, and
+    only rows whose bound reaches the current maximum have to be brought up to date, many rows and centres per matmul.
+    The selection is that of the plain loop over all rows, index for index, except where two distances differ by float32
+    rounding. It depends on nothing but its input, on one machine with one number of threads.
+
+    Cost: a quarter to half of the 2 N C n_select flops of the plain loop, at the speed of a matmul; about 1 s for 6144 of
+    61440 x 272 on one 2021 server core. Memory: a few (4096, C) blocks and (n_select, C) centres; features that are
+    contiguous float32 are not copied. On another device: the plain loop, and one copy of the features.
+
+    Contamination: outliers are far from everything, so they are selected first and are over-represented.
+
+    Args:
+        features: (N, C) vectors; used as float32.
+        n_select: number of centres.
+        generator: draws the first centre when `start` is None.
+        start: the first centre.
+
+    Returns:
+        (n_select,) int64 rows on CPU. All N rows, ascending, when n_select >= N. Fewer than n_select when all remaining
+        rows are copies of selected ones (closer than rounding: about 1e-3 of their distance from the first centre).
+
+    Raises:
+        ParameterError: if there are no rows, n_select is below 1, or `start` is not a row.
+
+    References: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985; Roth et al., "Towards Total
+    Recall in Industrial Anomaly Detection" (PatchCore), CVPR 2022, Algorithm 1.
+    """
+    if features.ndim != 2 or features.shape[0] == 0:
+        raise ParameterError(f"features must be (N, C) with at least one row, got {tuple(features.shape)}.")
+    n = features.shape[0]
+    if n_select < 1:
+        raise ParameterError(f"n_select must be at least 1, got {n_select}.")
+    if start is not None and not 0 <= start < n:
+        raise ParameterError(f"start must be in [0, {n - 1}], got {start}.")
+    if n_select >= n:
+        return torch.arange(n)
+    if start is None:
+        start = int(torch.randint(n, (1,), generator=generator))
+    features = features.detach().to(torch.float32).contiguous()
+    if features.device.type != "cpu":
+        return _greedy_plain(features, n_select, start)
+    return torch.from_numpy(_LazyGreedy(features.numpy(), n_select, start).run())
+
+
+def _copy_tolerance(channels: int) -> float:
+    """The share of |x|^2 below which a squared distance computed from dot products may be rounding only."""
+    return float(4 * math.sqrt(channels) * np.finfo(np.float32).eps)
+
+
+def _greedy_plain(features: Tensor, n_select: int, start: int) -> Tensor:
+    """`k_center_greedy` as one matrix-vector product per centre, on any device."""
+    x = features - features[start]
+    norms = x.square().sum(dim=1)
+    floor = norms * _copy_tolerance(x.shape[1])
+    nearest_sq, selected = norms.clone(), [start]
+    while len(selected) < n_select:
+        pick = int(nearest_sq.argmax())
+        if float(nearest_sq[pick]) <= 0:
+            break
+        selected.append(pick)
+        squared = torch.addmv(norms + norms[pick], x, x[pick], alpha=-2)
+        nearest_sq = torch.minimum(nearest_sq, squared.masked_fill_(squared <= floor, 0))
+        nearest_sq[pick] = 0
+    return torch.tensor(selected)
+
+
+class _LazyGreedy:
+    """State of one run of `k_center_greedy`: an upper bound per row, and for which centres it holds.
+
+    numpy, because the many small steps of a round cost half as much there as in torch. Vectors are taken relative to
+    the first centre: that removes a common offset and, unlike a mean, keeps integers exact.
+    """
+
+    def __init__(self, features: _Floats, n_select: int, start: int) -> None:
+        n, channels = features.shape
+        self.features, self.n_select, self.origin = features, n_select, features[start].copy()
+        self.norms = np.empty(n, np.float32)  # (N,) squared distance from the first centre
+        for part in _blocks(n, _CANDIDATES):
+            x = features[part] - self.origin
+            self.norms[part] = np.einsum("ij,ij->i", x, x)
+        self.bounds = self.norms.copy()  # (N,) squared distance to the nearest of the first seen[i] centres
+        self.seen = np.ones(n, np.int64)
+        self.selected = np.full(n_select, start, np.int64)
+        self.count = 1
+        self.centres = np.zeros((n_select, channels + 1), np.float32)  # c, then -|c|^2 / 2; the first is the origin
+
+    def run(self) -> _Ints:
+        while self.count < self.n_select and self.bounds.max() > 0:
+            rows, limit, tie = self._candidates()
+            x = np.ones((len(rows), self.centres.shape[1]), np.float32)
+            np.subtract(self.features[rows], self.origin, out=x[:, :-1])
+            self._update(rows, x, limit)
+            keep = _precedes(self.bounds[rows], rows, limit, tie)
+            self._pick(rows[keep], x[keep], limit, tie)
+        return self.selected[: self.count]
+
+    def _candidates(self) -> tuple[_Ints, float, int]:
+        """The rows that come first by (bound descending, row ascending), in row order, and the first one left out.
+
+        Returns:
+            (b,) rows; the bound and the row number of the best row that is not among them.
+        """
+        size = min(_CANDIDATES, len(self.bounds) - 1)
+        position = len(self.bounds) - 1 - size
+        limit = np.partition(self.bounds, position)[position]  # the largest bound but `size`
+        above, ties = np.flatnonzero(self.bounds > limit), np.flatnonzero(self.bounds == limit)
+        n_ties = size - len(above)
+        return np.sort(np.concatenate([above, ties[:n_ties]])), float(limit), int(ties[n_ties])
+
+    def _update(self, rows: _Ints, x: _Floats, limit: float) -> None:
+        """Applies to the rows all centres they have not seen, as long as they may still be picked in this round."""
+        bounds, norms, seen = self.bounds[rows], self.norms[rows], self.seen[rows]
+        for first in range(int(seen.min()) // _CENTRE_BLOCK * _CENTRE_BLOCK, self.count, _CENTRE_BLOCK):
+            last = min(first + _CENTRE_BLOCK, self.count)
+            live = np.flatnonzero((seen < last) & (bounds >= limit))
+            closest = (x[live] @ self.centres[first:last].T).max(axis=1)  # largest x.c - |c|^2 / 2
+            bounds[live] = np.minimum(bounds[live], self._squared(closest, norms[live]))
+            seen[live] = last
+        self.bounds[rows], self.seen[rows] = bounds, seen
+
+    def _squared(self, closest: _Floats, norms: _Floats) -> _Floats:
+        """|x - c|^2 from x.c - |c|^2 / 2 and |x|^2, with copies at exactly 0."""
+        squared = norms - 2 * closest
+        squared[squared <= norms * np.float32(_copy_tolerance(self.features.shape[1]))] = 0
+        return squared
+
+    def _pick(self, rows: _Ints, x: _Floats, limit: float, tie: int) -> None:
+        """Plain greedy among up-to-date rows (ascending), while the farthest of them precedes all other rows."""
+        bounds, norms = self.bounds[rows], self.norms[rows]
+        while self.count < self.n_select and len(rows):
+            best = int(bounds.argmax())
+            if bounds[best] <= 0 or not _precedes(bounds[best], rows[best], limit, tie):
+                break
+            centre = self.centres[self.count]
+            centre[:-1], centre[-1] = x[best, :-1], -norms[best] / 2
+            self.selected[self.count] = rows[best]
+            self.count += 1
+            # einsum: as quick as a BLAS product for these few hundred rows, and no threads to wait for
+            np.minimum(bounds, self._squared(np.einsum("ij,j->i", x, centre), norms), out=bounds)
+            bounds[best] = 0
+        self.bounds[rows], self.seen[rows] = bounds, self.count
+
+
+def _precedes(bounds: Any, rows: Any, limit: float, tie: int) -> Any:
+    """Whether (bound, row) comes before (limit, tie) in the order bound descending, row ascending."""
+    return (bounds > limit) | ((bounds == limit) & (rows < tie))

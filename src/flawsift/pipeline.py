@@ -1,0 +1,438 @@
+"""The main job: screen a folder, train on what is left, predict, evaluate.
+
+`screen`, `fit`, `predict` and `evaluate` are what the command line calls, under the same names.
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+import flawsift
+from flawsift import metrics
+from flawsift.backbones import Backbone, load_backbone
+from flawsift.calibration import DEFAULT_RATE, Calibration, Threshold
+from flawsift.detector import Additive, Detector, Prediction, load_detector, make_detector
+from flawsift.errors import InputError, ModelError
+from flawsift.features import FeatureStore, StoredFeatures, attach, stream
+from flawsift.files import ensure_folder, write_json
+from flawsift.images import Ids, ImageSet, content_digest, show
+from flawsift.metrics import GroundTruth
+from flawsift.progress import Progress, silent
+from flawsift.results import Predictions, SavedScreening, load_screening, save_screening
+from flawsift.screening import PRESETS, Screening, ScreenOptions
+from flawsift.screening import screen as screen_features
+
+FORMAT = 1  # of the model folder
+VERSIONED = ("torch", "timm", "openvino", "numpy", "pillow")  # packages whose version can change a score
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A fitted detector with the backbone that it reads and the scores that its threshold comes from.
+
+    Attributes:
+        detector: Fitted.
+        backbone: The frozen backbone.
+        calibration: Held-out scores of the kept training images.
+        training: What it was trained on, for people: counts, digests, options.
+    """
+
+    detector: Detector
+    backbone: Backbone
+    calibration: Calibration
+    training: Mapping[str, Any]
+
+    def threshold(self, false_alarm_rate: float | None = None) -> Threshold | None:
+        """The threshold at a false-alarm rate; None takes the rate it was fitted with."""
+        rate = self.training.get("false_alarm_rate", DEFAULT_RATE) if false_alarm_rate is None else false_alarm_rate
+        return self.calibration.threshold(rate)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a model folder: JSON and safetensors. The old model stays valid until the new one is complete.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        folder = ensure_folder(folder)
+        backbone = {"spec": self.backbone.spec, "weights_digest": self.backbone.weights_digest}
+        threshold = self.threshold()
+        content = {
+            "format": FORMAT,
+            "flawsift": flawsift.__version__,
+            "backbone": backbone,
+            "threshold": None if threshold is None else {**vars(threshold), "per_hundred": threshold.per_hundred},
+            "training": dict(self.training),
+            "calibration": [float(f"{s:.9g}") for s in self.calibration.scores],
+        }
+        content["detector_digest"] = self.detector.save(folder)
+        write_json(folder / "model.json", content)
+        return folder
+
+
+def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime: str = "auto") -> Model:
+    """Read a model folder.
+
+    Args:
+        folder: What `Model.save` wrote.
+        weights: The backbone's weights file, where it was fitted with one.
+        runtime: As for `load_backbone`.
+
+    Raises:
+        ModelError: The folder is missing, damaged or newer than this version, or the backbone is another one.
+        WeightsError: The backbone's weights are not to be had.
+    """
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / "model.json").read_text("utf-8"))
+        if content["format"] > FORMAT:
+            raise ModelError(f"'{folder}' was written by flawsift {content['flawsift']}; update flawsift to read it.")
+        spec, digest = content["backbone"]["spec"], content["backbone"]["weights_digest"]
+        calibration = Calibration.of(content["calibration"])
+        training = content["training"]
+        torn = content_digest((folder / "detector.json").read_bytes()) != content["detector_digest"]
+    except OSError as error:
+        raise ModelError(f"'{folder}' is not a model folder: {error.strerror} ({error.filename}).") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"'{folder}' holds a damaged model.json: {error!r}. Fit the model again.") from error
+    if torn:
+        raise ModelError(f"'{folder}' holds parts of two models: a fit was interrupted. Fit the model again.")
+    backbone = load_backbone(**{**spec, "runtime": runtime, **({"weights": weights} if weights else {})})
+    if backbone.weights_digest != digest:
+        raise ModelError(
+            f"The model in '{folder}' was fitted with other weights of {backbone.name} "
+            f"({digest[:12]}, these are {backbone.weights_digest[:12]}). Give them with --weights."
+        )
+    return Model(load_detector(folder), backbone, calibration, training)
+
+
+def screen(
+    images: ImageSet | str | Path,
+    detector: Detector | str = "patchcore",
+    backbone: Backbone | str = "efficientnet_lite0",
+    *,
+    store: FeatureStore | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    out: str | Path | None = None,
+    progress: Progress = silent,
+    **options: Unpack[ScreenOptions],
+) -> Screening:
+    """Stage 1 on a folder or a set: which images are probably defective.
+
+    Args:
+        images: A folder, or a set (then with its groups).
+        detector: A registry name or an unfitted detector.
+        backbone: A name for `load_backbone`, or a backbone.
+        store: Where features are cached; the default cache unless given.
+        seed: Of the partitions and of the detector, when it is given by name.
+        device: Where sub-models run.
+        out: A folder for screening.csv, screening.json and maps.npy; finished sub-models are kept there until done, so
+            that the same command goes on after a kill.
+        progress: Told how far it is.
+        options: Of stage 1; see `flawsift.screening.screen`. Those not given are those of the default preset.
+
+    Raises:
+        InputError: No usable images, or fewer than subsets.
+        OutputError: `out` or the cache cannot be written.
+    """
+    prepared = _prepare(images, detector, backbone, store, seed, progress)
+    return _screen_prepared(prepared, seed=seed, device=device, out=out, progress=progress, options=options)[0]
+
+
+def fit(
+    images: ImageSet | str | Path,
+    detector: Detector | str = "patchcore",
+    backbone: Backbone | str = "efficientnet_lite0",
+    *,
+    screening: str | Path | None = None,
+    no_screen: bool = False,
+    false_alarm_rate: float = DEFAULT_RATE,
+    store: FeatureStore | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    out: str | Path | None = None,
+    on_screened: Callable[[Screening], object] | None = None,
+    progress: Progress = silent,
+    **options: Unpack[ScreenOptions],
+) -> Model:
+    """Both stages: screen, then train the detector on what is kept, with a threshold from held-out scores.
+
+    Args:
+        images: As for `screen`, and so are detector, backbone, store, seed, device, progress and options.
+        screening: A folder that `screen` wrote, its `kept` column perhaps edited, instead of a new stage 1.
+        no_screen: Train on everything. Sub-models are trained all the same, for the threshold's held-out scores.
+        false_alarm_rate: The share of good parts that the threshold may stop.
+        out: The model folder; stage 1 is written to `out/screening`.
+        on_screened: Called with the result of a new stage 1, before stage 2.
+
+    Raises:
+        InputError: As for `screen`, or the screening does not fit the folder.
+        OutputError: `out` or the cache cannot be written.
+    """
+    if screening is not None and no_screen:
+        raise InputError("Give either a screening or no_screen, not both.")
+    if out is not None:
+        ensure_folder(out)
+    started = time.monotonic()
+    Calibration.of([]).threshold(false_alarm_rate)  # a bad rate is told now, not after the work
+    p = _prepare(images, detector, backbone, store, seed, progress)
+    total: Detector | None = None
+    if screening is not None:
+        saved = load_screening(screening)
+        _check_same(saved, p)
+        kept, held_out = saved.match(p.data)
+    elif no_screen and len(p.data) < 2:
+        kept, held_out = p.data.ids, np.empty(0)  # nothing to hold out: no threshold
+    else:
+        if no_screen:
+            options = {
+                **options,
+                "keep": 1.0,
+                "n_subsets": min(options.get("n_subsets", 5), len(set(p.data.group_names))),
+            }
+        folder = None if out is None else Path(out) / "screening"
+        done, total = _screen_prepared(p, seed=seed, device=device, out=folder, progress=progress, options=options)
+        kept, held_out = done.kept, done.held_out_scores[done.is_kept]
+        if on_screened is not None and not no_screen:
+            on_screened(done)
+    progress("detector", 0, 1)
+    fitted = _fit_kept(p, kept, total, device)
+    progress("detector", 1, 1)
+    training = {
+        "n_images": len(p.data) + len(p.unreadable),
+        "n_kept": len(kept),
+        "screened": not no_screen,
+        "false_alarm_rate": false_alarm_rate,
+        "seed": seed,
+        "kept_digest": set_digest(p.data.select(kept)),
+        "seconds": round(time.monotonic() - started, 2),
+        "versions": versions(),
+    }
+    model = Model(fitted, p.backbone, Calibration.of(held_out), training)
+    if out is not None:
+        model.save(out)
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What both stages start from."""
+
+    data: ImageSet  # readable, with features
+    detector: Detector
+    backbone: Backbone
+    unreadable: Mapping[str, str]
+
+
+def _prepare(
+    images: ImageSet | str | Path,
+    detector: Detector | str,
+    backbone: Backbone | str,
+    store: FeatureStore | None,
+    seed: int,
+    progress: Progress,
+) -> _Prepared:
+    found = images if isinstance(images, ImageSet) else ImageSet.from_folder(images)
+    made = make_detector(detector, seed=seed) if isinstance(detector, str) else detector
+    loaded = load_backbone(backbone) if isinstance(backbone, str) else backbone
+    data, failed = attach(found, loaded, made.layers, store=store or FeatureStore(), progress=progress)
+    return _Prepared(data, made, loaded, {found.source.name(i): reason for i, reason in sorted(failed.items())})
+
+
+def _screen_prepared(
+    p: _Prepared,
+    *,
+    seed: int,
+    device: str,
+    out: str | Path | None,
+    progress: Progress,
+    options: ScreenOptions,
+) -> tuple[Screening, Detector | None]:
+    """Stage 1, and the merged sub-models of the first partition where the detector's statistics are additive."""
+    full: ScreenOptions = {**PRESETS["default"], **options}
+    provenance = _provenance(p)
+    checkpoint = None
+    if out is not None:
+        key = json.dumps([provenance, full, seed, set_digest(p.data)], sort_keys=True, default=str)
+        checkpoint = ensure_folder(out) / ".resume" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    merged = _Merger(full["n_subsets"])
+    started = time.monotonic()
+    found = screen_features(
+        p.data,
+        p.detector,
+        **full,
+        seed=seed,
+        device=device,
+        checkpoint=checkpoint,
+        on_submodel=merged,
+        progress=progress,
+    )
+    provenance |= {"seconds": round(time.monotonic() - started, 2), "images_digest": set_digest(p.data)}
+    found = replace(found, unreadable=p.unreadable, provenance=provenance)
+    if out is not None:
+        save_screening(found, out)
+        shutil.rmtree(Path(out) / ".resume", ignore_errors=True)
+    return found, merged.total
+
+
+@dataclass
+class _Merger:
+    """Adds up additive sub-models of the first partition as they are trained: together they saw every image once."""
+
+    n_subsets: int
+    seen: int = 0
+    _total: Detector | None = None
+
+    def __call__(self, model: Detector) -> None:
+        if isinstance(model, Additive) and self.seen < self.n_subsets:
+            self._total = model.merged(self._total) if self._total is not None else model
+        self.seen += 1
+
+    @property
+    def total(self) -> Detector | None:
+        """The model of all images, when every sub-model of the first partition was trained in this run."""
+        return self._total if self.seen >= self.n_subsets else None
+
+
+def _fit_kept(p: _Prepared, kept: Ids, total: Detector | None, device: str) -> Detector:
+    removed = p.data.ids[~np.isin(p.data.ids, kept)]
+    if isinstance(total, Additive) and len(removed) < len(kept):
+        return total.without(p.data.select(removed), device=device)
+    return p.detector.clone().fit(p.data.select(kept), device=device)
+
+
+def _provenance(p: _Prepared) -> dict[str, Any]:
+    return {
+        "detector": {"name": p.detector.name, "params": p.detector.params()},
+        "backbone": {"spec": p.backbone.spec, "key": p.backbone.key, "weights_digest": p.backbone.weights_digest},
+        "versions": versions(),
+    }
+
+
+def _check_same(saved: SavedScreening, p: _Prepared) -> None:
+    """A threshold from another detector's scores would be nonsense."""
+    for what, mine in (("detector", p.detector.name), ("backbone", p.backbone.key)):
+        theirs = saved.content.get(what, {}).get("name" if what == "detector" else "key")
+        if theirs != mine:
+            raise InputError(
+                f"The screening in '{show(saved.folder)}' was made with {what} '{theirs}', not '{mine}'. "
+                "Use the same one, or screen again."
+            )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a score."""
+    found = {"flawsift": flawsift.__version__, "python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def set_digest(images: ImageSet) -> str:
+    """SHA-256 over ids, relative paths and, where they are known, contents of a set, in order."""
+    digests = images.reader.digests if isinstance(images.reader, StoredFeatures) else {}
+    listed = zip(images.ids.tolist(), images.names, strict=True)
+    lines = "\n".join(f"{i} {show(name)} {digests.get(i, '')}" for i, name in listed)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def predict(
+    model: Model,
+    images: ImageSet | str | Path,
+    *,
+    false_alarm_rate: float | None = None,
+    device: str = "auto",
+    on_maps: Callable[[ImageSet, Prediction], None] | None = None,
+    progress: Progress = silent,
+) -> Predictions:
+    """Score new images. Memory stays flat: images go through in pieces and nothing but scores is kept.
+
+    Args:
+        model: From `fit` or `load_model`.
+        images: A folder or a set.
+        false_alarm_rate: For the threshold; None takes the model's.
+        device: Where the detector runs.
+        on_maps: Called with each piece and its scores and maps.
+        progress: Told about each piece.
+
+    Raises:
+        InputError: The folder has no images.
+    """
+    found = images if isinstance(images, ImageSet) else ImageSet.from_folder(images)
+    threshold = model.threshold(false_alarm_rate)
+    scores: dict[int, float] = {}
+    errors: dict[int, str] = {}
+    for data, failed in stream(found, model.backbone, model.detector.layers, progress=progress):
+        errors |= failed
+        if len(data):
+            prediction = model.detector.predict(data, device=device, maps=on_maps is not None)
+            scores.update(zip(prediction.ids.tolist(), prediction.scores.tolist(), strict=True))
+            if on_maps is not None:
+                on_maps(data, prediction)
+    values = np.array([scores.get(int(i), np.nan) for i in found.ids])
+    return Predictions(found.ids, tuple(found.names), values, errors, threshold)
+
+
+def evaluate(
+    model: Model,
+    images: ImageSet,
+    truth: GroundTruth,
+    *,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> tuple[dict[str, Any], Predictions]:
+    """Metrics of a fitted model on labelled images; the model never sees the labels.
+
+    Args:
+        model: From `fit` or `load_model`.
+        images: Test images.
+        truth: Labels and masks by global id.
+        device: Where the detector runs.
+        progress: Told about each piece.
+
+    Returns:
+        See `flawsift.metrics.evaluate`, with false_alarms_per_100 and missed_per_100 at the model's own threshold;
+        and the predictions.
+
+    Raises:
+        InputError: No image can be read, or an image has no label.
+    """
+    maps: list[npt.NDArray[np.float32]] = []
+    wants_maps = truth.select(images.ids).has_masks
+    found = predict(
+        model,
+        images,
+        device=device,
+        on_maps=(lambda _, prediction: maps.extend(_some(prediction.maps))) if wants_maps else None,
+        progress=progress,
+    )
+    readable = np.isfinite(found.scores)
+    if not readable.any():
+        raise InputError(f"None of the {len(images)} test images can be read.")
+    ids, scores = found.ids[readable], found.scores[readable]
+    result: dict[str, Any] = dict(metrics.evaluate(ids, scores, truth, maps if wants_maps else None))
+    labels = truth.select(ids).labels
+    stopped = None if found.threshold is None else scores > found.threshold.value
+    for key, cls, wrong in (("false_alarms_per_100", 0, stopped), ("missed_per_100", 1, stopped)):
+        mine = labels == cls
+        share = None if wrong is None or not mine.any() else float((wrong[mine] != bool(cls)).mean())
+        result[key] = None if share is None else 100 * share
+    result["n_unreadable"] = int((~readable).sum())
+    return result, found
+
+
+def _some(maps: npt.NDArray[np.float32] | None) -> Iterator[npt.NDArray[np.float32]]:
+    return iter(() if maps is None else maps)

@@ -1,0 +1,396 @@
+"""Stage 1 as one HTML page that needs nothing but a browser: who was set aside, why, and what to do next."""
+
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from flawsift.consensus import MIN_KEEP, own_mask
+from flawsift.errors import InputError
+from flawsift.files import ensure_folder, write_text
+from flawsift.images import ImageSet, UnreadableImage, name_some, show
+from flawsift.maps import to_image_grid
+from flawsift.overlays import Scale, colours, overlay, shrink
+from flawsift.screening import Screening
+
+NAME = "report.html"
+TITLE = "Screening report"
+THUMB = 320  # pixels: sharp at half a phone's width
+JPEG_QUALITY = 85
+MAP_SIZE = 256  # pixels; the grid that detectors bring their own maps to by default
+PEAK_SIZE, PEAK_BATCH = 64, 256  # peaks of thousands of maps, on a grid just fine enough for the smoothing's sigma of 1
+TOP_SHARE = 0.1  # a sub-model suspects at least this share of the images, however few were set aside
+MAX_UNREADABLE = 200  # rows; the table of the screening has all
+MIN_BINS, MAX_BINS = 12, 48  # fewer hide the shape, more leave single images
+TAIL_SPANS = 4  # the axis ends this many times the width of the kept side above the cut, so that both sides are seen
+
+
+@dataclass(frozen=True)
+class Card:
+    """One image as the page shows it.
+
+    Attributes:
+        rank: 1 is the most anomalous.
+        name: Relative path, printable.
+        kept: Whether it goes on to stage 2.
+        consensus, held_out: Scores as text.
+        votes: Sub-models that suspect the image on their own.
+        picture, heatmap: Data URIs; "" where there is none.
+        place: Where its map is highest, in words.
+        problem: Why there is no picture.
+    """
+
+    rank: int
+    name: str
+    kept: bool
+    consensus: str
+    held_out: str
+    votes: int
+    picture: str = ""
+    heatmap: str = ""
+    place: str = ""
+    problem: str = ""
+
+
+def write_screening_report(screening: Screening, images: ImageSet, folder: str | Path) -> Path:
+    """Write `folder/report.html` in one step.
+
+    Raises:
+        InputError: An id of the screening is not in the set, or is another image there.
+        OutputError: It cannot be written.
+    """
+    path = ensure_folder(folder) / NAME
+    write_text(path, screening_report(screening, images))
+    return path
+
+
+def screening_report(
+    screening: Screening, images: ImageSet, *, n_suspects: int = 24, n_borderline: int = 8, title: str = TITLE
+) -> str:
+    """Stage 1 as one self-contained HTML page.
+
+    Args:
+        screening: From `flawsift.screening.screen` or `flawsift.pipeline.screen`.
+        images: Where its pictures are read from; one that has vanished since is named without a picture.
+        n_suspects: How many of the highest-ranked images are shown.
+        n_borderline: How many around the cut are shown, half of them on each side.
+        title: Of the page.
+
+    Raises:
+        InputError: An id of the screening is not in the set, or is another image there.
+    """
+    environment = Environment(
+        loader=PackageLoader("flawsift", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    cards = _Cards(screening, _matching(images, screening))
+    unreadable = [(show(name), show(reason)) for name, reason in screening.unreadable.items()]
+    return environment.get_template(NAME).render(
+        title=title,
+        headline=headline(screening),
+        contamination=contamination_text(screening),
+        counts={"images": len(screening.ids), "removed": len(screening.removed), "kept": len(screening.kept)},
+        histogram=Histogram.of(screening.consensus, screening.is_kept),
+        **_pictured(screening, cards, n_suspects, n_borderline),
+        voters=cards.voters,
+        top_share=cards.top_share,
+        has_maps=cards.scale is not None,
+        ramp=_css_ramp(),
+        unreadable=unreadable[:MAX_UNREADABLE],
+        n_unreadable=len(unreadable),
+        details=list(_flat({"options": screening.options, **screening.provenance})),
+        normalize=screening.options.get("normalize", ""),
+    )
+
+
+def _matching(images: ImageSet, screening: Screening) -> ImageSet:
+    """The screening's view of a set; a folder that was listed anew may have other images under the same ids."""
+    view = images.select(screening.ids)
+    if other := [a for a, b in zip(view.names, screening.names, strict=True) if a != b]:
+        raise InputError(
+            f"{len(other)} ids of the screening belong to other images in this set: {name_some(other)}. "
+            "Give the set that was screened."
+        )
+    return view
+
+
+def _pictured(screening: Screening, cards: "_Cards", n_suspects: int, n_borderline: int) -> dict[str, Any]:
+    """The images that are shown: the highest-ranked, and those on both sides of the cut."""
+    ranking, removed = screening.ranking.tolist(), screening.removed.tolist()
+    kept = [i for i in ranking if i not in set(removed)] if removed else []
+    half = n_borderline // 2
+    return {
+        "suspects": [cards.of(i) for i in ranking[:n_suspects]],
+        # a line between the two only where all above it were set aside and all below it kept
+        "cut_after": len(removed) if ranking[: len(removed)] == removed else 0,
+        "last_removed": [cards.of(i) for i in removed[max(0, len(removed) - half) :]],
+        "first_kept": [cards.of(i) for i in kept[: n_borderline - half]],
+    }
+
+
+def headline(screening: Screening) -> str:
+    """The result in one sentence or two."""
+    n, n_kept, n_bad = len(screening.ids), len(screening.kept), len(screening.unreadable)
+    n_removed = n - n_kept
+    start = f"Of {n:,} {_plural(n, 'image')}, "
+    end = f"{n_kept:,} {'was' if n_kept == 1 else 'were'} kept."
+    if not n_removed:
+        text = f"{start}none was set aside; all were kept." if n > 1 else "The only image was kept."
+    elif screening.contamination is None:
+        text = f"{start}the {n_removed:,} most unusual {'was' if n_removed == 1 else 'were'} set aside; {end}"
+    else:
+        looks = "looks defective and was" if n_removed == 1 else "look defective and were"
+        text = f"{start}{n_removed:,} {looks} set aside; {end}"
+    return text + (f" {n_bad:,} {_plural(n_bad, 'file')} could not be read." if n_bad else "")
+
+
+def contamination_text(screening: Screening) -> str:
+    """Where the share that was set aside comes from."""
+    found = screening.contamination
+    if found is None:
+        if len(screening.kept) == len(screening.ids):
+            return "To keep all images was set by the user, so the share of defective ones was not estimated."
+        share = 100 * (1 - len(screening.kept) / max(1, len(screening.ids)))
+        return (
+            f"The share to set aside ({share:.0f}\u00a0%) was set by the user, not estimated from the images: "
+            "it says nothing about how many are defective."
+        )
+    if found.method.startswith("none"):
+        return f"The share of defective images could not be estimated ({found.method.removeprefix('none: ')})."
+    if found.alpha_hat <= 0:
+        return (
+            "No more images score high than would in a set of good images, so nothing was set aside. "
+            "Defects that look ordinary can still be among the highest-ranked."
+        )
+    text = f"Estimated share of defective images: {100 * found.alpha_hat:.1f}\u00a0% ({found.method}). "
+    if found.alpha_hat >= 1 - MIN_KEEP - 1e-9:
+        return text + "This is the largest share that the estimate can give; the true one may be higher."
+    return text + "The estimate errs on the low side when defects score like good images."
+
+
+class _Cards:
+    """Makes cards by global id; each image is read once."""
+
+    def __init__(self, screening: Screening, images: ImageSet) -> None:
+        self.screening, self.images = screening, images
+        self.position = {i: p for p, i in enumerate(screening.ids.tolist())}
+        self.rank = {i: r for r, i in enumerate(screening.ranking.tolist(), 1)}
+        self.kept = screening.is_kept
+        self.votes, self.voters, self.top_share = agreement(screening)
+        self.scale = map_scale(screening)
+        self._made: dict[int, Card] = {}
+
+    def of(self, id_: int) -> Card:
+        if id_ not in self._made:
+            self._made[id_] = self._make(id_)
+        return self._made[id_]
+
+    def _make(self, id_: int) -> Card:
+        p = self.position[id_]
+        s = self.screening
+        picture = heatmap = problem = ""
+        try:
+            image = self.images.image(id_)
+            picture = _data_uri(shrink(image, THUMB))
+            heatmap = self._heatmap(image, p)
+        except UnreadableImage as error:
+            problem = show(str(error))
+        return Card(
+            rank=self.rank[id_],
+            name=show(s.names[p]),
+            kept=bool(self.kept[p]),
+            consensus=_number(s.consensus[p]),
+            held_out=_number(s.held_out_scores[p]),
+            votes=int(self.votes[p]),
+            picture=picture,
+            heatmap=heatmap,
+            place=_place(s.grids[p]) if s.grids is not None else "",
+            problem=problem,
+        )
+
+    def _heatmap(self, image: Image.Image, p: int) -> str:
+        if self.screening.grids is None or self.scale is None:
+            return ""
+        grid = torch.from_numpy(np.nan_to_num(self.screening.grids[p].astype(np.float32)))
+        smooth = to_image_grid(grid.unsqueeze(0), MAP_SIZE)[0]
+        # full chroma resolution: the contour is one pixel wide
+        return _data_uri(overlay(image, smooth, self.scale, max_edge=THUMB), subsampling=0)
+
+
+def agreement(screening: Screening) -> tuple[npt.NDArray[np.int64], int, float]:
+    """How many sub-models suspect an image on their own, those that trained on it left out.
+
+    A sub-model suspects an image that is in the top share of all images that it did not train on. The share is the one
+    that was set aside, and 10 % at least. An image that ties with others is in the top only if all of them are.
+
+    Returns:
+        (N,) votes, the number of voters of each image, the top share.
+    """
+    scores, (n_partitions, n) = screening.score_matrix, screening.subset_of.shape
+    own = own_mask(screening.subset_of, len(scores) // n_partitions)
+    if own.all(0).any():  # a single subset: nobody is held out, so everybody votes
+        own = np.zeros_like(own)
+    share = max(TOP_SHARE, 1 - len(screening.kept) / n)
+    votes = np.zeros(n, np.int64)
+    for row, mine in zip(scores, own, strict=True):
+        others = np.sort(row[~mine])
+        at_or_above = len(others) - np.searchsorted(others, row, "left")
+        votes += ~mine & (at_or_above <= max(1, round(share * len(others))))
+    return votes, int((~own).sum(0).max()), share
+
+
+def map_scale(screening: Screening) -> Scale | None:
+    """Colours anchored to the kept images; None without maps.
+
+    Transparent up to the median of the kept images' peaks, outlined from the 99 % quantile on: of the smoothed maps,
+    as they are shown, since smoothing lowers a peak.
+    """
+    if screening.grids is None:
+        return None
+    kept = torch.from_numpy(np.nan_to_num(screening.grids[screening.is_kept]))
+    parts = [to_image_grid(part.float(), PEAK_SIZE).amax((1, 2)) for part in kept.split(PEAK_BATCH)]
+    return Scale.of(torch.cat(parts).numpy(), None)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of consensus scores, drawn in a box of `WIDTH` x `HEIGHT` units.
+
+    Attributes:
+        bars: (x, y, width, height, kept, text) of each coloured bar.
+        x_ticks, y_ticks: (position, text).
+        cut: Position of the cut line, or None where no score parts kept from removed.
+        table: (from, to, kept, removed) of each bin that is not empty.
+        n_beyond: Images above the axis, counted in the last bin.
+    """
+
+    bars: Sequence[tuple[float, float, float, float, bool, str]]
+    x_ticks: Sequence[tuple[float, str]]
+    y_ticks: Sequence[tuple[float, str]]
+    cut: float | None
+    table: Sequence[tuple[str, str, int, int]]
+    n_beyond: int
+
+    WIDTH: ClassVar[float] = 720.0
+    HEIGHT: ClassVar[float] = 220.0
+
+    @classmethod
+    def of(cls, scores: npt.NDArray[np.float64], is_kept: npt.NDArray[np.bool_]) -> Self:
+        """From (N,) scores and (N,) whether each image was kept."""
+        finite = np.isfinite(scores)
+        scores, is_kept = scores[finite], is_kept[finite]
+        cut = _cut(scores, is_kept)
+        edges = _bin_edges(scores, cut)
+        clipped = np.clip(scores, edges[0], edges[-1])
+        counts = np.stack([np.histogram(clipped[side], edges)[0] for side in (is_kept, ~is_kept)], axis=1)  # (bins, 2)
+        step = _nice_step(int(counts.sum(1).max()), 5, least=1)
+        y_max = step * max(1, np.ceil(counts.sum(1).max() / step))
+        x_step = _nice_step(edges[-1] - edges[0], 6)
+        per_unit = cls.WIDTH / (edges[-1] - edges[0])
+        x_values = x_step * np.arange(np.ceil(edges[0] / x_step), np.floor(edges[-1] / x_step) + 1)
+        labels = [_number(edge) for edge in edges]
+        return cls(
+            bars=list(_bars(counts, labels, cls.WIDTH / (len(edges) - 1), cls.HEIGHT / y_max)),
+            x_ticks=[(per_unit * (x - edges[0]), _number(x)) for x in x_values],
+            y_ticks=[(cls.HEIGHT * (1 - y / y_max), f"{y:,.0f}") for y in np.arange(0, y_max + step / 2, step)],
+            cut=None if cut is None else per_unit * (cut - edges[0]),
+            table=[(labels[b], labels[b + 1], int(k), int(r)) for b, (k, r) in enumerate(counts) if k or r],
+            n_beyond=int((scores > edges[-1] + 1e-6 * (edges[1] - edges[0])).sum()),
+        )
+
+
+def _bars(
+    counts: npt.NDArray[np.int64], labels: Sequence[str], width: float, per_count: float
+) -> Iterator[tuple[float, float, float, float, bool, str]]:
+    """Kept below, removed on top of them."""
+    for b, pair in enumerate(counts):
+        base = Histogram.HEIGHT
+        for count, is_kept in zip(pair.tolist(), (True, False), strict=True):
+            if not count:
+                continue
+            height = max(2.0, per_count * count)  # a single image in thousands must still be seen
+            base -= height
+            text = f"{count:,} {'kept' if is_kept else 'set aside'}, {labels[b]} to {labels[b + 1]}"
+            yield b * width, base, max(1.0, width - 1), height, is_kept, text
+
+
+def _cut(scores: npt.NDArray[np.float64], is_kept: npt.NDArray[np.bool_]) -> float | None:
+    """The score between kept and removed, where there is one."""
+    if is_kept.all() or not is_kept.any():
+        return None
+    highest_kept, lowest_removed = scores[is_kept].max(), scores[~is_kept].min()
+    return float((highest_kept + lowest_removed) / 2) if highest_kept <= lowest_removed else None
+
+
+def _bin_edges(scores: npt.NDArray[np.float64], cut: float | None) -> npt.NDArray[np.float64]:
+    """Equal bins with an edge at the cut, so that no bar is half kept; a far tail is cut off."""
+    if not len(scores) or scores.min() == scores.max():
+        middle = float(scores[0]) if len(scores) else 0.0
+        low, high = middle - 0.5 * max(1.0, abs(middle)), middle + 0.5 * max(1.0, abs(middle))
+        return np.linspace(low, high, MIN_BINS)
+    low, high = float(scores.min()), float(scores.max())
+    pivot = max(cut if cut is not None else float(np.quantile(scores, 0.75)), low + (high - low) / 1000)
+    high = min(high, pivot + TAIL_SPANS * (pivot - low))
+    n_bins = int(np.clip(2 * np.sqrt(len(scores)), MIN_BINS, MAX_BINS))
+    width = (high - low) / n_bins
+    start = low if cut is None else cut - width * np.ceil((cut - low) / width - 1e-9)
+    count = max(1, int(np.ceil((high - start) / width - 1e-9)))
+    return np.linspace(start, start + count * width, count + 1)
+
+
+def _nice_step(span: float, n_ticks: int, *, least: float = 0.0) -> float:
+    """1, 2 or 5 times a power of ten, for about `n_ticks` ticks in a span."""
+    rough = max(span / n_ticks, least, 1e-12)
+    power = 10.0 ** np.floor(np.log10(rough))
+    return float(next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9)))
+
+
+def _place(grid: npt.NDArray[np.float16]) -> str:
+    """Where a map is highest, for those who cannot see it."""
+    h, w = grid.shape
+    row, column = divmod(int(np.nan_to_num(grid.astype(np.float32), nan=-np.inf).argmax()), w)
+    return f"highest {100 * (column + 0.5) / w:.0f} % from the left and {100 * (row + 0.5) / h:.0f} % from the top"
+
+
+def _data_uri(image: Image.Image, *, subsampling: int = -1) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=subsampling)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _css_ramp() -> str:
+    """The heatmap's colours as stops of a CSS gradient."""
+    stops = colours(np.linspace(0, 1, 9)).tolist()
+    return ", ".join(f"rgba({r}, {g}, {b}, {a / 255:.2f})" for r, g, b, a in stops)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as (dotted name, text)."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            yield show(name), show(", ".join(map(str, value)))
+        else:
+            yield show(name), "none" if value is None else show(str(value))
+
+
+def _number(value: float) -> str:
+    """Four significant digits, no negative zero."""
+    return f"{value + 0.0:.4g}" if abs(value) > 1e-12 else "0"
+
+
+def _plural(n: int, noun: str) -> str:
+    return noun if n == 1 else f"{noun}s"

@@ -1,0 +1,374 @@
+"""Stage 1: which images of a contaminated set to trust, by sub-models that have not seen them.
+
+    images -> k random disjoint subsets -> k sub-models -> (k, N) score matrix -> consensus -> kept ids
+
+After "Leveraging Learning Bias for Noisy Anomaly Detection" (LLBNAD, arXiv 2508.07441, equations 1 to 5). Everything is
+addressed by global ids: stage 2 receives ids, never positions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from flawsift.consensus import (
+    COMBINE,
+    Consensus,
+    Contamination,
+    Floats,
+    Normalize,
+    combine,
+    estimate_contamination,
+    held_out_mean,
+    keep_lowest,
+    normalize_scores,
+    own_mask,
+    robust_units,
+)
+from flawsift.detector import Detector, resolve_device
+from flawsift.errors import InputError, ParameterError
+from flawsift.files import write_bytes
+from flawsift.images import Ids, ImageSet
+from flawsift.maps import top_mean
+from flawsift.progress import Progress, silent
+
+TOP_SHARE = 0.01  # of the patches, for an image's divergence: the paper's code scores images by the top 1 % too
+
+
+class ScreenOptions(TypedDict, total=False):
+    """The options of stage 1; see `screen`."""
+
+    n_subsets: int
+    n_partitions: int
+    keep: float | Literal["auto"]
+    consensus: Consensus
+    normalize: Normalize
+    exclude_own: bool
+    divergence_weight: float
+
+
+PRESETS: Mapping[str, ScreenOptions] = {
+    # section IV-A of the paper: k = 5, t = 40 %, plain mean of all sub-models, the native one included
+    "paper": {
+        "n_subsets": 5,
+        "n_partitions": 1,
+        "keep": 0.4,
+        "consensus": "mean",
+        "normalize": "none",
+        "exclude_own": False,
+        "divergence_weight": 0.0,
+    },
+    # held-out scores only, on one scale, and a share that follows from the data
+    "default": {
+        "n_subsets": 5,
+        "n_partitions": 1,
+        "keep": "auto",
+        "consensus": "mean",
+        "normalize": "robust",
+        "exclude_own": True,
+        "divergence_weight": 0.0,
+    },
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Screening:
+    """The result of stage 1, as data: it can be saved, read, edited and given to stage 2.
+
+    Attributes:
+        ids: (N,) global ids.
+        names: (N,) relative paths.
+        subset_of: (R, N) subset of each image in each of R partitions.
+        score_matrix: (R * k, N) raw scores; row r * k + j is sub-model j of partition r.
+        held_out_scores: (N,) mean raw score over the sub-models that did not train on the image.
+        consensus: (N,) what is ranked; higher is more anomalous.
+        divergence: (N,) equation 2, or None when its weight is 0.
+        kept: (m,) global ids for stage 2, in the order of `ids`.
+        contamination: The estimate behind keep="auto", else None.
+        options: Every option of stage 1, defaults included.
+        grids: (N, h, w) float16 mean held-out maps on the patch grid, or None.
+        unreadable: {relative path: reason} of images that could not be used.
+        provenance: Detector, backbone, versions, digests: whatever the caller wants kept.
+    """
+
+    ids: Ids
+    names: Sequence[str]
+    subset_of: npt.NDArray[np.int64]
+    score_matrix: npt.NDArray[np.float32]
+    held_out_scores: Floats
+    consensus: Floats
+    divergence: Floats | None
+    kept: Ids
+    contamination: Contamination | None
+    options: Mapping[str, Any]
+    grids: npt.NDArray[np.float16] | None = None
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_kept(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether each image goes on to stage 2."""
+        return np.isin(self.ids, self.kept)
+
+    @property
+    def removed(self) -> Ids:
+        """Ids that stage 2 does not see, the most anomalous first."""
+        out = ~self.is_kept
+        return self.ids[out][np.argsort(-self.consensus[out], kind="stable")]
+
+    @property
+    def ranking(self) -> Ids:
+        """All ids, the most anomalous first."""
+        return self.ids[np.argsort(-self.consensus, kind="stable")]
+
+
+def screen(
+    train: ImageSet,
+    detector: Detector,
+    *,
+    n_subsets: int = 5,
+    n_partitions: int = 1,
+    keep: float | Literal["auto"] = "auto",
+    consensus: Consensus = "mean",
+    normalize: Normalize = "robust",
+    exclude_own: bool = True,
+    divergence_weight: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+    checkpoint: Path | None = None,
+    on_submodel: Callable[[Detector], None] | None = None,
+    progress: Progress = silent,
+) -> Screening:
+    """Split, train k sub-models, score every image with all of them, rank by consensus, keep the lowest.
+
+    Args:
+        train: N images with features attached; its groups stay whole.
+        detector: Any unfitted detector; each sub-model is a clone of it.
+        n_subsets: k, disjoint subsets of a random partition (equation 1).
+        n_partitions: R, independent partitions; their R * k sub-models vote together.
+        keep: Share of the images kept, floor(keep * N) (equation 4), or "auto" from an estimate of the contamination.
+        consensus: How an image's scores become one (equation 3 is the mean).
+        normalize: How sub-models come on one scale first: "robust" by median and MAD of each one's held-out scores,
+            "rank" by ranks among them, "none" as the paper.
+        exclude_own: Leave out the sub-model that trained on the image. The paper keeps it; a memory bank scores its
+            own images near zero.
+        divergence_weight: Weight of the divergence of equation 2 beside the consensus, both in robust units.
+        seed: Of the partitions. Sub-models use the detector's own seed.
+        device: Where sub-models run.
+        checkpoint: A folder for finished sub-models' scores, so that a killed run goes on where it was.
+        on_submodel: Called with each sub-model that was trained now (not with those resumed).
+        progress: Told about each sub-model.
+
+    Raises:
+        ParameterError: An option is out of range.
+        InputError: Fewer images (or groups) than subsets.
+    """
+    options = {
+        "n_subsets": n_subsets,
+        "n_partitions": n_partitions,
+        "keep": keep,
+        "consensus": consensus,
+        "normalize": normalize,
+        "exclude_own": exclude_own,
+        "divergence_weight": divergence_weight,
+    }
+    check_options(options)
+    subset_of = np.stack([split(train, n_subsets, seed=seed, partition=r) for r in range(n_partitions)])
+    runs = _Runs(train, detector, subset_of, n_subsets, resolve_device(device), checkpoint, progress)
+    keep_models = divergence_weight > 0
+    models = runs.all(on_submodel, keep_models=keep_models)
+    own = own_mask(subset_of, n_subsets)
+    comparable = normalize_scores(runs.scores, own, normalize)
+    voted = combine(comparable, own, consensus, exclude_own=exclude_own)
+    spread = None
+    if keep_models:
+        spread = divergence(train, models, comparable, subset_of, n_subsets, resolve_device(device))
+        voted = robust_units(voted) + divergence_weight * robust_units(spread)
+    estimate = estimate_contamination(voted) if keep == "auto" else None
+    share = 1 - estimate.alpha_hat if estimate else float(keep)
+    return Screening(
+        ids=train.ids,
+        names=train.names,
+        subset_of=subset_of,
+        score_matrix=runs.scores,
+        held_out_scores=held_out_mean(runs.scores, own),
+        consensus=voted,
+        divergence=spread,
+        kept=keep_lowest(train.ids, voted, share),
+        contamination=estimate,
+        options={**options, "seed": seed, "keep_share": share},
+        grids=runs.mean_grids(),
+    )
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ParameterError for the first option of stage 1 that is out of range."""
+    keep, k = options["keep"], options["n_subsets"]
+    least = 2 if options["exclude_own"] else 1
+    checks = {
+        "n_subsets": (k >= least, f"be at least {least}" + (" when exclude_own is set" if least == 2 else "")),
+        "n_partitions": (options["n_partitions"] >= 1, "be at least 1"),
+        "keep": (keep == "auto" or (isinstance(keep, float | int) and 0 < keep <= 1), "be 'auto' or in (0, 1]"),
+        "consensus": (options["consensus"] in COMBINE, f"be one of {sorted(COMBINE)}"),
+        "normalize": (options["normalize"] in ("none", "robust", "rank"), "be 'none', 'robust' or 'rank'"),
+        "divergence_weight": (options["divergence_weight"] >= 0, "not be negative"),
+    }
+    if options["divergence_weight"] > 0 and k < 2:
+        checks["n_subsets"] = (False, "be at least 2 for a divergence")
+    for name, (holds, constraint) in checks.items():
+        if not holds:
+            raise ParameterError(f"screen: {name} must {constraint}, got {options[name]!r}.")
+
+
+def split(train: ImageSet, n_subsets: int, *, seed: int, partition: int = 0) -> npt.NDArray[np.int64]:
+    """A random partition (equation 1): (N,) subset of each image.
+
+    Sizes differ by at most one image; with groups, whole groups go to the smallest subset so far, large ones first.
+
+    Raises:
+        InputError: Fewer groups than subsets.
+    """
+    generator = np.random.default_rng([seed, partition])
+    members: dict[str, list[int]] = {}
+    for position, group in enumerate(train.group_names):
+        members.setdefault(group, []).append(position)
+    if len(members) < n_subsets:
+        what = "images" if len(members) == len(train) else "groups of images"
+        raise InputError(
+            f"{n_subsets} subsets need at least {n_subsets} {what}, got {len(members)}. "
+            "Use fewer subsets (--subsets) or add images."
+        )
+    groups = list(members.values())
+    shuffled = [groups[g] for g in generator.permutation(len(groups))]
+    shuffled.sort(key=len, reverse=True)  # stable: equal sizes stay shuffled
+    result = np.empty(len(train), np.int64)
+    sizes = np.zeros(n_subsets, np.int64)
+    for positions in shuffled:
+        smallest = int(sizes.argmin())
+        result[positions] = smallest
+        sizes[smallest] += len(positions)
+    return result
+
+
+def divergence(
+    train: ImageSet,
+    models: Sequence[Detector],
+    comparable: Floats,
+    subset_of: npt.NDArray[np.int64],
+    n_subsets: int,
+    device: str,
+) -> Floats:
+    """Equation 2: how far the native sub-model's view of an image lies from the others', (N,).
+
+    Delta(x) = 1 / (k - 1) sum over l != j of |f_l(x) - f_j(x)|, j the native sub-model. f is what the detector expects
+    in place of each patch, where it has such a notion (L2 over channels, mean of the top 1 % of the patches), else the
+    normalised score. Averaged over partitions.
+    """
+    position = {int(i): p for p, i in enumerate(train.ids)}
+    result = np.zeros(len(train))
+    for r, subsets in enumerate(subset_of):
+        rows = slice(r * n_subsets, (r + 1) * n_subsets)
+        native = comparable[rows][subsets, np.arange(len(train))]  # (N,)
+        on_scores = np.abs(comparable[rows] - native).sum(0) / (n_subsets - 1)
+        result += on_scores
+        with torch.inference_mode():
+            for batch in train.batches(models[0].layers, pixels=models[0].reads_pixels):
+                views = [m._expected(batch, device) for m in models[rows]]
+                known = [v.cpu() for v in views if v is not None]
+                if len(known) < n_subsets:
+                    break  # no notion of an expected patch: the scores stand
+                at = np.array([position[int(i)] for i in batch.ids])
+                result[at] += _feature_divergence(torch.stack(known), subsets[at]) - on_scores[at]
+    return result / len(subset_of)
+
+
+def _feature_divergence(views: Tensor, native: npt.NDArray[np.int64]) -> Floats:
+    """(B,) from (k, B, C, h, w) views and the native sub-model of each image."""
+    k, b = views.shape[:2]
+    mine = views[torch.from_numpy(native), torch.arange(b)]  # (B, C, h, w)
+    distance = (views - mine).norm(dim=2).sum(0) / (k - 1)  # (B, h, w); the native's own term is 0
+    return top_mean(distance, TOP_SHARE).double().numpy()
+
+
+@dataclass(eq=False)
+class _Runs:
+    """All sub-models of all partitions, one after the other, resumable."""
+
+    train: ImageSet
+    detector: Detector
+    subset_of: npt.NDArray[np.int64]
+    n_subsets: int
+    device: str
+    checkpoint: Path | None
+    progress: Progress
+    scores: npt.NDArray[np.float32] = field(init=False)
+    _grid_sum: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n_models = len(self.subset_of) * self.n_subsets
+        self.scores = np.empty((n_models, len(self.train)), np.float32)
+
+    def all(self, on_submodel: Callable[[Detector], None] | None, *, keep_models: bool) -> list[Detector]:
+        """Fill `scores`; return the sub-models only when they are to be kept."""
+        models = []
+        n_models = len(self.scores)
+        for m in range(n_models):
+            self.progress("sub-models", m, n_models)
+            stored = None if keep_models else self._resume(m)
+            if stored is None:
+                model = self.detector.clone().fit(self._subset(m), device=self.device)
+                self.scores[m], grids = model.predict_grids(self.train, device=self.device)
+                self._store(m, grids)
+                if keep_models:
+                    models.append(model)
+                if on_submodel is not None:
+                    on_submodel(model)
+                del model
+            else:
+                self.scores[m], grids = stored
+            self._add_grids(m, grids)
+        self.progress("sub-models", n_models, n_models)
+        return models
+
+    def mean_grids(self) -> npt.NDArray[np.float16] | None:
+        """(N, h, w) mean over the sub-models that did not see the image."""
+        if self._grid_sum is None:
+            return None
+        others = max(1, self.n_subsets - 1) * len(self.subset_of)
+        # far beyond any real score, but float16 must not overflow
+        mean: npt.NDArray[np.float16] = (self._grid_sum / others).clamp(-6e4, 6e4).half().numpy()
+        return mean
+
+    def _subset(self, m: int) -> ImageSet:
+        r, j = divmod(m, self.n_subsets)
+        return self.train.select(self.train.ids[self.subset_of[r] == j])
+
+    def _add_grids(self, m: int, grids: Tensor) -> None:
+        r, j = divmod(m, self.n_subsets)
+        if self._grid_sum is None:
+            self._grid_sum = torch.zeros_like(grids, dtype=torch.float32)
+        others = torch.from_numpy(self.subset_of[r] != j) if self.n_subsets > 1 else slice(None)
+        self._grid_sum[others] += grids[others].float()
+
+    def _path(self, m: int) -> Path | None:
+        return None if self.checkpoint is None else self.checkpoint / f"submodel-{m}.safetensors"
+
+    def _store(self, m: int, grids: Tensor) -> None:
+        path = self._path(m)
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, save({"scores": torch.from_numpy(self.scores[m]), "grids": grids.contiguous()}))
+
+    def _resume(self, m: int) -> tuple[npt.NDArray[np.float32], Tensor] | None:
+        path = self._path(m)
+        if path is None or not path.exists():
+            return None
+        stored = load(path.read_bytes())
+        return stored["scores"].numpy(), stored["grids"]

@@ -1,0 +1,527 @@
+"""The screening report and the overlays in it: what it says, that it is one safe file, and what colours mean."""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+
+from flawsift.consensus import Contamination
+from flawsift.errors import InputError, OutputError
+from flawsift.images import ImageSet
+from flawsift.overlays import Scale, overlay, save_overlay
+from flawsift.report import Histogram, agreement, map_scale, screening_report, write_screening_report
+from flawsift.screening import Screening
+
+N, K = 40, 5
+ESTIMATE = Contamination(0.2, "Gumbel tail excess", {"observed": 0.25})
+MARKUP = "<img src=x onerror=alert(1)>.png"
+
+# ---- material ------------------------------------------------------------------------------------------------------
+
+
+def noise(n: int, edge: int = 24, seed: int = 0) -> list[npt.NDArray[np.uint8]]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, 256, (edge, edge, 3), dtype=np.uint8) for _ in range(n)]
+
+
+def make_screening(images: ImageSet, n_removed: int = 8, **changes: Any) -> Screening:
+    """Consensus in a shuffled order of the ids; the last sub-models' scores equal it, up to small noise."""
+    n = len(images)
+    generator = np.random.default_rng(1)
+    consensus = generator.permutation(n).astype(np.float64) - n / 2
+    kept = images.ids[np.sort(np.argsort(consensus)[: n - n_removed])]
+    made = Screening(
+        ids=images.ids,
+        names=images.names,
+        subset_of=(np.arange(n) % K)[None],
+        score_matrix=(consensus + generator.uniform(-0.1, 0.1, (K, n))).astype(np.float32),
+        held_out_scores=consensus + 100,
+        consensus=consensus,
+        divergence=None,
+        kept=kept,
+        contamination=ESTIMATE,
+        options={"n_subsets": K, "keep": "auto", "normalize": "robust"},
+        grids=generator.uniform(0, 1, (n, 4, 6)).astype(np.float16),
+        provenance={"detector": {"name": "patchcore", "params": {"coreset_ratio": 0.1, "layers": ["a", "b"]}}},
+    )
+    return replace(made, **changes)
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSet:
+    return ImageSet.from_arrays(noise(N), ids=range(100, 100 + N))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "images"
+    root.mkdir()
+    for i, array in enumerate(noise(N - 2)):
+        Image.fromarray(array).save(root / f"part-{i:02d}.png")
+    Image.fromarray(noise(1)[0]).save(root / MARKUP, "PNG")
+    Image.fromarray(noise(1)[0]).save(root / "a & b.png", "PNG")
+    return root
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: elements, and the cards of each section."""
+
+    VOID = frozenset({"meta", "img", "link", "br", "hr", "input"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.cards: dict[str, list[dict[str, Any]]] = {}
+        self.text: dict[str, str] = {}
+        self.open: list[str] = []
+        self._section = ""
+        self._in_name = False
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {key: value or "" for key, value in attrs}
+        self.elements.append((tag, values))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "section":
+            self._section = values["id"]
+        elif values.get("class") == "card":
+            self.cards.setdefault(self._section, []).append({"images": [], "name": "", "text": ""})
+        elif tag == "img":
+            self.cards[self._section][-1]["images"].append(values)
+        elif tag == "h3":
+            self._in_name = True
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag == "h3":
+            self._in_name = False
+        if tag == "section":
+            self._section = ""
+
+    def handle_data(self, data: str) -> None:
+        self.text[self._section] = self.text.get(self._section, "") + data
+        if "li" in self.open and self._section in ("suspects", "borderline"):
+            card = self.cards[self._section][-1]
+            card["text"] += data
+            if self._in_name:
+                card["name"] += data
+
+    def names(self, section: str) -> list[str]:
+        return [card["name"].strip() for card in self.cards.get(section, [])]
+
+    def tags(self, tag: str) -> list[dict[str, str]]:
+        return [values for name, values in self.elements if name == tag]
+
+
+def ranked(screening: Screening) -> list[str]:
+    return [screening.names[p] for p in np.argsort(-screening.consensus)]
+
+
+def picture(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition("base64,")[2])))
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+
+def test_suspects_are_in_rank_order_with_their_numbers(images: ImageSet) -> None:
+    screening = make_screening(images)
+    page = Page(screening_report(screening, images, n_suspects=11))
+    assert page.names("suspects") == ranked(screening)[:11]
+    best = int(np.argmax(screening.consensus))
+    text = " ".join(page.cards["suspects"][0]["text"].split())
+    assert "Rank 1 set aside" in text
+    assert f"Consensus {screening.consensus[best]:.4g}" in text
+    assert f"Held-out score {screening.held_out_scores[best]:.4g}" in text
+    assert "Sub-models agreeing 4 of 4" in text
+    states = ["set aside" if "set aside" in card["text"] else "kept" for card in page.cards["suspects"]]
+    assert states == ["set aside"] * 8 + ["kept"] * 3
+    assert "cut: images from here on were kept" in page.cards["suspects"][7]["text"]
+
+
+def test_pictures_belong_to_their_cards(images: ImageSet) -> None:
+    flat = ImageSet.from_arrays([np.full((8, 16, 3), 6 * i, np.uint8) for i in range(N)])
+    screening = make_screening(flat)
+    for card in Page(screening_report(screening, flat)).cards["suspects"]:
+        shown = np.asarray(picture(card["images"][0]["src"]).convert("L"))
+        assert shown.shape == (8, 16)
+        assert abs(shown.mean() - 6 * list(screening.names).index(card["name"].strip())) < 2
+
+
+def test_borderline_shows_both_sides_of_the_cut(images: ImageSet) -> None:
+    screening = make_screening(images)
+    page = Page(screening_report(screening, images, n_suspects=2, n_borderline=6))
+    assert page.names("borderline") == ranked(screening)[5:11]
+    assert "6 more were set aside" in " ".join(page.text["suspects"].split())
+
+
+def test_headline_and_estimate(images: ImageSet) -> None:
+    text = " ".join(Page(screening_report(make_screening(images), images)).text[""].split())
+    assert "Of 40 images, 8 look defective and were set aside; 32 were kept." in text
+    assert "Estimated share of defective images: 20.0 % (Gumbel tail excess)" in text
+    one = " ".join(Page(screening_report(make_screening(images, 1), images)).text[""].split())
+    assert "1 looks defective and was set aside; 39 were kept." in one
+
+
+def test_a_share_set_by_the_user_is_not_called_an_estimate(images: ImageSet) -> None:
+    text = " ".join(Page(screening_report(make_screening(images, 24, contamination=None), images)).text[""].split())
+    assert "the 24 most unusual were set aside; 16 were kept" in text
+    assert "(60 %) was set by the user" in text
+    assert "look defective" not in text
+    assert "Estimated" not in text
+
+
+def test_markup_in_names_is_text(folder: Path) -> None:
+    files = ImageSet.from_folder(folder)
+    order = np.array([2.0 if name == MARKUP else 1.0 if name == "a & b.png" else 0.0 for name in files.names])
+    screening = make_screening(files, consensus=order, unreadable={"<b>x</b>.png": "<i>why</i>"})
+    screening = replace(screening, kept=files.ids[order == 0], provenance={"<script>": "<script>alert(1)</script>"})
+    text = screening_report(screening, files, title="</title><script>alert(2)</script>")
+    page = Page(text)
+    assert page.names("suspects")[:2] == [MARKUP, "a & b.png"]
+    assert {values["src"][:5] for values in page.tags("img")} == {"data:"}
+    assert not any(key.startswith("on") for _, values in page.elements for key in values)
+    assert not {"script", "b", "i"} & {tag for tag, _ in page.elements}
+    assert "<b>x</b>.png" in page.text["unreadable"]
+    assert "<i>why</i>" in page.text["unreadable"]
+
+
+def test_names_that_are_not_utf8_are_escaped(tmp_path: Path, images: ImageSet) -> None:
+    names = [f"caf\udce9-{i}.png" for i in range(N)]
+    files = ImageSet.from_files(tmp_path, dict(enumerate(names)))
+    path = write_screening_report(make_screening(files, unreadable={"\udcff.png": "bad"}), files, tmp_path)
+    text = html.unescape(path.read_text("utf-8"))
+    assert "caf\\udce9-" in text
+    assert "\\udcff.png" in text
+
+
+def test_page_needs_nothing_but_itself(images: ImageSet) -> None:
+    text = screening_report(make_screening(images), images)
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
+    loaded = [values[key] for _, values in page.elements for key in ("src", "srcset", "href", "data") if key in values]
+    assert loaded
+    assert all(address.startswith(("data:image/", "#")) for address in loaded)
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "url(" not in text
+    assert "@import" not in text
+    targets = {values["id"] for _, values in page.elements if "id" in values}
+    assert {values["href"][1:] for values in page.tags("a")} <= targets
+
+
+def test_pictures_and_drawings_have_a_text_alternative(images: ImageSet) -> None:
+    grids = np.zeros((N, 4, 5), np.float16)
+    grids[:, 3, 0] = 1  # bottom left
+    page = Page(screening_report(make_screening(images, grids=grids), images))
+    assert all(values["alt"] for values in page.tags("img"))
+    heatmap = page.cards["suspects"][0]["images"][1]
+    assert "10 % from the left and 88 % from the top" in heatmap["alt"]
+    svg = page.tags("svg")[0]
+    assert svg["role"] == "img"
+    assert svg["aria-labelledby"].split() == ["histogram-title", "histogram-text"]
+
+
+def test_unreadable_files_are_listed_up_to_a_limit(images: ImageSet) -> None:
+    page = Page(screening_report(make_screening(images, unreadable={"x/1.png": "empty file (0 bytes)"}), images))
+    assert "x/1.png" in page.text["unreadable"]
+    assert "empty file (0 bytes)" in page.text["unreadable"]
+    assert "more in" not in page.text["unreadable"]
+    assert "1 file could not be read." in page.text[""]
+    many = {f"bad-{i}.png": "damaged" for i in range(207)}
+    shown = Page(screening_report(make_screening(images, unreadable=many), images)).text["unreadable"]
+    assert shown.count("damaged") == 200
+    assert "and 7 more in" in shown
+    assert "All files could be read." in Page(screening_report(make_screening(images), images)).text["unreadable"]
+
+
+def test_parameters_and_next_steps_are_there(images: ImageSet) -> None:
+    page = Page(screening_report(make_screening(images), images))
+    rows = " ".join(page.text["details"].split())
+    for expected in ("options.n_subsets 5", "detector.params.coreset_ratio 0.1", "detector.params.layers a, b"):
+        assert expected in rows
+    assert "flawsift fit IMAGES --out MODEL --screening DIR" in page.text["next"]
+
+
+def test_nothing_removed(images: ImageSet) -> None:
+    screening = make_screening(images, 0, contamination=Contamination(0.0, "Gumbel tail excess", {}))
+    page = Page(screening_report(screening, images))
+    assert "Of 40 images, none was set aside; all were kept." in page.text[""]
+    assert page.names("suspects") == ranked(screening)[:24]
+    assert page.names("borderline") == []
+    assert "there is no cut" in page.text["borderline"]
+    assert not [values for values in page.tags("line") if values["class"] == "cut"]
+
+
+def test_without_grids_only_thumbnails(images: ImageSet) -> None:
+    page = Page(screening_report(make_screening(images, grids=None), images))
+    assert {len(card["images"]) for card in page.cards["suspects"]} == {1}
+    with_maps = Page(screening_report(make_screening(images), images))
+    assert {len(card["images"]) for card in with_maps.cards["suspects"]} == {2}
+
+
+def test_a_vanished_file_is_named_without_a_picture(folder: Path) -> None:
+    files = ImageSet.from_folder(folder)
+    screening = make_screening(files)
+    gone = ranked(screening)[1]
+    (folder / gone).unlink()
+    cards = Page(screening_report(screening, files)).cards["suspects"]
+    assert [len(card["images"]) for card in cards[:3]] == [2, 0, 2]
+    assert "cannot be read: No such file" in cards[1]["text"]
+    assert cards[1]["name"].strip() == gone
+
+
+def test_another_set_is_refused(folder: Path, images: ImageSet) -> None:
+    files = ImageSet.from_folder(folder)
+    screening = make_screening(files)
+    (folder / files.names[0]).unlink()
+    (folder / "zzz.png").write_bytes((folder / files.names[1]).read_bytes())
+    with pytest.raises(InputError, match="40 ids of the screening belong to other images"):
+        screening_report(screening, ImageSet.from_folder(folder))
+    with pytest.raises(InputError, match="not in this set"):
+        screening_report(screening, images)
+
+
+def test_size_is_bounded_with_thousands_of_large_images(tmp_path: Path) -> None:
+    worst = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)  # noise does not compress
+    large = ImageSet.from_arrays([worst] * 5000)
+    path = write_screening_report(make_screening(large, 300), large, tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / "report.html"
+    page = Page(path.read_text("utf-8"))
+    assert len(page.tags("img")) == 2 * (24 + 8)
+    assert picture(page.tags("img")[0]["src"]).size == (320, 320)
+    assert path.stat().st_size < 15e6
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_tiny_and_constant_sets(n: int) -> None:
+    tiny = ImageSet.from_arrays(noise(n, edge=1))
+    screening = replace(
+        make_screening(tiny, 0),
+        consensus=np.zeros(n),
+        score_matrix=np.ones((1, n), np.float32),
+        subset_of=np.zeros((1, n), np.int64),
+        grids=np.zeros((n, 1, 1), np.float16),
+        contamination=Contamination(0.0, "none: too few or constant scores", {}),
+    )
+    page = Page(screening_report(screening, tiny))
+    assert len(page.names("suspects")) == n
+    assert "could not be estimated (too few or constant scores)" in page.text[""]
+
+
+# ---- numbers behind the page ---------------------------------------------------------------------------------------
+
+
+def test_agreement_leaves_the_own_sub_model_out() -> None:
+    images = ImageSet.from_arrays(noise(20, edge=2))
+    scores = np.tile(np.arange(20, dtype=np.float32), (K, 1))
+    scores[0, 0] = 1000  # sub-model 0 trained on image 0: its vote must not count
+    scores[1, 5] = 1000  # image 5 is in subset 0 as well: sub-model 1's vote counts
+    screening = make_screening(images, 2, score_matrix=scores)
+    votes, voters, share = agreement(screening)
+    assert (voters, share) == (4, 0.1)
+    # of the 16 images that a sub-model did not see, 10 % are the highest 2
+    assert votes[[0, 5, 19, 18]].tolist() == [0, 1, 4, 3]
+    assert votes[:5].sum() == 0
+
+
+def test_agreement_widens_with_the_share_removed_and_ignores_ties(images: ImageSet) -> None:
+    screening = make_screening(images, 20)
+    assert agreement(screening)[2] == 0.5
+    flat = replace(screening, score_matrix=np.ones((K, N), np.float32))
+    assert agreement(flat)[0].tolist() == [0] * N
+
+
+def test_histogram_counts_everybody_and_cuts_between_the_sides() -> None:
+    scores = np.concatenate([np.random.default_rng(0).normal(size=200), np.linspace(6, 8, 20), [1e6]])
+    kept = np.arange(len(scores)) < 200
+    found = Histogram.of(scores, kept)
+    assert sum(row[2] for row in found.table) == 200
+    assert sum(row[3] for row in found.table) == 21
+    assert found.n_beyond == 1
+    assert found.cut is not None
+    assert all(x + width <= found.cut + 1e-6 for x, _, width, _, is_kept, _ in found.bars if is_kept)
+    assert all(x >= found.cut - 1e-6 for x, _, _, _, is_kept, _ in found.bars if not is_kept)
+    tallest = max(found.bars, key=lambda bar: bar[3])
+    assert tallest[3] <= Histogram.HEIGHT
+    assert int(re.match(r"\d+", tallest[5])[0]) == max(max(row[2:]) for row in found.table)  # type: ignore[index]
+
+
+def test_histogram_of_an_edited_selection_has_no_cut() -> None:
+    found = Histogram.of(np.arange(40.0), np.arange(40) % 2 == 0)
+    assert found.cut is None
+    assert [sum(row[c] for row in found.table) for c in (2, 3)] == [20, 20]
+
+
+@pytest.mark.parametrize("scores", [[], [3.0], [0.0] * 9, [np.nan, 1.0, 2.0], [1.0, np.inf]])
+def test_histogram_of_odd_scores(scores: list[float]) -> None:
+    found = Histogram.of(np.array(scores), np.ones(len(scores), bool))
+    assert sum(row[2] for row in found.table) == np.isfinite(scores).sum()
+    assert np.isfinite([value for bar in found.bars for value in bar[:4]]).all()
+
+
+def test_colours_of_the_report_come_from_kept_images_alone(images: ImageSet) -> None:
+    screening = make_screening(images)
+    assert screening.grids is not None
+    grids = screening.grids.copy()
+    grids[~screening.is_kept] *= 1000
+    assert map_scale(replace(screening, grids=grids)) == map_scale(screening)
+    grids[screening.is_kept] *= 2
+    assert map_scale(replace(screening, grids=grids)) != map_scale(screening)
+
+
+# ---- overlays ------------------------------------------------------------------------------------------------------
+
+SCALE = Scale(1.0, 2.0)
+
+
+def grey(size: tuple[int, int], value: int = 128) -> Image.Image:
+    return Image.new("RGB", size, (value, value, value))
+
+
+def opacity(map_: npt.NDArray[np.floating[Any]], size: tuple[int, int] = (64, 64)) -> npt.NDArray[np.float64]:
+    """What an overlay takes away from the difference between black and white, in [0, 1]."""
+    black, white = (np.asarray(overlay(grey(size, v), map_, SCALE), np.float64) for v in (0, 255))
+    result: npt.NDArray[np.float64] = 1 - (white - black).mean(2) / 255
+    return result
+
+
+@pytest.mark.parametrize("size", [(64, 64), (90, 30), (31, 77), (1, 1)])
+def test_overlay_has_the_size_of_the_picture(size: tuple[int, int]) -> None:
+    for shape in ((8, 8), (5, 9), (128, 128), (1, 1)):
+        assert overlay(grey(size), np.full(shape, 1.5), SCALE).size == size
+
+
+def test_large_pictures_are_shrunk_in_their_aspect_ratio() -> None:
+    assert overlay(grey((1200, 600)), np.zeros((4, 4)), SCALE).size == (512, 256)
+    assert overlay(grey((1200, 600)), np.zeros((4, 4)), SCALE, max_edge=None).size == (1200, 600)
+
+
+def test_overlay_leaves_good_places_and_marks_bad_ones() -> None:
+    image = Image.fromarray(noise(1, edge=64)[0])
+    before = np.asarray(image).copy()
+    map_ = np.zeros((64, 64), np.float32)
+    map_[20:40, 10:50] = 2.5
+    map_[50:60, 50:60] = 1.4  # above typical, below the threshold
+    after = np.asarray(overlay(image, map_, SCALE))
+    changed = (after != before).any(2)
+    assert not changed[map_ == 0].any()
+    assert changed[map_ > 2].mean() > 0.99
+    assert changed[map_ == np.float32(1.4)].mean() > 0.95
+    assert (np.asarray(image) == before).all()
+    # the line, dark then white, runs along the edge of the area above the threshold and nowhere else
+    assert (after[20, 10:50] == 20).all()
+    assert (after[21, 11:49] == 255).all()
+    inside = (after == 255).all(2)
+    assert not inside[50:60, 50:60].any()
+
+
+def test_the_place_is_right_on_pictures_that_are_not_square() -> None:
+    map_ = np.zeros((8, 8), np.float32)
+    map_[1, 6] = 9
+    difference = np.abs(np.asarray(overlay(grey((160, 40)), map_, SCALE), int) - 128).sum(2)
+    row, column = (float(np.average(np.indices(difference.shape)[axis], weights=difference)) for axis in (0, 1))
+    assert abs(column - 6.5 / 8 * 160) < 3
+    assert abs(row - 1.5 / 8 * 40) < 2
+
+
+def test_opacity_rises_with_the_value() -> None:
+    levels = [opacity(np.full((4, 4), value)).mean() for value in (0.5, 1.0, 1.2, 1.5, 1.9, 2.0)]
+    assert levels[0] == 0
+    assert levels[1] == 0
+    assert (np.diff(levels[1:]) > 0.01).all()
+    above = [opacity(np.full((4, 4), value))[32, 32] for value in (2.0, 2.5, 3.0, 30.0)]
+    assert above[0] < above[1] < above[2] == above[3] < 0.9  # saturated, and the picture still shines through
+
+
+def test_colours_are_anchored_to_the_scale_not_to_the_image() -> None:
+    map_ = np.linspace(0, 3, 64).reshape(8, 8)
+    low = overlay(grey((64, 64)), map_, SCALE)
+    with_peak = map_.copy()
+    with_peak[7, 7] = 1000
+    same = np.asarray(low)[:40] == np.asarray(overlay(grey((64, 64)), with_peak, SCALE))[:40]
+    assert same.all()
+    dark, bright = (np.asarray(overlay(grey((64, 64), v), map_, SCALE), int) for v in (60, 180))
+    alpha = opacity(map_)[..., None]
+    # the same map on two pictures adds the same colour; what differs is the picture below
+    assert np.abs((bright - dark) - 120 * (1 - alpha)).max() <= 2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, 7.0])
+def test_constant_and_non_finite_maps(value: float) -> None:
+    result = np.asarray(overlay(grey((32, 32)), np.full((4, 4), value, np.float32), SCALE))
+    assert (result == 128).all() == (not value > SCALE.low)
+    one_bad = np.zeros((4, 4), np.float32)
+    one_bad[0, 0] = value
+    assert (np.asarray(overlay(grey((32, 32)), one_bad, SCALE))[16:, 16:] == 128).all()
+
+
+def test_tensors_and_half_precision_are_maps_too() -> None:
+    map_ = np.linspace(0, 3, 16).reshape(4, 4)
+    expected = overlay(grey((32, 32)), map_.astype(np.float32), SCALE).tobytes()
+    assert overlay(grey((32, 32)), torch.from_numpy(map_), SCALE).tobytes() == expected
+    read_only = map_.astype(np.float32)
+    read_only.flags.writeable = False
+    assert overlay(grey((32, 32)), read_only, SCALE).tobytes() == expected
+    assert overlay(grey((32, 32)), torch.from_numpy(map_).bfloat16(), SCALE).size == (32, 32)
+    assert overlay(grey((32, 32)).convert("L"), map_.astype(np.float16), SCALE).mode == "RGB"
+
+
+def test_scale_of_a_sample() -> None:
+    scores = np.append(np.arange(101.0), [np.nan, np.inf])
+    assert Scale.of(scores, None) == Scale(50.0, 99.0)
+    assert Scale.of(scores, 80.0) == Scale(50.0, 80.0)
+    levels = Scale(50.0, 80.0).levels(np.array([-9.0, 50.0, 80.0, 110.0, 999.0, np.nan, np.inf, -np.inf]))
+    assert levels.tolist() == [0, 0, 0.5, 1, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("threshold", [None, 3.0, -3.0, 0.0, np.nan])
+@pytest.mark.parametrize("scores", [[], [3.0], [3.0] * 5, [np.nan], [-1.0, 9.0, 9.0], [0.0, 0.0]])
+def test_scale_is_never_empty(scores: list[float], threshold: float | None) -> None:
+    scale = Scale.of(scores, threshold)
+    assert scale.low < scale.threshold
+    if threshold is not None and np.isfinite(threshold):
+        assert scale.threshold == threshold
+    assert np.isfinite([scale.low, scale.threshold]).all()
+
+
+@pytest.mark.parametrize("scale", [Scale(2.0, 2.0), Scale(3.0, 2.0), Scale(np.nan, 2.0)])
+def test_a_scale_without_width_still_draws(scale: Scale) -> None:
+    assert overlay(grey((16, 16)), np.linspace(0, 9, 16).reshape(4, 4), scale).size == (16, 16)
+
+
+def test_save_overlay_makes_folders_and_leaves_no_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "part.jpg.png"
+    save_overlay(path, grey((20, 10)), np.ones((2, 2)), SCALE)
+    with Image.open(path) as saved:
+        assert (saved.format, saved.size) == ("PNG", (20, 10))
+    assert [file.name for file in path.parent.iterdir()] == ["part.jpg.png"]
+    with pytest.raises(OutputError):
+        save_overlay(path / "below-a-file" / "x.png", grey((2, 2)), np.ones((2, 2)), SCALE)
+
+
+def test_details_show_nested_values_as_text(images: ImageSet) -> None:
+    provenance: Mapping[str, Any] = {"versions": {"torch": "9.9"}, "seconds": 1.5, "nothing": None}
+    rows = " ".join(
+        Page(screening_report(make_screening(images, provenance=provenance), images)).text["details"].split()
+    )
+    for expected in ("versions.torch 9.9", "seconds 1.5", "nothing none"):
+        assert expected in rows

@@ -1,0 +1,277 @@
+"""Stage 1: bookkeeping by ids, proved with a detector that scores an image by its own id."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flawsift.consensus import (
+    combine,
+    estimate_contamination,
+    keep_lowest,
+    normalize_scores,
+    own_mask,
+    robust_units,
+)
+from flawsift.detector import Detector
+from flawsift.errors import InputError, ParameterError
+from flawsift.features import MemoryFeatures
+from flawsift.images import Batch, ImageSet
+from flawsift.screening import PRESETS, screen, split
+
+
+@dataclass(kw_only=True, eq=False)
+class Oracle(Detector):
+    """Scores an image by a table of its id, and remembers whom it was fitted on."""
+
+    name: ClassVar[str] = "oracle"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
+    layers: tuple[str, ...] = ("x",)
+    modulus: int = 101  # a prime beyond the set sizes below: distinct scores in an order unlike that of the ids
+    factor: int = 37
+
+    def fit(self, data: ImageSet, *, device: str = "auto") -> Self:
+        self.trained_on_ = sorted(data.ids.tolist())
+        return self
+
+    def truth(self, ids: Any) -> Any:
+        return np.asarray(ids) * self.factor % self.modulus
+
+    def _maps(self, batch: Batch, device: str) -> Tensor:
+        # the feature is the id as well: pixels and ids must not part ways
+        assert batch.features["x"].flatten().tolist() == batch.ids.tolist()
+        return torch.from_numpy(self.truth(batch.ids)).float().view(-1, 1, 1)
+
+
+def id_set(ids: Any, groups: Mapping[int, str] | None = None) -> ImageSet:
+    """Images whose only feature is their id."""
+    ids = [int(i) for i in ids]
+    arrays = [np.zeros((2, 2), np.uint8) for _ in ids]
+    images = ImageSet.from_arrays(arrays, ids=ids)
+    features = np.array(ids, np.float32).reshape(-1, 1, 1, 1)
+    reader = MemoryFeatures(2, {i: row for row, i in enumerate(ids)}, {"x": features})
+    return ImageSet(images.ids, images.source, groups or {}, reader)
+
+
+subsets = st.integers(2, 7)
+seeds = st.integers(0, 2**31)
+
+
+@st.composite
+def id_lists(draw: st.DrawFn) -> list[int]:
+    """7 to 60 distinct ids from anywhere, in any order."""
+    offset = draw(st.sampled_from([0, 1, 1000, 10**6]))
+    n = draw(st.integers(7, 60))
+    return [offset + i for i in draw(st.permutations(range(n)))]
+
+
+@settings(deadline=None, max_examples=60)
+@given(ids=id_lists(), k=subsets, seed=seeds, keep=st.floats(0.05, 1), own=st.booleans())
+def test_an_oracle_is_obeyed(ids: list[int], k: int, seed: int, keep: float, own: bool) -> None:
+    oracle = Oracle()
+    result = screen(id_set(ids), oracle, n_subsets=k, keep=keep, seed=seed, exclude_own=own, normalize="none")
+    truth = oracle.truth(ids)
+    assert result.ids.tolist() == ids
+    np.testing.assert_array_equal(result.score_matrix, np.tile(truth, (k, 1)))  # row j, column i belongs to image i
+    m = max(1, int(np.floor(keep * len(ids) + 1e-9)))
+    assert set(result.kept.tolist()) == set(np.array(ids)[np.argsort(truth)[:m]].tolist())
+    assert set(result.kept.tolist()) | set(result.removed.tolist()) == set(ids)
+    assert oracle.truth(result.removed).tolist() == sorted(oracle.truth(result.removed), reverse=True)
+
+
+@settings(deadline=None, max_examples=40)
+@given(ids=id_lists(), k=subsets, seed=seeds)
+def test_subsets_partition_and_train_on_their_own(ids: list[int], k: int, seed: int) -> None:
+    seen: list[list[int]] = []
+    result = screen(
+        id_set(ids),
+        Oracle(),
+        n_subsets=k,
+        keep=0.5,
+        seed=seed,
+        on_submodel=lambda m: seen.append(vars(m)["trained_on_"]),
+    )
+    assert sorted(i for part in seen for i in part) == sorted(ids)
+    sizes = [len(part) for part in seen]
+    assert max(sizes) - min(sizes) <= 1
+    for j, part in enumerate(seen):
+        assert part == sorted(np.array(ids)[result.subset_of[0] == j].tolist())
+
+
+@settings(deadline=None, max_examples=40)
+@given(ids=id_lists(), k=subsets, seed=seeds, offset=st.integers(1, 10**6))
+def test_relabelled_ids_relabel_the_result(ids: list[int], k: int, seed: int, offset: int) -> None:
+    moved = [i + offset for i in ids]
+    first = screen(id_set(ids), Oracle(modulus=1), n_subsets=k, keep=0.4, seed=seed)
+    second = screen(id_set(moved), Oracle(modulus=1), n_subsets=k, keep=0.4, seed=seed)
+    np.testing.assert_array_equal(first.kept + offset, second.kept)
+    np.testing.assert_array_equal(first.subset_of, second.subset_of)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, k=subsets, sizes=st.lists(st.integers(1, 6), min_size=7, max_size=25))
+def test_groups_stay_whole_and_subsets_even(seed: int, k: int, sizes: list[int]) -> None:
+    groups: dict[int, str] = {}
+    for g, size in enumerate(sizes):
+        for _ in range(size):
+            groups[len(groups)] = f"g{g}"
+    subset_of = split(id_set(range(len(groups)), groups), k, seed=seed)
+    for g in range(len(sizes)):
+        assert len({int(subset_of[i]) for i, name in groups.items() if name == f"g{g}"}) == 1
+    counts = np.bincount(subset_of, minlength=k)
+    assert counts.max() - counts.min() <= max(sizes)  # greedy balancing is off by at most one group
+    assert counts.min() >= 1
+
+
+def test_partitions_differ_and_repeat() -> None:
+    data = id_set(range(40))
+    first, second = split(data, 5, seed=3, partition=0), split(data, 5, seed=3, partition=1)
+    assert (first != second).any()
+    np.testing.assert_array_equal(first, split(data, 5, seed=3, partition=0))
+    result = screen(data, Oracle(), n_partitions=3, keep=0.5)
+    assert result.score_matrix.shape == (15, 40)
+    assert result.subset_of.shape == (3, 40)
+
+
+def test_the_paper_keeps_forty_percent_by_the_plain_mean() -> None:
+    result = screen(id_set(range(50)), Oracle(), **PRESETS["paper"])
+    assert len(result.kept) == 20
+    np.testing.assert_allclose(result.consensus, Oracle().truth(np.arange(50)))
+    assert result.contamination is None
+
+
+def test_own_scores_do_not_count_when_excluded() -> None:
+    scores = np.array([[0.0, 5.0, 6.0, 7.0], [1.0, 0.0, 2.0, 9.0]], np.float32)
+    own = own_mask(np.array([[0, 1, 1, 0]]), 2)
+    np.testing.assert_array_equal(own, [[True, False, False, True], [False, True, True, False]])
+    np.testing.assert_allclose(combine(scores.astype(float), own, "mean", exclude_own=True), [1, 5, 6, 9])
+    np.testing.assert_allclose(combine(scores.astype(float), own, "mean", exclude_own=False), [0.5, 2.5, 4, 8])
+
+
+def test_consensus_by_hand() -> None:
+    scores = np.array([[1.0, 0.0], [2.0, 0.0], [3.0, 4.0], [100.0, 4.0]])
+    none = np.zeros_like(scores, dtype=bool)
+    assert combine(scores, none, "mean", exclude_own=False)[0] == pytest.approx(26.5)
+    assert combine(scores, none, "median", exclude_own=False)[0] == pytest.approx(2.5)
+    assert combine(scores, none, "trimmed_mean", exclude_own=False)[0] == pytest.approx(2.5)
+    # ranks among both images: higher in the first, second and last model, lower in the third
+    assert combine(scores, none, "rank_mean", exclude_own=False).tolist() == [0.625, 0.375]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    seed=seeds,
+    gain=st.floats(0.01, 1000),
+    shift=st.floats(-1000, 1000),
+    how=st.sampled_from(["robust", "rank"]),
+)
+def test_the_scale_of_one_submodel_does_not_matter(seed: int, gain: float, shift: float, how: Any) -> None:
+    generator = np.random.default_rng(seed)
+    scores = generator.normal(size=(3, 30)).astype(np.float32)
+    own = own_mask(split(id_set(range(30)), 3, seed=seed)[None], 3)
+    other = scores.astype(np.float64).copy()
+    other[1] = gain * other[1] + shift
+    a = normalize_scores(scores, own, how)
+    b = normalize_scores(other, own, how)  # type: ignore[arg-type]  # float64 keeps the ranks under a large shift
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_robust_units_use_held_out_scores_only() -> None:
+    scores = np.array([[1.0, 2.0, 3.0, 1e9]], np.float32)
+    own = np.array([[False, False, False, True]])
+    result = normalize_scores(scores, own, "robust")[0]
+    assert result[1] == 0
+    assert result[2] == pytest.approx(1 / 1.4826)
+    assert robust_units(np.array([2.0, 2.0, 2.0])).tolist() == [0, 0, 0]
+
+
+def test_ties_keep_the_first_listed() -> None:
+    assert keep_lowest(np.array([9, 4, 7, 1]), np.zeros(4), 0.5).tolist() == [9, 4]
+    assert keep_lowest(np.arange(5), np.arange(5.0), 0.6).tolist() == [0, 1, 2]
+    assert keep_lowest(np.arange(5), np.arange(5.0), 0.01).tolist() == [0]
+
+
+def test_divergence_on_scores_by_hand() -> None:
+    data = id_set(range(8))
+
+    class Shifted(Oracle):
+        def _maps(self, batch: Batch, device: str) -> Tensor:
+            return super()._maps(batch, device) * 0 + float(min(self.trained_on_))
+
+    result = screen(data, Shifted(), n_subsets=2, keep=1.0, normalize="none", divergence_weight=1.0)
+    assert result.divergence is not None
+    gap = abs(float(result.score_matrix[0, 0]) - float(result.score_matrix[1, 0]))
+    np.testing.assert_allclose(result.divergence, gap)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_clean_set_is_left_nearly_whole(seed: int) -> None:
+    clean = np.random.default_rng(seed).gumbel(10, 2, 300)
+    assert estimate_contamination(clean).alpha_hat < 0.08
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.4])
+def test_visible_contamination_is_estimated(alpha: float) -> None:
+    generator = np.random.default_rng(1)
+    bad = round(400 * alpha)
+    scores = np.concatenate([generator.gumbel(10, 1, 400 - bad), generator.gumbel(22, 3, bad)])
+    assert estimate_contamination(scores).alpha_hat == pytest.approx(alpha, abs=0.06)
+    assert estimate_contamination(scores * 7 - 100).alpha_hat == pytest.approx(estimate_contamination(scores).alpha_hat)
+
+
+def test_the_estimate_never_keeps_less_than_the_paper() -> None:
+    scores = np.concatenate([np.random.default_rng(0).gumbel(0, 1, 40), np.full(60, 50.0)])
+    assert estimate_contamination(scores).alpha_hat <= 0.6
+    assert estimate_contamination(np.full(100, 3.0)).alpha_hat == 0
+    assert estimate_contamination(np.arange(5.0)).alpha_hat == 0
+
+
+def test_too_few_images_and_bad_options_are_told() -> None:
+    with pytest.raises(InputError, match="5 subsets need at least 5 images, got 3"):
+        screen(id_set(range(3)), Oracle())
+    with pytest.raises(InputError, match="at least 5 groups"):
+        screen(id_set(range(9), dict.fromkeys(range(9), "one")), Oracle())
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"n_subsets": 1}, "n_subsets must be at least 2"),
+        ({"keep": 0}, "keep must be 'auto' or in"),
+        ({"keep": "most"}, "keep must be"),
+        ({"n_partitions": 0}, "n_partitions must be at least 1, got 0"),
+        ({"consensus": "max"}, "consensus must be one of"),
+        ({"normalize": "minmax"}, "normalize must be"),
+        ({"divergence_weight": -1}, "divergence_weight must not be negative"),
+    ]
+    for options, text in bad:
+        with pytest.raises(ParameterError, match=text):
+            screen(id_set(range(9)), Oracle(), **options)
+
+
+def test_a_killed_run_goes_on_and_trains_only_what_is_missing(tmp_path: Path) -> None:
+    data = id_set(range(20))
+    whole = screen(data, Oracle(), keep=0.5)
+
+    class Killed(Exception):
+        pass
+
+    def kill(model: Detector) -> None:
+        trained.append(model)
+        if len(trained) == 3:
+            raise Killed
+
+    trained: list[Detector] = []
+    with pytest.raises(Killed):
+        screen(data, Oracle(), keep=0.5, checkpoint=tmp_path, on_submodel=kill)
+    again: list[Detector] = []
+    resumed = screen(data, Oracle(), keep=0.5, checkpoint=tmp_path, on_submodel=again.append)
+    assert len(again) == 2
+    np.testing.assert_array_equal(resumed.score_matrix, whole.score_matrix)
+    np.testing.assert_array_equal(resumed.kept, whole.kept)
+    assert resumed.grids is not None
+    assert whole.grids is not None
+    np.testing.assert_array_equal(resumed.grids, whole.grids)
