@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -116,10 +115,10 @@ class Page(HTMLParser):
             self._section = ""
 
     def handle_data(self, data: str) -> None:
-        self.text[self._section] = self.text.get(self._section, "") + data
+        self.text[self._section] = f"{self.text.get(self._section, '')} {' '.join(data.split())}"
         if "li" in self.open and self._section in ("suspects", "borderline"):
             card = self.cards[self._section][-1]
-            card["text"] += data
+            card["text"] += f" {' '.join(data.split())}"
             if self._in_name:
                 card["name"] += data
 
@@ -128,6 +127,15 @@ class Page(HTMLParser):
 
     def tags(self, tag: str) -> list[dict[str, str]]:
         return [values for name, values in self.elements if name == tag]
+
+
+def render(screening: Screening, images: ImageSet, n_suspects: int = 3, n_borderline: int = 2) -> Page:
+    """A page with few pictures, for speed."""
+    return Page(screening_report(screening, images, n_suspects=n_suspects, n_borderline=n_borderline))
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
 
 
 def ranked(screening: Screening) -> list[str]:
@@ -146,7 +154,7 @@ def test_suspects_are_in_rank_order_with_their_numbers(images: ImageSet) -> None
     page = Page(screening_report(screening, images, n_suspects=11))
     assert page.names("suspects") == ranked(screening)[:11]
     best = int(np.argmax(screening.consensus))
-    text = " ".join(page.cards["suspects"][0]["text"].split())
+    text = words(page.cards["suspects"][0]["text"])
     assert "Rank 1 set aside" in text
     assert f"Consensus {screening.consensus[best]:.4g}" in text
     assert f"Held-out score {screening.held_out_scores[best]:.4g}" in text
@@ -159,7 +167,7 @@ def test_suspects_are_in_rank_order_with_their_numbers(images: ImageSet) -> None
 def test_pictures_belong_to_their_cards(images: ImageSet) -> None:
     flat = ImageSet.from_arrays([np.full((8, 16, 3), 6 * i, np.uint8) for i in range(N)])
     screening = make_screening(flat)
-    for card in Page(screening_report(screening, flat)).cards["suspects"]:
+    for card in Page(screening_report(screening, flat, n_suspects=8)).cards["suspects"]:
         shown = np.asarray(picture(card["images"][0]["src"]).convert("L"))
         assert shown.shape == (8, 16)
         assert abs(shown.mean() - 6 * list(screening.names).index(card["name"].strip())) < 2
@@ -169,19 +177,19 @@ def test_borderline_shows_both_sides_of_the_cut(images: ImageSet) -> None:
     screening = make_screening(images)
     page = Page(screening_report(screening, images, n_suspects=2, n_borderline=6))
     assert page.names("borderline") == ranked(screening)[5:11]
-    assert "6 more were set aside" in " ".join(page.text["suspects"].split())
+    assert "6 more were set aside" in words(page.text["suspects"])
 
 
 def test_headline_and_estimate(images: ImageSet) -> None:
-    text = " ".join(Page(screening_report(make_screening(images), images)).text[""].split())
+    text = words(render(make_screening(images), images).text[""])
     assert "Of 40 images, 8 look defective and were set aside; 32 were kept." in text
     assert "Estimated share of defective images: 20.0 % (Gumbel tail excess)" in text
-    one = " ".join(Page(screening_report(make_screening(images, 1), images)).text[""].split())
+    one = words(render(make_screening(images, 1), images).text[""])
     assert "1 looks defective and was set aside; 39 were kept." in one
 
 
 def test_a_share_set_by_the_user_is_not_called_an_estimate(images: ImageSet) -> None:
-    text = " ".join(Page(screening_report(make_screening(images, 24, contamination=None), images)).text[""].split())
+    text = words(render(make_screening(images, 24, contamination=None), images).text[""])
     assert "the 24 most unusual were set aside; 16 were kept" in text
     assert "(60 %) was set by the user" in text
     assert "look defective" not in text
@@ -230,7 +238,7 @@ def test_page_needs_nothing_but_itself(images: ImageSet) -> None:
 def test_pictures_and_drawings_have_a_text_alternative(images: ImageSet) -> None:
     grids = np.zeros((N, 4, 5), np.float16)
     grids[:, 3, 0] = 1  # bottom left
-    page = Page(screening_report(make_screening(images, grids=grids), images))
+    page = render(make_screening(images, grids=grids), images)
     assert all(values["alt"] for values in page.tags("img"))
     heatmap = page.cards["suspects"][0]["images"][1]
     assert "10 % from the left and 88 % from the top" in heatmap["alt"]
@@ -240,21 +248,21 @@ def test_pictures_and_drawings_have_a_text_alternative(images: ImageSet) -> None
 
 
 def test_unreadable_files_are_listed_up_to_a_limit(images: ImageSet) -> None:
-    page = Page(screening_report(make_screening(images, unreadable={"x/1.png": "empty file (0 bytes)"}), images))
+    page = render(make_screening(images, unreadable={"x/1.png": "empty file (0 bytes)"}), images)
     assert "x/1.png" in page.text["unreadable"]
     assert "empty file (0 bytes)" in page.text["unreadable"]
     assert "more in" not in page.text["unreadable"]
     assert "1 file could not be read." in page.text[""]
     many = {f"bad-{i}.png": "damaged" for i in range(207)}
-    shown = Page(screening_report(make_screening(images, unreadable=many), images)).text["unreadable"]
+    shown = render(make_screening(images, unreadable=many), images).text["unreadable"]
     assert shown.count("damaged") == 200
     assert "and 7 more in" in shown
-    assert "All files could be read." in Page(screening_report(make_screening(images), images)).text["unreadable"]
+    assert "All files could be read." in render(make_screening(images), images).text["unreadable"]
 
 
 def test_parameters_and_next_steps_are_there(images: ImageSet) -> None:
-    page = Page(screening_report(make_screening(images), images))
-    rows = " ".join(page.text["details"].split())
+    page = render(make_screening(images), images)
+    rows = words(page.text["details"])
     for expected in ("options.n_subsets 5", "detector.params.coreset_ratio 0.1", "detector.params.layers a, b"):
         assert expected in rows
     assert "flawsift fit IMAGES --out MODEL --screening DIR" in page.text["next"]
@@ -262,7 +270,7 @@ def test_parameters_and_next_steps_are_there(images: ImageSet) -> None:
 
 def test_nothing_removed(images: ImageSet) -> None:
     screening = make_screening(images, 0, contamination=Contamination(0.0, "Gumbel tail excess", {}))
-    page = Page(screening_report(screening, images))
+    page = render(screening, images, 24)
     assert "Of 40 images, none was set aside; all were kept." in page.text[""]
     assert page.names("suspects") == ranked(screening)[:24]
     assert page.names("borderline") == []
@@ -271,9 +279,9 @@ def test_nothing_removed(images: ImageSet) -> None:
 
 
 def test_without_grids_only_thumbnails(images: ImageSet) -> None:
-    page = Page(screening_report(make_screening(images, grids=None), images))
+    page = render(make_screening(images, grids=None), images)
     assert {len(card["images"]) for card in page.cards["suspects"]} == {1}
-    with_maps = Page(screening_report(make_screening(images), images))
+    with_maps = render(make_screening(images), images)
     assert {len(card["images"]) for card in with_maps.cards["suspects"]} == {2}
 
 
@@ -282,7 +290,7 @@ def test_a_vanished_file_is_named_without_a_picture(folder: Path) -> None:
     screening = make_screening(files)
     gone = ranked(screening)[1]
     (folder / gone).unlink()
-    cards = Page(screening_report(screening, files)).cards["suspects"]
+    cards = render(screening, files).cards["suspects"]
     assert [len(card["images"]) for card in cards[:3]] == [2, 0, 2]
     assert "cannot be read: No such file" in cards[1]["text"]
     assert cards[1]["name"].strip() == gone
@@ -300,7 +308,7 @@ def test_another_set_is_refused(folder: Path, images: ImageSet) -> None:
 
 
 def test_size_is_bounded_with_thousands_of_large_images(tmp_path: Path) -> None:
-    worst = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)  # noise does not compress
+    worst = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)  # noise does not compress
     large = ImageSet.from_arrays([worst] * 5000)
     path = write_screening_report(make_screening(large, 300), large, tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "report.html"
@@ -322,7 +330,7 @@ def test_tiny_and_constant_sets(n: int) -> None:
         grids=np.zeros((n, 1, 1), np.float16),
         contamination=Contamination(0.0, "none: too few or constant scores", {}),
     )
-    page = Page(screening_report(screening, tiny))
+    page = render(screening, tiny)
     assert len(page.names("suspects")) == n
     assert "could not be estimated (too few or constant scores)" in page.text[""]
 
@@ -361,14 +369,14 @@ def test_histogram_counts_everybody_and_cuts_between_the_sides() -> None:
     assert all(x + width <= found.cut + 1e-6 for x, _, width, _, is_kept, _ in found.bars if is_kept)
     assert all(x >= found.cut - 1e-6 for x, _, _, _, is_kept, _ in found.bars if not is_kept)
     tallest = max(found.bars, key=lambda bar: bar[3])
-    assert tallest[3] <= Histogram.HEIGHT
-    assert int(re.match(r"\d+", tallest[5])[0]) == max(max(row[2:]) for row in found.table)  # type: ignore[index]
+    assert tallest[3] <= Histogram.HEIGHT + 1e-6
+    assert int(tallest[5].split()[0]) == max(max(kept, removed) for _, _, kept, removed in found.table)
 
 
 def test_histogram_of_an_edited_selection_has_no_cut() -> None:
     found = Histogram.of(np.arange(40.0), np.arange(40) % 2 == 0)
     assert found.cut is None
-    assert [sum(row[c] for row in found.table) for c in (2, 3)] == [20, 20]
+    assert (sum(row[2] for row in found.table), sum(row[3] for row in found.table)) == (20, 20)
 
 
 @pytest.mark.parametrize("scores", [[], [3.0], [0.0] * 9, [np.nan, 1.0, 2.0], [1.0, np.inf]])
@@ -520,8 +528,6 @@ def test_save_overlay_makes_folders_and_leaves_no_pieces(tmp_path: Path) -> None
 
 def test_details_show_nested_values_as_text(images: ImageSet) -> None:
     provenance: Mapping[str, Any] = {"versions": {"torch": "9.9"}, "seconds": 1.5, "nothing": None}
-    rows = " ".join(
-        Page(screening_report(make_screening(images, provenance=provenance), images)).text["details"].split()
-    )
+    rows = words(render(make_screening(images, provenance=provenance), images).text["details"])
     for expected in ("versions.torch 9.9", "seconds 1.5", "nothing none"):
         assert expected in rows

@@ -105,6 +105,7 @@ def run_demo(
     features, _ = attach(train, backbone, detector.layers, store=common["store"])  # cached by now
     plain = detector.clone().fit(features, device=device)
     unscreened = pipeline.Model(plain, backbone, model.calibration, {})
+    test, _ = attach(test, backbone, detector.layers, store=common["store"])  # once for both models
     before, _ = pipeline.evaluate(unscreened, test, data.truth, device=device, progress=progress)
     after, predictions = pipeline.evaluate(model, test, data.truth, device=device, progress=progress)
     write_predictions(predictions, out, data.truth)

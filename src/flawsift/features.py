@@ -173,12 +173,14 @@ class StoredFeatures:
 
     Attributes:
         size: Edge length of the network input.
+        key: Of the backbone that made them.
         digests: {global id: content digest}.
         entries: {layer as asked: {content digest: entry}}.
         files: {layer as asked: name of its file in a shard}.
     """
 
     size: int
+    key: str
     digests: Mapping[int, str]
     entries: Mapping[str, Mapping[str, Entry]]
     files: Mapping[str, str]
@@ -224,11 +226,13 @@ class MemoryFeatures:
 
     Attributes:
         size: Edge length of the network input.
+        key: Of the backbone that made them.
         rows: {global id: row}.
         arrays: {layer as asked: (n, C, h, w)}.
     """
 
     size: int
+    key: str
     rows: Mapping[int, int]
     arrays: Mapping[str, npt.NDArray[Any]]
 
@@ -275,10 +279,15 @@ def attach(
 def stream(
     images: ImageSet, backbone: Backbone, layers: Sequence[str], *, progress: Progress = silent
 ) -> Iterator[tuple[ImageSet, dict[int, str]]]:
-    """The set in pieces of one shard, each with features in memory, so that memory stays flat; see `attach`."""
+    """The set in pieces of one shard, each with features in memory, so that memory stays flat; see `attach`.
+
+    A set that has this backbone's features attached is not extracted again.
+    """
+    attached = images.reader is not None and images.reader.key == backbone.key
     for start in range(0, len(images), SHARD):
         progress("features", start, len(images))
-        yield _attach_memory(images.select(images.ids[start : start + SHARD]), backbone, layers)
+        part = images.select(images.ids[start : start + SHARD])
+        yield (part, {}) if attached else _attach_memory(part, backbone, layers)
     progress("features", len(images), len(images))
 
 
@@ -287,7 +296,7 @@ def _attach_memory(images: ImageSet, backbone: Backbone, layers: Sequence[str]) 
     good = images.select([i for i in images.ids if int(i) in pixels])
     arrays = _extract(backbone, [pixels[int(i)] for i in good.ids], layers, "float16") if len(good) else {}
     rows = {int(i): row for row, i in enumerate(good.ids)}
-    return replace(good, reader=MemoryFeatures(backbone.size, rows, arrays)), failed
+    return replace(good, reader=MemoryFeatures(backbone.size, backbone.key, rows, arrays)), failed
 
 
 def _attach_stored(
@@ -320,7 +329,7 @@ def _attach_stored(
     good = images.select([i for i in images.ids if int(i) not in failed])
     entries = {layer: index.get(name, {}) for layer, name in names.items()}
     files = {layer: f"{name}.npy" for layer, name in names.items()}
-    return replace(good, reader=StoredFeatures(backbone.size, digests, entries, files)), failed
+    return replace(good, reader=StoredFeatures(backbone.size, backbone.key, digests, entries, files)), failed
 
 
 def _digests(images: ImageSet) -> tuple[dict[int, str], dict[int, str]]:

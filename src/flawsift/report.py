@@ -1,6 +1,7 @@
 """Stage 1 as one HTML page that needs nothing but a browser: who was set aside, why, and what to do next."""
 
 import base64
+import functools
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
 from flawsift.consensus import MIN_KEEP, own_mask
@@ -25,10 +26,11 @@ NAME = "report.html"
 TITLE = "Screening report"
 THUMB = 320  # pixels: sharp at half a phone's width
 JPEG_QUALITY = 85
-MAP_SIZE = 256  # pixels; the grid that detectors bring their own maps to by default
-PEAK_SIZE, PEAK_BATCH = 64, 256  # peaks of thousands of maps, on a grid just fine enough for the smoothing's sigma of 1
+MAP_SIZE = 64  # pixels; just fine enough for the smoothing's sigma of 1, and cheap for thousands of maps
+SCALE_SAMPLE = 500  # kept maps, evenly spaced, that the colours rest on: enough for a 99 % quantile
 TOP_SHARE = 0.1  # a sub-model suspects at least this share of the images, however few were set aside
 MAX_UNREADABLE = 200  # rows; the table of the screening has all
+MIN_BAR = 2.0  # units of the drawing
 MIN_BINS, MAX_BINS = 12, 48  # fewer hide the shape, more leave single images
 TAIL_SPANS = 4  # the axis ends this many times the width of the kept side above the cut, so that both sides are seen
 
@@ -87,16 +89,9 @@ def screening_report(
     Raises:
         InputError: An id of the screening is not in the set, or is another image there.
     """
-    environment = Environment(
-        loader=PackageLoader("flawsift", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     cards = _Cards(screening, _matching(images, screening))
     unreadable = [(show(name), show(reason)) for name, reason in screening.unreadable.items()]
-    return environment.get_template(NAME).render(
+    return _template().render(
         title=title,
         headline=headline(screening),
         contamination=contamination_text(screening),
@@ -114,6 +109,13 @@ def screening_report(
     )
 
 
+@functools.cache
+def _template() -> Template:
+    loader = PackageLoader("flawsift", "templates")
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return made.get_template(NAME)
+
+
 def _matching(images: ImageSet, screening: Screening) -> ImageSet:
     """The screening's view of a set; a folder that was listed anew may have other images under the same ids."""
     view = images.select(screening.ids)
@@ -128,7 +130,8 @@ def _matching(images: ImageSet, screening: Screening) -> ImageSet:
 def _pictured(screening: Screening, cards: "_Cards", n_suspects: int, n_borderline: int) -> dict[str, Any]:
     """The images that are shown: the highest-ranked, and those on both sides of the cut."""
     ranking, removed = screening.ranking.tolist(), screening.removed.tolist()
-    kept = [i for i in ranking if i not in set(removed)] if removed else []
+    out = set(removed)
+    kept = [i for i in ranking if i not in out] if out else []
     half = n_borderline // 2
     return {
         "suspects": [cards.of(i) for i in ranking[:n_suspects]],
@@ -258,9 +261,10 @@ def map_scale(screening: Screening) -> Scale | None:
     """
     if screening.grids is None:
         return None
-    kept = torch.from_numpy(np.nan_to_num(screening.grids[screening.is_kept]))
-    parts = [to_image_grid(part.float(), PEAK_SIZE).amax((1, 2)) for part in kept.split(PEAK_BATCH)]
-    return Scale.of(torch.cat(parts).numpy(), None)
+    kept = screening.grids[screening.is_kept]
+    sample = kept[:: max(1, len(kept) // SCALE_SAMPLE)]
+    maps = to_image_grid(torch.from_numpy(np.nan_to_num(sample.astype(np.float32))), MAP_SIZE)
+    return Scale.of(maps.amax((1, 2)).numpy(), None)
 
 
 @dataclass(frozen=True)
@@ -319,7 +323,7 @@ def _bars(
         for count, is_kept in zip(pair.tolist(), (True, False), strict=True):
             if not count:
                 continue
-            height = max(2.0, per_count * count)  # a single image in thousands must still be seen
+            height = max(MIN_BAR, per_count * count)  # a single image in thousands must still be seen
             base -= height
             text = f"{count:,} {'kept' if is_kept else 'set aside'}, {labels[b]} to {labels[b + 1]}"
             yield b * width, base, max(1.0, width - 1), height, is_kept, text

@@ -199,6 +199,7 @@ def check_reads_only_what_it_declares(detector: Detector) -> None:
 
     class Watching:
         size = SIZE
+        key = "watching"
 
         def read(self, images: ImageSet, layers: Sequence[str]) -> dict[str, Tensor]:
             asked.update(layers)

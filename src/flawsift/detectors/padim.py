@@ -199,10 +199,21 @@ class PaDiM(Detector):
             diagonal += self.eps * unit
             cached = covariance
             for part in torch.split(cached, CHUNK):  # in place, position by position: a chunk stays in the cache
-                # not linalg.inv: Cholesky is better conditioned, and batched LU fails in some MKL builds
-                part.copy_(_invert_lower(torch.linalg.cholesky(part)))
+                part.copy_(_invert_lower(_cholesky(part)))
             vars(self)["_cached_whitener"] = cached
         return cached
+
+
+def _cholesky(covariance: Tensor) -> Tensor:
+    """Lower factors of (n, d, d); where rounding has made a matrix indefinite, of the nearest definite one."""
+    # not linalg.inv: Cholesky is better conditioned, and batched LU fails in some MKL builds
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if bad := failed.nonzero()[:, 0].tolist():
+        values, vectors = torch.linalg.eigh(covariance[bad].double())
+        floor = values[:, -1:].clamp_min(torch.finfo(torch.float32).tiny) * torch.finfo(torch.float32).eps
+        mended = vectors * values.clamp_min(floor).unsqueeze(1) @ vectors.mT
+        factor[bad] = torch.linalg.cholesky(mended).float()
+    return factor
 
 
 def _invert_lower(factor: Tensor) -> Tensor:

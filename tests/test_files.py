@@ -1,0 +1,71 @@
+"""Files are whole or absent."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flawsift.errors import OutputError
+from flawsift.files import ensure_folder, new_folder, write_bytes, write_csv, write_json
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    real = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        real(self, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as inner:
+        inner.setattr(Path, "write_bytes", full)
+        with pytest.raises(OutputError, match="the disk is full"):
+            write_json(path, {"x": 2})
+    assert json.loads(path.read_text()) == {"x": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_failed_folder_keeps_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    with new_folder(target) as folder:
+        (folder / "a").write_text("first")
+    with pytest.raises(RuntimeError), new_folder(target) as folder:
+        (folder / "a").write_text("second")
+        raise RuntimeError
+    assert (target / "a").read_text() == "first"
+    with new_folder(target) as folder:
+        (folder / "b").write_text("third")
+    assert os.listdir(target) == ["b"]
+    assert os.listdir(tmp_path) == ["result"]
+
+
+def test_output_problems_are_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="Cannot write"):
+        ensure_folder(tmp_path / "file")
+    with pytest.raises(OutputError, match="a part of the path is a file"):
+        ensure_folder(tmp_path / "file" / "sub")
+
+    def denied(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("flawsift.files.tempfile.TemporaryFile", denied)
+    with pytest.raises(OutputError, match="permission denied"):
+        ensure_folder(tmp_path / "new")
+
+
+def test_odd_names_and_no_nan(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9.png")
+    write_csv(tmp_path / "t.csv", ["path"], [[odd], [None], ['a,"b"']])
+    assert (tmp_path / "t.csv").read_text() == 'path\ncaf\\udce9.png\n""\n"a,""b"""\n'
+    write_json(tmp_path / "t.json", {"name": odd})
+    assert "caf" in (tmp_path / "t.json").read_text()
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(tmp_path / "nan.json", {"x": float("nan")})
+    assert not (tmp_path / "nan.json").exists()
+    write_bytes(tmp_path / "b", b"x")
+    assert (tmp_path / "b").read_bytes() == b"x"

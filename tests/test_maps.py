@@ -1,0 +1,43 @@
+"""Smoothing equals scipy's; upsampling keeps what it should."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from flawsift.maps import smooth, to_image_grid, top_mean, upsample
+
+
+@pytest.mark.parametrize("sigma", [0.6, 1.0, 4.0])
+@pytest.mark.parametrize("shape", [(16, 16), (5, 9), (40, 33)])
+def test_smoothing_equals_scipy(sigma: float, shape: tuple[int, int]) -> None:
+    maps = np.random.default_rng(0).random((3, *shape))
+    expected = np.stack([gaussian_filter(m, sigma, mode="reflect") for m in maps])
+    np.testing.assert_allclose(smooth(torch.from_numpy(maps), sigma).numpy(), expected, atol=1e-9)
+
+
+def test_no_sigma_no_change() -> None:
+    maps = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(smooth(maps, 0), maps)
+
+
+def test_constant_maps_stay_constant() -> None:
+    found = to_image_grid(torch.full((1, 7, 7), 3.5), 64)
+    assert found.shape == (1, 64, 64)
+    torch.testing.assert_close(found, torch.full((1, 64, 64), 3.5))
+
+
+def test_a_peak_stays_where_it_is() -> None:
+    maps = torch.zeros(1, 8, 8)
+    maps[0, 2, 5] = 1
+    found = to_image_grid(maps, 128)[0]
+    row, column = divmod(int(found.argmax()), 128)
+    assert abs(row - (2.5 * 16)) <= 8
+    assert abs(column - (5.5 * 16)) <= 8
+    assert upsample(maps, 128).max() <= 1
+
+
+def test_top_mean_by_sorting() -> None:
+    maps = torch.arange(100.0).flip(0).reshape(1, 10, 10)
+    assert top_mean(maps, 0.05).item() == pytest.approx((99 + 98 + 97 + 96 + 95) / 5)
+    assert top_mean(maps, 1e-9).item() == 99

@@ -1,0 +1,151 @@
+"""PaDiM against closed forms and scipy."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import mahalanobis
+
+from flawsift.detector import Detector, load_detector
+from flawsift.detectors.padim import PaDiM, _invert_lower
+from flawsift.errors import InputError, ParameterError
+from flawsift.features import MemoryFeatures
+from flawsift.images import ImageSet
+
+
+def feature_set(features: npt.NDArray[np.float32]) -> ImageSet:
+    """(N, C, h, w) features as a set with ids 0..N-1."""
+    n = len(features)
+    images = ImageSet.from_arrays([np.zeros((2, 2), np.uint8)] * n)
+    reader = MemoryFeatures(32, "test", {i: i for i in range(n)}, {"a": features})
+    return ImageSet(images.ids, images.source, {}, reader)
+
+
+def random_features(n: int, c: int = 5, h: int = 3, w: int = 4, seed: int = 0) -> npt.NDArray[np.float32]:
+    generator = np.random.default_rng(seed)
+    mix = generator.normal(size=(c, c))
+    return np.einsum("cd,ndhw->nchw", mix, generator.normal(3, 2, size=(n, c, h, w))).astype(np.float32)
+
+
+def grids(detector: Detector, data: ImageSet) -> npt.NDArray[np.float32]:
+    found: npt.NDArray[np.float32] = detector.predict_grids(data)[1].numpy()
+    return found
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_distance_equals_scipy_at_every_position(standardize: bool) -> None:
+    x = random_features(40)
+    padim = PaDiM(layers=("a",), eps=0.05, standardize=standardize).fit(feature_set(x))
+    new = random_features(6, seed=1)
+    found = grids(padim, feature_set(new))
+    unit = x.astype(np.float64).reshape(40, 5, -1)
+    scale = unit.var(0, ddof=1).mean(1) + unit.mean(0).var(1) if standardize else np.ones(5)
+    for row in range(3):
+        for column in range(4):
+            here = x[:, :, row, column].astype(np.float64)
+            inverse = np.linalg.inv(np.cov(here.T) + 0.05 * np.diag(scale))
+            for i in range(6):
+                expected = mahalanobis(new[i, :, row, column], here.mean(0), inverse)
+                assert found[i, row, column] == pytest.approx(expected, rel=1e-4)
+
+
+def test_mean_squared_distance_over_the_training_set() -> None:
+    n, d, eps = 50, 6, 0.3
+    x = random_features(n, d)
+    padim = PaDiM(layers=("a",), eps=eps, standardize=False).fit(feature_set(x))
+    found = (grids(padim, feature_set(x)) ** 2).mean(0)
+    for row in range(3):
+        for column in range(4):
+            s = np.cov(x[:, :, row, column].astype(np.float64).T)
+            expected = (n - 1) / n * np.trace(s @ np.linalg.inv(s + eps * np.eye(d)))
+            assert found[row, column] == pytest.approx(expected, rel=1e-4)
+
+
+def test_in_sample_distances_saturate_when_images_are_fewer_than_channels() -> None:
+    n = 8  # d^2 = (n - 1)^2 / n for every image: why stage 1 must not use own-subset scores
+    x = random_features(n, 30)
+    found = grids(PaDiM(layers=("a",), eps=1e-3, standardize=False).fit(feature_set(x)), feature_set(x))
+    np.testing.assert_allclose(found**2, (n - 1) ** 2 / n, rtol=5e-3)
+
+
+@settings(deadline=None, max_examples=25)
+@given(cut=st.integers(1, 29), seed=st.integers(0, 1000), offset=st.sampled_from([0.0, 1e3]))
+def test_fits_add_and_subtract(cut: int, seed: int, offset: float) -> None:
+    data = feature_set(random_features(30, seed=seed) + np.float32(offset))
+    order = np.random.default_rng(seed).permutation(30)
+    first, second = data.select(order[:cut]), data.select(order[cut:])
+    whole = PaDiM(layers=("a",)).fit(data)
+    merged = PaDiM(layers=("a",)).fit(first).merged(PaDiM(layers=("a",)).fit(second))
+    less = whole.without(second)
+    tolerance = 2e-3 if offset else 1e-4
+    assert merged.n_images_ == 30
+    assert less.n_images_ == cut
+    scale = whole.scatter_.abs().max()
+    assert (merged.scatter_ - whole.scatter_).abs().max() < tolerance * scale
+    assert (merged.mean_ - whole.mean_).abs().max() < tolerance * whole.mean_.abs().max()
+    alone = PaDiM(layers=("a",)).fit(first)
+    assert (less.scatter_ - alone.scatter_).abs().max() < 10 * tolerance * scale
+
+
+def test_rounding_does_not_break_a_singular_covariance() -> None:
+    x = random_features(6, 30) * 1000
+    x[:, 1] = x[:, 0]
+    found = grids(PaDiM(layers=("a",), eps=1e-7, standardize=False).fit(feature_set(x)), feature_set(x))
+    assert np.isfinite(found).all()
+
+
+def test_one_position_moves_the_peak_there() -> None:
+    data = feature_set(random_features(60, h=8, w=8))
+    padim = PaDiM(layers=("a",)).fit(data)
+    odd = random_features(1, h=8, w=8, seed=9)
+    odd[0, :, 5, 2] += 60
+    assert divmod(int(grids(padim, feature_set(odd)).argmax()), 8) == (5, 2)
+
+
+@settings(deadline=None, max_examples=20)
+@given(n=st.integers(1, 4), d=st.integers(1, 70), seed=st.integers(0, 99))
+def test_triangular_inverse(n: int, d: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(n, d, d, generator=generator).tril(-1) / d + torch.eye(d) * 2
+    found = _invert_lower(factor)
+    torch.testing.assert_close(found @ factor, torch.eye(d).expand(n, d, d), atol=1e-5, rtol=0)
+    assert (found.triu(1) == 0).all()
+
+
+def test_the_file_holds_half_the_matrix(tmp_path: Path) -> None:
+    padim = PaDiM(layers=("a",)).fit(feature_set(random_features(20, 40, 8, 8)))
+    padim.save(tmp_path)
+    size = sum(f.stat().st_size for f in tmp_path.iterdir())
+    assert size < 64 * (40 * 41 // 2 + 40) * 4 + 4000
+    loaded = load_detector(tmp_path)
+    data = feature_set(random_features(3, 40, 8, 8, seed=5))
+    np.testing.assert_array_equal(grids(loaded, data), grids(padim, data))
+
+
+def test_channels_are_shared_by_submodels() -> None:
+    padim = PaDiM(layers=("a",), n_features=3, seed=4)
+    one, two = padim.clone().fit(feature_set(random_features(9))), padim.clone().fit(feature_set(random_features(7)))
+    assert one.channels_.tolist() == two.channels_.tolist()
+    assert len(one.channels_) == 3
+    other = PaDiM(layers=("a",), n_features=3, seed=6).fit(feature_set(random_features(9)))
+    assert other.channels_.tolist() != one.channels_.tolist()
+
+
+def test_bad_use_is_told() -> None:
+    with pytest.raises(ParameterError, match=r"PaDiM.n_features must be at least 1, got 0\."):
+        PaDiM(n_features=0)
+    with pytest.raises(ParameterError, match="PaDiM.eps must be positive, got -1"):
+        PaDiM(eps=-1)
+    with pytest.raises(ParameterError, match="PaDiM.seed must not be negative"):
+        PaDiM(seed=-1)
+    with pytest.raises(ParameterError, match="PaDiM.layers must name at least one layer"):
+        PaDiM(layers=())
+    with pytest.raises(InputError, match="at least one image"):
+        PaDiM(layers=("a",)).fit(feature_set(random_features(3)).select([]))
+    fitted = PaDiM(layers=("a",)).fit(feature_set(random_features(3)))
+    with pytest.raises(InputError, match=r"fitted on a patch grid of \[3, 4\]"):
+        fitted.predict(feature_set(random_features(3, h=5)))
