@@ -482,6 +482,12 @@ def test_constant_and_non_finite_maps(value: float) -> None:
     assert (np.asarray(overlay(grey((32, 32)), one_bad, SCALE))[16:, 16:] == 128).all()
 
 
+def test_one_odd_cell_does_not_spoil_its_neighbours() -> None:
+    # cell centres are at 16 and 48: between them the hot cell fades out, beyond them it stays
+    assert opacity(np.array([[np.nan, 3.0]]))[32, 40] > 0.3
+    assert opacity(np.array([[1.0, np.inf]]))[32, 60] == opacity(np.array([[1.0, 3.0]]))[32, 60] > 0.7
+
+
 def test_tensors_and_half_precision_are_maps_too() -> None:
     map_ = np.linspace(0, 3, 16).reshape(4, 4)
     expected = overlay(grey((32, 32)), map_.astype(np.float32), SCALE).tobytes()

@@ -13,7 +13,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from flawsift import __version__
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
     from flawsift.images import ImageSet
     from flawsift.progress import Progress
     from flawsift.screening import ScreenOptions
+
+# BadParameter < UsageError < ClickException: newer typers carry a click of their own, so it is asked of typer
+_UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="flawsift",
@@ -381,12 +383,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = app(args=arguments, standalone_mode=False)
     except FlawsiftError as error:
         code = _fail(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        code = 2
-    except click.ClickException as error:
-        code = _fail(error.format_message())
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except _UsageProblem as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(str(error), err=True)
+            code = 2
+        else:
+            code = _fail(error.format_message())  # type: ignore[attr-defined]  # every ClickException has it
+    except (typer.Abort, KeyboardInterrupt):
         code = _fail("stopped; the same command goes on where it was.", 130)
     except OSError as error:
         code = _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""))
@@ -444,10 +447,7 @@ def _detector(name: str, preset: str, settings: Sequence[str] | None, seed: int)
             params[key] = json.loads(value)
         except ValueError:
             params[key] = value  # a bare word is a text: coreset=random
-    try:
-        return make_detector(name, preset, **params)
-    except TypeError as error:  # a text where a number belongs
-        raise ParameterError(f"--set: {error}.") from error
+    return make_detector(name, preset, **params)
 
 
 def _backbone(name: str, weights: Path | None, size: int, runtime: Runtime, device: str) -> "Backbone":

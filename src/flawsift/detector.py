@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Protocol, Self, get_args, get_origin, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +67,7 @@ class Detector(ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_types()
         self.layers = tuple(self.layers)  # JSON has lists only
         self._require("layers", bool(self.layers), "name at least one layer")
         self._require("seed", self.seed >= 0, "not be negative")
@@ -188,6 +190,17 @@ class Detector(ABC):
     def _forget(self) -> None:
         for key in self._state():
             delattr(self, key)
+
+    def _check_types(self) -> None:
+        """Numbers where numbers belong: parameters come from JSON and the command line too."""
+        for f in dataclasses.fields(self):
+            plain = [t for t in (get_args(f.type) or (f.type,)) if t in (int, float, str, bool, NoneType)]
+            if not plain or get_origin(f.type) not in (None, UnionType):
+                continue  # Literals and sequences are checked by their values
+            value = getattr(self, f.name)
+            fits = type(value) in plain or (float in plain and type(value) is int)
+            names = " or ".join("None" if t is NoneType else t.__name__ for t in plain)
+            self._require(f.name, fits, f"be of type {names}")
 
     def _require(self, parameter: str, holds: bool, constraint: str) -> None:
         if not holds:

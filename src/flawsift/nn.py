@@ -15,23 +15,22 @@ from torch import Tensor
 
 from flawsift.errors import ParameterError
 
-# Floats in one (rows, M) block of scores, 16 MB: 4 MB repack the bank too often, 64 MB fall out of the L3 cache (each
-# costs 10 to 20 %).
+# Floats in one (rows, M) block of scores, 16 MB: 4 MB repack the bank too often, 64 MB fall out of the L3 cache; each
+# costs 10 to 20 %.
 _BLOCK_FLOATS = 1 << 22
 # A matmul with fewer rows spends its time packing the bank. At 64 rows the block is no larger than a bank of C = 64.
 _MIN_BLOCK_ROWS = 64
-# Queries that are centred, and winners that are gathered, at a time: 12 MB at C = 384. Small steps cost hand-overs
-# between threads, which take milliseconds on a busy machine.
+# Queries to centre, or winners to gather, at a time (12 MB at C = 384): few large steps hand over to threads rarely.
 _PART_ROWS = 8192
 # Scores per group: the maxima of groups are found in one threaded pass, and each winner costs only its group again.
 _GROUP = 64
-# A dot product of C terms is off by about sqrt(C) * eps of its size; the largest error seen in 10^9 was 0.4 of that.
+# A dot product of C terms is off by sqrt(C) * eps / 2 of its size at most: of 16 million, the worst reached 0.8 of that
+# at C = 16 and 0.1 at C = 384. Twice that, to be sure.
 _ROUNDING = 2.0
-# Rows that one round of k-center greedy brings up to date. Their features (4096 x C) stay in the L3 cache; 1024 to 4096
-# are equally quick on an idle machine, and few large matmuls suffer less than many small ones on a busy one.
+# Rows that one round of k-center greedy brings up to date. 1024 to 4096 are equally quick on an idle machine; few large
+# matmuls suffer less than many small ones on a busy one.
 _CANDIDATES = 4096
-# Centres per matmul of k-center greedy: after each block, rows that cannot be picked any more are dropped. 1024 does
-# 1.3 times the work, 64 leaves the matmul too thin.
+# Centres per matmul of k-center greedy: after each, rows that cannot be picked are dropped. 1024: 20 % more work.
 _CENTRE_BLOCK = 256
 
 _Floats = NDArray[np.float32]
@@ -39,21 +38,20 @@ _Ints = NDArray[np.int64]
 
 
 class NearestNeighbors:
-    """Exact Euclidean nearest neighbours in a fixed bank, on the device of the bank.
+    """Exact Euclidean nearest neighbours in a fixed bank, on the device of the bank (which must know float64).
 
-    One blocked matmul finds the winners by `q.b - |b|^2 / 2`, the largest being the nearest; `|b|^2` rides along as one
+    One blocked matmul finds the winners: the largest `q.b - |b|^2 / 2` is the nearest, and the norm rides along as one
     more channel. Bank and queries are centred by the bank mean, so that a common offset costs no precision. Queries
-    whose winner is not clear within float32 rounding are searched again in float64. The distances are then computed
-    anew as `|q - b|`, pair by pair, with a kernel that never sees the other pairs.
+    whose winners are not clear within float32 rounding are searched again in float64. Distances are then computed anew
+    as `|q - b|`, pair by pair, by a kernel to which other pairs make no difference.
 
-    Hence: a row of the bank is at distance 0 from itself; equal distances go to the lowest bank row; the same query gives
-    the same bits whatever other queries and whatever `chunk` it comes with. What remains: bank rows whose distances to a
-    query differ by less than float64 rounding (about 1e-7 of the distance between query and bank mean, when the query
-    nearly coincides with both) count as equal.
+    Hence a row of the bank is at distance exactly 0 from itself, equal distances go to the lowest bank row, and a query
+    gives the same bits whatever other queries, and whatever `chunk`, it comes with. What remains are bank rows that
+    differ by their last float32 bits only (1e-7 of the distance of the query from the bank mean): they count as equal.
 
-    Cost: 2 Q M C flops as matmul, plus k + 1 passes over the Q x M scores; the float64 search doubles the cost of each
-    query that needs it (well below 1 % of them on real features, all of them when every bank row has a copy). Memory:
-    a second copy of the bank (a float64 one while a search in float64 runs) and one block of scores.
+    Cost: 2 Q M C flops as a matmul, one pass over the Q x M scores, and k small steps per query. A float64 search
+    triples the cost of the queries that need it: below 0.1 % of them on smooth features, all of them when every bank
+    row has a copy. Memory: a copy of the bank (and a float64 one during that search) and one block of scores.
 
     Args:
         bank: (M, C) feature vectors; used as float32.
@@ -84,7 +82,7 @@ class NearestNeighbors:
             queries: (Q, C) feature vectors; moved to the device of the bank block by block.
             k: number of neighbours.
             owners: (Q,) integers: bank rows of the same owner are not eligible, as for leave-one-image-out scores.
-            chunk: queries per block; by default what fits 32 MB of scores.
+            chunk: queries per block; by default what fits 16 MB of scores.
 
         Returns:
             (Q, k) float32 distances (not squared), ascending, and (Q, k) int64 bank rows.
@@ -100,7 +98,7 @@ class NearestNeighbors:
         distances = self._bank.new_empty((n, k))
         for part in _blocks(n, _PART_ROWS):
             ids[part], unclear[part] = self._search(*self._take(queries, owners, part), k, rows)
-        again = unclear.nonzero()[:, 0]
+        again = unclear.nonzero()[:, 0].cpu()  # indexes tensors on any device
         for part in _blocks(len(again), max(1, rows // 2)):  # float64 scores are twice as large
             ids[again[part]] = self._search_double(*self._take(queries, owners, again[part]), k)
         for part in _blocks(n, max(1, _PART_ROWS // k)):
@@ -122,11 +120,9 @@ class NearestNeighbors:
             raise ParameterError(f"k must be in [1, {eligible}], the number of eligible bank rows, got {k}.")
 
     def _take(self, queries: Tensor, owners: Tensor | None, part: slice | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Some queries (and their owners) on the device of the bank, as float32."""
-        if isinstance(part, Tensor):
-            part = part.to(queries.device)
+        """Some queries and their owners on the device of the bank, the queries as float32."""
         block = queries.detach()[part].to(self._bank.device, torch.float32)
-        return block, None if owners is None else owners.to(queries.device)[part].to(self._bank.device)
+        return block, None if owners is None else owners[part].to(self._bank.device)
 
     def _search(self, block: Tensor, own: Tensor | None, k: int, rows: int) -> tuple[Tensor, Tensor]:
         """(B, k) float32 winners, and (B,) True where rounding could have changed the set of winners."""
@@ -160,12 +156,10 @@ class NearestNeighbors:
         return ids
 
     def _hide(self, scores: Tensor, own: Tensor | None) -> None:
-        if (
-            own is not None
-        ):  # queries come image by image: few owners per block, and quicker than a (rows, M) comparison
-            for owner in torch.unique(own).tolist():
-                if (columns := self._rows_of.get(owner)) is not None:
-                    scores[(own == owner).nonzero(), columns] = -torch.inf
+        """Sets scores of bank rows with the owner of the query to -inf: owner by owner, as blocks hold few of them."""
+        for owner in [] if own is None else torch.unique(own).tolist():
+            if (columns := self._rows_of.get(owner)) is not None:
+                scores[(own == owner).nonzero(), columns] = -torch.inf
 
     def _slack(self, centred: Tensor, best: Tensor, eps: float) -> Tensor:
         """(rows, 1) by how much two scores near `best` may change order through rounding."""
@@ -184,22 +178,13 @@ class NearestNeighbors:
         return distances, ids.gather(1, order)
 
 
-def nearest(
-    queries: Tensor,
-    bank: Tensor,
-    *,
-    k: int = 1,
-    owners: Tensor | None = None,
-    bank_owners: Tensor | None = None,
-    chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`NearestNeighbors(bank, owners=bank_owners).query(queries, ...)`, for a bank that is used once.
+def nearest(queries: Tensor, bank: Tensor, *, k: int = 1, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """`NearestNeighbors(bank).query(queries, ...)`, for a bank that is used once.
 
-    >>> bank = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-    >>> nearest(torch.tensor([[0.0, 0.0]]), bank, k=2)
+    >>> nearest(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0], [3.0, 4.0]]), k=2)
     (tensor([[0., 5.]]), tensor([[0, 1]]))
     """
-    return NearestNeighbors(bank, owners=bank_owners).query(queries, k=k, owners=owners, chunk=chunk)
+    return NearestNeighbors(bank).query(queries, k=k, chunk=chunk)
 
 
 def _blocks(n: int, size: int) -> Iterator[slice]:
@@ -228,11 +213,7 @@ def _rows_by_owner(owners: Tensor) -> dict[int, Tensor]:
 
 
 def _pop_best(groups: Tensor, tops: Tensor) -> tuple[Tensor, Tensor]:
-    """Takes the largest score out of each row.
-
-    Args:
-        groups: (rows, G, _GROUP) scores; the one taken is set to -inf.
-        tops: (rows, G) the maxima of the groups; updated.
+    """Takes the largest out of each row of (rows, G, _GROUP) scores, whose maxima by group are `tops`; updates both.
 
     Returns:
         (rows,) positions in range(G * _GROUP), (rows,) scores.
@@ -253,14 +234,12 @@ def _argmax(scores: Tensor) -> Tensor:
 
 
 def random_projection(n_in: int, n_out: int, generator: torch.Generator) -> Tensor:
-    """A Gaussian Johnson-Lindenstrauss matrix: `x @ matrix` keeps Euclidean distances in expectation.
-
-    The relative error of a distance is about sqrt(1 / (2 n_out)): 6 % at 128.
+    """A Gaussian Johnson-Lindenstrauss matrix: `x @ matrix` keeps distances within sqrt(1 / (2 n_out)), 6 % at 128.
 
     Args:
         n_in: channels before.
         n_out: channels after.
-        generator: a CPU generator, the only source of randomness.
+        generator: a CPU generator.
 
     Returns:
         (n_in, n_out) float32 on CPU, entries N(0, 1 / n_out).
@@ -285,17 +264,17 @@ def project(features: Tensor, n_out: int, generator: torch.Generator) -> Tensor:
 def k_center_greedy(features: Tensor, n_select: int, generator: torch.Generator, *, start: int | None = None) -> Tensor:
     """Farthest-first selection: each centre is the row farthest from all centres before it.
 
-    The order of the result is the order of selection, so a prefix of it is the selection of fewer centres. Equal
-    distances go to the lowest row. The largest distance of a row to its centre is at most twice the optimum.
+    The order of the result is the order of selection: its first m rows are the selection of m centres. Equal distances
+    go to the lowest row. The largest distance of a row to its nearest centre is at most twice the optimum.
 
     On CPU the distances are evaluated lazily: they only shrink, so the last known value bounds a row from above, and
-    only rows whose bound reaches the current maximum have to be brought up to date, many rows and centres per matmul.
-    The selection is that of the plain loop over all rows, index for index, except where two distances differ by float32
-    rounding. It depends on nothing but its input, on one machine with one number of threads.
+    only rows whose bound reaches the current maximum are brought up to date, many rows and many centres per matmul. The
+    selection is that of the plain loop, index for index, except where two distances differ by float32 rounding. The
+    same input gives the same selection on one machine with one number of threads.
 
-    Cost: a quarter to half of the 2 N C n_select flops of the plain loop, at the speed of a matmul; about 1 s for 6144 of
-    61440 x 272 on one 2021 server core. Memory: a few (4096, C) blocks and (n_select, C) centres; features that are
-    contiguous float32 are not copied. On another device: the plain loop, and one copy of the features.
+    Cost: a quarter to half of the 2 N C n_select flops of the plain loop, at the speed of a matmul: 1 to 2 s for 6144
+    of 61440 x 272 on one core. Memory: a few (4096, C) blocks and the (n_select, C) centres; contiguous float32 input
+    is not copied. On another device: the plain loop and one copy of the features.
 
     Contamination: outliers are far from everything, so they are selected first and are over-represented.
 
@@ -307,13 +286,13 @@ def k_center_greedy(features: Tensor, n_select: int, generator: torch.Generator,
 
     Returns:
         (n_select,) int64 rows on CPU. All N rows, ascending, when n_select >= N. Fewer than n_select when all remaining
-        rows are copies of selected ones (closer than rounding: about 1e-3 of their distance from the first centre).
+        rows are copies of selected ones (within rounding: about 2e-3 of their distance from the first centre).
 
     Raises:
         ParameterError: if there are no rows, n_select is below 1, or `start` is not a row.
 
-    References: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985; Roth et al., "Towards Total
-    Recall in Industrial Anomaly Detection" (PatchCore), CVPR 2022, Algorithm 1.
+    References: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985; Roth et al. (PatchCore),
+    "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022, Algorithm 1.
     """
     if features.ndim != 2 or features.shape[0] == 0:
         raise ParameterError(f"features must be (N, C) with at least one row, got {tuple(features.shape)}.")
@@ -324,8 +303,7 @@ def k_center_greedy(features: Tensor, n_select: int, generator: torch.Generator,
         raise ParameterError(f"start must be in [0, {n - 1}], got {start}.")
     if n_select >= n:
         return torch.arange(n)
-    if start is None:
-        start = int(torch.randint(n, (1,), generator=generator))
+    start = int(torch.randint(n, (1,), generator=generator)) if start is None else start
     features = features.detach().to(torch.float32).contiguous()
     if features.device.type != "cpu":
         return _greedy_plain(features, n_select, start)
@@ -334,7 +312,7 @@ def k_center_greedy(features: Tensor, n_select: int, generator: torch.Generator,
 
 def _copy_tolerance(channels: int) -> float:
     """The share of |x|^2 below which a squared distance computed from dot products may be rounding only."""
-    return float(4 * math.sqrt(channels) * np.finfo(np.float32).eps)
+    return float(2 * math.sqrt(channels) * np.finfo(np.float32).eps)  # the `_ROUNDING` of |x|^2 - 2 x.c + |c|^2
 
 
 def _greedy_plain(features: Tensor, n_select: int, start: int) -> Tensor:
@@ -385,11 +363,7 @@ class _LazyGreedy:
         return self.selected[: self.count]
 
     def _candidates(self) -> tuple[_Ints, float, int]:
-        """The rows that come first by (bound descending, row ascending), in row order, and the first one left out.
-
-        Returns:
-            (b,) rows; the bound and the row number of the best row that is not among them.
-        """
+        """First rows by (bound descending, row ascending), in row order; bound and row of the first one left out."""
         size = min(_CANDIDATES, len(self.bounds) - 1)
         position = len(self.bounds) - 1 - size
         limit = np.partition(self.bounds, position)[position]  # the largest bound but `size`

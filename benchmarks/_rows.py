@@ -1,0 +1,166 @@
+"""What every benchmark shares: where a figure comes from, rows in CSV files, and work in processes of its own."""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flawsift.files import ensure_folder, write_csv
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = "figures.csv"  # one row per finished script
+MIB = 2**20
+CODE = ("src", "benchmarks/*.py", "constraints.txt")  # a change of these makes a commit "-dirty"
+
+Row = dict[str, Any]
+
+
+def machine() -> Row:
+    """Processor, cores, memory and system of this machine."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = lines[0] if lines else model
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {"cpu": model, "cores": os.cpu_count(), "gib": round(gib), "os": platform.system()}
+
+
+def commit() -> str:
+    """Short hash of the checkout, with "-dirty" when its code differs; "unknown" outside of a repository."""
+    try:
+        return _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--", *CODE) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "--no-optional-locks", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a score or its speed."""
+    from flawsift import pipeline
+
+    return pipeline.versions()
+
+
+def provenance() -> Row:
+    """The columns that every row starts with."""
+    import torch
+
+    return {
+        "commit": commit(),
+        "machine": json.dumps(machine()),
+        "versions": json.dumps(versions()),
+        "n_threads": torch.get_num_threads(),
+    }
+
+
+def peak_mb() -> float:
+    """The largest resident size of this process so far, in MiB; file pages read through memory maps count."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class PeakAnonymous:
+    """The largest anonymous resident size during a block, sampled; memory maps of files do not count.
+
+    Attributes:
+        mb: MiB, or None where the system does not tell.
+    """
+
+    mb: float | None = None
+
+    def __enter__(self) -> "PeakAnonymous":
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.05):
+            self._sample()
+
+    def _sample(self) -> None:
+        status = Path("/proc/self/status")
+        if status.exists():
+            for line in status.read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    self.mb = max(self.mb or 0.0, int(line.split()[1]) / 1024)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """All rows of a CSV file; none if it does not exist."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{k: v or "" for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a CSV file in one step. Columns keep their place; new ones come last; None is an empty cell."""
+    if not rows:
+        return
+    ensure_folder(path.parent)
+    all_rows: list[Mapping[str, Any]] = [*read_rows(path), *rows]
+    header = list(dict.fromkeys(key for row in all_rows for key in row))
+    write_csv(path, header, [[_cell(row.get(key)) for key in header] for row in all_rows])
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return json.dumps(value) if isinstance(value, dict | list | tuple) else value
+
+
+def common_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Flags of every script."""
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows (default: %(default)s)")
+    return parser
+
+
+def finish(name: str, figures: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Append the figures of a finished script to figures.csv and print them as the last line of stdout."""
+    shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+    params = {k: v for k, v in vars(args).items() if k not in ("results", "cache", "child") and v is not None}
+    row = {"name": name, **provenance(), "params": json.dumps(params, default=str), "figures": json.dumps(shown)}
+    append_rows(args.results / FIGURES, [row])
+    print(json.dumps({"benchmark": name, "commit": row["commit"], **shown}), flush=True)
+
+
+def say(text: str) -> None:
+    """For people: stderr, so that stdout stays JSON."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_json(
+    script: str | Path, *arguments: object, python: str | Path = sys.executable, environment: Mapping[str, str] = {}
+) -> Row:
+    """Run a script in its own process; what its last line of stdout says.
+
+    Raises:
+        RuntimeError: It fails or says nothing.
+    """
+    command = [str(python), str(script), *(str(a) for a in arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        raise RuntimeError(f"{' '.join(command[1:])} ended with code {done.returncode}; its messages are above.")
+    found: Row = json.loads(lines[-1])
+    return found

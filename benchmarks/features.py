@@ -1,0 +1,166 @@
+"""How fast frozen features come: OpenVINO against torch, in images per second, on this machine's CPU.
+
+    python benchmarks/features.py [--images 32] [--repeats 7]
+
+Network: efficientnet_lite0 at 256 px, random uint8 pixels. Three ways run in turn (A B C A B C ..), so that other
+work on the machine hits all alike; each figure is the median over the repeats. "torch eager" is what one would write
+first, the network called on a batch, at the best of several batch sizes; "torch runtime" is flawsift's own
+(channels last, image by image). Goal: OpenVINO at least 4 times torch eager. The share of the matmul rate says how
+much of what this machine can multiply at all is reached; 2 FLOP per multiply-add.
+
+The table goes to stderr, all figures as one JSON line to stdout.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from flawsift.backbones import Backbone, load_backbone
+
+GOAL = 4.0  # times torch eager
+SIZE = 256  # the default input
+LAYERS = {"s8_s16": ["stride8", "stride16"], "s4_s8_s16": ["stride4", "stride8", "stride16"]}  # PatchCore; all to 16
+EAGER_BATCHES = (1, 8, 32)
+MATMUL = 2048  # large enough to be bound by arithmetic, small enough to take a fraction of a second
+
+
+def eager(backbone: Backbone, pixels: Tensor, layers: list[str], batch: int) -> Callable[[], object]:
+    """The plain way: torch's default memory format, the network called on batches."""
+    trunk = backbone._trunk
+    taps = [trunk.layers.index(backbone.resolve(layer)) for layer in layers]
+
+    def run() -> None:
+        with torch.inference_mode():
+            for start in range(0, len(pixels), batch):
+                trunk.taps(pixels[start : start + batch], taps)
+
+    return run
+
+
+def interleaved(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds per repeat of each way, the ways in turn, after one unmeasured round."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def gflop_per_image(backbone: Backbone, layers: list[str]) -> float:
+    """Of the network up to the deepest layer, 2 FLOP per multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        eager(backbone, torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), layers, 1)()
+    return float(counter.get_total_flops()) / 1e9
+
+
+def commit() -> str | None:
+    """The checked-out commit, read from .git without running git."""
+    folder = Path(__file__).parents[1] / ".git"
+    try:
+        head = (folder / "HEAD").read_text().strip()
+        return (folder / head.removeprefix("ref: ")).read_text()[:12] if head.startswith("ref: ") else head[:12]
+    except OSError:
+        return None
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on, besides the code."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "timm", "openvino")}
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {
+        "commit": commit(),
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def measure(
+    backbones: dict[str, Backbone], pixels: Tensor, layers: list[str], repeats: int
+) -> dict[str, tuple[float, float]]:
+    """{way: (median images per second, GFLOP/s)}, with the matmul rate as one more way."""
+    matrix = torch.rand(MATMUL, MATMUL)
+    ways: dict[str, Callable[[], object]] = {
+        "openvino": lambda: backbones["openvino"].extract(pixels, layers),
+        "torch runtime": lambda: backbones["torch"].extract(pixels, layers),
+        **{f"torch eager, batch {b}": eager(backbones["eager"], pixels, layers, b) for b in EAGER_BATCHES},
+        "matmul": lambda: torch.mm(matrix, matrix),
+    }
+    gflop = gflop_per_image(backbones["eager"], layers)
+    rates = {}
+    for name, seconds in interleaved(ways, repeats).items():
+        median = statistics.median(seconds)
+        images, work = (1, 2 * MATMUL**3 / 1e9) if name == "matmul" else (len(pixels), gflop * len(pixels))
+        rates[name] = images / median, work / median
+    return rates
+
+
+def figures(rates: dict[str, tuple[float, float]]) -> dict[str, float]:
+    best = max((name for name in rates if name.startswith("torch eager")), key=lambda name: rates[name][0])
+    matmul = rates["matmul"][1]
+    return {
+        "openvino_images_per_s": rates["openvino"][0],
+        "torch_images_per_s": rates[best][0],
+        "torch_runtime_images_per_s": rates["torch runtime"][0],
+        "openvino_speedup": rates["openvino"][0] / rates[best][0],
+        "openvino_speedup_over_torch_runtime": rates["openvino"][0] / rates["torch runtime"][0],
+        "matmul_gflops": matmul,
+        "openvino_share_of_matmul": rates["openvino"][1] / matmul,
+        "torch_share_of_matmul": rates[best][1] / matmul,
+        "torch_runtime_share_of_matmul": rates["torch runtime"][1] / matmul,
+        "torch_best_batch": float(best.rsplit(" ", 1)[1]),
+    }
+
+
+def show(title: str, rates: dict[str, tuple[float, float]]) -> None:
+    print(f"\n{title}\n  {'':24s}{'images/s':>10s}{'GFLOP/s':>10s}{'of matmul':>11s}", file=sys.stderr)
+    for name, (images, gflops) in rates.items():
+        shown = f"{images:10.1f}" if name != "matmul" else " " * 10
+        print(f"  {name:24s}{shown}{gflops:10.1f}{gflops / rates['matmul'][1]:10.0%}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    row: dict[str, object] = {"benchmark": "features", **machine(), "images": options.images, "size": SIZE}
+    backbones = {
+        "openvino": load_backbone(size=SIZE, runtime="openvino", device="cpu"),
+        "torch": load_backbone(size=SIZE, runtime="torch", device="cpu"),
+        "eager": load_backbone(size=SIZE, runtime="torch", device="cpu"),
+    }
+    backbones["eager"]._trunk.to(memory_format=torch.contiguous_format)  # the runtime had made it channels last
+    row |= {"weights": backbones["openvino"].weights_digest[:16], "repeats": options.repeats}
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (options.images, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    for name, layers in LAYERS.items():
+        rates = measure(backbones, pixels, layers, options.repeats)
+        show(f"efficientnet_lite0, {SIZE} px, {' + '.join(layers)}", rates)
+        found = {key: round(value, 3) for key, value in figures(rates).items()}
+        row |= found if name == "s8_s16" else {f"{key}_{name}": value for key, value in found.items()}
+    met = float(str(row["openvino_speedup"])) >= GOAL
+    print(f"\nGoal: OpenVINO >= {GOAL:g} x torch eager: {'met' if met else 'MISSED'}", file=sys.stderr)
+    print(json.dumps(row | {"goal_met": met, "load_after": round(os.getloadavg()[0], 2)}))
+
+
+if __name__ == "__main__":
+    main()

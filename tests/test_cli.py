@@ -1,0 +1,214 @@
+"""The command line as a user meets it."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from flawsift import __version__
+from flawsift.cli import main
+from flawsift.datasets import write_mvtec
+from flawsift.testing import easy_set
+
+TINY = ["--backbone", "tiny", "--size", "64"]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Result:
+    """Exit code and what was printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command in this process."""
+
+    def call(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in arguments])
+        found = capsys.readouterr()
+        return Result(int(stop.value.code or 0), found.out, found.err)
+
+    return call
+
+
+def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    screened = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, "--json")
+    assert screened.code == 0, screened.err
+    assert screened.json["n_images"] == 50
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {
+        "screening.csv",
+        "screening.json",
+        "maps.npy",
+        "report.html",
+    }
+    fitted = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, "--screening", tmp_path / "s", "--json")
+    assert fitted.code == 0, fitted.err
+    assert fitted.json["n_kept"] == screened.json["n_kept"]
+    assert (tmp_path / "m" / "model.json").exists()
+    found = run("predict", tmp_path / "m", easy_folder, "--out", tmp_path / "p", "--json")
+    assert found.code == 0, found.err
+    rows = table(tmp_path / "p" / "predictions.csv")
+    assert len(rows) == 50
+    assert list(rows[0]) == ["path", "score", "is_anomalous", "error"]
+    assert sum(int(r["is_anomalous"]) for r in rows) == found.json["n_anomalous"]
+    with Image.open(tmp_path / "p" / "maps" / "part-49.png.png") as overlay:
+        assert overlay.size[0] == overlay.size[1]
+    write_mvtec(easy_set(), tmp_path / "tree")
+    measured = run("evaluate", tmp_path / "m", tmp_path / "tree", "--out", tmp_path / "e", "--json")
+    assert measured.code == 0, measured.err
+    keys = {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"}
+    assert keys <= set(measured.json)
+    written = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert written["image_auroc"] > 0.8
+    assert written == {k: measured.json[k] for k in written}
+
+
+def test_fit_screens_and_reports(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    found = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, "--preset", "paper", "--seed", 3)
+    assert found.code == 0, found.err
+    assert "on 20 of 50 images" in found.out
+    assert "false alarms per 100 good parts" in found.out
+    assert (tmp_path / "m" / "screening" / "report.html").exists()
+    options = json.loads((tmp_path / "m" / "screening" / "screening.json").read_text())["options"]
+    assert (options["keep"], options["exclude_own"], options["seed"]) == (0.4, False, 3)
+
+
+def test_options_reach_the_work(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    flags = ["--subsets", 3, "--partitions", 2, "--keep", 0.7, "--consensus", "median", "--normalize", "rank"]
+    flags += ["--include-own", "--divergence-weight", 0.5, "--set", "coreset_ratio=0.05", "--set", "coreset=random"]
+    found = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, *flags, "--json")
+    assert found.code == 0, found.err
+    options = found.json["options"]
+    assert (options["n_subsets"], options["n_partitions"], options["keep"]) == (3, 2, 0.7)
+    assert (options["consensus"], options["normalize"], options["exclude_own"]) == ("median", "rank", False)
+    assert options["divergence_weight"] == 0.5
+    params = found.json["detector"]["params"]
+    assert (params["coreset_ratio"], params["coreset"]) == (0.05, "random")
+
+
+def test_groups_file(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    lines = "".join(f"part-{i:02d}.png,g{i // 5}\n" for i in range(50))
+    (tmp_path / "g.csv").write_text("file,group\n" + lines)
+    found = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, "--groups", tmp_path / "g.csv")
+    assert found.code == 0, found.err
+    rows = table(tmp_path / "s" / "screening.csv")
+    assert all(rows[i]["subset"] == rows[i - i % 5]["subset"] for i in range(50))
+
+
+def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    for sub in ("a", "b"):
+        (root / sub).mkdir(parents=True)
+    picture = (easy_folder / "part-00.png").read_bytes()
+    for i in range(4):
+        (root / "a" / f"{i}.png").write_bytes(picture)
+        (root / "b" / f"{i}.png").write_bytes((easy_folder / f"part-0{i + 1}.png").read_bytes())
+    Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.png")).write_bytes(picture)
+    (root / "empty.png").touch()
+    found = run("fit", root, "--out", tmp_path / "m", *TINY, "--subsets", 2)
+    assert found.code == 0, found.err
+    found = run("predict", tmp_path / "m", root, "--out", tmp_path / "p")
+    assert found.code == 0, found.err
+    assert "Not readable: empty.png: empty file" in found.out
+    rows = {r["path"]: r for r in table(tmp_path / "p" / "predictions.csv")}
+    assert len(rows) == 10
+    assert rows["a/0.png"]["score"] == rows["a/1.png"]["score"] != rows["b/0.png"]["score"]
+    assert rows["caf\\udce9.png"]["error"] == ""
+    assert rows["empty.png"]["score"] == ""
+    assert (tmp_path / "p" / "maps" / "a" / "0.png.png").exists()
+    assert (tmp_path / "p" / "maps" / "b" / "0.png.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["screen", "{missing}", "--out", "{out}"], "does not exist"),
+        (["screen", "{empty}", "--out", "{out}"], "No images in"),
+        (["screen", "{images}", "--out", "{file}"], "Cannot write"),
+        (["screen", "{images}", "--out", "{out}", "--detector", "pathcore"], "Did you mean 'patchcore'"),
+        (["screen", "{images}", "--out", "{out}", "--backbone", "resnet81"], "Unknown backbone 'resnet81'"),
+        (["screen", "{images}", "--out", "{out}", "--keep", "some"], "--keep must be 'auto' or a share"),
+        (["screen", "{images}", "--out", "{out}", "--keep", "1.5"], "keep must be 'auto' or in"),
+        (["screen", "{images}", "--out", "{out}", "--subsets", "1"], "n_subsets must be at least 2"),
+        (["screen", "{images}", "--out", "{out}", "--subsets", "70"], "70 subsets need at least 70 images"),
+        (["screen", "{images}", "--out", "{out}", "--set", "coreset_ratio"], "needs name=value"),
+        (["screen", "{images}", "--out", "{out}", "--set", "coreset_ratio=2"], "must be in"),
+        (["screen", "{images}", "--out", "{out}", "--set", "coreset_ratio=big"], "must be of type float, got 'big'"),
+        (["screen", "{images}", "--out", "{out}", "--set", "ratio=1"], "Unknown parameter of PatchCore 'ratio'"),
+        (["screen", "{images}", "--out", "{out}", "--groups", "{missing}"], "cannot be read"),
+        (["screen", "{images}"], "Missing option '--out'"),
+        (["fit", "{images}", "--out", "{out}", "--false-alarm-rate", "7"], "false_alarm_rate must be in"),
+        (["predict", "{images}", "{images}", "--out", "{out}"], "is not a model folder"),
+        (["nonsense"], "No such command"),
+    ],
+)
+def test_errors_are_one_line_with_code_two(
+    run: Any, easy_folder: Path, tmp_path: Path, arguments: list[str], text: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    names = {n: str(tmp_path / n) for n in ("missing", "empty", "file", "out")} | {"images": str(easy_folder)}
+    filled = [a.format(**names) for a in arguments]
+    if filled[0] in ("screen", "fit") and "--backbone" not in filled:
+        filled += TINY
+    found = run(*filled)
+    assert found.code == 2
+    assert text in found.err
+    assert found.err.count("\n") == 1
+    assert found.err.startswith("flawsift: error: ")
+    assert found.out == ""
+
+
+def test_cache_commands(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    cache = ["--cache", tmp_path / "c"]
+    run("screen", easy_folder, "--out", tmp_path / "s", *TINY, *cache)
+    assert "50 images" in run("cache", "list", *cache).out
+    assert "intact" in run("cache", "verify", *cache).out
+    victim = next((tmp_path / "c").rglob("*.npy"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    broken = run("cache", "verify", *cache)
+    assert broken.code == 1
+    assert "SHA-256" in broken.out
+    assert run("cache", "verify", "--repair", *cache).code == 0
+    assert "intact" in run("cache", "verify", *cache).out
+    assert "MB freed" in run("cache", "clear", *cache).out
+    assert "empty" in run("cache", "list", *cache).out
+
+
+def test_detectors_are_listed(run: Any) -> None:
+    listed = run("detectors", "--json").json
+    assert set(listed) == {"padim", "patchcore"}
+    assert listed["patchcore"]["params"]["coreset_ratio"] > 0
+    assert listed["padim"]["presets"] == ["default", "paper"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["screen", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from flawsift.cli import main\n"
+        f"try: main({arguments})\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'timm', 'openvino', 'sklearn', 'scipy', 'numpy', 'PIL', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert __version__ in done.stdout or "Options" in done.stdout

@@ -1,0 +1,311 @@
+"""`flawsift.nn` against brute force in float64."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flawsift import nn
+from flawsift.errors import ParameterError
+from flawsift.nn import NearestNeighbors, k_center_greedy, nearest, project, random_projection
+
+EXAMPLES = settings(max_examples=60, deadline=None)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=rng(seed))
+
+
+def integers(*shape: int, high: int, seed: int = 0) -> Tensor:
+    """Integer-valued float32: every distance is exact, and many are equal."""
+    return torch.randint(high, shape, generator=rng(seed)).float()
+
+
+def brute(queries: Tensor, bank: Tensor, k: int, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """k nearest by direct float64 subtraction; ties to the lowest row; `hidden` (Q, M) rows are not eligible."""
+    squared = (queries.double()[:, None] - bank.double()[None]).square().sum(dim=2)
+    if hidden is not None:
+        squared = squared.masked_fill(hidden, torch.inf)
+    squared, ids = squared.sort(dim=1, stable=True)
+    return squared[:, :k].sqrt(), ids[:, :k]
+
+
+def naive_greedy(features: Tensor, n_select: int, start: int) -> tuple[list[int], list[float], float]:
+    """Farthest-first by direct float64 distances.
+
+    Returns:
+        rows, the squared radius after each centre, and the smallest relative lead of a pick over its runner-up.
+    """
+    x: NDArray[np.float64] = features.double().numpy()
+    closest = ((x - x[start]) ** 2).sum(axis=1)
+    rows, radii, lead = [start], [float(closest.max())], np.inf
+    while len(rows) < n_select and closest.max() > 0:
+        pick = int(closest.argmax())
+        second, first = np.partition(closest, -2)[-2:]
+        lead = min(lead, (first - second) / first)
+        closest = np.minimum(closest, ((x - x[pick]) ** 2).sum(axis=1))
+        rows.append(pick)
+        radii.append(float(closest.max()))
+    return rows, radii, float(lead)
+
+
+# --- nearest neighbours ---
+
+
+@EXAMPLES
+@given(st.integers(0, 40), st.integers(1, 150), st.integers(1, 20), st.integers(1, 7), st.integers(0, 10**6))
+def test_nearest_is_brute_force(q: int, m: int, c: int, k: int, seed: int) -> None:
+    k = min(k, m)
+    queries, bank = normal(q, c, seed=seed), normal(m, c, seed=seed + 1)
+    distances, ids = nearest(queries, bank, k=k)
+    expected, expected_ids = brute(queries, bank, k)
+    assert distances.dtype == torch.float32
+    assert ids.dtype == torch.int64
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-6, atol=0)
+
+
+@EXAMPLES
+@given(st.integers(1, 30), st.integers(1, 150), st.integers(1, 3), st.integers(1, 6), st.integers(0, 10**6))
+def test_ties_go_to_the_lowest_bank_row(q: int, m: int, c: int, k: int, seed: int) -> None:
+    k = min(k, m)
+    queries, bank = integers(q, c, high=4, seed=seed), integers(m, c, high=4, seed=seed + 1)
+    assert torch.equal(nearest(queries, bank, k=k)[1], brute(queries, bank, k)[1])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1e3])
+def test_a_row_of_the_bank_is_at_distance_zero_from_itself(offset: float) -> None:
+    bank = normal(3000, 40) + offset
+    distances, ids = nearest(bank, bank)
+    assert not distances.any()
+    assert torch.equal(ids[:, 0], torch.arange(3000))
+
+
+def test_near_duplicates_far_from_the_mean_are_told_apart() -> None:
+    # two tight clusters: squared distances inside one are far below float32 rounding of the squared norms
+    side = torch.where(torch.arange(400) % 2 == 0, 1.0, -1.0)[:, None]
+    bank = side + 1e-5 * normal(400, 16)
+    queries = side[:50] + 1e-5 * normal(50, 16, seed=1)
+    distances, ids = nearest(queries, bank, k=3)
+    expected, expected_ids = brute(queries, bank, 3)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_an_offset_costs_no_accuracy() -> None:
+    # on a grid of 1/16, an offset of 1000 is exact: everything must stay as it is
+    queries, bank = (16 * normal(200, 64)).round() / 16, (16 * normal(500, 64, seed=1)).round() / 16
+    plain, shifted = nearest(queries, bank, k=3), nearest(queries + 1000, bank + 1000, k=3)
+    assert torch.equal(plain[0], shifted[0])
+    assert torch.equal(plain[1], shifted[1])
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_neither_chunks_nor_company_nor_order_change_a_bit(k: int) -> None:
+    bank = torch.cat([normal(500, 33), normal(500, 33)[:100], 1 + 1e-5 * normal(100, 33, seed=2)])
+    queries = torch.cat([normal(100, 33, seed=1), bank[::17], 1 + 1e-5 * normal(30, 33, seed=3)])
+    index = NearestNeighbors(bank)
+    distances, ids = index.query(queries, k=k)
+    for chunk in (3, 64, 10_000):
+        assert torch.equal(index.query(queries, k=k, chunk=chunk)[0], distances)
+        assert torch.equal(index.query(queries, k=k, chunk=chunk)[1], ids)
+    order = torch.randperm(len(queries), generator=rng())
+    for company in (order, order[:3], order[40:41]):
+        some = index.query(queries[company], k=k)
+        assert torch.equal(some[0], distances[company])
+        assert torch.equal(some[1], ids[company])
+
+
+def test_small_parts_give_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, bank = integers(60, 3, high=5), integers(150, 3, high=5, seed=1)
+    expected = nearest(queries, bank, k=3)
+    monkeypatch.setattr(nn, "_PART_ROWS", 17)
+    monkeypatch.setattr(nn, "_BLOCK_FLOATS", 1)
+    monkeypatch.setattr(nn, "_MIN_BLOCK_ROWS", 5)
+    distances, ids = nearest(queries, bank, k=3)
+    assert torch.equal(distances, expected[0])
+    assert torch.equal(ids, expected[1])
+
+
+@EXAMPLES
+@given(st.integers(2, 80), st.integers(2, 6), st.integers(1, 3), st.booleans(), st.integers(0, 10**6))
+def test_rows_of_the_same_owner_are_not_eligible(m: int, n_owners: int, k: int, ties: bool, seed: int) -> None:
+    bank = integers(m, 2, high=4, seed=seed) if ties else normal(m, 5, seed=seed)
+    owners = 100 * (torch.arange(m) % n_owners)
+    hidden = owners[:, None] == owners[None]
+    k = min(k, int((~hidden).sum(dim=1).min()))
+    distances, ids = NearestNeighbors(bank, owners=owners).query(bank, k=k, owners=owners)
+    expected, expected_ids = brute(bank, bank, k, hidden)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_query_owners_without_bank_rows_exclude_nothing() -> None:
+    bank, queries = normal(20, 4), normal(6, 4, seed=1)
+    index = NearestNeighbors(bank, owners=torch.arange(20))
+    distances, ids = index.query(queries, k=20, owners=torch.full((6,), 99))
+    assert torch.equal(distances, index.query(queries, k=20)[0])
+    assert torch.equal(ids.sort(dim=1).values, torch.arange(20).expand(6, 20))
+
+
+def test_the_bank_is_not_changed_and_gradients_do_not_flow() -> None:
+    bank, queries = normal(30, 4).requires_grad_(), normal(5, 4, seed=1).requires_grad_()
+    distances, _ = nearest(queries, bank)
+    assert not distances.requires_grad
+    assert torch.equal(bank, normal(30, 4))
+
+
+def test_half_precision_is_compared_as_float32() -> None:
+    queries, bank = normal(20, 8).half(), normal(50, 8, seed=1).half()
+    assert torch.equal(nearest(queries, bank)[0], nearest(queries.float(), bank.float())[0])
+
+
+def test_errors_of_nearest() -> None:
+    bank = normal(10, 4)
+    with pytest.raises(ParameterError, match=r"at least one row, got \(0, 4\)"):
+        NearestNeighbors(bank[:0])
+    with pytest.raises(ParameterError, match=r"\(Q, 4\) like the bank, got \(10, 3\)"):
+        nearest(bank[:, :3], bank)
+    for k in (0, 11):
+        with pytest.raises(ParameterError, match=rf"k must be in \[1, 10\].*got {k}"):
+            nearest(bank, bank, k=k)
+    owners = torch.tensor([0] * 8 + [1] * 2)
+    with pytest.raises(ParameterError, match=r"k must be in \[1, 2\].*got 3"):
+        NearestNeighbors(bank, owners=owners).query(bank, k=3, owners=owners)
+    with pytest.raises(ParameterError, match="without owners"):
+        NearestNeighbors(bank).query(bank, owners=owners)
+    with pytest.raises(ParameterError, match=r"bank owners must be \(10,\), got \(9,\)"):
+        NearestNeighbors(bank, owners=owners[:9])
+    with pytest.raises(ParameterError, match=r"query owners must be \(10,\), got \(9,\)"):
+        NearestNeighbors(bank, owners=owners).query(bank, owners=owners[:9])
+
+
+# --- projection ---
+
+
+def test_projection_keeps_distances_and_is_drawn_from_the_generator() -> None:
+    x = normal(60, 2000)
+    y = project(x, 500, rng(3))
+    assert y.shape == (60, 500)
+    assert y.dtype == torch.float32
+    ratio = torch.pdist(y) / torch.pdist(x)
+    assert abs(float(ratio.mean()) - 1) < 0.01
+    assert float(ratio.std()) < 0.05  # sqrt(1 / (2 * 500)) = 0.032
+    assert torch.equal(y, x @ random_projection(2000, 500, rng(3)))
+
+
+def test_projection_is_skipped_when_there_is_nothing_to_gain() -> None:
+    x, generator = normal(5, 8), rng()
+    before = generator.get_state()
+    assert project(x, 8, generator) is x
+    assert torch.equal(generator.get_state(), before)
+    with pytest.raises(ParameterError, match="got 0 and 3"):
+        random_projection(0, 3, generator)
+
+
+# --- k-center greedy ---
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.integers(2, 120), st.integers(1, 4), st.integers(2, 30), st.integers(0, 10**6))
+def test_greedy_equals_naive_on_integers(data: st.DataObject, n: int, c: int, high: int, seed: int) -> None:
+    features = integers(n, c, high=high, seed=seed)
+    n_select, start = data.draw(st.integers(1, n - 1)), data.draw(st.integers(0, n - 1))
+    sizes = data.draw(st.sampled_from([(1, 1), (2, 3), (7, 4), (4096, 256)]))
+    with pytest.MonkeyPatch.context() as patch:  # small sizes: many rounds, ties across their borders
+        patch.setattr(nn, "_CANDIDATES", sizes[0])
+        patch.setattr(nn, "_CENTRE_BLOCK", sizes[1])
+        selected = k_center_greedy(features, n_select, rng(), start=start)
+    assert selected.dtype == torch.int64
+    assert selected.tolist() == naive_greedy(features, n_select, start)[0]
+
+
+@pytest.mark.parametrize("candidates", [50, 4096])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_greedy_equals_naive_on_a_fine_grid(candidates: int, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # clustered, as patch features are; integers keep float32 exact, so that no near-tie can be decided by rounding
+    centres, cluster = normal(40, 32), torch.randint(40, (5000,), generator=rng(1))
+    features = (30 * centres[cluster] + 8 * normal(5000, 32, seed=2)).round() + offset
+    monkeypatch.setattr(nn, "_CANDIDATES", candidates)
+    assert k_center_greedy(features, 500, rng(), start=7).tolist() == naive_greedy(features, 500, 7)[0]
+
+
+def test_greedy_equals_naive_on_floats() -> None:
+    features = normal(3000, 24, seed=5)
+    expected, _, lead = naive_greedy(features, 200, 11)
+    assert lead > 2e-6  # or the data have a near-tie that float32 cannot decide: choose another seed
+    assert k_center_greedy(features, 200, rng(), start=11).tolist() == expected
+
+
+def test_plain_loop_of_other_devices_selects_the_same() -> None:
+    features = integers(400, 6, high=9)
+    expected = naive_greedy(features, 120, 3)[0]
+    assert nn._greedy_plain(features, 120, 3).tolist() == expected
+    copies = integers(5, 3, high=9).repeat(8, 1)
+    assert nn._greedy_plain(copies, 20, 0).tolist() == naive_greedy(copies, 20, 0)[0]
+
+
+@EXAMPLES
+@given(st.integers(3, 9), st.integers(1, 4), st.integers(0, 10**6))
+def test_radius_never_grows_and_is_at_most_twice_the_optimum(n: int, n_select: int, seed: int) -> None:
+    n_select = min(n_select, n - 1)
+    features = normal(n, 2, seed=seed)
+    distances = torch.cdist(features.double(), features.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    selected = k_center_greedy(features, n_select, rng(seed)).tolist()
+    radii = [float(distances[:, selected[:m]].amin(dim=1).max()) for m in range(1, n_select + 1)]
+    best = min(float(distances[:, list(c)].amin(dim=1).max()) for c in itertools.combinations(range(n), n_select))
+    assert radii == sorted(radii, reverse=True)
+    assert radii[-1] <= 2 * best * (1 + 1e-6)
+
+
+def test_greedy_is_a_function_of_features_and_generator() -> None:
+    features, before = normal(500, 8), torch.random.get_rng_state()
+    numpy_before = np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
+    first, again = (k_center_greedy(features, 50, rng(4)) for _ in range(2))
+    assert torch.equal(first, again)
+    starts = {int(k_center_greedy(features, 1, rng(seed))[0]) for seed in range(8)}
+    assert len(starts) > 1
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert np.random.get_state()[1].tolist() == numpy_before  # type: ignore[index]  # noqa: NPY002
+    assert torch.equal(features, normal(500, 8))
+
+
+def test_fewer_centres_are_a_prefix() -> None:
+    features = normal(2000, 8)
+    many = k_center_greedy(features, 300, rng(), start=5)
+    assert torch.equal(k_center_greedy(features, 40, rng(), start=5), many[:40])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_copies_are_not_selected_again(offset: float) -> None:
+    distinct = normal(30, 64) + offset
+    features = distinct.repeat(20, 1)
+    selected = k_center_greedy(features, 100, rng(), start=0)
+    assert sorted((selected % 30).tolist()) == list(range(30))
+    assert k_center_greedy(torch.ones(50, 3), 10, rng()).shape == (1,)
+
+
+def test_all_rows_when_no_fewer_are_asked_for() -> None:
+    features = normal(6, 3)
+    for n_select in (6, 7, 1000):
+        assert k_center_greedy(features, n_select, rng()).tolist() == list(range(6))
+
+
+def test_errors_of_greedy() -> None:
+    features = normal(6, 3)
+    with pytest.raises(ParameterError, match=r"at least one row, got \(0, 3\)"):
+        k_center_greedy(features[:0], 1, rng())
+    with pytest.raises(ParameterError, match="n_select must be at least 1, got 0"):
+        k_center_greedy(features, 0, rng())
+    for start in (-1, 6):
+        with pytest.raises(ParameterError, match=rf"start must be in \[0, 5\], got {start}"):
+            k_center_greedy(features, 2, rng(), start=start)

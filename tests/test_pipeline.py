@@ -1,0 +1,324 @@
+"""Both stages on folders: what is trained on, what is written, what is refused."""
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+import flawsift
+from flawsift import pipeline
+from flawsift.backbones import Backbone, load_backbone
+from flawsift.datasets import Dataset
+from flawsift.detector import Detector, make_detector
+from flawsift.errors import InputError, ModelError, OutputError, ParameterError
+from flawsift.features import FeatureStore, attach
+from flawsift.images import ImageSet
+from flawsift.results import load_screening, save_screening
+from flawsift.testing import SIZE
+
+SMALL: dict[str, Detector] = {
+    "patchcore": make_detector("patchcore", coreset_ratio=0.05),
+    "padim": make_detector("padim", n_features=30),
+}
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    return FeatureStore(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_stage_two_trains_on_exactly_the_kept_images(
+    name: str, tiny: Backbone, easy: Dataset, store: FeatureStore
+) -> None:
+    detector = SMALL[name]
+    screening = pipeline.screen(easy.images, detector, tiny, store=store, keep=0.7)
+    model = pipeline.fit(easy.images, detector, tiny, store=store, keep=0.7)
+    data, _ = attach(easy.images, tiny, detector.layers, store=store)
+    direct = detector.clone().fit(data.select(screening.kept))
+    test = data.select(easy.truth.ids[::3])
+    found, expected = model.detector.predict(test, maps=False).scores, direct.predict(test, maps=False).scores
+    np.testing.assert_allclose(found, expected, rtol=2e-3)
+    assert model.training["n_kept"] == 35
+    np.testing.assert_allclose(model.calibration.scores, np.sort(screening.held_out_scores[screening.is_kept]))
+
+
+def test_padim_reads_removed_images_only_for_stage_two(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
+    fits: list[int] = []
+
+    class Watched(type(SMALL["padim"])):  # type: ignore[misc]
+        def _moments(self, data: ImageSet, device: str) -> Any:
+            fits.append(len(data))
+            return super()._moments(data, device)
+
+    pipeline.fit(easy.images, Watched(n_features=30), tiny, store=store, keep=0.9)
+    assert fits == [10, 10, 10, 10, 10, 5], "k sub-models, then the five removed images are taken out"
+
+
+def test_defects_are_ranked_first_and_a_screening_can_be_edited(
+    tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path
+) -> None:
+    out = tmp_path / "screening"
+    result = pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, out=out, keep=0.8)
+    assert set(result.ranking[:8].tolist()) <= set(range(40, 50))
+    rows = table(out / "screening.csv")
+    assert len(rows) == 50
+    assert [r["path"] for r in rows if r["kept"] == "0"] == np.array(result.names)[~result.is_kept].tolist()
+    content = json.loads((out / "screening.json").read_text())
+    assert content["n_kept"] == 40
+    assert content["options"]["keep"] == 0.8
+    assert content["backbone"]["weights_digest"] == tiny.weights_digest
+    assert np.load(out / "maps.npy").shape[0] == 50
+    for row in rows:
+        row["kept"] = "no" if row["path"] in ("part-00.png", "part-01.png") else "yes"
+    with (out / "screening.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    model = pipeline.fit(easy_folder, SMALL["patchcore"], tiny, store=store, screening=out)
+    assert model.training["n_kept"] == 48
+
+
+def test_a_screening_of_something_else_is_refused(
+    tiny: Backbone, easy: Dataset, easy_folder: Path, store: FeatureStore, tmp_path: Path
+) -> None:
+    out = tmp_path / "s"
+    pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, out=out, keep=0.8)
+    with pytest.raises(InputError, match="was made with detector 'patchcore', not 'padim'"):
+        pipeline.fit(easy_folder, SMALL["padim"], tiny, store=store, screening=out)
+    with pytest.raises(InputError, match=r"40 images kept by the screening .* are not in the folder"):
+        pipeline.fit(easy.images, SMALL["patchcore"], tiny, store=store, screening=out)
+    with pytest.raises(InputError, match="either a screening or no_screen"):
+        pipeline.fit(easy_folder, SMALL["patchcore"], tiny, store=store, screening=out, no_screen=True)
+    text = (out / "screening.csv").read_text().replace(",1,\n", ",maybe,\n")
+    (out / "screening.csv").write_text(text)
+    with pytest.raises(InputError, match="damaged: .*kept must be 1 or 0"):
+        load_screening(out)
+    with pytest.raises(InputError, match="is not a screening folder"):
+        load_screening(tmp_path / "none")
+
+
+def test_no_screen_trains_on_everything_and_still_has_a_threshold(
+    tiny: Backbone, easy: Dataset, store: FeatureStore
+) -> None:
+    model = pipeline.fit(easy.images, SMALL["patchcore"], tiny, store=store, no_screen=True)
+    assert model.training["n_kept"] == 50
+    assert len(model.calibration.scores) == 50
+    few = pipeline.fit(easy.images.select([0, 1, 2]), SMALL["patchcore"], tiny, store=store, no_screen=True)
+    assert len(few.calibration.scores) == 3
+    one = pipeline.fit(easy.images.select([0]), SMALL["patchcore"], tiny, store=store, no_screen=True)
+    assert one.threshold() is None
+    found = pipeline.predict(one, easy.images.select([5, 45]))
+    assert found.is_anomalous is None
+    assert np.isfinite(found.scores).all()
+    with pytest.raises(InputError, match="5 subsets need at least 5 images, got 3"):
+        pipeline.fit(easy.images.select([0, 1, 2]), SMALL["patchcore"], tiny, store=store)
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_a_model_survives_the_disk(
+    name: str, tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path
+) -> None:
+    backbone = load_backbone("tiny", size=SIZE)
+    model = pipeline.fit(easy_folder, SMALL[name], backbone, store=store, out=tmp_path / "m")
+    loaded = pipeline.load_model(tmp_path / "m")
+    before, after = pipeline.predict(model, easy_folder), pipeline.predict(loaded, easy_folder)
+    np.testing.assert_array_equal(before.scores, after.scores)
+    assert before.threshold is not None
+    assert after.threshold is not None
+    assert after.threshold.value == pytest.approx(before.threshold.value, rel=1e-8)
+    assert str(tmp_path) not in (tmp_path / "m" / "model.json").read_text()
+    strict = loaded.threshold(0.4)
+    assert strict is not None
+    assert strict.value < after.threshold.value
+    assert not list((tmp_path / "m").rglob("*.p*kl"))
+
+
+def test_damaged_and_foreign_models_are_refused(
+    tiny: Backbone, easy: Dataset, store: FeatureStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "m"
+    pipeline.fit(easy.images, SMALL["patchcore"], load_backbone("tiny", size=SIZE), store=store, out=folder)
+    content = json.loads((folder / "model.json").read_text())
+
+    def with_change(**change: Any) -> Path:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        (copy / "model.json").write_text(json.dumps({**content, **change}))
+        return copy
+
+    with pytest.raises(ModelError, match="is not a model folder"):
+        pipeline.load_model(tmp_path / "none")
+    with pytest.raises(ModelError, match="update flawsift"):
+        pipeline.load_model(with_change(format=99))
+    with pytest.raises(ModelError, match="damaged model.json"):
+        pipeline.load_model(with_change(backbone={}))
+    with pytest.raises(ModelError, match="other weights of tiny"):
+        pipeline.load_model(with_change(backbone={**content["backbone"], "weights_digest": "0" * 64}))
+    with pytest.raises(ModelError, match="parts of two models"):
+        pipeline.load_model(with_change(detector_digest="0" * 64))
+    copy = with_change()
+    state = next(copy.glob("state-*.safetensors"))
+    state.write_bytes(state.read_bytes()[:-4] + b"oops")
+    with pytest.raises(ModelError, match=r"does not match detector\.json"):
+        pipeline.load_model(copy)
+
+
+def test_an_interrupted_save_leaves_the_old_model(
+    tiny: Backbone, easy: Dataset, store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load_backbone("tiny", size=SIZE)
+    folder = tmp_path / "m"
+    pipeline.fit(easy.images, SMALL["patchcore"], backbone, store=store, out=folder, keep=0.8)
+    pipeline.fit(easy.images, SMALL["patchcore"], backbone, store=store, out=folder, keep=0.6)
+    assert pipeline.load_model(folder).training["n_kept"] == 30
+    assert len(list(folder.glob("state-*.safetensors"))) == 1
+
+    def fail(*_: Any) -> None:
+        raise OutputError("full")
+
+    monkeypatch.setattr("flawsift.detector.write_json", fail)
+    with pytest.raises(OutputError):
+        pipeline.fit(easy.images, SMALL["patchcore"], backbone, store=store, out=folder, keep=0.9)
+    assert pipeline.load_model(folder).training["n_kept"] == 30
+
+
+def test_a_killed_screening_goes_on_to_the_same_result(
+    tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, keep=0.7)
+    fit, fitted = type(SMALL["patchcore"]).fit, []
+
+    def killed(self: Detector, data: ImageSet, **kwargs: Any) -> Detector:
+        if len(fitted) == 3:
+            raise KeyboardInterrupt
+        fitted.append(len(data))
+        return fit(self, data, **kwargs)
+
+    monkeypatch.setattr(type(SMALL["patchcore"]), "fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, keep=0.7, out=tmp_path / "o")
+    fitted.clear()
+    again = pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, keep=0.7, out=tmp_path / "o")
+    assert len(fitted) == 2
+    np.testing.assert_array_equal(again.score_matrix, whole.score_matrix)
+    assert again.kept.tolist() == whole.kept.tolist()
+    assert not (tmp_path / "o" / ".resume").exists()
+
+
+def test_changed_content_is_not_resumed(
+    tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(easy_folder, root)
+    monkeypatch.setattr(pipeline.shutil, "rmtree", lambda *_, **__: None)  # keep the finished sub-models
+    first = pipeline.screen(root, SMALL["patchcore"], tiny, store=store, keep=0.7, out=tmp_path / "o")
+    shutil.copy(root / "part-45.png", root / "part-00.png")
+    second = pipeline.screen(root, SMALL["patchcore"], tiny, store=store, keep=0.7, out=tmp_path / "o")
+    assert (first.score_matrix[:, 0] != second.score_matrix[:, 0]).all()
+
+
+def test_unreadable_images_are_reported_everywhere(
+    tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path
+) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(easy_folder, root)
+    (root / "bad.png").write_text("no")
+    result = pipeline.screen(root, SMALL["patchcore"], tiny, store=store, out=tmp_path / "o", keep=0.8)
+    assert len(result.ids) == 50
+    (row,) = [r for r in table(tmp_path / "o" / "screening.csv") if r["error"]]
+    assert row["path"] == "bad.png"
+    assert "not an image" in row["error"]
+    assert row["kept"] == "0"
+    assert json.loads((tmp_path / "o" / "screening.json").read_text())["n_unreadable"] == 1
+    model = pipeline.fit(root, SMALL["patchcore"], tiny, store=store, screening=tmp_path / "o")
+    assert model.training["n_images"] == 51
+    found = pipeline.predict(model, root)
+    assert list(found.errors.values()) == [row["error"]]
+    assert np.isnan(found.scores).sum() == 1
+    assert found.is_anomalous is not None
+    assert not found.is_anomalous[np.isnan(found.scores)].any()
+
+
+def test_evaluation_sees_labels_and_prediction_does_not(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
+    model = pipeline.fit(easy.images.select(range(30)), SMALL["patchcore"], tiny, store=store, no_screen=True)
+    test = easy.images.select(range(30, 50))
+    result, found = pipeline.evaluate(model, test, easy.truth)
+    assert result["image_auroc"] > 0.9
+    assert result["aupro"] is not None
+    assert result["n_images"] == 20
+    assert found.threshold is not None
+    labels = easy.truth.select(test.ids).labels
+    flagged = found.scores > found.threshold.value
+    assert result["false_alarms_per_100"] == pytest.approx(100 * flagged[labels == 0].mean())
+    assert result["missed_per_100"] == pytest.approx(100 * (~flagged[labels == 1]).mean())
+    flipped = replace(easy.truth, labels=1 - easy.truth.labels, masks={})
+    other, again = pipeline.evaluate(model, test, flipped)
+    np.testing.assert_array_equal(found.scores, again.scores)
+    assert other["image_auroc"] == pytest.approx(1 - result["image_auroc"])
+    assert other["aupro"] is None
+
+
+def test_attached_features_are_not_extracted_again(
+    tiny: Backbone, easy: Dataset, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pipeline.fit(easy.images, SMALL["patchcore"], tiny, store=store)
+    data, _ = attach(easy.images, tiny, model.detector.layers, store=store)
+    expected = pipeline.predict(model, easy.images).scores
+
+    def never(pixels: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        raise AssertionError("extracted again")
+
+    monkeypatch.setattr(tiny, "extract", never)
+    np.testing.assert_array_equal(pipeline.predict(model, data).scores, expected)
+    with pytest.raises(AssertionError):
+        pipeline.predict(model, easy.images)
+
+
+def test_groups_reach_the_split(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
+    grouped = replace(easy.images, groups={int(i): f"g{int(i) // 2}" for i in easy.images.ids})
+    result = pipeline.screen(grouped, SMALL["padim"], tiny, store=store, keep=0.5)
+    assert (result.subset_of[0][::2] == result.subset_of[0][1::2]).all()
+
+
+def test_odd_options_are_told_before_the_work(tiny: Backbone, easy: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="false_alarm_rate"):
+        pipeline.fit(easy.images, "patchcore", tiny, false_alarm_rate=2)
+    with pytest.raises(ParameterError, match="Did you mean 'patchcore'"):
+        pipeline.screen(easy.images, "pathcore", tiny)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        pipeline.fit(easy.images, "patchcore", tiny, out=tmp_path / "file")
+
+
+def test_a_saved_screening_reads_back(tiny: Backbone, easy: Dataset, store: FeatureStore, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"n_partitions": 2, "divergence_weight": 0.5, "consensus": "median"}
+    result = pipeline.screen(easy.images, SMALL["patchcore"], tiny, store=store, **options)
+    saved = load_screening(save_screening(result, tmp_path))
+    kept, held_out = saved.match(easy.images)
+    assert kept.tolist() == result.kept.tolist()
+    np.testing.assert_allclose(held_out, result.held_out_scores[result.is_kept], rtol=1e-6)
+    assert result.divergence is not None
+    assert saved.content["contamination"]["alpha_hat"] == pytest.approx(1 - len(result.kept) / 50, abs=0.03)
+
+
+def test_public_names_exist_and_are_sorted() -> None:
+    for name in flawsift.__all__:
+        assert getattr(flawsift, name) is not None
+    assert flawsift.__all__[1:] == sorted(flawsift.__all__[1:], key=lambda n: (not n.isupper(), n))
+    with pytest.raises(AttributeError):
+        _ = flawsift.nothing
