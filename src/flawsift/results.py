@@ -180,6 +180,9 @@ def write_predictions(predictions: Predictions, folder: str | Path, truth: Groun
 class OverlayWriter:
     """Writes a heatmap overlay per image as the predictions come, `folder/<relative path>.png`.
 
+    Smoothing lowers a map's peak below the image score; the map is scaled back to it, so that a line around what lies
+    above the threshold is drawn exactly on the images that are called anomalous.
+
     Attributes:
         folder: Where overlays go, in the sub-folders of the images.
         calibration: Anchors the colours to the model, so that they mean the same on every image.
@@ -194,5 +197,7 @@ class OverlayWriter:
         scores = self.calibration.scores if len(self.calibration.scores) else prediction.scores
         scale = Scale.of(scores, None if self.threshold is None else self.threshold.value)
         assert prediction.maps is not None
-        for id_, name, found in zip(images.ids, images.names, prediction.maps, strict=True):
-            save_overlay(self.folder / f"{name}.png", images.image(int(id_)), found, scale)
+        for id_, name, score, found in zip(images.ids, images.names, prediction.scores, prediction.maps, strict=True):
+            peak = float(found.max())
+            drawn = found * (float(score) / peak) if peak > 0 else found
+            save_overlay(self.folder / f"{name}.png", images.image(int(id_)), drawn, scale)

@@ -1,0 +1,48 @@
+"""What the documents promise: the quick start runs, the examples run, the tables name real tests."""
+
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.real
+def test_the_quick_start_runs_as_printed(
+    easy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    found = re.search(r"<!-- quick start.*?-->\n```python\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    code = found[1]
+    assert code.count("\n") <= 15
+    shutil.copytree(easy_folder, tmp_path / "parts")
+    shutil.copytree(easy_folder, tmp_path / "new_parts")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "look at these first: ['part-4" in printed
+    assert "part-45.png" in printed
+    assert "DEFECTIVE" in printed
+
+
+@pytest.mark.parametrize("example", ["quickstart.py", "own_detector.py"])
+def test_examples_run(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+def test_the_readme_names_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert "make demo" in text
+    assert "make test" in text
+
+
+def test_links_lead_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text("utf-8")):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name} links to {target}"
