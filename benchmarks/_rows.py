@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import functools
 import json
 import os
 import platform
@@ -35,8 +36,9 @@ def machine() -> Row:
     return {"cpu": model, "cores": os.cpu_count(), "gib": round(gib), "os": platform.system()}
 
 
+@functools.cache
 def commit() -> str:
-    """Short hash of the checkout, with "-dirty" when its code differs; "unknown" outside of a repository."""
+    """Short hash of the checkout at the first call, "-dirty" when its code differs; "unknown" without a repository."""
     try:
         return _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--", *CODE) else "")
     except (OSError, subprocess.CalledProcessError):

@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import _rows
 import numpy as np
 import numpy.typing as npt
+
+import _rows
 
 PEERS = _rows.ROOT / ".bench" / "peers"
 PACKAGES = ("torch==2.14.1", "torchvision==0.29.1", "anomalib==2.7.0")

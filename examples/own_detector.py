@@ -1,4 +1,4 @@
-"""A detector of your own: distance to the mean feature of the training set, checked and used in both stages."""
+"""A detector of your own, checked and used in stage 1: distance to the nearest of some random training patches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,39 +9,46 @@ from torch import Tensor
 
 from flawsift.detector import Detector
 from flawsift.images import Batch, ImageSet
+from flawsift.nn import nearest
 from flawsift.screening import screen
 from flawsift.testing import CHECKS, easy_set, with_features
 
 
 @dataclass(kw_only=True, eq=False)
-class MeanDistance(Detector):
-    """Distance of each patch to the mean patch, in units of each channel's spread."""
+class RandomBank(Detector):
+    """Distance of each patch to the nearest of some random training patches."""
 
-    name: ClassVar[str] = "mean_distance"
+    name: ClassVar[str] = "random_bank"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
 
     layers: Sequence[str] = ("stride8",)
+    bank_size: int = 500
 
     def fit(self, data: ImageSet, *, device: str = "auto") -> Self:
         """See `Detector.fit`."""
         self._forget()
-        patches = torch.cat([b.features[self.layers[0]].flatten(2).transpose(1, 2) for b in data.batches(self.layers)])
-        flat = patches.flatten(0, 1)  # (N * P, C)
-        self.mean_, self.scale_ = flat.mean(0), flat.std(0, correction=0).clamp_min(1e-6)
+        patches = torch.cat([_patches(batch.features[self.layers[0]]) for batch in data.batches(self.layers)])
+        generator = torch.Generator().manual_seed(self.seed)
+        self.bank_ = patches[torch.randperm(len(patches), generator=generator)[: self.bank_size]]
         return self
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
         x = batch.features[self.layers[0]]  # (B, C, h, w)
-        return ((x - self.mean_[:, None, None]) / self.scale_[:, None, None]).norm(dim=1)
+        distances, _ = nearest(_patches(x), self.bank_)
+        return distances.view(len(x), *x.shape[2:])
+
+
+def _patches(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * h * w, C)
 
 
 def main() -> None:
     """Run the common checks, then stage 1."""
     for check in CHECKS:
-        check(MeanDistance())
+        check(RandomBank())
         print("passed:", check.__name__)
     data = easy_set()
-    result = screen(with_features(data.images, MeanDistance()), MeanDistance(), keep=0.8)
+    result = screen(with_features(data.images, RandomBank()), RandomBank(), keep=0.8)
     print("contamination before:", data.truth.contamination, "after:", data.truth.select(result.kept).contamination)
 
 

@@ -151,10 +151,12 @@ def test_torch_serves_where_openvino_cannot(monkeypatch: pytest.MonkeyPatch, cap
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_features_can_feed_a_training(runtime: Runtime) -> None:
-    features = loaded("tiny", runtime).extract(images(2), ["stage1"])["stage1"]
-    layer = nn.Conv2d(16, 4, 1)
-    layer(features).sum().backward()  # an inference tensor would refuse
-    assert layer.weight.grad is not None
+    for count in (1, 3):
+        features = loaded("tiny", runtime).extract(images(count), ["stage1"])["stage1"]
+        assert features.is_contiguous()
+        layer = nn.Conv2d(16, 4, 1)
+        layer(features).sum().backward()  # an inference tensor would refuse
+        assert layer.weight.grad is not None
 
 
 def test_normalisation_is_of_rgb_in_0_to_1() -> None:
@@ -322,7 +324,14 @@ def test_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("none.pth", None), ("weights.txt", b"x"), ("empty.pth", b""), ("bad.safetensors", b"x"), ("list.pth", [1, 2])],
+    [
+        ("none.pth", None),
+        ("weights.txt", b"x"),
+        ("empty.pth", b""),
+        ("bad.safetensors", b"x"),
+        ("list.pth", [1, 2]),
+        ("epoch.pth", {"epoch": 3}),
+    ],
 )
 def test_unusable_weights_files(name: str, content: object, tmp_path: Path) -> None:
     path = tmp_path / name

@@ -170,7 +170,7 @@ def load_backbone(
         ParameterError: An unknown name, or a size, runtime or device that cannot be had.
         WeightsError: The weights are missing, unreachable or not the ones of this network.
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < MIN_SIZE:
+    if not isinstance(size, int) or size < MIN_SIZE:
         raise ParameterError(f"size must be a whole number of at least {MIN_SIZE} pixels, got {size}.")
     place = _device(runtime, device)
     model, mean, std = _build(name, Path(weights) if weights is not None else None, size)

@@ -1,0 +1,245 @@
+"""What screening is worth on real images: detectors trained on contaminated sets, with and without stage 1.
+
+Arms: all_data (no screening), paper and default (the presets of stage 1), oracle_clean (the training set less its
+anomalies: what a perfect screening would give). The detector has its default parameters in every arm. Both presets
+have the same partition and sub-models, so these are trained once per cell and each preset's selection is derived from
+the one score matrix. All arms take their threshold from those held-out scores, of the images that they train on.
+Anomalous images without a mask are left out of sets with masks, since AUPRO needs one of each.
+
+Finished cells are rows already and are skipped, so a killed run goes on where it was.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import _rows
+from flawsift import metrics, pipeline
+from flawsift.backbones import Backbone, load_backbone
+from flawsift.calibration import Calibration
+from flawsift.consensus import combine, keep_lowest, normalize_scores, own_mask
+from flawsift.contamination import contaminate
+from flawsift.datasets import Dataset, load
+from flawsift.datasets.folder import DATA_VARIABLE
+from flawsift.detector import Detector, make_detector
+from flawsift.errors import InputError
+from flawsift.features import FeatureStore, attach
+from flawsift.images import Ids, ImageSet
+from flawsift.screening import PRESETS, Screening, screen
+
+# sizes that allow alpha 0 to 0.4 for every seed; see flawsift.contamination
+SIZES: dict[str, dict[str, Any]] = {
+    "magnetic_tile": {"n_train": 450},
+    "elpv": {"n_train": 400, "test_normal": 200, "test_anomalous": 200},
+    "cookie": {"n_train": 30},
+}
+ALPHAS = (0.0, 0.1, 0.2, 0.4)
+DETECTORS = ("patchcore", "padim")
+ARMS = ("all_data", "paper", "default", "oracle_clean")
+LAYERS = ("stride4", "stride8", "stride16")  # what the two detectors read
+METRICS = ("image_auroc", "image_ap", "pixel_auroc", "aupro", "false_alarms_per_100", "missed_per_100")
+KEY = ("commit", "data", "detector", "alpha", "seed", "arm")
+
+
+def load_set(name: str) -> Dataset | None:
+    """A data set, or None with a message when it is not on this machine."""
+    fallback = _rows.ROOT.parent / "shared" / "data"
+    if not os.environ.get(DATA_VARIABLE) and fallback.is_dir():
+        os.environ[DATA_VARIABLE] = str(fallback)
+    try:
+        data = load(name)
+    except InputError as error:
+        _rows.say(f"{name} is skipped: {error}")
+        return None
+    if not data.truth.masks:
+        return data
+    usable = (data.truth.labels == 0) | np.isin(data.truth.ids, list(data.truth.masks))
+    return data.select(data.truth.ids[usable])
+
+
+def run_cell(
+    data: Dataset,
+    images: ImageSet,
+    backbone: Backbone,
+    name: str,
+    alpha: float,
+    seed: int,
+    arms: Sequence[str],
+) -> list[_rows.Row]:
+    """The rows of some arms of one contaminated set."""
+    split = contaminate(data.truth, alpha=alpha, groups=images.groups, seed=seed, **SIZES[data.name])
+    train, test = images.select(split.train_ids), images.select(split.test_ids)
+    detector = make_detector(name, seed=seed)
+    started = time.perf_counter()
+    stage1 = screen(train, detector, **PRESETS["default"], seed=seed)
+    seconds = time.perf_counter() - started
+    common = {
+        "data": data.name,
+        "data_digest": pipeline.set_digest(images),
+        "weights_digest": backbone.weights_digest,
+        "backbone": backbone.key,
+        "detector": name,
+        "params": detector.params(),
+        "alpha": alpha,
+        "seed": seed,
+        "protocol": f"share, {len(train)} train, {len(test)} test" + (", by group" if images.groups else ""),
+        "alpha_reached": split.alpha_reached,
+        "alpha_groups": split.alpha_groups,
+    }
+    clean = split.oracle_clean_ids(data.truth)
+    results: dict[bytes, _rows.Row] = {}  # at alpha 0, oracle_clean trains on the same images as all_data
+    rows = []
+    for arm in arms:
+        kept, consensus = _selection(arm, train, stage1, clean)
+        if kept.tobytes() not in results:
+            results[kept.tobytes()] = _evaluate(detector, kept, train, test, stage1, backbone, data)
+        row = {**_rows.provenance(), **common, "arm": arm, **results[kept.tobytes()]}
+        truth = data.truth.select(train.ids)
+        row["keep_share"] = len(kept) / len(train)
+        row["alpha_kept"] = data.truth.select(kept).contamination
+        row["peak_mb"] = _rows.peak_mb()
+        if consensus is not None:
+            row["seconds_stage1"] = seconds
+            mixed = 0 < truth.contamination < 1
+            row["stage1_auroc"] = metrics.image_auroc(consensus, truth.labels) if mixed else None
+        if arm == "default" and stage1.contamination is not None:
+            row["alpha_hat"] = stage1.contamination.alpha_hat
+        rows.append(row)
+    return rows
+
+
+def _selection(arm: str, train: ImageSet, stage1: Screening, clean: Ids) -> tuple[Ids, Any]:
+    """The images that an arm trains on, and the consensus that chose them."""
+    if arm == "all_data":
+        return train.ids, None
+    if arm == "oracle_clean":
+        return clean, None
+    if arm == "default":
+        return stage1.kept, stage1.consensus
+    options = PRESETS["paper"]
+    keep = options["keep"]
+    assert isinstance(keep, float)
+    own = own_mask(stage1.subset_of, options["n_subsets"])
+    scores = normalize_scores(stage1.score_matrix, own, options["normalize"])
+    consensus = combine(scores, own, options["consensus"], exclude_own=options["exclude_own"])
+    return keep_lowest(train.ids, consensus, keep), consensus
+
+
+def _evaluate(
+    detector: Detector, kept: Ids, train: ImageSet, test: ImageSet, stage1: Screening, backbone: Backbone, data: Dataset
+) -> _rows.Row:
+    started = time.perf_counter()
+    fitted = detector.clone().fit(train.select(kept))
+    fitted_at = time.perf_counter()
+    calibration = Calibration.of(stage1.held_out_scores[np.isin(train.ids, kept)])
+    found, _ = pipeline.evaluate(pipeline.Model(fitted, backbone, calibration, {}), test, data.truth)
+    seconds = {"seconds_stage2": fitted_at - started, "seconds_evaluate": time.perf_counter() - fitted_at}
+    return {**{key: found[key] for key in METRICS}, **seconds}
+
+
+def main() -> None:
+    """Fill the table, then print it."""
+    parser = _rows.common_flags(argparse.ArgumentParser(description=__doc__))
+    parser.add_argument("--sets", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--alphas", nargs="+", type=float, default=list(ALPHAS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--detectors", nargs="+", default=list(DETECTORS), choices=DETECTORS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--size", type=int, default=256, help="edge length of the network input")
+    parser.add_argument("--cache", type=Path, help="folder for features, reused when it exists (default: temporary)")
+    parser.add_argument("--fresh", action="store_true", help="run cells again that have rows of this commit")
+    args = parser.parse_args()
+    path = args.results / "accuracy.csv"
+    commit = _rows.commit()
+    with contextlib.ExitStack() as stack:
+        scratch = args.cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flawsift-bench-")))
+        backbone = load_backbone(size=args.size)
+        for name in args.sets:
+            _run_set(name, backbone, FeatureStore(scratch), commit, path, args)
+    mine = [row for row in _rows.read_rows(path) if row["commit"] == commit and row["backbone"] == backbone.key]
+    for name in args.sets:
+        _print_table(name, [row for row in mine if row["data"] == name], args)
+    _rows.finish("accuracy", _figures(mine, args), args)
+
+
+def _run_set(
+    name: str, backbone: Backbone, store: FeatureStore, commit: str, path: Path, args: argparse.Namespace
+) -> None:
+    done = set() if args.fresh else {tuple(r[k] for k in (*KEY, "backbone")) for r in _rows.read_rows(path)}
+    cells = []
+    for detector in args.detectors:
+        for alpha in args.alphas:
+            for seed in args.seeds:
+                key = (commit, name, detector, f"{alpha:.6g}", str(seed))
+                arms = [arm for arm in args.arms if (*key, arm, backbone.key) not in done]
+                if arms:
+                    cells.append((detector, alpha, seed, arms))
+    data = load_set(name) if cells else None
+    if data is None:
+        return
+    images, failed = attach(data.images, backbone, LAYERS, store=store)
+    if failed:
+        _rows.say(f"{name}: {len(failed)} images cannot be read")
+    for number, (detector, alpha, seed, arms) in enumerate(cells):
+        started = time.perf_counter()
+        rows = run_cell(data, images, backbone, detector, alpha, seed, arms)
+        _rows.append_rows(path, rows)
+        shown = "  ".join(f"{row['arm']} {row['image_auroc']:.3f}" for row in rows)
+        at = f"[{number + 1}/{len(cells)}] {name} {detector} alpha {alpha:g} seed {seed}"
+        _rows.say(f"{at}: {shown}  ({time.perf_counter() - started:.0f} s)")
+
+
+def _values(rows: Sequence[dict[str, str]], metric: str, **where: object) -> list[float]:
+    """A metric of the newest row of each seed."""
+    chosen = {r["seed"]: r[metric] for r in rows if all(r[k] == str(v) for k, v in where.items())}
+    return [float(v) for v in chosen.values() if v]
+
+
+def _print_table(name: str, rows: Sequence[dict[str, str]], args: argparse.Namespace) -> None:
+    for metric in ("image_auroc", "aupro"):
+        for detector in args.detectors:
+            if not _values(rows, metric, detector=detector):
+                continue
+            _rows.say(f"\n{name}, {detector}, {metric}\n{'alpha':>6s}" + "".join(f"{arm:>18s}" for arm in args.arms))
+            for alpha in args.alphas:
+                cells = [_values(rows, metric, detector=detector, alpha=f"{alpha:.6g}", arm=arm) for arm in args.arms]
+                _rows.say(f"{alpha:6g}" + "".join(f"{_mean_sd(values):>18s}" for values in cells))
+
+
+def _mean_sd(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    sd = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{sd}"
+
+
+def _figures(rows: Sequence[dict[str, str]], args: argparse.Namespace) -> dict[str, float]:
+    """Mean image AUROC per set, detector, alpha and arm, and of stage 1 over everything."""
+    figures: dict[str, float] = {}
+    for name in args.sets:
+        for detector in args.detectors:
+            for alpha in args.alphas:
+                for arm in args.arms:
+                    where = {"data": name, "detector": detector, "alpha": f"{alpha:.6g}", "arm": arm}
+                    if values := _values(rows, "image_auroc", **where):
+                        figures[f"{name}_{detector}_{alpha:g}_{arm}"] = statistics.mean(values)
+            for arm in ("paper", "default"):
+                if values := [float(r["stage1_auroc"]) for r in rows if _is(r, name, detector, arm)]:
+                    figures[f"{name}_{detector}_stage1_auroc_{arm}"] = statistics.mean(values)
+    return figures
+
+
+def _is(row: dict[str, str], name: str, detector: str, arm: str) -> bool:
+    return (row["data"], row["detector"], row["arm"]) == (name, detector, arm) and bool(row["stage1_auroc"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Render the tables of benchmarks/README.md and README.md from the rows of benchmarks/results.
+
+A table stands between `<!-- rows:NAME -->` and `<!-- /rows -->`; one without rows stays as it is. Accuracy is the mean
+and the standard deviation over seeds, of the newest commit that has rows of a cell.
+
+    python benchmarks/render.py           write
+    python benchmarks/render.py --check   write nothing; exit 1 if a table is stale
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import _rows
+from flawsift.files import write_text
+
+PAGES = (_rows.ROOT / "benchmarks" / "README.md", _rows.ROOT / "README.md")
+MARKERS = re.compile(r"(<!-- rows:([\w-]+) -->\n)(.*?)(<!-- /rows -->)", re.DOTALL)
+ARMS = {"all_data": "no screening", "paper": "paper", "default": "default", "oracle_clean": "oracle"}
+CELL = ("data", "detector", "alpha", "arm")
+
+Rows = Sequence[Mapping[str, str]]
+
+# figures.csv: (script, key, what, format, goal); the same key of a later run replaces an earlier one
+SPEED = (
+    (
+        "screening",
+        "patchcore_cost_ratio",
+        "PatchCore: screening and training against one plain fit",
+        "{:.2f} x",
+        "<= 3",
+    ),
+    ("screening", "padim_cost_ratio", "PaDiM: the same", "{:.2f} x", "<= 1.5"),
+    ("screening", "backbone_passes_per_image", "backbone passes per image", "{:.2f}", "1"),
+    ("peers", "patchcore_speedup", "PatchCore fit and test against anomalib 2.7.0", "{:.1f} x faster", ""),
+    ("peers", "padim_speedup", "PaDiM fit and test against anomalib 2.7.0", "{:.1f} x faster", ""),
+    ("peers", "coreset_speedup", "greedy coreset alone, against anomalib 2.7.0", "{:.1f} x faster", ""),
+    ("peers", "coreset_equal_picks", "its picks that are equal, index for index", "{:.1%}", "100 %"),
+    ("peers", "aupro_speedup", "AUPRO of the same maps against anomalib 2.7.0", "{:.1f} x faster", ""),
+    ("peers", "padim_file_ratio", "PaDiM model on disk against anomalib's", "{:.2f} x", ""),
+    ("scale", "features_peak_mb_4000", "peak memory, features of 4,000 images", "{:,.0f} MiB", ""),
+    ("scale", "patchcore_peak_mb_4000", "peak memory, PatchCore on 4,000 images", "{:,.0f} MiB", ""),
+    ("scale", "padim_peak_mb_4000", "peak memory, PaDiM on 4,000 images", "{:,.0f} MiB", ""),
+)
+
+
+def latest(rows: Rows, cell: Sequence[str] = CELL) -> dict[tuple[str, ...], list[Mapping[str, str]]]:
+    """{cell: its rows of the newest commit, the last one of each seed}."""
+    found: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in cell), []).append(row)
+    for key, mine in found.items():
+        same = [r for r in mine if all(r.get(k) == mine[-1].get(k) for k in ("commit", "backbone"))]
+        found[key] = list({r["seed"]: r for r in same}.values())
+    return found
+
+
+def mean_sd(rows: Rows, metric: str, digits: int = 3) -> str:
+    """Mean and, of several seeds, standard deviation of a column; "-" where it is empty."""
+    values = [float(row[metric]) for row in rows if row.get(metric)]
+    if not values:
+        return "-"
+    sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{sd}"
+
+
+def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are right-aligned."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def source(rows: Rows, seeds: bool = True) -> str:
+    """One line: the commits and machines behind a table."""
+    machines = {_machine(row["machine"]): None for row in rows}
+    commits = {f"`{row['commit']}`": None for row in rows}
+    note = f"Commit {', '.join(commits)}; {'; '.join(machines)}"
+    if not seeds:
+        return f"\n{note}.\n"
+    n = len({row["seed"] for row in rows})
+    return f"\n{note}; {n} seed{'s' if n > 1 else ''}.\n"
+
+
+def _machine(text: str) -> str:
+    m = json.loads(text)
+    return f"{m['cpu']}, {m['cores']} cores, {m['gib']} GiB, {m['os']}"
+
+
+def accuracy(results: Path, detector: str, metric: str) -> str | None:
+    """One row per set and alpha, one column per arm."""
+    cells = latest([r for r in _rows.read_rows(results / "accuracy.csv") if r["detector"] == detector])
+    cells = {key: rows for key, rows in cells.items() if any(row.get(metric) for row in rows)}
+    if not cells:
+        return None
+    body = []
+    for data, alpha in _sets(cells):
+        found = [cells.get((data, detector, alpha, arm), []) for arm in ARMS]
+        body.append([data, f"{float(alpha):.0%}", *(mean_sd(rows, metric) for rows in found)])
+    return table(["set", "defective in training", *ARMS.values()], body) + source(_joined(cells))
+
+
+def _sets(cells: Mapping[tuple[str, ...], Rows]) -> list[tuple[str, str]]:
+    order = list(dict.fromkeys(key[0] for key in cells))
+    return sorted({(key[0], key[2]) for key in cells}, key=lambda pair: (order.index(pair[0]), float(pair[1])))
+
+
+def _joined(cells: Mapping[tuple[str, ...], Rows]) -> Rows:
+    return [row for rows in cells.values() for row in rows]
+
+
+def stage1(results: Path, detector: str) -> str | None:
+    """How well stage 1 ranks and what is left in the kept set."""
+    cells = latest([r for r in _rows.read_rows(results / "accuracy.csv") if r["detector"] == detector])
+    cells = {key: rows for key, rows in cells.items() if key[3] in ("paper", "default")}
+    if not cells:
+        return None
+    columns = ("stage1_auroc", "alpha_hat", "keep_share", "alpha_kept", "false_alarms_per_100", "missed_per_100")
+    body = []
+    for data, alpha in _sets(cells):
+        for arm in ("paper", "default"):
+            rows = cells.get((data, detector, alpha, arm), [])
+            values = [mean_sd(rows, c, 1 if c.endswith("per_100") else 3) for c in columns]
+            body.append([data, f"{float(alpha):.0%}", ARMS[arm], *values])
+    header = ["set", "defective in training", "preset", "AUROC of the ranking", "estimated share", "kept"]
+    header += ["defective in kept", "false alarms per 100 good", "missed per 100 defective"]
+    return table(header, body) + source(_joined(cells))
+
+
+def _figures(results: Path) -> dict[tuple[str, str], tuple[float, Mapping[str, str]]]:
+    found: dict[tuple[str, str], tuple[float, Mapping[str, str]]] = {}
+    for row in _rows.read_rows(results / _rows.FIGURES):
+        for key, value in json.loads(row["figures"]).items():
+            if isinstance(value, int | float):
+                found[row["name"], key] = (float(value), row)
+    return found
+
+
+def speed(results: Path) -> str | None:
+    """The headline figures of all speed scripts."""
+    found = _figures(results)
+    lines = [line for line in SPEED if line[:2] in found]
+    if not lines:
+        return None
+    body = [[what, form.format(found[name, key][0]), goal] for name, key, what, form, goal in lines]
+    return table(["what", "measured", "goal"], body) + source([found[line[:2]][1] for line in lines], seeds=False)
+
+
+def scale(results: Path) -> str | None:
+    """Time and memory per number of images."""
+    cells = latest(_rows.read_rows(results / "scale.csv"), ("stage", "n_images"))
+    if not cells:
+        return None
+    body = []
+    for (stage, n), rows in sorted(cells.items(), key=lambda item: (item[0][0], int(item[0][1]))):
+        per_image = f"{1000 * float(rows[-1]['seconds_per_image']):.1f}"
+        memory = [f"{float(rows[-1][key]):,.0f}" if rows[-1].get(key) else "-" for key in ("peak_mb", "anonymous_mb")]
+        body.append([stage, f"{int(n):,}", mean_sd(rows, "seconds", 1), per_image, *memory])
+    header = ["stage", "images", "seconds", "ms per image", "peak MiB", "of it anonymous, MiB"]
+    return table(header, body) + source(_joined(cells), seeds=False)
+
+
+def peers(results: Path) -> str | None:
+    """Both libraries side by side."""
+    cells = latest(_rows.read_rows(results / "peers.csv"), ("task", "library"))
+    if not cells:
+        return None
+    columns = {"seconds_fit": 1, "seconds_test": 1, "seconds": 3, "peak_mb": 0, "file_mb": 1, "value": 6}
+    columns |= {"image_auroc": 4, "pixel_auroc": 4, "aupro": 4, "seconds_import": 1}
+    body = [
+        [task, library, *(mean_sd(rows, c, d) for c, d in columns.items())] for (task, library), rows in cells.items()
+    ]
+    header = ["task", "library", "fit s", "test s", "alone s", "peak MiB", "model MB", "value"]
+    return table([*header, "image AUROC", "pixel AUROC", "AUPRO", "import s"], body) + source(
+        _joined(cells), seeds=False
+    )
+
+
+TABLES: Mapping[str, Callable[[Path], str | None]] = {
+    "accuracy": lambda r: accuracy(r, "patchcore", "image_auroc"),
+    "accuracy-padim": lambda r: accuracy(r, "padim", "image_auroc"),
+    "aupro": lambda r: accuracy(r, "patchcore", "aupro"),
+    "aupro-padim": lambda r: accuracy(r, "padim", "aupro"),
+    "stage1": lambda r: stage1(r, "patchcore"),
+    "stage1-padim": lambda r: stage1(r, "padim"),
+    "speed": speed,
+    "scale": scale,
+    "peers": peers,
+}
+
+
+def render(text: str, results: Path) -> str:
+    """A page with its tables brought up to date.
+
+    Raises:
+        SystemExit: The page names an unknown table.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        start, name, old, end = match.groups()
+        if name not in TABLES:
+            raise SystemExit(f"Unknown table '{name}'; known are {', '.join(TABLES)}.")
+        new = TABLES[name](results)
+        return start + (old if new is None else f"\n{new}\n") + end
+
+    return MARKERS.sub(replace, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Render all pages, or check them; the exit code."""
+    parser = _rows.common_flags(argparse.ArgumentParser(description=__doc__))
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is stale")
+    args = parser.parse_args(arguments)
+    stale = []
+    for page in PAGES:
+        old = page.read_text("utf-8") if page.exists() else ""
+        new = render(old, args.results)
+        if new != old:
+            stale.append(str(page.relative_to(_rows.ROOT)))
+            if not args.check:
+                write_text(page, new)
+    if stale:
+        _rows.say(f"{'Stale' if args.check else 'Rendered'}: {', '.join(stale)}")
+    return 1 if stale and args.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

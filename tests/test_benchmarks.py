@@ -1,0 +1,70 @@
+"""Rows survive their CSV file, tables say what the rows say, and the committed tables are up to date."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks are not in the source distribution")
+
+MACHINE = json.dumps({"cpu": "A CPU", "cores": 2, "gib": 8, "os": "Linux"})
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("_rows")
+
+
+@pytest.fixture
+def render(rows: Any) -> Any:
+    return importlib.import_module("render")
+
+
+def cell(seed: int, auroc: float | None, commit: str = "new", arm: str = "default") -> dict[str, Any]:
+    found = {"commit": commit, "machine": MACHINE, "data": "elpv", "detector": "patchcore", "alpha": 0.2}
+    return {**found, "seed": seed, "arm": arm, "image_auroc": auroc}
+
+
+def test_rows_round_trip_and_new_columns_come_last(rows: Any, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "x.csv"
+    rows.append_rows(path, [{"a": 1, "b": None, "c": {"k": 'say "hi", twice\n'}}])
+    rows.append_rows(path, [{"d": 0.123456789, "a": 2}])
+    first, second = rows.read_rows(path)
+    assert path.read_text().splitlines()[0] == "a,b,c,d"
+    assert (first["a"], first["b"], json.loads(first["c"]), first["d"]) == ("1", "", {"k": 'say "hi", twice\n'}, "")
+    assert (second["a"], second["c"], second["d"]) == ("2", "", "0.123457")
+
+
+def test_machine_names_no_host(rows: Any) -> None:
+    assert set(rows.machine()) == {"cpu", "cores", "gib", "os"}
+
+
+def test_mean_and_sd_of_the_newest_commit_and_last_row_of_a_seed(rows: Any, render: Any, tmp_path: Path) -> None:
+    old = [cell(s, 0.1, commit="old") for s in (0, 1, 2)]
+    rows.append_rows(tmp_path / "accuracy.csv", [*old, cell(0, 0.5), cell(0, 0.7), cell(1, 0.8), cell(2, 0.9)])
+    text = render.accuracy(tmp_path, "patchcore", "image_auroc")
+    assert "| elpv | 20% | - | - | 0.800 ± 0.100 | - |" in text
+    assert "Commit `new`; A CPU, 2 cores, 8 GiB, Linux; 3 seeds." in text
+
+
+def test_render_fills_markers_and_keeps_what_has_no_rows(rows: Any, render: Any, tmp_path: Path) -> None:
+    rows.append_rows(tmp_path / "accuracy.csv", [cell(0, 0.75)])
+    page = "a\n<!-- rows:accuracy -->\nold\n<!-- /rows -->\nb\n<!-- rows:speed -->\nkept\n<!-- /rows -->\n"
+    once = render.render(page, tmp_path)
+    assert "old" not in once
+    assert "| 0.750 |" in once
+    assert "\nkept\n" in once
+    assert render.render(once, tmp_path) == once
+
+
+def test_unknown_table_is_told(render: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="Unknown table 'speeed'"):
+        render.render("<!-- rows:speeed -->\n<!-- /rows -->", tmp_path)
+
+
+def test_committed_tables_are_up_to_date(render: Any) -> None:
+    assert render.main(["--check"]) == 0, "run: python benchmarks/render.py"
