@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -45,12 +45,14 @@ class Batch:
         features: {layer: (B, C, h, w)} float32, keyed by the layer names that were asked for.
         pixels: (B, 3, H, W) float32 in [0, 1], only when asked for.
         size: Edge length H = W of the network input in pixels, the grid that maps are brought to.
+        memo: What detectors derive from the features, so that sub-models on one batch derive it once.
     """
 
     ids: Ids
     features: Mapping[str, Tensor]
     pixels: Tensor | None
     size: int
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)

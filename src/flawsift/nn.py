@@ -6,11 +6,14 @@ Letters: Q queries, M bank rows, N rows to select from, C channels, k neighbours
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from flawsift.errors import ParameterError
@@ -22,14 +25,14 @@ _BLOCK_FLOATS = 1 << 22
 _MIN_BLOCK_ROWS = 64
 # Queries to centre, or winners to gather, at a time (12 MB at C = 384): few large steps hand over to threads rarely.
 _PART_ROWS = 8192
-# Scores per group: the maxima of groups are found in one threaded pass, and each winner costs only its group again.
-_GROUP = 64
 # A dot product of C terms is off by sqrt(C) * eps / 2 of its size at most: of 16 million, the worst reached 0.8 of that
 # at C = 16 and 0.1 at C = 384. Twice that, to be sure.
 _ROUNDING = 2.0
 # Rows that one round of k-center greedy brings up to date. 1024 to 4096 are equally quick on an idle machine; few large
 # matmuls suffer less than many small ones on a busy one.
 _CANDIDATES = 4096
+# Rows that a thread brings up to date at a time. Fixed, so that the number of threads does not change any matmul.
+_THREAD_ROWS = 1024
 # Centres per matmul of k-center greedy: after each, rows that cannot be picked are dropped. 1024: 20 % more work.
 _CENTRE_BLOCK = 256
 
@@ -49,9 +52,10 @@ class NearestNeighbors:
     gives the same bits whatever other queries, and whatever `chunk`, it comes with. What remains are bank rows that
     differ by their last float32 bits only (1e-7 of the distance of the query from the bank mean): they count as equal.
 
-    Cost: 2 Q M C flops as a matmul, one pass over the Q x M scores, and k small steps per query. A float64 search
-    triples the cost of the queries that need it: below 0.1 % of them on smooth features, all of them when every bank
-    row has a copy. Memory: a copy of the bank (and a float64 one during that search) and one block of scores.
+    Cost: 2 Q M C flops as a matmul, and k + 1 passes over the Q x M scores, together 1.2 times the matmul at k = 1 and
+    1.6 to 1.9 times at k = 9. A float64 search triples the cost of the queries that need it: below 0.1 % of them on
+    smooth features, all of them when every bank row has a copy. Memory: a copy of the bank (and a float64 one during
+    that search) and one block of scores.
 
     Args:
         bank: (M, C) feature vectors; used as float32.
@@ -69,9 +73,7 @@ class NearestNeighbors:
         self._bank = bank.detach().to(torch.float32).contiguous()
         self._rows_of = {} if owners is None else _rows_by_owner(owners.to(bank.device))
         self._mean = self._bank.mean(dim=0, dtype=torch.float64)
-        padding = (0, 0, 0, -self._bank.shape[0] % _GROUP)
-        self._keys = torch.nn.functional.pad(_with_norm(self._bank, self._mean.float()), padding)
-        self._keys[self._bank.shape[0] :, -1] = -torch.inf  # the norms of the padding: never a winner
+        self._keys = _with_norm(self._bank, self._mean.float())
 
     def query(
         self, queries: Tensor, *, k: int = 1, owners: Tensor | None = None, chunk: int | None = None
@@ -129,15 +131,15 @@ class NearestNeighbors:
         centred = _with_one(block, self._mean.float())
         ids = torch.empty((block.shape[0], k + 1), dtype=torch.int64, device=block.device)
         values = block.new_empty(ids.shape)
-        buffer = block.new_empty((min(rows, block.shape[0]), self._keys.shape[0]))
+        buffer = block.new_empty((min(rows, block.shape[0]), self._bank.shape[0]))
         for part in _blocks(block.shape[0], rows):
             scores = buffer[: part.stop - part.start]
             torch.mm(centred[part], self._keys.T, out=scores)  # q.b - |b|^2 / 2
             self._hide(scores, None if own is None else own[part])
-            groups = scores.view(scores.shape[0], -1, _GROUP)
-            tops = groups.amax(dim=2)  # the only pass over all scores
             for j in range(k + 1):  # one more than asked for: the runner-up
-                ids[part, j], values[part, j] = _pop_best(groups, tops)
+                best = ids[part, j : j + 1] = _argmax(scores)[:, None]
+                values[part, j : j + 1] = scores.gather(1, best)
+                scores.scatter_(1, best, -torch.inf)
         slack = self._slack(centred, values[:, k - 1 : k], torch.finfo(torch.float32).eps)
         # without a runner-up its value is -inf: clear
         return ids[:, :k], values[:, k - 1] - values[:, k] <= slack[:, 0]
@@ -212,23 +214,9 @@ def _rows_by_owner(owners: Tensor) -> dict[int, Tensor]:
     return dict(zip(values.tolist(), torch.split(order, counts.tolist()), strict=True))
 
 
-def _pop_best(groups: Tensor, tops: Tensor) -> tuple[Tensor, Tensor]:
-    """Takes the largest out of each row of (rows, G, _GROUP) scores, whose maxima by group are `tops`; updates both.
-
-    Returns:
-        (rows,) positions in range(G * _GROUP), (rows,) scores.
-    """
-    row, group = torch.arange(tops.shape[0], device=tops.device), _argmax(tops)
-    members, values = groups[row, group], tops[row, group]
-    place = _argmax(members)
-    groups[row, group, place] = members[row, place] = -torch.inf
-    tops[row, group] = members.amax(dim=1)
-    return group * _GROUP + place, values
-
-
 def _argmax(scores: Tensor) -> Tensor:
     """(rows,) position of the first maximum of each row."""
-    if scores.device.type == "cpu":  # numpy's is 5 to 10 times as quick as torch's there
+    if scores.device.type == "cpu":  # on one thread numpy's is 5 to 10 times as quick as torch's on two
         return torch.from_numpy(scores.numpy().argmax(axis=1))
     return scores.argmax(dim=1)
 
@@ -353,26 +341,29 @@ class _LazyGreedy:
         self.centres = np.zeros((n_select, channels + 1), np.float32)  # c, then -|c|^2 / 2; the first is the origin
 
     def run(self) -> _Ints:
-        while self.count < self.n_select and self.bounds.max() > 0:
-            rows, limit, tie = self._candidates()
-            x = np.ones((len(rows), self.centres.shape[1]), np.float32)
-            np.subtract(self.features[rows], self.origin, out=x[:, :-1])
-            self._update(rows, x, limit)
-            keep = _precedes(self.bounds[rows], rows, limit, tie)
-            self._pick(rows[keep], x[keep], limit, tie)
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            while self.count < self.n_select and self.bounds.max() > 0:
+                rows, limit, tie = self._candidates()
+                x = np.ones((len(rows), self.centres.shape[1]), np.float32)
+                np.subtract(self.features[rows], self.origin, out=x[:, :-1])
+                for _ in pool.map(partial(self._update, rows, x, limit), _blocks(len(rows), _THREAD_ROWS)):
+                    pass  # only re-raises what a thread raised
+                keep = _precedes(self.bounds[rows], rows, limit, tie)
+                self._pick(rows[keep], x[keep], limit, tie)
         return self.selected[: self.count]
 
     def _candidates(self) -> tuple[_Ints, float, int]:
         """First rows by (bound descending, row ascending), in row order; bound and row of the first one left out."""
-        size = min(_CANDIDATES, len(self.bounds) - 1)
+        size = min(max(_CANDIDATES, len(self.bounds) // 16), len(self.bounds) - 1)
         position = len(self.bounds) - 1 - size
         limit = np.partition(self.bounds, position)[position]  # the largest bound but `size`
         above, ties = np.flatnonzero(self.bounds > limit), np.flatnonzero(self.bounds == limit)
         n_ties = size - len(above)
         return np.sort(np.concatenate([above, ties[:n_ties]])), float(limit), int(ties[n_ties])
 
-    def _update(self, rows: _Ints, x: _Floats, limit: float) -> None:
+    def _update(self, rows: _Ints, x: _Floats, limit: float, part: slice) -> None:
         """Applies to the rows all centres they have not seen, as long as they may still be picked in this round."""
+        rows, x = rows[part], x[part]
         bounds, norms, seen = self.bounds[rows], self.norms[rows], self.seen[rows]
         for first in range(int(seen.min()) // _CENTRE_BLOCK * _CENTRE_BLOCK, self.count, _CENTRE_BLOCK):
             last = min(first + _CENTRE_BLOCK, self.count)

@@ -31,7 +31,7 @@ from flawsift.consensus import (
     own_mask,
     robust_units,
 )
-from flawsift.detector import Detector, resolve_device
+from flawsift.detector import Additive, Detector, resolve_device
 from flawsift.errors import InputError, ParameterError
 from flawsift.files import write_bytes
 from flawsift.images import Ids, ImageSet
@@ -296,6 +296,22 @@ def _feature_divergence(views: Tensor, native: npt.NDArray[np.int64]) -> Floats:
     return top_mean(distance, TOP_SHARE).double().numpy()
 
 
+def score_together(
+    models: Sequence[Detector], data: ImageSet, device: str
+) -> list[tuple[npt.NDArray[np.float32], Tensor]]:
+    """(N,) scores and (N, h, w) patch-grid maps by each of some fitted detectors of one kind, in one pass."""
+    scores: list[list[Tensor]] = [[] for _ in models]
+    grids: list[list[Tensor]] = [[] for _ in models]
+    if models:
+        with torch.inference_mode():
+            for batch in data.batches(models[0].layers, pixels=models[0].reads_pixels):
+                for m, model in enumerate(models):
+                    found, values = model._score_batch(batch, device)
+                    scores[m].append(values.float().cpu())
+                    grids[m].append(found.float().cpu())
+    return [(torch.cat(s).numpy(), torch.cat(g)) for s, g in zip(scores, grids, strict=True)]
+
+
 @dataclass(eq=False)
 class _Runs:
     """All sub-models of all partitions, one after the other, resumable."""
@@ -316,23 +332,29 @@ class _Runs:
 
     def all(self, on_submodel: Callable[[Detector], None] | None, *, keep_models: bool) -> list[Detector]:
         """Fill `scores`; return the sub-models only when they are to be kept."""
-        models = []
+        models: list[Detector] = []
         n_models = len(self.scores)
-        for m in range(n_models):
-            self.progress("sub-models", m, n_models)
-            stored = None if keep_models else self._resume(m)
-            if stored is None:
-                model = self.detector.clone().fit(self._subset(m), device=self.device)
-                self.scores[m], grids = model.predict_grids(self.train, device=self.device)
+        # additive sub-models are cheap to train: all of a partition score in one pass, sharing what they read
+        step = self.n_subsets if isinstance(self.detector, Additive) else 1
+        for first in range(0, n_models, step):
+            self.progress("sub-models", first, n_models)
+            missing = {}
+            for m in range(first, first + step):
+                stored = None if keep_models else self._resume(m)
+                if stored is None:
+                    missing[m] = self.detector.clone().fit(self._subset(m), device=self.device)
+                else:
+                    self.scores[m], grids = stored
+                    self._add_grids(m, grids)
+            for m, (scores, grids) in zip(
+                missing, score_together(list(missing.values()), self.train, self.device), strict=True
+            ):
+                self.scores[m] = scores
                 self._store(m, grids)
-                if keep_models:
-                    models.append(model)
+                self._add_grids(m, grids)
                 if on_submodel is not None:
-                    on_submodel(model)
-                del model
-            else:
-                self.scores[m], grids = stored
-            self._add_grids(m, grids)
+                    on_submodel(missing[m])
+            models += missing.values() if keep_models else ()
         self.progress("sub-models", n_models, n_models)
         return models
 

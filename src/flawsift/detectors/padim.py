@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from scipy.linalg import lapack
 from torch import Tensor
 
 from flawsift.detector import Detector, resolve_device
@@ -14,7 +15,6 @@ from flawsift.images import Batch, ImageSet
 from flawsift.maps import SIGMA_PER_PIXEL, smooth
 
 CHUNK = 128  # positions factorised at a time: 5 MB of 100 x 100 matrices
-LEAF = 24  # triangular matrices up to this size are inverted row by row, larger ones by halves
 FIT_BATCH = 64  # images per pass over the (P, d, d) scatter: larger halves its memory traffic, 64 is 100 MB of features
 
 
@@ -25,7 +25,7 @@ class Moments:
     Attributes:
         n: Number of images.
         mean: (P, d).
-        scatter: (P, d, d) sum over images of (x - mean)(x - mean)^T.
+        scatter: (P, d (d + 1) / 2) sum over images of (x - mean)(x - mean)^T: symmetric, so its lower half is enough.
     """
 
     n: int
@@ -36,18 +36,21 @@ class Moments:
         """Statistics of the union (Chan et al. 1979: M2 = M2a + M2b + delta delta^T na nb / n)."""
         n = self.n + other.n
         delta = other.mean - self.mean
-        scatter = self.scatter + other.scatter
-        scatter.baddbmm_(delta.unsqueeze(2), delta.unsqueeze(1), alpha=self.n * other.n / n)
+        scatter = (self.scatter + other.scatter).add_(_packed_square(delta), alpha=self.n * other.n / n)
         return Moments(n, self.mean + delta * (other.n / n), scatter)
 
     def minus(self, other: "Moments") -> "Moments":
         """Statistics of what is left when a part is taken out; `plus` undone."""
         n = self.n - other.n
         mean = self.mean + (self.mean - other.mean) * (other.n / n)
-        delta = other.mean - mean
-        scatter = self.scatter - other.scatter
-        scatter.baddbmm_(delta.unsqueeze(2), delta.unsqueeze(1), alpha=-n * other.n / self.n)
+        scatter = (self.scatter - other.scatter).sub_(_packed_square(other.mean - mean), alpha=n * other.n / self.n)
         return Moments(n, mean, scatter)
+
+
+def _packed_square(delta: Tensor) -> Tensor:
+    """(P, d) to the lower half of delta delta^T, (P, d (d + 1) / 2)."""
+    rows, columns = torch.tril_indices(delta.shape[1], delta.shape[1])
+    return delta[:, rows] * delta[:, columns]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -65,8 +68,8 @@ class PaDiM(Detector):
         score says nothing there, so stage 1 must use out-of-subset scores.
     Differs from the paper: `standardize` measures eps in units of each channel's variance v (the paper's constant
         assumes ResNet taps; v = 1 in the paper preset); the default leaves out the finest tap, which costs four times
-        the positions and lowers the image AUROC with the embedded backbone; smoothing before the image score is done on the patch grid
-        with the same Gaussian in image units; no centre crop.
+        the positions and lowers the image AUROC with the embedded backbone; smoothing before the image score is done
+        on the patch grid with the same Gaussian in image units; no centre crop.
     Reference: Defard et al., "PaDiM: a Patch Distribution Modeling Framework", ICPR 2021 workshops,
         arXiv 2011.08785, section 3.
 
@@ -109,52 +112,61 @@ class PaDiM(Detector):
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
         whitener = self._whitener(device)
-        x = self._embed(batch).to(device)
-        if list(x.shape[2:]) != self.grid_:
+        x, grid = self._embed(batch)
+        if grid != self.grid_:
             raise InputError(
-                f"PaDiM was fitted on a patch grid of {self.grid_}, these features have {list(x.shape[2:])}. "
+                f"PaDiM was fitted on a patch grid of {self.grid_}, these features have {grid}. "
                 "Use the input size it was fitted with."
             )
-        h, w = self.grid_
-        delta = x.flatten(2).permute(2, 1, 0).contiguous()  # (P, d, B)
-        delta -= self.mean_.to(device).unsqueeze(2)
-        return torch.bmm(whitener, delta).square_().sum(1).sqrt_().T.reshape(-1, h, w)
+        delta = x.to(device) - self.mean_.to(device).unsqueeze(2)  # (P, d, B)
+        return torch.bmm(whitener, delta).square_().sum(1).sqrt_().T.reshape(-1, *grid)
 
     def _image_scores(self, maps: Tensor) -> Tensor:
         return smooth(maps, SIGMA_PER_PIXEL * maps.shape[2]).amax((1, 2))
 
-    def _embed(self, batch: Batch) -> Tensor:
-        """(B, d, h, w): the drawn channels of all taps on the largest grid."""
-        taps = [batch.features[layer] for layer in self.layers]
-        grid = max((tap.shape[2:] for tap in taps), key=lambda s: s[0] * s[1])
-        parts, start = [], 0
-        for tap in taps:
-            mine = self.channels_[(self.channels_ >= start) & (self.channels_ < start + tap.shape[1])] - start
-            parts.append(F.interpolate(tap[:, mine], size=tuple(grid), mode="nearest"))
-            start += tap.shape[1]
-        return torch.cat(parts, 1)
+    def _embed(self, batch: Batch) -> tuple[Tensor, list[int]]:
+        """(P, d, B): the drawn channels of all taps at the positions of the largest grid, and that grid's (h, w).
+
+        Sub-models that look at one batch share it.
+        """
+        key = (self.name, self.layers, self.n_features, self.seed)
+        if key not in batch.memo:
+            taps = [batch.features[layer] for layer in self.layers]
+            grid = max((list(tap.shape[2:]) for tap in taps), key=lambda s: s[0] * s[1])
+            parts, start = [], 0
+            for tap in taps:
+                mine = self.channels_[(self.channels_ >= start) & (self.channels_ < start + tap.shape[1])] - start
+                # copied at its own size, in the order that batched products like, then repeated position by position
+                own = tap[:, mine].flatten(2).permute(2, 1, 0).contiguous()
+                parts.append(own[_replication(list(tap.shape[2:]), grid)])
+                start += tap.shape[1]
+            batch.memo[key] = torch.cat(parts, 1), grid
+        found: tuple[Tensor, list[int]] = batch.memo[key]
+        return found
 
     def _moments(self, data: ImageSet, device: str) -> Moments:
         n, total, scatter, shift = 0, None, None, None
         for batch in data.batches(self.layers, batch_size=FIT_BATCH):
             if "channels_" not in vars(self):
                 self._draw_channels(batch)
-            x = self._embed(batch).to(device)
-            self.grid_ = list(x.shape[2:])
-            x = x.flatten(2).permute(2, 0, 1).contiguous()  # (P, B, d); batched products of strided views crawl
+            embedded, self.grid_ = self._embed(batch)
+            x = embedded.to(device)  # (P, d, B)
             # sums about the first batch's mean do not cancel in float32
-            shift = x.mean(1, keepdim=True) if shift is None else shift
+            shift = x.mean(2, keepdim=True) if shift is None else shift
             x = x - shift
             if total is None or scatter is None:
-                total = torch.zeros_like(x[:, 0])
-                scatter = x.new_zeros(x.shape[0], x.shape[2], x.shape[2])
-            total += x.sum(1)
-            scatter.baddbmm_(x.transpose(1, 2), x)
+                total = torch.zeros_like(x[:, :, 0])
+                scatter = x.new_zeros(x.shape[0], x.shape[1], x.shape[1])
+            total += x.sum(2)
+            scatter.baddbmm_(x, x.transpose(1, 2))
             n += len(batch)
         if total is None or scatter is None or shift is None:
             raise InputError("PaDiM.fit needs at least one image, got an empty set.")
         scatter.baddbmm_(total.unsqueeze(2), total.unsqueeze(1), alpha=-1.0 / n)
-        return Moments(n, (total / n + shift.squeeze(1)).cpu(), scatter.cpu())
+        d = total.shape[1]
+        rows, columns = torch.tril_indices(d, d, device=total.device)
+        packed = scatter.flatten(1).index_select(1, rows * d + columns)
+        return Moments(n, (total / n + shift.squeeze(2)).cpu(), packed.cpu())
 
     def _draw_channels(self, batch: Batch) -> None:
         """One draw per seed, shared by all sub-models, so that their statistics can be added."""
@@ -163,11 +175,7 @@ class PaDiM(Detector):
         self.channels_ = torch.randperm(n_all, generator=generator)[: self.n_features].sort().values
 
     def _set(self, moments: Moments) -> Self:
-        d = moments.mean.shape[1]
-        rows, columns = torch.tril_indices(d, d)
-        self.n_images_ = moments.n
-        self.mean_ = moments.mean
-        self.scatter_ = moments.scatter[:, rows, columns]  # (P, d (d + 1) / 2): symmetric, so half is enough
+        self.n_images_, self.mean_, self.scatter_ = moments.n, moments.mean, moments.scatter
         vars(self).pop("_cached_whitener", None)
         return self
 
@@ -179,30 +187,49 @@ class PaDiM(Detector):
     def _stored_moments(self) -> Moments:
         if not self.fitted:
             raise NotFittedError("This PaDiM is not fitted yet; call fit(images) first.")
-        d = self.mean_.shape[1]
-        rows, columns = torch.tril_indices(d, d)
-        full = self.scatter_.new_empty(len(self.scatter_), d, d)
-        full[:, rows, columns] = self.scatter_
-        full[:, columns, rows] = self.scatter_
-        return Moments(self.n_images_, self.mean_, full)
+        return Moments(self.n_images_, self.mean_, self.scatter_)
 
     def _whitener(self, device: str) -> Tensor:
         """(P, d, d) inverse Cholesky factors: distance = |L^-1 (x - mu)|. Made once, never saved."""
         cached: Tensor | None = vars(self).get("_cached_whitener")
         if cached is None or cached.device.type != torch.device(device).type:
-            moments = self._stored_moments()
-            covariance = moments.scatter.to(device).div_(max(moments.n - 1, 1))
-            diagonal = covariance.diagonal(dim1=1, dim2=2)  # (P, d), a view
+            cached = _unpacked(self.scatter_.to(device)).div_(max(self.n_images_ - 1, 1))
+            diagonal = cached.diagonal(dim1=1, dim2=2)  # (P, d), a view
             unit = torch.ones_like(diagonal[0])
             if self.standardize:
-                unit = diagonal.mean(0) + moments.mean.to(device).var(0, correction=0)
+                unit = diagonal.mean(0) + self.mean_.to(device).var(0, correction=0)
                 unit = torch.where(unit > 0, unit, torch.ones_like(unit))
             diagonal += self.eps * unit
-            cached = covariance
-            for part in torch.split(cached, CHUNK):  # in place, position by position: a chunk stays in the cache
+            for part in torch.split(cached, CHUNK):  # in place: a chunk stays in the processor's cache
                 part.copy_(_invert_lower(_cholesky(part)))
             vars(self)["_cached_whitener"] = cached
         return cached
+
+
+def _replication(small: list[int], large: list[int]) -> Tensor:
+    """(P,) for each cell of the large grid, row by row, the cell of the small one: nearest neighbour."""
+    rows = torch.arange(large[0]) * small[0] // large[0]
+    columns = torch.arange(large[1]) * small[1] // large[1]
+    return (rows[:, None] * small[1] + columns).flatten()
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """(P, d (d + 1) / 2) lower halves to (P, d, d) symmetric matrices."""
+    d = int((2 * packed.shape[1]) ** 0.5)
+    rows, columns = torch.tril_indices(d, d, device=packed.device)
+    place = torch.empty(d, d, dtype=torch.int64, device=packed.device)
+    place[rows, columns] = place[columns, rows] = torch.arange(packed.shape[1], device=packed.device)
+    return packed.index_select(1, place.flatten()).view(-1, d, d)
+
+
+def _invert_lower(factor: Tensor) -> Tensor:
+    """Inverses of (n, d, d) lower triangular matrices."""
+    if factor.device.type != "cpu":
+        eye = torch.eye(factor.shape[1], device=factor.device)
+        return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    # torch starts threads for every small matrix, and waits seconds for them on a busy machine
+    inverses = [lapack.strtri(matrix.T, lower=0)[0].T for matrix in factor.numpy()]
+    return torch.from_numpy(np.stack(inverses))
 
 
 def _cholesky(covariance: Tensor) -> Tensor:
@@ -215,25 +242,3 @@ def _cholesky(covariance: Tensor) -> Tensor:
         mended = vectors * values.clamp_min(floor).unsqueeze(1) @ vectors.mT
         factor[bad] = torch.linalg.cholesky(mended).float()
     return factor
-
-
-def _invert_lower(factor: Tensor) -> Tensor:
-    """Inverses of (n, d, d) lower triangular matrices, by batched products of halves.
-
-    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]; LAPACK's own goes matrix by matrix, 5 times slower.
-    """
-    d = factor.shape[1]
-    out = torch.zeros_like(factor)
-    if d <= LEAF:
-        diagonal = factor.diagonal(dim1=1, dim2=2)
-        for row in range(d):  # forward substitution of the identity
-            above = torch.bmm(factor[:, row : row + 1, :row], out[:, :row, :row]).squeeze(1)
-            out[:, row, :row] = -above / diagonal[:, row, None]
-            out[:, row, row] = 1 / diagonal[:, row]
-        return out
-    half = d // 2
-    upper = _invert_lower(factor[:, :half, :half].contiguous())
-    lower = _invert_lower(factor[:, half:, half:].contiguous())
-    out[:, :half, :half], out[:, half:, half:] = upper, lower
-    out[:, half:, :half] = -(lower @ (factor[:, half:, :half].contiguous() @ upper))
-    return out
