@@ -1,6 +1,7 @@
 """Every registered detector passes every common check."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ from flawsift.detector import DETECTORS, Detector, make_detector
 from flawsift.testing import CHECKS
 
 # smaller than the defaults, so that a check takes a second
-SMALL = {"padim": {"n_features": 30}, "patchcore": {"coreset_ratio": 0.05}}
+SMALL: dict[str, dict[str, Any]] = {"padim": {"n_features": 30}, "patchcore": {"coreset_ratio": 0.05}}
 
 
 def test_every_detector_has_a_small_form() -> None:

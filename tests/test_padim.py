@@ -28,10 +28,12 @@ def feature_set(features: npt.NDArray[np.float32]) -> ImageSet:
 def random_features(n: int, c: int = 5, h: int = 3, w: int = 4, seed: int = 0) -> npt.NDArray[np.float32]:
     generator = np.random.default_rng(seed)
     mix = generator.normal(size=(c, c))
-    return np.einsum("cd,ndhw->nchw", mix, generator.normal(3, 2, size=(n, c, h, w))).astype(np.float32)
+    found = np.einsum("cd,ndhw->nchw", mix, generator.normal(3, 2, size=(n, c, h, w)))
+    return np.asarray(found, np.float32)
 
 
 def grids(detector: Detector, data: ImageSet) -> npt.NDArray[np.float32]:
+    """(N, h, w) maps on the patch grid."""
     found: npt.NDArray[np.float32] = detector.predict_grids(data)[1].numpy()
     return found
 

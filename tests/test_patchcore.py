@@ -108,7 +108,7 @@ def test_outliers_are_amplified_by_greedy_and_not_by_random() -> None:
         train.reader.arrays[layer][0] *= 6  # one image of twenty is far from everything: 5 % of the patches
     share = {}
     for coreset in ("greedy", "random"):
-        owners = PatchCore(layers=LAYERS, coreset_ratio=0.05, coreset=coreset).fit(train).owner_  # type: ignore[arg-type]
+        owners = PatchCore(layers=LAYERS, coreset_ratio=0.05, coreset=coreset).fit(train).owner_
         share[coreset] = (owners == 0).float().mean().item()
     assert share["greedy"] > 0.5
     assert share["random"] < 0.2

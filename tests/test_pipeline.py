@@ -201,7 +201,8 @@ def test_a_killed_screening_goes_on_to_the_same_result(
     tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, keep=0.7)
-    fit, fitted = type(SMALL["patchcore"]).fit, []
+    fit = type(SMALL["patchcore"]).fit
+    fitted: list[int] = []
 
     def killed(self: Detector, data: ImageSet, **kwargs: Any) -> Detector:
         if len(fitted) == 3:
@@ -225,7 +226,7 @@ def test_changed_content_is_not_resumed(
 ) -> None:
     root = tmp_path / "images"
     shutil.copytree(easy_folder, root)
-    monkeypatch.setattr(pipeline.shutil, "rmtree", lambda *_, **__: None)  # keep the finished sub-models
+    monkeypatch.setattr("flawsift.pipeline.shutil.rmtree", lambda *_, **__: None)  # keep the finished sub-models
     first = pipeline.screen(root, SMALL["patchcore"], tiny, store=store, keep=0.7, out=tmp_path / "o")
     shutil.copy(root / "part-45.png", root / "part-00.png")
     second = pipeline.screen(root, SMALL["patchcore"], tiny, store=store, keep=0.7, out=tmp_path / "o")

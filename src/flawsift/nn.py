@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from flawsift.errors import ParameterError
@@ -28,12 +28,13 @@ _PART_ROWS = 8192
 # A dot product of C terms is off by sqrt(C) * eps / 2 of its size at most: of 16 million, the worst reached 0.8 of that
 # at C = 16 and 0.1 at C = 384. Twice that, to be sure.
 _ROUNDING = 2.0
-# Rows that one round of k-center greedy brings up to date. 1024 to 4096 are equally quick on an idle machine; few large
-# matmuls suffer less than many small ones on a busy one.
+# Rows that one round of k-center greedy brings up to date, N / 16 if that is more (so that many threads have work). Of
+# 2048, 4096 and 8192 with 512, 1024 and 2048 rows per thread and 128, 256 and 512 centres per matmul, this was the
+# quickest; the others take up to 1.5 times as long.
 _CANDIDATES = 4096
 # Rows that a thread brings up to date at a time. Fixed, so that the number of threads does not change any matmul.
 _THREAD_ROWS = 1024
-# Centres per matmul of k-center greedy: after each, rows that cannot be picked are dropped. 1024: 20 % more work.
+# Centres per matmul of k-center greedy; after each, rows that cannot be picked in this round any more are dropped.
 _CENTRE_BLOCK = 256
 
 _Floats = NDArray[np.float32]
@@ -257,12 +258,12 @@ def k_center_greedy(features: Tensor, n_select: int, generator: torch.Generator,
 
     On CPU the distances are evaluated lazily: they only shrink, so the last known value bounds a row from above, and
     only rows whose bound reaches the current maximum are brought up to date, many rows and many centres per matmul. The
-    selection is that of the plain loop, index for index, except where two distances differ by float32 rounding. The
-    same input gives the same selection on one machine with one number of threads.
+    selection is that of the plain loop, index for index, except where two distances differ by float32 rounding, and it
+    is the same for any number of threads.
 
     Cost: a quarter to half of the 2 N C n_select flops of the plain loop, at the speed of a matmul: 1 to 2 s for 6144
-    of 61440 x 272 on one core. Memory: a few (4096, C) blocks and the (n_select, C) centres; contiguous float32 input
-    is not copied. On another device: the plain loop and one copy of the features.
+    of 61440 x 272 on one core. Memory: about N / 8 rows and n_select rows of C; contiguous float32 input is not copied.
+    On another device: the plain loop and one copy of the features.
 
     Contamination: outliers are far from everything, so they are selected first and are over-represented.
 
@@ -323,8 +324,9 @@ def _greedy_plain(features: Tensor, n_select: int, start: int) -> Tensor:
 class _LazyGreedy:
     """State of one run of `k_center_greedy`: an upper bound per row, and for which centres it holds.
 
-    numpy, because the many small steps of a round cost half as much there as in torch. Vectors are taken relative to
-    the first centre: that removes a common offset and, unlike a mean, keeps integers exact.
+    Vectors are taken relative to the first centre: that removes a common offset and, unlike a mean, keeps integers
+    exact. BLAS is held to one thread while threads of our own share the rows: they meet once per round, not in each of
+    thousands of small matmuls, where every meeting costs a time slice when the machine is busy.
     """
 
     def __init__(self, features: _Floats, n_select: int, start: int) -> None:
@@ -390,7 +392,6 @@ class _LazyGreedy:
             centre[:-1], centre[-1] = x[best, :-1], -norms[best] / 2
             self.selected[self.count] = rows[best]
             self.count += 1
-            # einsum: as quick as a BLAS product for these few hundred rows, and no threads to wait for
             np.minimum(bounds, self._squared(np.einsum("ij,j->i", x, centre), norms), out=bounds)
             bounds[best] = 0
         self.bounds[rows], self.seen[rows] = bounds, self.count

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def _test(detector: Detector) -> tuple[ImageSet, npt.NDArray[np.int8]]:
 
 
 def _normal(data: Dataset) -> npt.NDArray[np.int64]:
-    return data.truth.ids[data.truth.labels == 0]
+    ids: npt.NDArray[np.int64] = data.truth.ids[data.truth.labels == 0]
+    return ids
 
 
 def _close(a: npt.NDArray[Any], b: npt.NDArray[Any], what: str) -> None:
@@ -95,7 +97,8 @@ def check_unfitted_refuses(detector: Detector) -> None:
     assert fitted.fitted
     assert not detector.fitted, "clone shares state with its original"
     for unfitted in (detector, fitted.clone()):
-        for use in (lambda d=unfitted: d.predict(data), lambda d=unfitted: d.save(Path())):
+        uses: tuple[Callable[[], object], ...] = (partial(unfitted.predict, data), partial(unfitted.save, Path()))
+        for use in uses:
             try:
                 use()
             except NotFittedError:
@@ -187,7 +190,7 @@ def check_each_image_passes_the_backbone_once(detector: Detector) -> None:
         with tempfile.TemporaryDirectory() as folder:
             pipeline.fit(images, detector.clone(), backbone, store=FeatureStore(Path(folder)), n_subsets=3)
     finally:
-        del backbone.extract  # type: ignore[method-assign]
+        del backbone.extract
     assert sum(counted) == 20, f"20 images passed the backbone {sum(counted)} times"
     assert backbone.parameters_digest() == backbone.weights_digest, "the frozen backbone was trained"
 

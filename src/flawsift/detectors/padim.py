@@ -119,7 +119,8 @@ class PaDiM(Detector):
                 "Use the input size it was fitted with."
             )
         delta = x.to(device) - self.mean_.to(device).unsqueeze(2)  # (P, d, B)
-        return torch.bmm(whitener, delta).square_().sum(1).sqrt_().T.reshape(-1, *grid)
+        distances: Tensor = torch.bmm(whitener, delta).square_().sum(1).sqrt_()  # (P, B)
+        return distances.T.reshape(-1, *grid)
 
     def _image_scores(self, maps: Tensor) -> Tensor:
         return smooth(maps, SIGMA_PER_PIXEL * maps.shape[2]).amax((1, 2))
@@ -226,7 +227,8 @@ def _invert_lower(factor: Tensor) -> Tensor:
     """Inverses of (n, d, d) lower triangular matrices."""
     if factor.device.type != "cpu":
         eye = torch.eye(factor.shape[1], device=factor.device)
-        return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+        return solved
     # torch starts threads for every small matrix, and waits seconds for them on a busy machine
     inverses = [lapack.strtri(matrix.T, lower=0)[0].T for matrix in factor.numpy()]
     return torch.from_numpy(np.stack(inverses))
@@ -241,4 +243,5 @@ def _cholesky(covariance: Tensor) -> Tensor:
         floor = values[:, -1:].clamp_min(torch.finfo(torch.float32).tiny) * torch.finfo(torch.float32).eps
         mended = vectors * values.clamp_min(floor).unsqueeze(1) @ vectors.mT
         factor[bad] = torch.linalg.cholesky(mended).float()
-    return factor
+    found: Tensor = factor
+    return found
