@@ -280,6 +280,14 @@ def test_greedy_is_a_function_of_features_and_generator() -> None:
     assert torch.equal(features, normal(500, 8))
 
 
+def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = normal(6000, 40)
+    expected = k_center_greedy(features, 600, rng(), start=5)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 if threads > 1 else 4)
+    assert torch.equal(k_center_greedy(features, 600, rng(), start=5), expected)
+
+
 def test_fewer_centres_are_a_prefix() -> None:
     features = normal(2000, 8)
     many = k_center_greedy(features, 300, rng(), start=5)
@@ -307,6 +315,9 @@ def test_errors_of_greedy() -> None:
         k_center_greedy(features[:0], 1, rng())
     with pytest.raises(ParameterError, match="n_select must be at least 1, got 0"):
         k_center_greedy(features, 0, rng())
+    for bad in (torch.nan, torch.inf, 1e30):
+        with pytest.raises(ParameterError, match="must be finite"):
+            k_center_greedy(torch.cat([features, torch.full((1, 3), bad)]), 2, rng(), start=0)
     for start in (-1, 6):
         with pytest.raises(ParameterError, match=rf"start must be in \[0, 5\], got {start}"):
             k_center_greedy(features, 2, rng(), start=start)

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from flawsift.errors import ParameterError
 
-# Floats in one (rows, M) block of scores, 16 MB: 4 MB repack the bank too often, 64 MB fall out of the L3 cache; each
-# costs 10 to 20 %.
+# Floats in one (rows, M) block of scores, 16 MB: 4 MB repack the bank too often, 64 MB fall out of the L3 cache.
 _BLOCK_FLOATS = 1 << 22
 # A matmul with fewer rows spends its time packing the bank. At 64 rows the block is no larger than a bank of C = 64.
 _MIN_BLOCK_ROWS = 64
@@ -28,13 +27,12 @@ _PART_ROWS = 8192
 # A dot product of C terms is off by sqrt(C) * eps / 2 of its size at most: of 16 million, the worst reached 0.8 of that
 # at C = 16 and 0.1 at C = 384. Twice that, to be sure.
 _ROUNDING = 2.0
-# Rows that one round of k-center greedy brings up to date, N / 16 if that is more (so that many threads have work). Of
-# 2048, 4096 and 8192 with 512, 1024 and 2048 rows per thread and 128, 256 and 512 centres per matmul, this was the
-# quickest; the others take up to 1.5 times as long.
+# Rows that one round of k-center greedy brings up to date; N / 16 if that is more, to give many threads work. Of 2048
+# to 8192, with 512 to 2048 rows per thread and 128 to 512 centres per matmul, these were quickest, by up to a third.
 _CANDIDATES = 4096
-# Rows that a thread brings up to date at a time. Fixed, so that the number of threads does not change any matmul.
+# Rows per thread and matmul: fixed, so that the number of threads does not change any result.
 _THREAD_ROWS = 1024
-# Centres per matmul of k-center greedy; after each, rows that cannot be picked in this round any more are dropped.
+# Centres per matmul; after each, rows that cannot be picked in this round any more are dropped.
 _CENTRE_BLOCK = 256
 
 _Floats = NDArray[np.float32]
@@ -223,15 +221,9 @@ def _argmax(scores: Tensor) -> Tensor:
 
 
 def random_projection(n_in: int, n_out: int, generator: torch.Generator) -> Tensor:
-    """A Gaussian Johnson-Lindenstrauss matrix: `x @ matrix` keeps distances within sqrt(1 / (2 n_out)), 6 % at 128.
+    """A Gaussian Johnson-Lindenstrauss matrix, (n_in, n_out) float32 on CPU, its entries N(0, 1 / n_out).
 
-    Args:
-        n_in: channels before.
-        n_out: channels after.
-        generator: a CPU generator.
-
-    Returns:
-        (n_in, n_out) float32 on CPU, entries N(0, 1 / n_out).
+    `x @ matrix` keeps Euclidean distances within about sqrt(1 / (2 n_out)), 6 % at 128.
 
     Raises:
         ParameterError: if a size is below 1.
@@ -278,7 +270,7 @@ def k_center_greedy(features: Tensor, n_select: int, generator: torch.Generator,
         rows are copies of selected ones (within rounding: about 2e-3 of their distance from the first centre).
 
     Raises:
-        ParameterError: if there are no rows, n_select is below 1, or `start` is not a row.
+        ParameterError: if there are no rows, n_select is below 1, `start` is not a row, or a feature is not finite.
 
     References: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985; Roth et al. (PatchCore),
     "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022, Algorithm 1.
@@ -336,6 +328,8 @@ class _LazyGreedy:
         for part in _blocks(n, _CANDIDATES):
             x = features[part] - self.origin
             self.norms[part] = np.einsum("ij,ij->i", x, x)
+        if not np.isfinite(self.norms).all():
+            raise ParameterError("features must be finite, and small enough for their squares to be.")
         self.bounds = self.norms.copy()  # (N,) squared distance to the nearest of the first seen[i] centres
         self.seen = np.ones(n, np.int64)
         self.selected = np.full(n_select, start, np.int64)

@@ -304,7 +304,8 @@ def score_together(
     grids: list[list[Tensor]] = [[] for _ in models]
     if models:
         with torch.inference_mode():
-            for batch in data.batches(models[0].layers, pixels=models[0].reads_pixels):
+            # larger batches than one model takes: each reads its state once per batch
+            for batch in data.batches(models[0].layers, pixels=models[0].reads_pixels, batch_size=64):
                 for m, model in enumerate(models):
                     found, values = model._score_batch(batch, device)
                     scores[m].append(values.float().cpu())

@@ -50,7 +50,7 @@ class PatchCore(Detector):
         "paper": {"coreset_ratio": 0.1, "max_patches": None, "reweight_neighbors": 9},
     }
 
-    coreset_ratio: float = 0.02
+    coreset_ratio: float = 0.01
     coreset: Literal["greedy", "random"] = "greedy"
     max_patches: int | None = 200_000
     projection_dim: int = 128
