@@ -148,7 +148,7 @@ def ours(task: str, work: Path, threads: int, centres: int) -> dict[str, Any]:
         exact: dict[str, Any] = {"coreset_ratio": 0.1, "max_patches": None, "projection_dim": SPARSE_DIM}
         detector = PatchCore(layers=("layer2", "layer3"), reweight_neighbors=9, **exact)
     else:
-        detector = PaDiM(layers=("layer1", "layer2", "layer3"), **PaDiM.presets["paper"])
+        detector = PaDiM(**{**PaDiM.presets["paper"], "layers": ("layer1", "layer2", "layer3")})
     data = load_mvtec(work / "data")
     train, test = data.images.select(data.train_ids), data.images.select(data.test_ids)
     backbone = load_backbone(BACKBONE)

@@ -50,7 +50,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
-    screened = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, "--json")
+    bank = ["--set", "coreset_ratio=0.05"]  # 64 px images have few patches
+    screened = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, *bank, "--json")
     assert screened.code == 0, screened.err
     assert screened.json["n_images"] == 50
     assert {p.name for p in (tmp_path / "s").iterdir()} == {
@@ -59,7 +60,7 @@ def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
         "maps.npy",
         "report.html",
     }
-    fitted = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, "--screening", tmp_path / "s", "--json")
+    fitted = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, *bank, "--screening", tmp_path / "s", "--json")
     assert fitted.code == 0, fitted.err
     assert fitted.json["n_kept"] == screened.json["n_kept"]
     assert (tmp_path / "m" / "model.json").exists()
