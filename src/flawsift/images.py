@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from flawsift.errors import InputError, ParameterError
+from flawsift.errors import InputError
 
 Ids = npt.NDArray[np.int64]
 
@@ -358,13 +358,6 @@ def read_groups(path: str | Path) -> dict[str, str]:
     if not {name, "group"} <= columns:
         raise InputError(f"Groups file '{show(path)}' needs the columns 'file' and 'group', has {sorted(columns)}.")
     return {row[name]: row["group"] for row in rows if row["group"]}
-
-
-def check_positive(owner: str, **values: float) -> None:
-    """Raise ParameterError for the first value that is not positive."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ParameterError(f"{owner}.{name} must be positive, got {value}.")
 
 
 def show(path: str | Path) -> str:
