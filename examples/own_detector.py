@@ -12,6 +12,7 @@ from flawsift.images import Batch, ImageSet
 from flawsift.nn import nearest
 from flawsift.screening import screen
 from flawsift.testing import CHECKS, easy_set, with_features
+from flawsift.training import UNWATCHED, Watch
 
 
 @dataclass(kw_only=True, eq=False)
@@ -24,7 +25,7 @@ class RandomBank(Detector):
     layers: Sequence[str] = ("stride8",)
     bank_size: int = 500
 
-    def fit(self, data: ImageSet, *, device: str = "auto") -> Self:
+    def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
         """See `Detector.fit`."""
         self._forget()
         patches = torch.cat([_patches(batch.features[self.layers[0]]) for batch in data.batches(self.layers)])

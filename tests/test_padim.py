@@ -21,7 +21,7 @@ def feature_set(features: npt.NDArray[np.float32]) -> ImageSet:
     """(N, C, h, w) features as a set with ids 0..N-1."""
     n = len(features)
     images = ImageSet.from_arrays([np.zeros((2, 2), np.uint8)] * n)
-    reader = MemoryFeatures(32, "test", {i: i for i in range(n)}, {"a": features})
+    reader = MemoryFeatures(32, "test", {("", i): i for i in range(n)}, {"a": features})
     return ImageSet(images.ids, images.source, {}, reader)
 
 
@@ -119,7 +119,7 @@ def test_packing_keeps_symmetric_matrices(n: int, d: int, seed: int) -> None:
 def test_coarse_taps_are_replicated() -> None:
     a, b = random_features(30, 4, 8, 8), random_features(30, 3, 4, 4, seed=1)
     images = ImageSet.from_arrays([np.zeros((2, 2), np.uint8)] * 30)
-    reader = MemoryFeatures(32, "test", {i: i for i in range(30)}, {"a": a, "b": b})
+    reader = MemoryFeatures(32, "test", {("", i): i for i in range(30)}, {"a": a, "b": b})
     both = ImageSet(images.ids, images.source, {}, reader)
     joined = np.concatenate([a, b.repeat(2, axis=2).repeat(2, axis=3)], axis=1)
     one, two = PaDiM(layers=("a", "b")).fit(both), PaDiM(layers=("a",)).fit(feature_set(joined))

@@ -19,7 +19,7 @@ def feature_set(n: int, seed: int = 0, shift: float = 0.0) -> ImageSet:
     b = generator.normal(shift, 1, size=(n, 4, 4, 4)).astype(np.float32)
     images = ImageSet.from_arrays([np.zeros((2, 2), np.uint8)] * n)
     return ImageSet(
-        images.ids, images.source, {}, MemoryFeatures(32, "test", {i: i for i in range(n)}, {"a": a, "b": b})
+        images.ids, images.source, {}, MemoryFeatures(32, "test", {("", i): i for i in range(n)}, {"a": a, "b": b})
     )
 
 

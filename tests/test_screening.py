@@ -25,6 +25,7 @@ from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures
 from flawsift.images import Batch, ImageSet
 from flawsift.screening import PRESETS, screen, split
+from flawsift.training import UNWATCHED, Watch
 
 
 @dataclass(kw_only=True, eq=False)
@@ -37,7 +38,7 @@ class Oracle(Detector):
     modulus: int = 101  # a prime beyond the set sizes below: distinct scores in an order unlike that of the ids
     factor: int = 37
 
-    def fit(self, data: ImageSet, *, device: str = "auto") -> Self:
+    def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
         self.trained_on_ = sorted(data.ids.tolist())
         return self
 

@@ -24,6 +24,7 @@ from flawsift import maps as map_ops
 from flawsift.errors import ModelError, NotFittedError, ParameterError, unknown_name
 from flawsift.files import write_bytes, write_json
 from flawsift.images import Batch, Ids, ImageSet, content_digest
+from flawsift.training import UNWATCHED, Watch
 
 # registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
 DETECTORS: Mapping[str, tuple[str, str]] = {
@@ -52,7 +53,8 @@ class Detector(ABC):
     """Learns normality from unlabelled images. Higher scores are more anomalous.
 
     A score never depends on which other images are scored. All fields are hyper-parameters and survive JSON; the
-    learned state is every attribute whose name ends in an underscore: tensors (on the CPU), numbers, texts, lists.
+    learned state is every attribute whose name ends in an underscore: tensors (on the CPU), {name: tensor}, numbers,
+    texts, lists. Attributes that begin with an underscore are caches: not saved, not pickled, forgotten by a new fit.
 
     Attributes:
         layers: Backbone layers to read: exact names, or aliases such as "stride8".
@@ -72,12 +74,23 @@ class Detector(ABC):
         self._require("layers", bool(self.layers), "name at least one layer")
         self._require("seed", self.seed >= 0, "not be negative")
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Derived views of the training images that `fit` reads beside the images; see `flawsift.views`."""
+        return ()
+
     @abstractmethod
-    def fit(self, data: ImageSet, *, device: str = "auto") -> Self:
+    def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
         """Learn from all images of the set and return self; a former fit is forgotten.
+
+        Args:
+            data: N images with features attached, of the images and of `views`.
+            device: "auto" takes a GPU where there is one.
+            watch: Told how far a training is, and where it may keep a checkpoint; closed forms do not need it.
 
         Raises:
             InputError: The set is empty or has no features attached.
+            TrainingError: The training diverged.
         """
 
     @abstractmethod
@@ -172,11 +185,11 @@ class Detector(ABC):
         if not self.fitted:
             raise NotFittedError(f"This {type(self).__name__} is not fitted yet; call fit(images) first.")
         state = self._state()
-        tensors = save({k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)})
+        tensors = save({k: v.contiguous() for k, v in _flat(state).items()})
         digest = content_digest(tensors)
         file = f"state-{digest[:16]}.safetensors"
         write_bytes(folder / file, tensors)
-        plain = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+        plain = {k: v for k, v in state.items() if not _holds_tensors(v)}
         content = {"name": self.name, "params": self.params(), "state": plain, "file": file, "sha256": digest}
         write_json(folder / "detector.json", content)
         for old in folder.glob("state-*.safetensors"):
@@ -188,8 +201,11 @@ class Detector(ABC):
         return {k: v for k, v in vars(self).items() if k.endswith("_") and not k.startswith("_")}
 
     def _forget(self) -> None:
-        for key in self._state():
+        for key in [*self._state(), *(k for k in vars(self) if k.startswith("_"))]:
             delattr(self, key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if not k.startswith("_")}
 
     def _check_types(self) -> None:
         """Numbers where numbers belong: parameters come from JSON and the command line too."""
@@ -232,12 +248,42 @@ def load_detector(folder: str | Path) -> Detector:
         tensors = (folder / content["file"]).read_bytes()
         if content_digest(tensors) != content["sha256"]:
             raise ModelError(f"'{folder / content['file']}' does not match detector.json. Fit the model again.")
-        state = {**content["state"], **load(tensors)}
+        state = {**content["state"], **_nested(load(tensors))}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"'{folder}' is not a readable detector folder: {error}.") from error
     for key, value in state.items():
         setattr(detector, key, value)
     return detector
+
+
+_IN = "::"  # joins an attribute and a key in the state's file
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    return isinstance(value, Tensor)
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            found[key] = value
+        elif _holds_tensors(value):
+            found |= {f"{key}{_IN}{name}": tensor for name, tensor in value.items()}
+    return found
+
+
+def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, tensor in tensors.items():
+        attribute, _, name = key.partition(_IN)
+        if name:
+            found.setdefault(attribute, {})[name] = tensor
+        else:
+            found[attribute] = tensor
+    return found
 
 
 def detector_class(name: str) -> type[Detector]:

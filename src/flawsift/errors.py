@@ -7,6 +7,7 @@
         ├── NotFittedError       `predict` before `fit` (also a ValueError)
         ├── WeightsError         backbone weights missing, unreachable or not the ones expected
         ├── ModelError           a model folder that is missing, damaged or from a newer version
+        ├── TrainingError        a training that diverged
         ├── OutputError          an output folder that cannot be written
         └── SplitError           a protocol asks for more images than there are (also a ValueError)
 
@@ -39,6 +40,10 @@ class WeightsError(FlawsiftError):
 
 class ModelError(FlawsiftError):
     """A model folder is missing, damaged or from a newer version."""
+
+
+class TrainingError(FlawsiftError):
+    """A training diverged: its loss is not finite."""
 
 
 class OutputError(FlawsiftError):

@@ -33,8 +33,9 @@ from torch import Tensor
 from flawsift.backbones import Backbone
 from flawsift.errors import InputError, OutputError, ParameterError
 from flawsift.files import ensure_folder, new_folder, write_json
-from flawsift.images import ImageSet, UnreadableImage, content_digest, to_pixels
+from flawsift.images import ImageSet, UnreadableImage, content_digest
 from flawsift.progress import Progress, silent
+from flawsift.views import derive
 
 FORMAT = 1  # of the folder layout above; a change makes old entries invisible
 SHARD = 64  # images in a shard: 10 s of work on 2 cores is the most that a kill can cost
@@ -175,7 +176,7 @@ class StoredFeatures:
         size: Edge length of the network input.
         key: Of the backbone that made them.
         digests: {global id: content digest}.
-        entries: {layer as asked: {content digest: entry}}.
+        entries: {layer as asked: {content digest, or `view_digest`: entry}}.
         files: {layer as asked: name of its file in a shard}.
     """
 
@@ -195,7 +196,11 @@ class StoredFeatures:
         for layer in layers:
             if layer not in self.entries:
                 raise InputError(f"Layer '{layer}' was not extracted; attached are: {', '.join(self.entries)}.")
-            entries = [self.entries[layer][self.digests[int(i)]] for i in images.ids]
+            known = self.entries[layer]
+            try:
+                entries = [known[view_digest(self.digests[int(i)], images.derived)] for i in images.ids]
+            except KeyError:
+                raise _no_view(images) from None
             result[layer] = self._gather(entries, self.files[layer])
         return result
 
@@ -227,18 +232,21 @@ class MemoryFeatures:
     Attributes:
         size: Edge length of the network input.
         key: Of the backbone that made them.
-        rows: {global id: row}.
+        rows: {(derived view, global id): row}.
         arrays: {layer as asked: (n, C, h, w)}.
     """
 
     size: int
     key: str
-    rows: Mapping[int, int]
+    rows: Mapping[tuple[str, int], int]
     arrays: Mapping[str, npt.NDArray[Any]]
 
     def read(self, images: ImageSet, layers: Sequence[str]) -> dict[str, Tensor]:
         """{layer: (N, C, h, w)} float32 of the view, in its order."""
-        rows = [self.rows[int(i)] for i in images.ids]
+        try:
+            rows = [self.rows[images.derived, int(i)] for i in images.ids]
+        except KeyError:
+            raise _no_view(images) from None
         return {layer: torch.from_numpy(self.arrays[layer][rows].astype(np.float32)) for layer in layers}
 
 
@@ -247,6 +255,7 @@ def attach(
     backbone: Backbone,
     layers: Sequence[str],
     *,
+    views: Sequence[str] = (),
     store: FeatureStore | None = None,
     progress: Progress = silent,
 ) -> tuple[ImageSet, dict[int, str]]:
@@ -256,6 +265,7 @@ def attach(
         images: The set.
         backbone: The frozen backbone.
         layers: Layer names or aliases such as "stride8".
+        views: Derived views to extract too, each with ids of the same set and entries of its own in the store.
         store: Where features are kept; None keeps them in memory, for small sets only.
         progress: Told about each shard.
 
@@ -267,9 +277,13 @@ def attach(
         OutputError: The store cannot be written, or its disk is too full.
     """
     if store is None:
-        data, failed = _attach_memory(images, backbone, layers)
+        data, failed = _attach_memory(images, backbone, layers, views)
     else:
         data, failed = _attach_stored(images, backbone, layers, store, progress)
+        for view in views:
+            _attach_stored(data.view(view), backbone, layers, store, progress)
+        if views and isinstance(data.reader, StoredFeatures):
+            data = replace(data, reader=_reopened(data.reader, backbone, store))
     if not len(data) and len(images):
         reason = next(iter(failed.values()))
         raise InputError(f"None of the {len(images)} images can be read; the first one: {reason}.")
@@ -291,11 +305,15 @@ def stream(
     progress("features", len(images), len(images))
 
 
-def _attach_memory(images: ImageSet, backbone: Backbone, layers: Sequence[str]) -> tuple[ImageSet, dict[int, str]]:
+def _attach_memory(
+    images: ImageSet, backbone: Backbone, layers: Sequence[str], views: Sequence[str] = ()
+) -> tuple[ImageSet, dict[int, str]]:
     pixels, failed = _decode(images, backbone.size)
     good = images.select([i for i in images.ids if int(i) in pixels])
-    arrays = _extract(backbone, [pixels[int(i)] for i in good.ids], layers, "float16") if len(good) else {}
-    rows = {int(i): row for row, i in enumerate(good.ids)}
+    found = {("", int(i)): pixels[int(i)] for i in good.ids}
+    found |= {(view, i): derive(pixels[i], view) for view in views for _, i in list(found)}
+    arrays = _extract(backbone, list(found.values()), layers, "float16") if len(good) else {}
+    rows = {key: row for row, key in enumerate(found)}
     return replace(good, reader=MemoryFeatures(backbone.size, backbone.key, rows, arrays)), failed
 
 
@@ -332,12 +350,28 @@ def _attach_stored(
     return replace(good, reader=StoredFeatures(backbone.size, backbone.key, digests, entries, files)), failed
 
 
+def _no_view(images: ImageSet) -> InputError:
+    view = f"derived view '{images.derived}'" if images.derived else "features"
+    return InputError(f"The {view} of these images were not extracted. Attach them first: flawsift.attach.")
+
+
+def _reopened(reader: StoredFeatures, backbone: Backbone, store: FeatureStore) -> StoredFeatures:
+    """The same reader, with what was stored since."""
+    index = store.index(store.space(backbone))
+    return replace(reader, entries={layer: index.get(backbone.resolve(layer).name, {}) for layer in reader.entries})
+
+
+def view_digest(digest: str, view: str) -> str:
+    """What a derived view of an image is found by: its content digest and the view's name."""
+    return hashlib.sha256(f"{digest} {view}".encode()).hexdigest() if view else digest
+
+
 def _digests(images: ImageSet) -> tuple[dict[int, str], dict[int, str]]:
     digests: dict[int, str] = {}
     failed: dict[int, str] = {}
     for i in images.ids:
         try:
-            digests[int(i)] = content_digest(images.source.read(int(i)))
+            digests[int(i)] = view_digest(content_digest(images.source.read(int(i))), images.derived)
         except UnreadableImage as error:
             failed[int(i)] = str(error)
     return digests, failed
@@ -348,7 +382,7 @@ def _decode(images: ImageSet, size: int) -> tuple[dict[int, Tensor], dict[int, s
 
     def one(id_: int) -> Tensor | UnreadableImage:
         try:
-            return to_pixels(images.image(id_), size)
+            return images.pixels_of(id_, size)
         except UnreadableImage as error:
             return error
 

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from flawsift.errors import InputError
+from flawsift.views import check_view, derive
 
 Ids = npt.NDArray[np.int64]
 
@@ -146,12 +147,14 @@ class ImageSet:
         groups: {global id: group name} for images that belong together (views of one object, exposures of one
             part). An id that is not in it is a group of its own.
         reader: Frozen features, attached by `flawsift.features.attach`; None for pixels only.
+        derived: Name of the derived view that pixels and features are of; "" for the images themselves.
     """
 
     ids: Ids
     source: Source
     groups: Mapping[int, str] = field(default_factory=dict)
     reader: FeatureReader | None = None
+    derived: str = ""
 
     @classmethod
     def from_folder(cls, root: str | Path, *, groups: Mapping[str, str] | None = None) -> Self:
@@ -207,6 +210,15 @@ class ImageSet:
             raise InputError("ids to select must be distinct.")
         return replace(self, ids=wanted)
 
+    def view(self, name: str) -> Self:
+        """The same ids under a derived view, such as "rotate:5"; see `flawsift.views`. "" gives the images themselves.
+
+        Raises:
+            ParameterError: There is no such view.
+        """
+        check_view(name)
+        return replace(self, derived=name)
+
     @property
     def names(self) -> list[str]:
         """(N,) relative paths, in the order of the view."""
@@ -225,11 +237,19 @@ class ImageSet:
         """
         return self.source.decode(self.source.read(int(id_)))
 
+    def pixels_of(self, id_: int, size: int) -> Tensor:
+        """One image as (3, size, size) uint8, under the derived view.
+
+        Raises:
+            UnreadableImage: It cannot be decoded.
+        """
+        return derive(to_pixels(self.image(id_), size), self.derived)
+
     def pixels(self, size: int) -> Tensor:
-        """All images of the view as (N, 3, size, size) uint8."""
+        """All images of the set as (N, 3, size, size) uint8, under the derived view."""
         if not len(self):
             return torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return torch.stack([to_pixels(self.image(int(i)), size) for i in self.ids])
+        return torch.stack([self.pixels_of(int(i), size) for i in self.ids])
 
     def batches(
         self,

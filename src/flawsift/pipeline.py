@@ -31,6 +31,7 @@ from flawsift.progress import Progress, silent
 from flawsift.results import Predictions, SavedScreening, load_screening, save_screening
 from flawsift.screening import PRESETS, Screening, ScreenOptions
 from flawsift.screening import screen as screen_features
+from flawsift.training import Watch
 
 FORMAT = 1  # of the model folder
 VERSIONED = ("torch", "timm", "openvino", "numpy", "pillow")  # packages whose version can change a score
@@ -206,7 +207,10 @@ def fit(
         if on_screened is not None and not no_screen:
             on_screened(done)
     progress("detector", 0, 1)
-    fitted = _fit_kept(p, kept, total, device)
+    resume = None if out is None else Path(out) / ".resume"
+    checkpoint = None if resume is None else _run_folder(resume, p, kept.tolist()) / "training.safetensors"
+    watch = Watch(lambda _, done, of: progress("detector", done, of), checkpoint)
+    fitted = _fit_kept(p, kept, total, device, watch)
     progress("detector", 1, 1)
     training = {
         "n_images": len(p.data) + len(p.unreadable),
@@ -219,8 +223,9 @@ def fit(
         "versions": versions(),
     }
     model = Model(fitted, p.backbone, Calibration.of(held_out), training)
-    if out is not None:
-        model.save(out)
+    if resume is not None:
+        model.save(resume.parent)
+        shutil.rmtree(resume, ignore_errors=True)
     return model
 
 
@@ -245,7 +250,9 @@ def _prepare(
     found = images if isinstance(images, ImageSet) else ImageSet.from_folder(images)
     made = make_detector(detector, seed=seed) if isinstance(detector, str) else detector
     loaded = load_backbone(backbone) if isinstance(backbone, str) else backbone
-    data, failed = attach(found, loaded, made.layers, store=store or FeatureStore(), progress=progress)
+    data, failed = attach(
+        found, loaded, made.layers, views=made.views, store=store or FeatureStore(), progress=progress
+    )
     return _Prepared(data, made, loaded, {found.source.name(i): reason for i, reason in sorted(failed.items())})
 
 
@@ -263,8 +270,7 @@ def _screen_prepared(
     provenance = _provenance(p)
     checkpoint = None
     if out is not None:
-        key = json.dumps([provenance, full, seed, set_digest(p.data)], sort_keys=True, default=str)
-        checkpoint = ensure_folder(out) / ".resume" / hashlib.sha256(key.encode()).hexdigest()[:16]
+        checkpoint = _run_folder(ensure_folder(out) / ".resume", p, full, seed)
     merged = _Merger(full["n_subsets"])
     started = time.monotonic()
     found = screen_features(
@@ -304,11 +310,17 @@ class _Merger:
         return self._total if self.seen >= self.n_subsets else None
 
 
-def _fit_kept(p: _Prepared, kept: Ids, total: Detector | None, device: str) -> Detector:
+def _run_folder(root: Path, p: _Prepared, *settings: Any) -> Path:
+    """Where the unfinished work of one run lies, found by everything that can change its result."""
+    key = json.dumps([_provenance(p), set_digest(p.data), *settings], sort_keys=True, default=str)
+    return root / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _fit_kept(p: _Prepared, kept: Ids, total: Detector | None, device: str, watch: Watch) -> Detector:
     removed = p.data.ids[~np.isin(p.data.ids, kept)]
     if isinstance(total, Additive) and len(removed) < len(kept):
         return total.without(p.data.select(removed), device=device)
-    return p.detector.clone().fit(p.data.select(kept), device=device)
+    return p.detector.clone().fit(p.data.select(kept), device=device, watch=watch)
 
 
 def _provenance(p: _Prepared) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from flawsift.files import write_bytes
 from flawsift.images import Ids, ImageSet
 from flawsift.maps import top_mean
 from flawsift.progress import Progress, silent
+from flawsift.training import Watch
 
 TOP_SHARE = 0.01  # of the patches, for an image's divergence: the paper's code scores images by the top 1 % too
 
@@ -343,7 +344,7 @@ class _Runs:
             for m in range(first, first + step):
                 stored = None if keep_models else self._resume(m)
                 if stored is None:
-                    missing[m] = self.detector.clone().fit(self._subset(m), device=self.device)
+                    missing[m] = self.detector.clone().fit(self._subset(m), device=self.device, watch=self._watch(m))
                 else:
                     self.scores[m], grids = stored
                     self._add_grids(m, grids)
@@ -378,6 +379,12 @@ class _Runs:
             self._grid_sum = torch.zeros_like(grids, dtype=torch.float32)
         others = torch.from_numpy(self.subset_of[r] != j) if self.n_subsets > 1 else slice(None)
         self._grid_sum[others] += grids[others].float()
+
+    def _watch(self, m: int) -> Watch:
+        """Progress and checkpoint of the training of one sub-model."""
+        stage = f"sub-model {m + 1} of {len(self.scores)}"
+        path = None if self.checkpoint is None else self.checkpoint / f"training-{m}.safetensors"
+        return Watch(lambda _, done, total: self.progress(stage, done, total), path)
 
     def _path(self, m: int) -> Path | None:
         return None if self.checkpoint is None else self.checkpoint / f"submodel-{m}.safetensors"

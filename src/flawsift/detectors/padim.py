@@ -13,6 +13,7 @@ from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError, NotFittedError
 from flawsift.images import Batch, ImageSet
 from flawsift.maps import SIGMA_PER_PIXEL, smooth
+from flawsift.training import UNWATCHED, Watch
 
 CHUNK = 128  # positions factorised at a time: 5 MB of 100 x 100 matrices
 FIT_BATCH = 64  # images per pass over the (P, d, d) scatter: larger halves its memory traffic, 64 is 100 MB of features
@@ -95,7 +96,7 @@ class PaDiM(Detector):
         self._require("n_features", self.n_features >= 1, "be at least 1")
         self._require("eps", self.eps > 0, "be positive")
 
-    def fit(self, data: ImageSet, *, device: str = "auto") -> Self:
+    def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
         """See `Detector.fit`."""
         self._forget()
         return self._set(self._moments(data, resolve_device(device)))

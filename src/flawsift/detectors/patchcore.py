@@ -12,6 +12,7 @@ from flawsift import nn
 from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
+from flawsift.training import UNWATCHED, Watch
 
 
 @dataclass(kw_only=True, eq=False)
@@ -66,7 +67,7 @@ class PatchCore(Detector):
         self._require("n_neighbors", self.n_neighbors >= 1, "be at least 1")
         self._require("reweight_neighbors", self.reweight_neighbors >= 0, "not be negative")
 
-    def fit(self, data: ImageSet, *, device: str = "auto") -> Self:
+    def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
         """See `Detector.fit`."""
         self._forget()
         target = resolve_device(device)
@@ -80,7 +81,6 @@ class PatchCore(Detector):
             chosen = torch.randperm(len(pool), generator=generator)[:n_select]
         self.memory_bank_ = pool[chosen.cpu()]  # (M, C)
         self.owner_ = owners[chosen.cpu()]  # (M,) id of the image that each entry comes from
-        vars(self).pop("_searches", None)
         return self
 
     def _pool(self, data: ImageSet, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,252 @@
+"""One training loop for every detector that learns by gradient steps.
+
+A step's batch and its random numbers follow from (seed, step) alone, so a resumed run equals an uninterrupted one, and
+training leaves torch's and numpy's global generators as they were.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from flawsift.errors import InputError, TrainingError
+from flawsift.files import write_bytes
+from flawsift.images import Batch, Ids, ImageSet
+from flawsift.progress import Progress, silent
+
+SAVE_SECONDS = 30.0  # between checkpoints: the most that a kill can cost
+_SEPARATOR = "/"  # between the parts of a checkpoint's tensor names
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who follows a long fit.
+
+    Attributes:
+        progress: Told about each step.
+        checkpoint: A file for the state of an unfinished training; a later fit with the same settings goes on there.
+    """
+
+    progress: Progress = silent
+    checkpoint: Path | None = None
+
+
+UNWATCHED = Watch()
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        steps: Gradient steps.
+        batch_size: Images in a batch; a smaller set is one batch, and an epoch's incomplete last batch is left out.
+        seed: Of batch order, dropout and noise.
+        clip_norm: Most that the global gradient norm may be; None leaves it.
+        schedule: Factor on each group's learning rate at a step, from 0.
+    """
+
+    steps: int
+    batch_size: int
+    seed: int = 0
+    clip_norm: float | None = None
+    schedule: Callable[[int], float] | None = None
+
+    def ids_at(self, ids: Ids, step: int) -> Ids:
+        """The ids of a step's batch: each epoch is a permutation of its own."""
+        size = min(self.batch_size, len(ids))
+        epoch, turn = divmod(step, len(ids) // size)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(ids))
+        chosen: Ids = ids[order[turn * size : (turn + 1) * size]]
+        return chosen
+
+
+def train(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: ImageSet,
+    layers: Sequence[str],
+    loss_of: Callable[[Batch, int], Tensor],
+    recipe: Recipe,
+    *,
+    device: str,
+    pixels: bool = False,
+    watch: Watch = UNWATCHED,
+    stop: Callable[[int, float], bool] | None = None,
+) -> float:
+    """Take gradient steps on `module` in place.
+
+    Args:
+        module: On `device`, in training mode (its own affair: frozen parts stay in eval mode).
+        optimizer: Over its parameters.
+        data: N >= 1 images with features attached.
+        layers: Layers that `loss_of` reads.
+        loss_of: The scalar loss of a batch (features on the CPU) at a step.
+        recipe: Steps, batch size, clipping, schedule, seed.
+        device: A resolved torch device; on a GPU that has bfloat16 the forward pass is in mixed precision.
+        pixels: Whether batches carry pixels.
+        watch: Progress and checkpoint.
+        stop: Asked after each step with the step and its loss; True ends the training.
+
+    Returns:
+        The last loss.
+
+    Raises:
+        InputError: The set is empty.
+        TrainingError: The loss is not finite.
+    """
+    if not len(data):
+        raise InputError("Training needs at least one image, got an empty set.")
+    base = [group["lr"] for group in optimizer.param_groups]
+    first, last = _resume(module, optimizer, watch.checkpoint, recipe), float("nan")
+    mixed = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    saved_at = time.monotonic()
+    with seeded(recipe.seed, device):
+        for step in range(first, recipe.steps):
+            torch.manual_seed(_mix(recipe.seed, step))
+            if recipe.schedule is not None:
+                for group, rate in zip(optimizer.param_groups, base, strict=True):
+                    group["lr"] = rate * recipe.schedule(step)
+            chosen = data.select(recipe.ids_at(data.ids, step))
+            batch = next(chosen.batches(layers, pixels=pixels, batch_size=len(chosen)))
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", torch.bfloat16) if mixed else contextlib.nullcontext():
+                loss = loss_of(batch, step)
+            last = float(loss.detach())
+            if not np.isfinite(last):
+                raise TrainingError(f"The loss became {last} at step {step}. Lower the learning rate.")
+            loss.backward()  # type: ignore[no-untyped-call]
+            if recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
+            optimizer.step()
+            watch.progress("training", step + 1, recipe.steps)
+            if stop is not None and stop(step, last):
+                break
+            if watch.checkpoint is not None and time.monotonic() - saved_at > SAVE_SECONDS:
+                _save(module, optimizer, watch.checkpoint, step + 1, recipe)
+                saved_at = time.monotonic()
+    if watch.checkpoint is not None:
+        watch.checkpoint.unlink(missing_ok=True)
+    return last
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: str) -> Iterator[None]:
+    """Torch's global generators seeded inside, and as they were outside: initialisation and dropout take no other."""
+    with torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def warmup_cosine(warmup: int, total: int, floor: float) -> Callable[[int], float]:
+    """A schedule: linear from 0 over `warmup` steps, then a cosine from 1 to `floor` at the last of `total` steps."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        turn = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
+        return float(floor + (1 - floor) * (1 + np.cos(np.pi * turn)) / 2)
+
+    return factor
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers on the CPU, as a detector's learned state keeps them."""
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def restored(weights: Mapping[str, Tensor], module: M, device: str) -> M:
+    """A module with these weights, in eval mode, on a device, without gradients."""
+    module.load_state_dict(weights)
+    return module.to(device).eval().requires_grad_(False)
+
+
+def channel_statistics(data: ImageSet, layers: Sequence[str]) -> dict[str, Tensor]:
+    """{layer: (2, C)} mean and standard deviation of each channel over all images and positions.
+
+    Constants of published recipes assume the scale of ResNet taps; features are divided by this first. Constant
+    channels get a standard deviation of 1.
+    """
+    count: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
+    for batch in data.batches(layers):
+        for layer in layers:
+            x = batch.features[layer].double().transpose(0, 1).flatten(1)  # (C, B h w)
+            part = torch.stack([x.sum(1), x.square().sum(1)])
+            sums[layer] = sums[layer] + part if layer in sums else part
+            count[layer] = count.get(layer, 0) + x.shape[1]
+    found = {}
+    for layer, (total, square) in sums.items():
+        mean = total / count[layer]
+        deviation = (square / count[layer] - mean.square()).clamp_min(0).sqrt()
+        # a deviation within rounding of the mean is none: dividing by it would magnify rounding
+        flat = deviation <= 1e-6 * mean.abs().clamp_min(1e-6)
+        found[layer] = torch.stack([mean, torch.where(flat, torch.ones_like(deviation), deviation)]).float()
+    if not found:
+        raise InputError("A fit needs at least one image, got an empty set.")
+    return found
+
+
+def standardized(features: Tensor, statistics: Tensor) -> Tensor:
+    """(B, C, h, w) with each channel at mean 0 and standard deviation 1 by (2, C) statistics."""
+    mean, deviation = statistics.to(features.device)[:, None, :, None, None]
+    scaled: Tensor = (features - mean) / deviation
+    return scaled
+
+
+def _mix(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _signature(module: nn.Module, recipe: Recipe) -> str:
+    shapes = [f"{name}{tuple(value.shape)}" for name, value in module.state_dict().items()]
+    return f"{recipe.steps} {recipe.batch_size} {recipe.seed} {recipe.clip_norm} {shapes}"
+
+
+def _save(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path, step: int, recipe: Recipe) -> None:
+    tensors = {f"module{_SEPARATOR}{name}": value for name, value in module.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer{_SEPARATOR}{index}{_SEPARATOR}{k}": torch.as_tensor(v) for k, v in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_bytes(path, save(plain, metadata={"step": str(step), "of": _signature(module, recipe)}))
+
+
+def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path | None, recipe: Recipe) -> int:
+    """The first step to take: 0, or where a checkpoint of the same training stands, which is then restored."""
+    if path is None or not path.exists():
+        return 0
+    try:
+        content = path.read_bytes()
+        metadata = _metadata(content)
+        tensors = load(content)
+    except (OSError, ValueError, SafetensorError):
+        return 0  # a torn checkpoint costs its steps, nothing else
+    if metadata.get("of") != _signature(module, recipe):
+        return 0
+    prefix = f"module{_SEPARATOR}"
+    module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        if name.startswith(f"optimizer{_SEPARATOR}"):
+            _, index, key = name.split(_SEPARATOR)
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["step"])
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The header's metadata of a safetensors file: 8 bytes of length, then JSON."""
+    length = int.from_bytes(content[:8], "little")
+    found: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return found

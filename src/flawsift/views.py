@@ -1,0 +1,50 @@
+"""Derived views: named changes of an image's pixels, whose frozen features are cached like those of the images.
+
+A detector that trains on augmented copies names them (`Detector.views`), so that each passes the backbone once. A view
+is a function of the pixels and its name alone.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flawsift.errors import ParameterError, unknown_name
+
+
+def derive(pixels: Tensor, view: str) -> Tensor:
+    """(3, S, S) uint8 pixels under a view; unchanged under "".
+
+    Raises:
+        ParameterError: There is no such view.
+    """
+    if not view:
+        return pixels
+    check_view(view)
+    kind, _, argument = view.partition(":")
+    return _KINDS[kind](pixels, argument)
+
+
+def check_view(view: str) -> None:
+    """Raise ParameterError unless a view is "" or a known kind."""
+    kind = view.partition(":")[0]
+    if view and kind not in _KINDS:
+        raise ParameterError(unknown_name("view", kind, _KINDS))
+
+
+def rotated(pixels: Tensor, degrees: str) -> Tensor:
+    """Rotated about the centre, counter-clockwise, bilinearly; what comes from outside repeats the border.
+
+    >>> torch.equal(rotated(torch.arange(12, dtype=torch.uint8).view(3, 2, 2), "90")[0], torch.tensor([[1, 3], [0, 2]]))
+    True
+    """
+    angle = torch.deg2rad(torch.tensor(float(degrees), dtype=torch.float64))
+    cos, sin = float(angle.cos()), float(angle.sin())
+    turn = torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]])
+    grid = F.affine_grid(turn, [1, *pixels.shape], align_corners=False)
+    turned = F.grid_sample(pixels[None].float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return turned[0].round().clamp(0, 255).to(torch.uint8)
+
+
+_KINDS: Mapping[str, Callable[[Tensor, str], Tensor]] = {"rotate": rotated}

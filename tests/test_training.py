@@ -1,0 +1,226 @@
+"""The training loop against plain re-derivations; resumption; derived views."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flawsift.backbones import Backbone
+from flawsift.datasets import Dataset
+from flawsift.errors import InputError, ParameterError, TrainingError
+from flawsift.features import FeatureStore, attach
+from flawsift.images import Batch, ImageSet
+from flawsift.training import (
+    Recipe,
+    Watch,
+    channel_statistics,
+    restored,
+    seeded,
+    standardized,
+    train,
+    warmup_cosine,
+    weights_of,
+)
+from flawsift.views import derive
+
+LAYER = "stride8"
+
+
+@pytest.fixture(scope="module")
+def data(tiny: Backbone) -> ImageSet:
+    from flawsift.testing import easy_set
+
+    return attach(easy_set().images.select(np.arange(10)), tiny, (LAYER,))[0]
+
+
+def make(data: ImageSet) -> tuple[nn.Module, torch.optim.Optimizer]:
+    channels = next(data.batches((LAYER,))).features[LAYER].shape[1]
+    with seeded(3, "cpu"):
+        module = nn.Sequential(nn.Conv2d(channels, 4, 1), nn.Dropout(0.5), nn.Conv2d(4, channels, 1))
+    return module, torch.optim.Adam(module.parameters(), lr=0.01)
+
+
+def run(
+    data: ImageSet, steps: int, *, watch: Watch | None = None, stop_at: int | None = None, of: int | None = None
+) -> dict[str, Tensor]:
+    module, optimizer = make(data)
+    recipe = Recipe(steps=of or steps, batch_size=4, seed=5, clip_norm=1.0, schedule=warmup_cosine(3, of or steps, 0.1))
+
+    def loss_of(batch: Batch, step: int) -> Tensor:
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = batch.features[LAYER]
+        loss: Tensor = (module(x) - x).square().mean()
+        return loss
+
+    train(module, optimizer, data, (LAYER,), loss_of, recipe, device="cpu", watch=watch or Watch())
+    return weights_of(module)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(
+    data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)  # a checkpoint after every step
+    expected = run(data, 9)
+    watch = Watch(checkpoint=tmp_path / "state")
+    with pytest.raises(KeyboardInterrupt):
+        run(data, 9, watch=watch, stop_at=6)
+    seen: list[int] = []
+    watch = Watch(lambda _, done, total: seen.append(done), tmp_path / "state")
+    assert same(run(data, 9, watch=watch), expected)
+    assert seen == [7, 8, 9], "finished steps were taken again"
+    assert not list(tmp_path.iterdir()), "a finished training leaves its checkpoint"
+
+
+def test_a_checkpoint_of_another_training_is_not_used(
+    data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, 9, watch=Watch(checkpoint=tmp_path / "state"), stop_at=6)
+    assert same(run(data, 8, watch=Watch(checkpoint=tmp_path / "state")), run(data, 8))
+
+
+def test_a_torn_checkpoint_costs_its_steps_only(data: ImageSet, tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(b"torn")
+    assert same(run(data, 4, watch=Watch(checkpoint=tmp_path / "state")), run(data, 4))
+
+
+def test_training_is_seeded_and_leaves_the_global_generator(data: ImageSet) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = run(data, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert same(run(data, 3), first)
+
+
+def test_every_image_is_seen_once_per_epoch() -> None:
+    recipe = Recipe(steps=0, batch_size=4, seed=1)
+    ids = np.arange(100, 112)
+    epochs = [np.concatenate([recipe.ids_at(ids, 3 * e + s) for s in range(3)]) for e in range(2)]
+    assert all(sorted(e) == ids.tolist() for e in epochs)
+    assert epochs[0].tolist() != epochs[1].tolist()
+    assert len(recipe.ids_at(ids[:3], 7)) == 3, "a set smaller than a batch is one batch"
+
+
+def test_gradients_are_clipped(data: ImageSet) -> None:
+    module, _ = make(data)
+    start = weights_of(module)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    recipe = Recipe(steps=1, batch_size=4, clip_norm=0.01)
+    train(
+        module,
+        optimizer,
+        data,
+        (LAYER,),
+        lambda b, _: 1e3 * module(b.features[LAYER]).square().mean(),
+        recipe,
+        device="cpu",
+    )
+    moved = torch.cat([(weights_of(module)[k] - start[k]).flatten() for k in start]).norm()
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_stop_ends_it(data: ImageSet) -> None:
+    module, optimizer = make(data)
+    asked: list[int] = []
+
+    def stop(step: int, loss: float) -> bool:
+        asked.append(step)
+        return step == 2
+
+    train(
+        module,
+        optimizer,
+        data,
+        (LAYER,),
+        lambda b, _: module(b.features[LAYER]).square().mean(),
+        Recipe(steps=9, batch_size=4),
+        device="cpu",
+        stop=stop,
+    )
+    assert asked == [0, 1, 2]
+
+
+def test_divergence_is_told(data: ImageSet) -> None:
+    module, optimizer = make(data)
+    with pytest.raises(TrainingError, match="nan at step 0"):
+        train(
+            module,
+            optimizer,
+            data,
+            (LAYER,),
+            lambda b, _: module(b.features[LAYER]).mean() * float("nan"),
+            Recipe(steps=2, batch_size=4),
+            device="cpu",
+        )
+    with pytest.raises(InputError, match="at least one image"):
+        train(
+            module,
+            optimizer,
+            data.select([]),
+            (LAYER,),
+            lambda b, _: torch.zeros(()),
+            Recipe(steps=1, batch_size=4),
+            device="cpu",
+        )
+
+
+def test_schedule_starts_at_0_peaks_and_ends_at_the_floor() -> None:
+    factor = warmup_cosine(10, 101, 0.1)
+    assert [factor(0), factor(5), factor(10), factor(55), factor(100)] == pytest.approx([0, 0.5, 1, 0.55, 0.1])
+
+
+def test_weights_come_back(data: ImageSet) -> None:
+    module, _ = make(data)
+    again = restored(weights_of(module), make(data)[0], "cpu")
+    assert not again.training
+    assert same(weights_of(again), weights_of(module))
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_channel_statistics_equal_those_of_all_at_once(data: ImageSet) -> None:
+    x = next(data.batches((LAYER,), batch_size=10)).features[LAYER]
+    mean, deviation = channel_statistics(data, (LAYER,))[LAYER]
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(deviation, x.std((0, 2, 3), correction=0), rtol=1e-4, atol=1e-5)
+    scaled = standardized(x, torch.stack([mean, deviation]))
+    assert scaled.mean((0, 2, 3)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_view_has_features_of_its_own_under_the_same_ids(
+    stored: bool, tiny: Backbone, easy: Dataset, tmp_path: Path
+) -> None:
+    images = easy.images.select([3, 1, 2])
+    store = FeatureStore(tmp_path) if stored else None
+    data, _ = attach(images, tiny, (LAYER,), views=("rotate:90",), store=store)
+    plain = next(data.batches((LAYER,))).features[LAYER]
+    turned = next(data.view("rotate:90").batches((LAYER,))).features[LAYER]
+    direct = tiny.extract(torch.stack([torch.rot90(p, 1, (1, 2)) for p in images.pixels(tiny.size)]), (LAYER,))[LAYER]
+    torch.testing.assert_close(turned, direct.half().float(), rtol=2e-3, atol=2e-3)
+    assert not torch.allclose(plain, turned)
+    assert torch.equal(data.view("rotate:90").pixels(64)[0], torch.rot90(data.pixels(64)[0], 1, (1, 2)))
+    with pytest.raises(InputError, match="rotate:45"):
+        next(data.view("rotate:45").batches((LAYER,)))
+
+
+def test_views_pass_the_backbone_once(
+    tiny: Backbone, easy: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, images = FeatureStore(tmp_path), easy.images.select([0, 1])
+    attach(images, tiny, (LAYER,), views=("rotate:5", "rotate:-5"), store=store)
+    monkeypatch.setattr(tiny, "extract", lambda *_: pytest.fail("extracted again"))
+    attach(images, tiny, (LAYER,), views=("rotate:5",), store=store)
+
+
+def test_unknown_views_are_named() -> None:
+    with pytest.raises(ParameterError, match="Unknown view 'rotat'. Did you mean 'rotate'"):
+        derive(torch.zeros(3, 2, 2, dtype=torch.uint8), "rotat:5")
