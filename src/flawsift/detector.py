@@ -142,19 +142,7 @@ class Detector(ABC):
     def _score(
         self, data: ImageSet, device: str, batch_size: int, *, keep_grids: bool
     ) -> tuple[npt.NDArray[np.float32], Tensor, int]:
-        if not self.fitted:
-            raise NotFittedError(f"This {type(self).__name__} is not fitted yet; call fit(images) first.")
-        target = resolve_device(device)
-        scores, grids, size = [], [], 0
-        with torch.inference_mode():
-            for batch in data.batches(self.layers, pixels=self.reads_pixels, batch_size=batch_size):
-                found, values = self._score_batch(batch, target)
-                scores.append(values.float().cpu())
-                if keep_grids:
-                    grids.append(found.float().cpu())
-                size = batch.size
-        joined = torch.cat(scores).numpy() if scores else np.empty(0, np.float32)
-        return joined, torch.cat(grids) if grids else torch.empty(0, 1, 1), size
+        return score_together([self], data, device, batch_size, keep_grids=keep_grids)[0]
 
     @property
     def fitted(self) -> bool:
@@ -224,6 +212,37 @@ class Detector(ABC):
             raise ParameterError(f"{type(self).__name__}.{parameter} must {constraint}, got {got!r}.")
 
 
+def score_together(
+    models: Sequence[Detector], data: ImageSet, device: str, batch_size: int, *, keep_grids: bool
+) -> list[tuple[npt.NDArray[np.float32], Tensor, int]]:
+    """Scores by each of some fitted detectors of one kind, in one pass that shares what they derive from a batch.
+
+    Returns:
+        Per model (N,) scores, (N, h, w) patch-grid maps (empty unless `keep_grids`) and the network's input size.
+
+    Raises:
+        NotFittedError: One is not fitted.
+    """
+    for model in models:
+        if not model.fitted:
+            raise NotFittedError(f"This {type(model).__name__} is not fitted yet; call fit(images) first.")
+    target, size = resolve_device(device), 0
+    scores: list[list[Tensor]] = [[] for _ in models]
+    grids: list[list[Tensor]] = [[] for _ in models]
+    with torch.inference_mode():
+        for batch in data.batches(models[0].layers, pixels=models[0].reads_pixels, batch_size=batch_size):
+            size = batch.size
+            for m, model in enumerate(models):
+                found, values = model._score_batch(batch, target)
+                scores[m].append(values.float().cpu())
+                if keep_grids:
+                    grids[m].append(found.float().cpu())
+    return [
+        (torch.cat(s).numpy() if s else np.empty(0, np.float32), torch.cat(g) if g else torch.empty(0, 1, 1), size)
+        for s, g in zip(scores, grids, strict=True)
+    ]
+
+
 @runtime_checkable
 class Additive(Protocol):
     """A fitted detector whose learned state is a sum over training images, so that k + 1 fits cost about one."""
@@ -235,8 +254,13 @@ class Additive(Protocol):
         """The model of the training set less these images, all of which were in it."""
 
 
-def load_detector(folder: str | Path) -> Detector:
+def load_detector(folder: str | Path, like: Detector | None = None) -> Detector:
     """Read what `Detector.save` wrote.
+
+    Args:
+        folder: The folder.
+        like: An unfitted detector of the same class and parameters, for classes that are not registered; else the
+            detector is made by its registry name.
 
     Raises:
         ModelError: The folder is missing or damaged, or names an unknown detector.
@@ -244,7 +268,7 @@ def load_detector(folder: str | Path) -> Detector:
     folder = Path(folder)
     try:
         content = json.loads((folder / "detector.json").read_text("utf-8"))
-        detector = make_detector(content["name"], **content["params"])
+        detector = like.clone() if like else make_detector(content["name"], **content["params"])
         tensors = (folder / content["file"]).read_bytes()
         if content_digest(tensors) != content["sha256"]:
             raise ModelError(f"'{folder / content['file']}' does not match detector.json. Fit the model again.")

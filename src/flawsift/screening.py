@@ -6,6 +6,7 @@ After "Leveraging Learning Bias for Noisy Anomaly Detection" (LLBNAD, arXiv 2508
 addressed by global ids: stage 2 receives ids, never positions.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from flawsift.consensus import (
     own_mask,
     robust_units,
 )
-from flawsift.detector import Additive, Detector, resolve_device
+from flawsift.detector import Additive, Detector, load_detector, resolve_device, score_together
 from flawsift.errors import InputError, ParameterError
 from flawsift.files import write_bytes
 from flawsift.images import Ids, ImageSet
@@ -297,23 +298,6 @@ def _feature_divergence(views: Tensor, native: npt.NDArray[np.int64]) -> Floats:
     return top_mean(distance, TOP_SHARE).double().numpy()
 
 
-def score_together(
-    models: Sequence[Detector], data: ImageSet, device: str
-) -> list[tuple[npt.NDArray[np.float32], Tensor]]:
-    """(N,) scores and (N, h, w) patch-grid maps by each of some fitted detectors of one kind, in one pass."""
-    scores: list[list[Tensor]] = [[] for _ in models]
-    grids: list[list[Tensor]] = [[] for _ in models]
-    if models:
-        with torch.inference_mode():
-            # larger batches than one model takes: each reads its state once per batch
-            for batch in data.batches(models[0].layers, pixels=models[0].reads_pixels, batch_size=64):
-                for m, model in enumerate(models):
-                    found, values = model._score_batch(batch, device)
-                    scores[m].append(values.float().cpu())
-                    grids[m].append(found.float().cpu())
-    return [(torch.cat(s).numpy(), torch.cat(g)) for s, g in zip(scores, grids, strict=True)]
-
-
 @dataclass(eq=False)
 class _Runs:
     """All sub-models of all partitions, one after the other, resumable."""
@@ -335,30 +319,37 @@ class _Runs:
     def all(self, on_submodel: Callable[[Detector], None] | None, *, keep_models: bool) -> list[Detector]:
         """Fill `scores`; return the sub-models only when they are to be kept."""
         models: list[Detector] = []
-        n_models = len(self.scores)
-        # additive sub-models are cheap to train: all of a partition score in one pass, sharing what they read
-        step = self.n_subsets if isinstance(self.detector, Additive) else 1
-        for first in range(0, n_models, step):
-            self.progress("sub-models", first, n_models)
-            missing = {}
-            for m in range(first, first + step):
-                stored = None if keep_models else self._resume(m)
-                if stored is None:
-                    missing[m] = self.detector.clone().fit(self._subset(m), device=self.device, watch=self._watch(m))
-                else:
-                    self.scores[m], grids = stored
-                    self._add_grids(m, grids)
-            for m, (scores, grids) in zip(
-                missing, score_together(list(missing.values()), self.train, self.device), strict=True
-            ):
+        n_models, k = len(self.scores), self.n_subsets
+        for first in range(0, n_models, k):  # all sub-models of a partition score in one pass, sharing what they read
+            rows = range(first, first + k)
+            found = [s for m in rows if not keep_models and (s := self._resume_scores(m)) is not None]
+            if len(found) < k:
+                trained = [self._train(m, on_submodel) for m in rows]
+                # larger batches than one model takes: each reads its state once per batch
+                scored = score_together(trained, self.train, self.device, 64, keep_grids=True)
+                found = [(scores, grids) for scores, grids, _ in scored]
+                for m, (scores, grids) in zip(rows, found, strict=True):
+                    self._store_scores(m, scores, grids)
+                models += trained if keep_models else ()
+            for m, (scores, grids) in zip(rows, found, strict=True):
                 self.scores[m] = scores
-                self._store(m, grids)
                 self._add_grids(m, grids)
-                if on_submodel is not None:
-                    on_submodel(missing[m])
-            models += missing.values() if keep_models else ()
         self.progress("sub-models", n_models, n_models)
         return models
+
+    def _train(self, m: int, on_submodel: Callable[[Detector], None] | None) -> Detector:
+        """Sub-model m, from its checkpoint or trained now."""
+        self.progress("sub-models", m, len(self.scores))
+        folder = None if self.checkpoint is None else self.checkpoint / f"model-{m}"
+        if folder is not None and (folder / "detector.json").exists():
+            return load_detector(folder, like=self.detector)
+        model = self.detector.clone().fit(self._subset(m), device=self.device, watch=self._watch(m))
+        if folder is not None and not isinstance(model, Additive):  # statistics are cheaper to make again
+            folder.mkdir(parents=True, exist_ok=True)
+            model.save(folder)
+        if on_submodel is not None:
+            on_submodel(model)
+        return model
 
     def mean_grids(self) -> npt.NDArray[np.float16] | None:
         """(N, h, w) mean over the sub-models that did not see the image."""
@@ -387,16 +378,17 @@ class _Runs:
         return Watch(lambda _, done, total: self.progress(stage, done, total), path)
 
     def _path(self, m: int) -> Path | None:
-        return None if self.checkpoint is None else self.checkpoint / f"submodel-{m}.safetensors"
+        return None if self.checkpoint is None else self.checkpoint / f"scores-{m}.safetensors"
 
-    def _store(self, m: int, grids: Tensor) -> None:
+    def _store_scores(self, m: int, scores: npt.NDArray[np.float32], grids: Tensor) -> None:
         path = self._path(m)
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, save({"scores": torch.from_numpy(self.scores[m]), "grids": grids.contiguous()}))
+        write_bytes(path, save({"scores": torch.from_numpy(scores), "grids": grids.contiguous()}))
+        shutil.rmtree(path.parent / f"model-{m}", ignore_errors=True)
 
-    def _resume(self, m: int) -> tuple[npt.NDArray[np.float32], Tensor] | None:
+    def _resume_scores(self, m: int) -> tuple[npt.NDArray[np.float32], Tensor] | None:
         path = self._path(m)
         if path is None or not path.exists():
             return None

@@ -133,12 +133,22 @@ class PatchCore(Detector):
 
     def _search_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor, Tensor]:
         """(B, h, w) maps, (B, P) nearest entries and the (B, P, C) patches that they answer."""
-        embedding = self._embed(batch).to(device)
-        b, c, h, w = embedding.shape
-        patches = embedding.flatten(2).transpose(1, 2).contiguous()
+        patches, (h, w) = self._patches(batch)
+        patches = patches.to(device)
+        b, _, c = patches.shape
         k = min(self.n_neighbors, len(self.memory_bank_))
         distances, entries = self._neighbors(device).query(patches.view(-1, c), k=k)
         return distances.mean(1).view(b, h, w), entries[:, 0].view(b, h * w), patches
+
+    def _patches(self, batch: Batch) -> tuple[Tensor, tuple[int, int]]:
+        """(B, P, C) patches and their grid (h, w). Sub-models that look at one batch share them."""
+        key = (self.name, self.layers)
+        if key not in batch.memo:
+            embedding = self._embed(batch)
+            h, w = embedding.shape[2:]
+            batch.memo[key] = embedding.flatten(2).transpose(1, 2).contiguous(), (h, w)
+        found: tuple[Tensor, tuple[int, int]] = batch.memo[key]
+        return found
 
     def _neighbors(self, device: str) -> nn.NearestNeighbors:
         """The search structure for a device. Made once, never saved."""
