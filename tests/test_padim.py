@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import mahalanobis
 
 from flawsift.detector import Detector, load_detector
-from flawsift.detectors.padim import PaDiM, _unpacked
+from flawsift.detectors.padim import PaDiM, _inverse_factors, _packed
 from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures
 from flawsift.images import ImageSet
@@ -108,12 +108,18 @@ def test_one_position_moves_the_peak_there() -> None:
     assert divmod(int(grids(padim, feature_set(odd)).argmax()), 8) == (5, 2)
 
 
-@given(n=st.integers(1, 3), d=st.integers(1, 40), seed=st.integers(0, 99))
-def test_packing_keeps_symmetric_matrices(n: int, d: int, seed: int) -> None:
-    full = torch.randn(n, d, d, generator=torch.Generator().manual_seed(seed))
-    full = full + full.mT
-    rows, columns = torch.tril_indices(d, d)
-    assert torch.equal(_unpacked(full[:, rows, columns]), full)
+@settings(deadline=None)
+@given(n=st.integers(1, 200), d=st.integers(1, 12), seed=st.integers(0, 99))
+def test_packed_factors_whiten(n: int, d: int, seed: int) -> None:
+    root = torch.randn(n, d, d + 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    scatter, ridge = root @ root.mT, torch.rand(d, dtype=torch.float64) + 0.1
+    rows, columns = np.tril_indices(d)
+    packed = _packed(scatter.float())
+    torch.testing.assert_close(packed, scatter.float()[:, rows, columns])
+    whitener = _inverse_factors(packed, 0.5, ridge.float()).double()
+    assert not whitener.triu(1).any()
+    product = whitener @ (0.5 * scatter + torch.diag(ridge)) @ whitener.mT
+    torch.testing.assert_close(product, torch.eye(d, dtype=torch.float64).expand_as(product), rtol=0, atol=2e-3)
 
 
 def test_coarse_taps_are_replicated() -> None:

@@ -1,12 +1,16 @@
 """PaDiM: a Gaussian per patch position."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.linalg import lapack
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from flawsift.detector import Detector, resolve_device
@@ -15,7 +19,7 @@ from flawsift.images import Batch, ImageSet
 from flawsift.maps import SIGMA_PER_PIXEL, smooth
 from flawsift.training import UNWATCHED, Watch
 
-CHUNK = 128  # positions factorised at a time: 5 MB of 100 x 100 matrices
+CHUNK = 32  # positions that a thread works on at a time: 1.3 MB of 100 x 100 matrices; 16 to 64 are as quick
 FIT_BATCH = 64  # images per pass over the (P, d, d) scatter: larger halves its memory traffic, 64 is 100 MB of features
 
 
@@ -119,8 +123,11 @@ class PaDiM(Detector):
                 f"PaDiM was fitted on a patch grid of {self.grid_}, these features have {grid}. "
                 "Use the input size it was fitted with."
             )
-        delta = x.to(device) - self.mean_.to(device).unsqueeze(2)  # (P, d, B)
-        distances: Tensor = torch.bmm(whitener, delta).square_().sum(1).sqrt_()  # (P, B)
+        if device == "cpu":
+            distances = _whitened_norms(whitener, x, self.mean_)
+        else:
+            delta = x.to(device) - self.mean_.to(device).unsqueeze(2)  # (P, d, B)
+            distances = torch.bmm(whitener, delta).square_().sum(1).sqrt_()  # (P, B)
         return distances.T.reshape(-1, *grid)
 
     def _image_scores(self, maps: Tensor) -> Tensor:
@@ -157,18 +164,15 @@ class PaDiM(Detector):
             shift = x.mean(2, keepdim=True) if shift is None else shift
             x = x - shift
             if total is None or scatter is None:
-                total = torch.zeros_like(x[:, :, 0])
-                scatter = x.new_zeros(x.shape[0], x.shape[1], x.shape[1])
-            total += x.sum(2)
-            scatter.baddbmm_(x, x.transpose(1, 2))
+                total, scatter = x.sum(2), torch.bmm(x, x.transpose(1, 2))
+            else:
+                total += x.sum(2)
+                scatter.baddbmm_(x, x.transpose(1, 2))
             n += len(batch)
         if total is None or scatter is None or shift is None:
             raise InputError("PaDiM.fit needs at least one image, got an empty set.")
         scatter.baddbmm_(total.unsqueeze(2), total.unsqueeze(1), alpha=-1.0 / n)
-        d = total.shape[1]
-        rows, columns = torch.tril_indices(d, d, device=total.device)
-        packed = scatter.flatten(1).index_select(1, rows * d + columns)
-        return Moments(n, (total / n + shift.squeeze(2)).cpu(), packed.cpu())
+        return Moments(n, (total / n + shift.squeeze(2)).cpu(), _packed(scatter.cpu()))
 
     def _draw_channels(self, batch: Batch) -> None:
         """One draw per seed, shared by all sub-models, so that their statistics can be added."""
@@ -195,15 +199,12 @@ class PaDiM(Detector):
         """(P, d, d) inverse Cholesky factors: distance = |L^-1 (x - mu)|. Made once, never saved."""
         cached: Tensor | None = vars(self).get("_cached_whitener")
         if cached is None or cached.device.type != torch.device(device).type:
-            cached = _unpacked(self.scatter_.to(device)).div_(max(self.n_images_ - 1, 1))
-            diagonal = cached.diagonal(dim1=1, dim2=2)  # (P, d), a view
-            unit = torch.ones_like(diagonal[0])
+            degrees = max(self.n_images_ - 1, 1)
+            unit = torch.ones(self.mean_.shape[1])
             if self.standardize:
-                unit = diagonal.mean(0) + self.mean_.to(device).var(0, correction=0)
+                unit = self.scatter_[:, _diagonal(len(unit))].mean(0) / degrees + self.mean_.var(0, correction=0)
                 unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-            diagonal += self.eps * unit
-            for part in torch.split(cached, CHUNK):  # in place: a chunk stays in the processor's cache
-                part.copy_(_invert_lower(_cholesky(part)))
+            cached = _inverse_factors(self.scatter_, 1 / degrees, self.eps * unit).to(device)
             vars(self)["_cached_whitener"] = cached
         return cached
 
@@ -215,34 +216,88 @@ def _replication(small: list[int], large: list[int]) -> Tensor:
     return (rows[:, None] * small[1] + columns).flatten()
 
 
-def _unpacked(packed: Tensor) -> Tensor:
-    """(P, d (d + 1) / 2) lower halves to (P, d, d) symmetric matrices."""
-    d = int((2 * packed.shape[1]) ** 0.5)
-    rows, columns = torch.tril_indices(d, d, device=packed.device)
-    place = torch.empty(d, d, dtype=torch.int64, device=packed.device)
-    place[rows, columns] = place[columns, rows] = torch.arange(packed.shape[1], device=packed.device)
-    return packed.index_select(1, place.flatten()).view(-1, d, d)
+def _lower(d: int) -> npt.NDArray[np.int64]:
+    """(d (d + 1) / 2,) places of the lower half in a flattened d x d matrix, row by row."""
+    rows, columns = np.tril_indices(d)
+    return rows * d + columns
 
 
-def _invert_lower(factor: Tensor) -> Tensor:
-    """Inverses of (n, d, d) lower triangular matrices."""
-    if factor.device.type != "cpu":
-        eye = torch.eye(factor.shape[1], device=factor.device)
-        solved: Tensor = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
-        return solved
-    # torch starts threads for every small matrix, and waits seconds for them on a busy machine
-    inverses = [lapack.strtri(matrix.T, lower=0)[0].T for matrix in factor.numpy()]
-    return torch.from_numpy(np.stack(inverses))
+def _diagonal(d: int) -> npt.NDArray[np.int64]:
+    """(d,) places of the diagonal in a packed lower half."""
+    return np.cumsum(np.arange(1, d + 1)) - 1
 
 
-def _cholesky(covariance: Tensor) -> Tensor:
-    """Lower factors of (n, d, d); where rounding has made a matrix indefinite, of the nearest definite one."""
-    # not linalg.inv: Cholesky is better conditioned, and batched LU fails in some MKL builds
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    if bad := failed.nonzero()[:, 0].tolist():
-        values, vectors = torch.linalg.eigh(covariance[bad].double())
-        floor = values[:, -1:].clamp_min(torch.finfo(torch.float32).tiny) * torch.finfo(torch.float32).eps
-        mended = vectors * values.clamp_min(floor).unsqueeze(1) @ vectors.mT
-        factor[bad] = torch.linalg.cholesky(mended).float()
-    found: Tensor = factor
+def _packed(symmetric: Tensor) -> Tensor:
+    """(P, d, d) symmetric matrices to their lower halves, (P, d (d + 1) / 2)."""
+    full = symmetric.flatten(1).numpy()
+    lower = _lower(symmetric.shape[1])
+    packed = np.empty((len(full), len(lower)), np.float32)
+    _by_position(len(full), lambda part: np.take(full[part], lower, axis=1, out=packed[part], mode="clip"))
+    return torch.from_numpy(packed)
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    """What sets the threads of numpy's BLAS: finding it reads all loaded libraries, so it is found once."""
+    return ThreadpoolController()
+
+
+def _by_position(n: int, work: Callable[[slice], object]) -> None:
+    """`work` on blocks of n positions that fit into the processor's cache, on threads of our own.
+
+    BLAS is held to one thread meanwhile: its threads, and torch's, meet at every small matrix, and wait there for
+    seconds on a busy machine. numpy lets other threads run during its products and factorisations.
+    """
+    blocks = [slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
+    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(work, blocks):
+            pass  # only re-raises what a thread raised
+
+
+def _whitened_norms(whitener: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+    """(P, B) norms of whitener (P, d, d) times (x - mean) of (P, d, B) and (P, d), on the CPU."""
+    factors, values, centres = whitener.numpy(), x.numpy(), mean.numpy()
+    norms = np.empty((len(values), values.shape[2]), np.float32)
+
+    def work(part: slice) -> None:
+        y = np.matmul(factors[part], values[part] - centres[part, :, None])
+        np.einsum("pdb,pdb->pb", y, y, out=norms[part])
+
+    _by_position(len(values), work)
+    return torch.from_numpy(np.sqrt(norms, out=norms))
+
+
+def _inverse_factors(packed: Tensor, scale: float, ridge: Tensor) -> Tensor:
+    """(P, d, d) inverses of the lower Cholesky factors of scale * S + diag(ridge), of packed (P, d (d + 1) / 2) S.
+
+    On the CPU: a GPU has no faster way for such small matrices, and the result is made once.
+    """
+    halves, d = packed.numpy(), len(ridge)
+    lower, inverses = _lower(d), np.empty((len(halves), d, d), np.float32)
+
+    def work(part: slice) -> None:
+        covariance = np.zeros((part.stop - part.start, d * d), np.float32)
+        covariance[:, lower] = halves[part] * np.float32(scale)  # Cholesky reads nothing else
+        covariance[:, :: d + 1] += ridge.numpy()
+        square = covariance.reshape(-1, d, d)
+        try:
+            factor = np.linalg.cholesky(square)
+        except np.linalg.LinAlgError:
+            factor = np.stack([_nearest_factor(matrix) for matrix in square])
+        for position, matrix in zip(range(part.start, part.stop), factor, strict=True):
+            inverses[position] = lapack.strtri(matrix.T, lower=0)[0].T
+
+    _by_position(len(halves), work)
+    return torch.from_numpy(inverses)
+
+
+def _nearest_factor(lower: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Lower Cholesky factor of a (d, d) matrix; where rounding has made it indefinite, of the nearest definite one."""
+    try:
+        found: npt.NDArray[np.float32] = np.linalg.cholesky(lower)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(lower.astype(np.float64))
+        floor = max(values[-1], np.finfo(np.float32).tiny) * np.finfo(np.float32).eps
+        mended = vectors * np.maximum(values, floor) @ vectors.T
+        found = np.linalg.cholesky(mended).astype(np.float32)
     return found
