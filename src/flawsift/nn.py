@@ -4,8 +4,9 @@ Everything here works on plain tensors of feature vectors, one row per vector: i
 Letters: Q queries, M bank rows, N rows to select from, C channels, k neighbours.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from flawsift.errors import ParameterError
@@ -213,6 +214,23 @@ def _rows_by_owner(owners: Tensor) -> dict[int, Tensor]:
     return dict(zip(values.tolist(), torch.split(order, counts.tolist()), strict=True))
 
 
+@functools.cache
+def _blas() -> ThreadpoolController:
+    """What sets the threads of numpy's BLAS: finding it reads all loaded libraries, so it is found once."""
+    return ThreadpoolController()
+
+
+def in_threads(work: Callable[[slice], object], blocks: Iterable[slice]) -> None:
+    """`work` on each block, on threads of our own, with one thread each for numpy's BLAS.
+
+    Threads of BLAS, and torch's, meet at every product, and wait there for seconds on a busy machine; these meet at the
+    end. numpy lets other threads run during its products, factorisations and reductions.
+    """
+    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(work, blocks):
+            pass  # only re-raises what a thread raised
+
+
 def _argmax(scores: Tensor) -> Tensor:
     """(rows,) position of the first maximum of each row."""
     if scores.device.type == "cpu":  # on one thread numpy's is 5 to 10 times as quick as torch's on two
@@ -337,7 +355,7 @@ class _LazyGreedy:
         self.centres = np.zeros((n_select, channels + 1), np.float32)  # c, then -|c|^2 / 2; the first is the origin
 
     def run(self) -> _Ints:
-        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
             while self.count < self.n_select and self.bounds.max() > 0:
                 rows, limit, tie = self._candidates()
                 x = np.ones((len(rows), self.centres.shape[1]), np.float32)

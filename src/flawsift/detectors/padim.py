@@ -1,8 +1,6 @@
 """PaDiM: a Gaussian per patch position."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -10,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.linalg import lapack
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError, NotFittedError
 from flawsift.images import Batch, ImageSet
 from flawsift.maps import SIGMA_PER_PIXEL, smooth
+from flawsift.nn import in_threads
 from flawsift.training import UNWATCHED, Watch
 
 CHUNK = 32  # positions that a thread works on at a time: 1.3 MB of 100 x 100 matrices; 16 to 64 are as quick
@@ -236,22 +234,9 @@ def _packed(symmetric: Tensor) -> Tensor:
     return torch.from_numpy(packed)
 
 
-@functools.cache
-def _blas() -> ThreadpoolController:
-    """What sets the threads of numpy's BLAS: finding it reads all loaded libraries, so it is found once."""
-    return ThreadpoolController()
-
-
 def _by_position(n: int, work: Callable[[slice], object]) -> None:
-    """`work` on blocks of n positions that fit into the processor's cache, on threads of our own.
-
-    BLAS is held to one thread meanwhile: its threads, and torch's, meet at every small matrix, and wait there for
-    seconds on a busy machine. numpy lets other threads run during its products and factorisations.
-    """
-    blocks = [slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
-    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(work, blocks):
-            pass  # only re-raises what a thread raised
+    """`work` on blocks of n positions that fit into the processor's cache, in threads."""
+    in_threads(work, (slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)))
 
 
 def _whitened_norms(whitener: Tensor, x: Tensor, mean: Tensor) -> Tensor:

@@ -158,8 +158,12 @@ class PatchCore(Detector):
         return made[device]
 
     def _embed(self, batch: Batch) -> Tensor:
-        """(B, C, h, w): locally averaged taps on the largest grid (section 3.1, patch size 3, stride 1)."""
-        taps = [F.avg_pool2d(batch.features[layer], 3, 1, 1) for layer in self.layers]
+        """(B, C, h, w): locally averaged taps on the largest grid (section 3.1, patch size 3, stride 1).
+
+        Channels last in memory, which is how patches are compared.
+        """
+        last = [batch.features[layer].contiguous(memory_format=torch.channels_last) for layer in self.layers]
+        taps = [F.avg_pool2d(tap, 3, 1, 1) for tap in last]
         grid = max((tap.shape[2:] for tap in taps), key=lambda s: s[0] * s[1])
         same = [
             tap if tap.shape[2:] == grid else F.interpolate(tap, size=tuple(grid), mode="bilinear", align_corners=False)
