@@ -95,13 +95,15 @@ def run_cell(
         "alpha_groups": split.alpha_groups,
     }
     clean = split.oracle_clean_ids(data.truth)
-    results: dict[bytes, _rows.Row] = {}  # at alpha 0, oracle_clean trains on the same images as all_data
+    results: dict[str, _rows.Row] = {}  # at alpha 0, oracle_clean trains on the same images as all_data
     rows = []
     for arm in arms:
-        kept, consensus = _selection(arm, train, stage1, clean)
-        if kept.tobytes() not in results:
-            results[kept.tobytes()] = _evaluate(detector, kept, train, test, stage1, backbone, data)
-        row = {**_rows.provenance(), **common, "arm": arm, **results[kept.tobytes()]}
+        purified, consensus = _selection(arm, train, stage1, clean)
+        kept, digest = purified.ids, pipeline.set_digest(purified)
+        if digest not in results:
+            results[digest] = _evaluate(detector, purified, train, test, stage1, backbone, data)
+        row = {**_rows.provenance(), **common, "arm": arm, **results[digest]}
+        row["rejected_patches"] = sum(float(m.mean()) for m in purified.rejected.values()) / len(kept)
         truth = data.truth.select(train.ids)
         row["keep_share"] = len(kept) / len(train)
         row["alpha_kept"] = data.truth.select(kept).contamination
@@ -116,30 +118,36 @@ def run_cell(
     return rows
 
 
-def _selection(arm: str, train: ImageSet, stage1: Screening, clean: Ids) -> tuple[Ids, Any]:
-    """The images that an arm trains on, and the consensus that chose them."""
+def _selection(arm: str, train: ImageSet, stage1: Screening, clean: Ids) -> tuple[ImageSet, Any]:
+    """What an arm trains on, and the consensus that chose it."""
     if arm == "all_data":
-        return train.ids, None
+        return train, None
     if arm == "oracle_clean":
-        return clean, None
+        return train.select(clean), None
     if arm == "default":
-        return stage1.kept, stage1.consensus
+        return stage1.purified(train), stage1.consensus
     options = PRESETS["paper"]
     keep = options["keep"]
     assert isinstance(keep, float)
     own = own_mask(stage1.subset_of, options["n_subsets"])
     scores = normalize_scores(stage1.score_matrix, own, options["normalize"])
     consensus = combine(scores, own, options["consensus"], exclude_own=options["exclude_own"])
-    return keep_lowest(train.ids, consensus, keep), consensus
+    return train.select(keep_lowest(train.ids, consensus, keep)), consensus
 
 
 def _evaluate(
-    detector: Detector, kept: Ids, train: ImageSet, test: ImageSet, stage1: Screening, backbone: Backbone, data: Dataset
+    detector: Detector,
+    purified: ImageSet,
+    train: ImageSet,
+    test: ImageSet,
+    stage1: Screening,
+    backbone: Backbone,
+    data: Dataset,
 ) -> _rows.Row:
     started = time.perf_counter()
-    fitted = detector.clone().fit(train.select(kept))
+    fitted = detector.clone().fit(purified)
     fitted_at = time.perf_counter()
-    calibration = Calibration.of(stage1.held_out_scores[np.isin(train.ids, kept)])
+    calibration = Calibration.of(stage1.held_out_scores[np.isin(train.ids, purified.ids)])
     found, _ = pipeline.evaluate(pipeline.Model(fitted, backbone, calibration, {}), test, data.truth)
     seconds = {"seconds_stage2": fitted_at - started, "seconds_evaluate": time.perf_counter() - fitted_at}
     return {**{key: found[key] for key in METRICS}, **seconds}

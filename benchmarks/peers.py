@@ -3,8 +3,8 @@
 Each library runs in a process and an environment of its own; imports are timed apart. Both sides decode the images and
 run the network themselves, and "fit" ends with a pass over the test images and a model on disk on both sides, because
 anomalib's fit does so to set its thresholds. Its test then sends these images through the network again; flawsift
-finds their features in its store, as its users do. The weights are random, so AUROC and AUPRO only show that both compute
-alike. `--install-peers` makes the environment in .bench/peers.
+finds their features in its store, as its users do. The weights are random, so AUROC and AUPRO only show that both
+compute alike. `--install-peers` makes the environment in .bench/peers.
 """
 
 import argparse

@@ -84,8 +84,8 @@ def test_fits_add_and_subtract(cut: int, seed: int, offset: float) -> None:
     merged = PaDiM(layers=("a",)).fit(first).merged(PaDiM(layers=("a",)).fit(second))
     less = whole.without(second)
     tolerance = 2e-3 if offset else 1e-4
-    assert merged.n_images_ == 30
-    assert less.n_images_ == cut
+    assert (merged.counts_ == 30).all()
+    assert (less.counts_ == cut).all()
     scale = whole.scatter_.abs().max()
     assert (merged.scatter_ - whole.scatter_).abs().max() < tolerance * scale
     assert (merged.mean_ - whole.mean_).abs().max() < tolerance * whole.mean_.abs().max()
@@ -116,7 +116,7 @@ def test_packed_factors_whiten(n: int, d: int, seed: int) -> None:
     rows, columns = np.tril_indices(d)
     packed = _packed(scatter.float())
     torch.testing.assert_close(packed, scatter.float()[:, rows, columns])
-    whitener = _inverse_factors(packed, 0.5, ridge.float()).double()
+    whitener = _inverse_factors(packed, torch.full((n, 1), 0.5), ridge.float()).double()
     assert not whitener.triu(1).any()
     product = whitener @ (0.5 * scatter + torch.diag(ridge)) @ whitener.mT
     torch.testing.assert_close(product, torch.eye(d, dtype=torch.float64).expand_as(product), rtol=0, atol=2e-3)
@@ -165,3 +165,29 @@ def test_bad_use_is_told() -> None:
     fitted = PaDiM(layers=("a",)).fit(feature_set(random_features(3)))
     with pytest.raises(InputError, match=r"fitted on a patch grid of \[3, 4\]"):
         fitted.predict(feature_set(random_features(3, h=5)))
+
+
+@given(seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_rejected_patches_do_not_count(seed: int) -> None:
+    """Each position's Gaussian is that of the images which keep their patch there."""
+    features = random_features(20, seed=seed)
+    rejected = np.random.default_rng(seed).random((20, 3, 4)) < 0.3
+    rejected[:8] = False  # enough images everywhere
+    spoiled = features.copy()
+    spoiled[np.broadcast_to(rejected[:, None], features.shape)] = 1e4
+    data = feature_set(spoiled).without_patches(dict(enumerate(rejected)))
+    padim = PaDiM(layers=("a",), standardize=False).fit(data)
+    keep = ~rejected[:, 1, 2]
+    alone = PaDiM(layers=("a",), standardize=False).fit(feature_set(features[keep]))
+    found, expected = grids(padim, feature_set(features)), grids(alone, feature_set(features))
+    np.testing.assert_allclose(found[:, 1, 2], expected[:, 1, 2], rtol=1e-2)
+    assert padim.counts_[6].item() == keep.sum()
+
+
+def test_a_position_without_patches_is_finite() -> None:
+    everywhere = np.zeros((6, 3, 4), bool)
+    everywhere[:, 1, 1] = True
+    features = random_features(6)
+    padim = PaDiM(layers=("a",)).fit(feature_set(features).without_patches(dict(enumerate(everywhere))))
+    assert np.isfinite(grids(padim, feature_set(features))).all()

@@ -138,3 +138,29 @@ def test_bad_use_is_told() -> None:
             PatchCore(**params)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="at least one image"):
         PatchCore(layers=LAYERS).fit(feature_set(3).select([]))
+
+
+def test_rejected_patches_never_enter_the_bank() -> None:
+    data = feature_set(12)
+    rejected = np.random.default_rng(1).random((12, 8, 8)) < 0.4
+    rejected[3] = True  # an image without any patch left
+    some = data.without_patches(dict(enumerate(rejected)))
+    fitted = PatchCore(layers=("a", "b"), coreset_ratio=1.0).fit(some)
+    every = PatchCore(layers=("a", "b"), coreset_ratio=1.0).fit(data)
+    kept = ~torch.from_numpy(rejected).flatten()
+    assert torch.equal(fitted.memory_bank_, every.memory_bank_[kept])
+    assert torch.equal(fitted.owner_, every.owner_[kept])
+    nothing = data.without_patches({i: np.ones((8, 8), bool) for i in range(12)})
+    with pytest.raises(InputError, match="patch to learn from"):
+        PatchCore(layers=("a", "b")).fit(nothing)
+
+
+def test_a_quota_is_drawn_from_accepted_patches_only() -> None:
+    rejected = np.random.default_rng(1).random((12, 8, 8)) < 0.4
+    data = feature_set(12).without_patches(dict(enumerate(rejected)))
+    bank = PatchCore(layers=("a", "b"), coreset_ratio=1.0, max_patches=120).fit(data).memory_bank_
+    assert len(bank) == 120
+    bad = PatchCore(layers=("a", "b"), coreset_ratio=1.0).fit(
+        feature_set(12).without_patches(dict(enumerate(~rejected)))
+    )
+    assert not set(map(tuple, bank.tolist())) & set(map(tuple, bad.memory_bank_.tolist()))

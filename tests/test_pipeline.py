@@ -41,14 +41,14 @@ def store(tmp_path: Path) -> FeatureStore:
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_stage_two_trains_on_exactly_the_kept_images(
+def test_stage_two_trains_on_exactly_what_was_kept(
     name: str, tiny: Backbone, easy: Dataset, store: FeatureStore
 ) -> None:
     detector = SMALL[name]
     screening = pipeline.screen(easy.images, detector, tiny, store=store, keep=0.7)
     model = pipeline.fit(easy.images, detector, tiny, store=store, keep=0.7)
     data, _ = attach(easy.images, tiny, detector.layers, store=store)
-    direct = detector.clone().fit(data.select(screening.kept))
+    direct = detector.clone().fit(screening.purified(data))
     test = data.select(easy.truth.ids[::3])
     found, expected = model.detector.predict(test, maps=False).scores, direct.predict(test, maps=False).scores
     np.testing.assert_allclose(found, expected, rtol=2e-3)
@@ -64,7 +64,7 @@ def test_padim_reads_removed_images_only_for_stage_two(tiny: Backbone, easy: Dat
             fits.append(len(data))
             return super()._moments(data, device)
 
-    pipeline.fit(easy.images, Watched(n_features=30), tiny, store=store, keep=0.9)
+    pipeline.fit(easy.images, Watched(n_features=30), tiny, store=store, keep=0.9, reject_patches=0.0)
     assert fits == [10, 10, 10, 10, 10, 5], "k sub-models, then the five removed images are taken out"
 
 
@@ -310,11 +310,37 @@ def test_a_saved_screening_reads_back(tiny: Backbone, easy: Dataset, store: Feat
     options: dict[str, Any] = {"n_partitions": 2, "divergence_weight": 0.5, "consensus": "median"}
     result = pipeline.screen(easy.images, SMALL["patchcore"], tiny, store=store, **options)
     saved = load_screening(save_screening(result, tmp_path))
-    kept, held_out = saved.match(easy.images)
-    assert kept.tolist() == result.kept.tolist()
+    purified, held_out = saved.match(easy.images)
+    assert purified.ids.tolist() == result.kept.tolist()
+    expected = result.purified(easy.images).rejected
+    assert purified.rejected.keys() == expected.keys()
+    assert all((purified.rejected[i] == expected[i]).all() for i in expected)
     np.testing.assert_allclose(held_out, result.held_out_scores[result.is_kept], rtol=1e-6)
     assert result.divergence is not None
-    assert saved.content["contamination"]["alpha_hat"] == pytest.approx(1 - len(result.kept) / 50, abs=0.03)
+    assert result.contamination is not None
+    assert saved.content["contamination"]["alpha_hat"] == result.contamination.alpha_hat
+
+
+def test_an_image_that_a_person_keeps_has_all_its_patches(
+    tiny: Backbone, easy: Dataset, store: FeatureStore, tmp_path: Path
+) -> None:
+    result = pipeline.screen(easy.images, SMALL["patchcore"], tiny, store=store, reject_patches=1.0)
+    assert result.rejected is not None
+    spoiled = result.ids[result.rejected.mean((1, 2)) > 0.2]
+    assert set(result.removed) == set(spoiled)
+    assert len(spoiled)
+    save_screening(result, tmp_path)
+    rows = table(tmp_path / "screening.csv")
+    for row in rows:
+        row["kept"] = "1"
+    with (tmp_path / "screening.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    purified, _ = load_screening(tmp_path).match(easy.images)
+    assert len(purified) == 50
+    assert not set(purified.rejected) & set(spoiled.tolist())
+    assert purified.rejected, "patches of other images are still rejected"
 
 
 def test_public_names_exist_and_are_sorted() -> None:

@@ -16,8 +16,10 @@ from flawsift.consensus import (
     combine,
     estimate_contamination,
     keep_lowest,
+    keep_unspoiled,
     normalize_scores,
     own_mask,
+    rejected_patches,
     robust_units,
 )
 from flawsift.detector import Detector
@@ -232,6 +234,47 @@ def test_the_estimate_never_keeps_less_than_the_paper() -> None:
     assert estimate_contamination(scores).alpha_hat <= 0.6
     assert estimate_contamination(np.full(100, 3.0)).alpha_hat == 0
     assert estimate_contamination(np.arange(5.0)).alpha_hat == 0
+
+
+def test_a_defect_and_its_neighbours_are_rejected() -> None:
+    grids = np.random.default_rng(0).normal(5, 1, (40, 16, 16))
+    grids[7, 4:6, 9] += 50
+    expected = np.zeros((16, 16), bool)
+    expected[3:7, 8:11] = grids[7, 3:7, 8:11] > np.median(grids, axis=0)[3:7, 8:11]
+    found = rejected_patches(grids, 6.0)
+    assert (found[7] == expected).all()
+    assert found[7, 4:6, 9].all()
+    assert not np.delete(found, 7, axis=0).any()
+
+
+@given(seed=st.integers(0, 99), gain=st.floats(0.1, 10), shift=st.floats(-5, 5))
+def test_rejection_does_not_depend_on_the_scale_of_scores(seed: int, gain: float, shift: float) -> None:
+    grids = np.random.default_rng(seed).gumbel(size=(12, 9, 9)).round(2)
+    assert (rejected_patches(grids, 2.5) == rejected_patches(gain * grids + shift, 2.5)).mean() > 0.999
+
+
+@given(seed=st.integers(0, 99), z=st.floats(0.1, 4))
+def test_a_position_that_is_always_hard_is_still_learned(seed: int, z: float) -> None:
+    grids = np.random.default_rng(seed).normal(size=(11, 10, 10))
+    grids[:, 2, 3] += 100
+    assert (rejected_patches(grids, z).mean(0) <= 0.5).all()
+
+
+def test_coarse_grids_and_constant_scores_lose_no_neighbours() -> None:
+    grids = np.random.default_rng(0).normal(size=(30, 4, 4))
+    grids[3, 1, 1] += 50
+    assert rejected_patches(grids, 8.0).sum() == 1
+    assert not rejected_patches(np.ones((5, 9, 9)), 3.0).any()
+
+
+def test_images_full_of_rejected_patches_go_but_never_too_many() -> None:
+    rejected = np.zeros((10, 10, 10), bool)
+    rejected[4, :2] = True  # exactly a fifth stays
+    rejected[5, :2] = rejected[5, 2, 0] = True
+    ids = np.arange(100, 110)
+    assert keep_unspoiled(ids, rejected).tolist() == [100, 101, 102, 103, 104, 106, 107, 108, 109]
+    rejected[3:] = True
+    assert keep_unspoiled(ids, rejected).tolist() == [100, 101, 102, 103], "as many as the paper keeps"
 
 
 def test_too_few_images_and_bad_options_are_told() -> None:

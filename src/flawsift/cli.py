@@ -95,6 +95,10 @@ ExcludeOwn = Annotated[
     bool | None, typer.Option("--exclude-own/--include-own", help="Leave out the sub-model that trained on the image.")
 ]
 DivergenceWeight = Annotated[float | None, typer.Option("--divergence-weight", help="Weight of the paper's eq. 2.")]
+RejectPatches = Annotated[
+    float | None,
+    typer.Option("--reject-patches", help="Robust deviations above which a patch is not learned from; 0 rejects none."),
+]
 Groups = Annotated[
     Path | None, typer.Option("--groups", help="CSV with columns file, group: images that belong together.")
 ]
@@ -140,6 +144,7 @@ def screen(
     normalize: NormalizeOption = None,
     exclude_own: ExcludeOwn = None,
     divergence_weight: DivergenceWeight = None,
+    reject_patches: RejectPatches = None,
     groups: Groups = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -151,7 +156,9 @@ def screen(
     from flawsift.files import ensure_folder
     from flawsift.results import describe
 
-    options = _screen_options(preset, subsets, partitions, keep, consensus, normalize, exclude_own, divergence_weight)
+    options = _screen_options(
+        preset, subsets, partitions, keep, consensus, normalize, exclude_own, divergence_weight, reject_patches
+    )
     ensure_folder(out)
     found = _images(images, groups)
     with _progress() as progress:
@@ -173,6 +180,9 @@ def screen(
         + (f", {len(result.unreadable)} unreadable" if result.unreadable else "")
         + "."
     ]
+    if result.rejected is not None:
+        share = 100 * float(result.rejected[result.is_kept].mean())
+        lines.append(f"Of the kept images, the {share:.1f} % most unusual patches are not learned from.")
     if result.contamination is not None:
         lines.append(f"Estimated share of defective images: {100 * result.contamination.alpha_hat:.0f} %.")
     names = dict(zip(result.ids.tolist(), result.names, strict=True))
@@ -200,6 +210,7 @@ def fit(
     normalize: NormalizeOption = None,
     exclude_own: ExcludeOwn = None,
     divergence_weight: DivergenceWeight = None,
+    reject_patches: RejectPatches = None,
     groups: Groups = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -213,7 +224,9 @@ def fit(
     from flawsift import pipeline, report
     from flawsift.calibration import DEFAULT_RATE
 
-    options = _screen_options(preset, subsets, partitions, keep, consensus, normalize, exclude_own, divergence_weight)
+    options = _screen_options(
+        preset, subsets, partitions, keep, consensus, normalize, exclude_own, divergence_weight, reject_patches
+    )
     found = _images(images, groups)
     with _progress() as progress:
         result = pipeline.fit(
@@ -471,6 +484,7 @@ def _screen_options(
     normalize: NormalizeName | None,
     exclude_own: bool | None,
     divergence_weight: float | None,
+    reject_patches: float | None,
 ) -> "ScreenOptions":
     from flawsift.screening import PRESETS, check_options
 
@@ -483,6 +497,7 @@ def _screen_options(
         "normalize": None if normalize is None else normalize.value,
         "exclude_own": exclude_own,
         "divergence_weight": divergence_weight,
+        "reject_patches": reject_patches,
     }
     options |= {key: value for key, value in given.items() if value is not None}
     check_options(options)

@@ -5,10 +5,11 @@ Scale, vote, estimate of the contamination, selection. No detector and no image 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy.ndimage import binary_dilation
 
 from flawsift.images import Ids
 
@@ -22,6 +23,9 @@ TRIM = 0.25  # share cut off at each end by the trimmed mean: the lowest and hig
 FIT_QUANTILES = (0.1, 0.5)  # the fit sees no score above the median: half the set may be anomalous
 TAIL_CUT = 3.0  # in Gumbel scales above the location: 5 % of normal images lie there
 TAIL_SIGMAS = 2.0  # the excess must exceed this many binomial standard errors to count
+REJECT_Z = 3.0  # robust deviations: one normal patch in 740 would lie above, were patch scores normal
+DILATION_GRID = 8  # a rejected patch takes its eight neighbours along, unless the grid is so coarse that these are much
+MAX_REJECTED = 0.2  # share of an image's patches; an image that loses more is removed whole: good images rarely do
 MIN_FOR_ESTIMATE = 20  # quantiles of fewer scores say nothing
 
 
@@ -129,6 +133,29 @@ def keep_lowest(ids: Ids, consensus: Floats, share: float) -> Ids:
     n_keep = max(1, int(np.floor(share * len(ids) + 1e-9)))
     lowest = np.argsort(consensus, kind="stable")[:n_keep]
     return ids[np.sort(lowest)]
+
+
+def rejected_patches(grids: npt.NDArray[np.floating[Any]], z: float) -> npt.NDArray[np.bool_]:
+    """Patches that stage 2 should not learn from: (N, h, w) held-out maps to (N, h, w) bool.
+
+    A patch is rejected when its score lies more than `z` robust deviations (median and MAD of all patches of the set)
+    above the median, or beside such a patch: receptive fields overlap. At one position at most half of the images lose
+    their patch, the worse half, so that a part which is always hard, such as an edge, is still learned.
+    """
+    values = grids.astype(np.float64)
+    found: npt.NDArray[np.bool_] = robust_units(values) > z
+    if min(values.shape[1:], default=0) >= DILATION_GRID:
+        found = binary_dilation(found, np.ones((1, 3, 3), bool))
+    return found & (values > np.median(values, axis=0))
+
+
+def keep_unspoiled(ids: Ids, rejected: npt.NDArray[np.bool_]) -> Ids:
+    """The ids of images that lose at most `MAX_REJECTED` of their patches, and never fewer than `MIN_KEEP` of them."""
+    lost = rejected.mean((1, 2)) if len(ids) else np.empty(0)
+    unspoiled = lost <= MAX_REJECTED
+    if unspoiled.mean() < MIN_KEEP:
+        return keep_lowest(ids, lost, MIN_KEEP)
+    return ids[unspoiled]
 
 
 def estimate_contamination(consensus: Floats) -> Contamination:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -47,6 +48,7 @@ class Batch:
         pixels: (B, 3, H, W) float32 in [0, 1], only when asked for.
         size: Edge length H = W of the network input in pixels, the grid that maps are brought to.
         memo: What detectors derive from the features, so that sub-models on one batch derive it once.
+        rejected: (B, h, w) bool on some patch grid, True where a patch is not to be learned from; None for nowhere.
     """
 
     ids: Ids
@@ -54,9 +56,22 @@ class Batch:
     pixels: Tensor | None
     size: int
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    rejected: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def accepted(self, h: int, w: int) -> Tensor | None:
+        """(B, h, w) bool, True where a patch of this grid may be learned from; None when all may.
+
+        A coarse patch that touches a rejected fine one is rejected.
+        """
+        if self.rejected is None:
+            return None
+        marked = self.rejected[:, None].float()
+        if h >= marked.shape[2]:
+            return F.interpolate(marked, (h, w), mode="nearest")[:, 0] == 0
+        return F.adaptive_max_pool2d(marked, (h, w))[:, 0] == 0
 
 
 class Source(Protocol):
@@ -148,6 +163,7 @@ class ImageSet:
             part). An id that is not in it is a group of its own.
         reader: Frozen features, attached by `flawsift.features.attach`; None for pixels only.
         derived: Name of the derived view that pixels and features are of; "" for the images themselves.
+        rejected: {global id: (h, w) bool}, True where a patch is not to be learned from (`without_patches`).
     """
 
     ids: Ids
@@ -155,6 +171,7 @@ class ImageSet:
     groups: Mapping[int, str] = field(default_factory=dict)
     reader: FeatureReader | None = None
     derived: str = ""
+    rejected: Mapping[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
 
     @classmethod
     def from_folder(cls, root: str | Path, *, groups: Mapping[str, str] | None = None) -> Self:
@@ -219,6 +236,14 @@ class ImageSet:
         check_view(name)
         return replace(self, derived=name)
 
+    def without_patches(self, rejected: Mapping[int, npt.NDArray[np.bool_]]) -> Self:
+        """The same images, less some patches for detectors that can leave out patches when they learn.
+
+        Args:
+            rejected: {global id: (h, w) bool}, all on one grid; images that are not in it keep all their patches.
+        """
+        return replace(self, rejected=rejected)
+
     @property
     def names(self) -> list[str]:
         """(N,) relative paths, in the order of the view."""
@@ -277,7 +302,15 @@ class ImageSet:
             part = replace(self, ids=ids[start : start + batch_size])
             size = self.reader.size
             seen = part.pixels(size).float().div_(255) if pixels else None
-            yield Batch(part.ids, self.reader.read(part, layers) if layers else {}, seen, size)
+            features = self.reader.read(part, layers) if layers else {}
+            yield Batch(part.ids, features, seen, size, rejected=part._rejected_patches())
+
+    def _rejected_patches(self) -> Tensor | None:
+        masks = [self.rejected.get(int(i)) for i in self.ids]
+        shape = next((m.shape for m in masks if m is not None), None)
+        if shape is None:
+            return None
+        return torch.from_numpy(np.stack([np.zeros(shape, bool) if m is None else m for m in masks]))
 
 
 def scan_folder(root: Path) -> list[str]:

@@ -25,7 +25,7 @@ from flawsift.detector import Additive, Detector, Prediction, load_detector, mak
 from flawsift.errors import InputError, ModelError
 from flawsift.features import FeatureStore, StoredFeatures, attach, stream
 from flawsift.files import ensure_folder, write_json
-from flawsift.images import Ids, ImageSet, content_digest, show
+from flawsift.images import ImageSet, content_digest, show
 from flawsift.metrics import GroundTruth
 from flawsift.progress import Progress, silent
 from flawsift.results import Predictions, SavedScreening, load_screening, save_screening
@@ -191,34 +191,36 @@ def fit(
     if screening is not None:
         saved = load_screening(screening)
         _check_same(saved, p)
-        kept, held_out = saved.match(p.data)
+        purified, held_out = saved.match(p.data)
     elif no_screen and len(p.data) < 2:
-        kept, held_out = p.data.ids, np.empty(0)  # nothing to hold out: no threshold
+        purified, held_out = p.data, np.empty(0)  # nothing to hold out: no threshold
     else:
         if no_screen:
             options = {
                 **options,
                 "keep": 1.0,
+                "reject_patches": 0.0,
                 "n_subsets": min(options.get("n_subsets", 5), len(set(p.data.group_names))),
             }
         folder = None if out is None else Path(out) / "screening"
         done, total = _screen_prepared(p, seed=seed, device=device, out=folder, progress=progress, options=options)
-        kept, held_out = done.kept, done.held_out_scores[done.is_kept]
+        purified, held_out = done.purified(p.data), done.held_out_scores[done.is_kept]
         if on_screened is not None and not no_screen:
             on_screened(done)
     progress("detector", 0, 1)
     resume = None if out is None else Path(out) / ".resume"
-    checkpoint = None if resume is None else _run_folder(resume, p, kept.tolist()) / "training.safetensors"
+    checkpoint = None if resume is None else _run_folder(resume, p, set_digest(purified)) / "training.safetensors"
     watch = Watch(lambda _, done, of: progress("detector", done, of), checkpoint)
-    fitted = _fit_kept(p, kept, total, device, watch)
+    fitted = _fit_purified(p, purified, total, device, watch)
     progress("detector", 1, 1)
     training = {
         "n_images": len(p.data) + len(p.unreadable),
-        "n_kept": len(kept),
+        "n_kept": len(purified),
+        "rejected_patches": _rejected_share(purified),
         "screened": not no_screen,
         "false_alarm_rate": false_alarm_rate,
         "seed": seed,
-        "kept_digest": set_digest(p.data.select(kept)),
+        "kept_digest": set_digest(purified),
         "seconds": round(time.monotonic() - started, 2),
         "versions": versions(),
     }
@@ -316,11 +318,17 @@ def _run_folder(root: Path, p: _Prepared, *settings: Any) -> Path:
     return root / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def _fit_kept(p: _Prepared, kept: Ids, total: Detector | None, device: str, watch: Watch) -> Detector:
-    removed = p.data.ids[~np.isin(p.data.ids, kept)]
-    if isinstance(total, Additive) and len(removed) < len(kept):
+def _fit_purified(p: _Prepared, purified: ImageSet, total: Detector | None, device: str, watch: Watch) -> Detector:
+    removed = p.data.ids[~np.isin(p.data.ids, purified.ids)]
+    whole = _rejected_share(purified) == 0
+    if isinstance(total, Additive) and whole and len(removed) < len(purified):
         return total.without(p.data.select(removed), device=device)
-    return p.detector.clone().fit(p.data.select(kept), device=device, watch=watch)
+    return p.detector.clone().fit(purified, device=device, watch=watch)
+
+
+def _rejected_share(images: ImageSet) -> float:
+    """Share of the patches of a set that are not to be learned from."""
+    return sum(float(mask.mean()) for mask in images.rejected.values()) / len(images) if len(images) else 0.0
 
 
 def _provenance(p: _Prepared) -> dict[str, Any]:
@@ -358,7 +366,10 @@ def set_digest(images: ImageSet) -> str:
     digests = images.reader.digests if isinstance(images.reader, StoredFeatures) else {}
     listed = zip(images.ids.tolist(), images.names, strict=True)
     lines = "\n".join(f"{i} {show(name)} {digests.get(i, '')}" for i, name in listed)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    found = hashlib.sha256(lines.encode())
+    for i, mask in sorted(images.rejected.items()):
+        found.update(f"{i} {mask.shape} ".encode() + np.packbits(mask).tobytes())
+    return found.hexdigest()
 
 
 def predict(

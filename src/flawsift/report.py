@@ -14,7 +14,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
-from flawsift.consensus import MIN_KEEP, own_mask
+from flawsift.consensus import MAX_REJECTED, MIN_KEEP, own_mask
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_text
 from flawsift.images import ImageSet, UnreadableImage, name_some, show
@@ -95,6 +95,7 @@ def screening_report(
         title=title,
         headline=headline(screening),
         contamination=contamination_text(screening),
+        selection=selection_text(screening),
         counts={"images": len(screening.ids), "removed": len(screening.removed), "kept": len(screening.kept)},
         histogram=Histogram.of(screening.consensus, screening.is_kept),
         **_pictured(screening, cards, n_suspects, n_borderline),
@@ -173,13 +174,24 @@ def contamination_text(screening: Screening) -> str:
         return f"The share of defective images could not be estimated ({found.method.removeprefix('none: ')})."
     if found.alpha_hat <= 0:
         return (
-            "No more images score high than would in a set of good images, so nothing was set aside. "
+            "No more images score high than would in a set of good images. "
             "Defects that look ordinary can still be among the highest-ranked."
         )
     text = f"Estimated share of defective images: {100 * found.alpha_hat:.1f}\u00a0% ({found.method}). "
     if found.alpha_hat >= 1 - MIN_KEEP - 1e-9:
         return text + "This is the largest share that the estimate can give; the true one may be higher."
     return text + "The estimate errs on the low side when defects score like good images."
+
+
+def selection_text(screening: Screening) -> str:
+    """What stage 2 leaves out of the kept images; empty when it is nothing."""
+    if screening.rejected is None:
+        return ""
+    share = 100 * float(screening.rejected[screening.is_kept].mean())
+    text = f"Of the kept images, the {share:.1f} % of the patches that look least like the others are not learned from."
+    if screening.contamination is None:
+        return text
+    return text + f" Images that would lose more than {100 * MAX_REJECTED:.0f} % of theirs were set aside."
 
 
 class _Cards:

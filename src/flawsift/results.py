@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.calibration import Calibration, Threshold
+from flawsift.consensus import MAX_REJECTED, rejected_patches
 from flawsift.detector import Prediction
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_bytes, write_csv, write_json
@@ -33,16 +34,20 @@ class SavedScreening:
         folder: Where it was read from.
         kept: {relative path as shown: whether it goes on to stage 2}, unreadable images left out.
         held_out: {relative path as shown: mean raw score of the sub-models that had not seen the image}.
+        rejected: {relative path as shown: (h, w) bool}, patches that stage 2 does not learn from.
         content: screening.json.
     """
 
     folder: Path
     kept: Mapping[str, bool]
     held_out: Mapping[str, float]
+    rejected: Mapping[str, npt.NDArray[np.bool_]]
     content: Mapping[str, Any]
 
-    def match(self, images: ImageSet) -> tuple[Ids, npt.NDArray[np.float64]]:
-        """(m,) ids of the kept images in a set, and their (m,) held-out scores.
+    def match(self, images: ImageSet) -> tuple[ImageSet, npt.NDArray[np.float64]]:
+        """The kept images of a set, less their rejected patches, and their (m,) held-out scores.
+
+        An image that stage 1 had removed and a person has kept is good: it keeps all its patches.
 
         Raises:
             InputError: Kept images are missing from the set.
@@ -57,7 +62,11 @@ class SavedScreening:
         if not wanted:
             raise InputError(f"The screening '{show(self.folder)}' keeps no image.")
         ids = np.array([by_name[name] for name in wanted], dtype=np.int64)
-        return ids, np.array([self.held_out[name] for name in wanted])
+        rejected = {
+            i: self.rejected[name] for i, name in zip(ids.tolist(), wanted, strict=True) if name in self.rejected
+        }
+        rejected = {i: mask for i, mask in rejected.items() if mask.mean() <= MAX_REJECTED}
+        return images.select(ids).without_patches(rejected), np.array([self.held_out[name] for name in wanted])
 
 
 def save_screening(screening: Screening, folder: str | Path) -> Path:
@@ -119,13 +128,16 @@ def load_screening(folder: str | Path) -> SavedScreening:
         good = [row for row in rows if not row["error"]]
         held_out = {row["path"]: float(row["held_out_score"]) for row in good}
         kept = {row["path"]: _truth(row["kept"]) for row in good}
+        z = content["options"]["reject_patches"]
+        masks = rejected_patches(np.load(folder / MAPS, allow_pickle=False), z) if z > 0 else ()
+        rejected = {row["path"]: mask for row, mask in zip(good, masks, strict=True)} if z > 0 else {}
     except OSError as error:
         raise InputError(f"'{where}' is not a screening folder: {error.strerror} ({error.filename}).") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"The screening in '{show(folder)}' is damaged: {error!r}. Screen the folder again."
         ) from error
-    return SavedScreening(folder, kept, held_out, content)
+    return SavedScreening(folder, kept, held_out, rejected, content)
 
 
 def _truth(cell: str) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flawsift.consensus import (
     COMBINE,
+    REJECT_Z,
     Consensus,
     Contamination,
     Floats,
@@ -28,8 +29,10 @@ from flawsift.consensus import (
     estimate_contamination,
     held_out_mean,
     keep_lowest,
+    keep_unspoiled,
     normalize_scores,
     own_mask,
+    rejected_patches,
     robust_units,
 )
 from flawsift.detector import Additive, Detector, load_detector, resolve_device, score_together
@@ -53,6 +56,7 @@ class ScreenOptions(TypedDict, total=False):
     normalize: Normalize
     exclude_own: bool
     divergence_weight: float
+    reject_patches: float
 
 
 PRESETS: Mapping[str, ScreenOptions] = {
@@ -65,8 +69,9 @@ PRESETS: Mapping[str, ScreenOptions] = {
         "normalize": "none",
         "exclude_own": False,
         "divergence_weight": 0.0,
+        "reject_patches": 0.0,
     },
-    # held-out scores only, on one scale, and a share that follows from the data
+    # held-out scores only, on one scale; defective patches go, and only images that are full of them
     "default": {
         "n_subsets": 5,
         "n_partitions": 1,
@@ -75,6 +80,7 @@ PRESETS: Mapping[str, ScreenOptions] = {
         "normalize": "robust",
         "exclude_own": True,
         "divergence_weight": 0.0,
+        "reject_patches": REJECT_Z,
     },
 }
 
@@ -95,6 +101,7 @@ class Screening:
         contamination: The estimate behind keep="auto", else None.
         options: Every option of stage 1, defaults included.
         grids: (N, h, w) float16 mean held-out maps on the patch grid, or None.
+        rejected: (N, h, w) bool, patches that stage 2 does not learn from, or None.
         unreadable: {relative path: reason} of images that could not be used.
         provenance: Detector, backbone, versions, digests: whatever the caller wants kept.
     """
@@ -110,6 +117,7 @@ class Screening:
     contamination: Contamination | None
     options: Mapping[str, Any]
     grids: npt.NDArray[np.float16] | None = None
+    rejected: npt.NDArray[np.bool_] | None = None
     unreadable: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -117,6 +125,14 @@ class Screening:
     def is_kept(self) -> npt.NDArray[np.bool_]:
         """(N,) whether each image goes on to stage 2."""
         return np.isin(self.ids, self.kept)
+
+    def purified(self, train: ImageSet) -> ImageSet:
+        """What stage 2 learns from: the kept images of the screened set, less their rejected patches."""
+        kept = train.select(self.kept)
+        if self.rejected is None:
+            return kept
+        position = {int(i): p for p, i in enumerate(self.ids)}
+        return kept.without_patches({int(i): self.rejected[position[int(i)]] for i in self.kept})
 
     @property
     def removed(self) -> Ids:
@@ -141,6 +157,7 @@ def screen(
     normalize: Normalize = "robust",
     exclude_own: bool = True,
     divergence_weight: float = 0.0,
+    reject_patches: float = REJECT_Z,
     seed: int = 0,
     device: str = "auto",
     checkpoint: Path | None = None,
@@ -154,13 +171,16 @@ def screen(
         detector: Any unfitted detector; each sub-model is a clone of it.
         n_subsets: k, disjoint subsets of a random partition (equation 1).
         n_partitions: R, independent partitions; their R * k sub-models vote together.
-        keep: Share of the images kept, floor(keep * N) (equation 4), or "auto" from an estimate of the contamination.
+        keep: Share of the images kept, floor(keep * N) (equation 4), or "auto": those that do not lose too many
+            patches; without rejection of patches, as many as an estimate of the contamination says.
         consensus: How an image's scores become one (equation 3 is the mean).
         normalize: How sub-models come on one scale first: "robust" by median and MAD of each one's held-out scores,
             "rank" by ranks among them, "none" as the paper.
         exclude_own: Leave out the sub-model that trained on the image. The paper keeps it; a memory bank scores its
             own images near zero.
         divergence_weight: Weight of the divergence of equation 2 beside the consensus, both in robust units.
+        reject_patches: Patches whose mean held-out score lies so many robust deviations above the set's median are not
+            learned from in stage 2, by detectors that can leave out patches; 0 rejects none.
         seed: Of the partitions. Sub-models use the detector's own seed.
         device: Where sub-models run.
         checkpoint: A folder for finished sub-models' scores, so that a killed run goes on where it was.
@@ -179,6 +199,7 @@ def screen(
         "normalize": normalize,
         "exclude_own": exclude_own,
         "divergence_weight": divergence_weight,
+        "reject_patches": reject_patches,
     }
     check_options(options)
     subset_of = np.stack([split(train, n_subsets, seed=seed, partition=r) for r in range(n_partitions)])
@@ -193,7 +214,12 @@ def screen(
         spread = divergence(train, models, comparable, subset_of, n_subsets, resolve_device(device))
         voted = robust_units(voted) + divergence_weight * robust_units(spread)
     estimate = estimate_contamination(voted) if keep == "auto" else None
-    share = 1 - estimate.alpha_hat if estimate else float(keep)
+    grids = runs.mean_grids()
+    rejected = rejected_patches(grids, reject_patches) if grids is not None and reject_patches > 0 else None
+    if estimate is not None and rejected is not None:
+        kept = keep_unspoiled(train.ids, rejected)
+    else:
+        kept = keep_lowest(train.ids, voted, 1 - estimate.alpha_hat if estimate else float(keep))
     return Screening(
         ids=train.ids,
         names=train.names,
@@ -202,10 +228,11 @@ def screen(
         held_out_scores=held_out_mean(runs.scores, own),
         consensus=voted,
         divergence=spread,
-        kept=keep_lowest(train.ids, voted, share),
+        kept=kept,
         contamination=estimate,
-        options={**options, "seed": seed, "keep_share": share},
-        grids=runs.mean_grids(),
+        options={**options, "seed": seed, "keep_share": len(kept) / len(train)},
+        grids=grids,
+        rejected=rejected,
     )
 
 
@@ -220,6 +247,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         "consensus": (options["consensus"] in COMBINE, f"be one of {sorted(COMBINE)}"),
         "normalize": (options["normalize"] in ("none", "robust", "rank"), "be 'none', 'robust' or 'rank'"),
         "divergence_weight": (options["divergence_weight"] >= 0, "not be negative"),
+        "reject_patches": (options["reject_patches"] >= 0, "not be negative"),
     }
     if options["divergence_weight"] > 0 and k < 2:
         checks["n_subsets"] = (False, "be at least 2 for a divergence")

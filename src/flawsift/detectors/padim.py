@@ -26,12 +26,12 @@ class Moments:
     """Sufficient statistics of n images at P positions: exactly additive over disjoint sets.
 
     Attributes:
-        n: Number of images.
+        n: (P, 1) number of images, at least 1, which differs between positions where patches are left out.
         mean: (P, d).
         scatter: (P, d (d + 1) / 2) sum over images of (x - mean)(x - mean)^T: symmetric, so its lower half is enough.
     """
 
-    n: int
+    n: Tensor
     mean: Tensor
     scatter: Tensor
 
@@ -39,14 +39,14 @@ class Moments:
         """Statistics of the union (Chan et al. 1979: M2 = M2a + M2b + delta delta^T na nb / n)."""
         n = self.n + other.n
         delta = other.mean - self.mean
-        scatter = (self.scatter + other.scatter).add_(_packed_square(delta), alpha=self.n * other.n / n)
+        scatter = (self.scatter + other.scatter).add_(_packed_square(delta).mul_(self.n * other.n / n))
         return Moments(n, self.mean + delta * (other.n / n), scatter)
 
     def minus(self, other: "Moments") -> "Moments":
         """Statistics of what is left when a part is taken out; `plus` undone."""
         n = self.n - other.n
         mean = self.mean + (self.mean - other.mean) * (other.n / n)
-        scatter = (self.scatter - other.scatter).sub_(_packed_square(other.mean - mean), alpha=n * other.n / self.n)
+        scatter = (self.scatter - other.scatter).sub_(_packed_square(other.mean - mean).mul_(n * other.n / self.n))
         return Moments(n, mean, scatter)
 
 
@@ -152,25 +152,34 @@ class PaDiM(Detector):
         return found
 
     def _moments(self, data: ImageSet, device: str) -> Moments:
-        n, total, scatter, shift = 0, None, None, None
+        n, total, scatter, shift = None, None, None, None
         for batch in data.batches(self.layers, batch_size=FIT_BATCH):
             if "channels_" not in vars(self):
                 self._draw_channels(batch)
             embedded, self.grid_ = self._embed(batch)
             x = embedded.to(device)  # (P, d, B)
+            accepted = batch.accepted(*self.grid_)
+            weights = x.new_ones(x.shape[0], len(batch)) if accepted is None else accepted.flatten(1).T.to(x)  # (P, B)
+            counts = weights.sum(1, keepdim=True)
             # sums about the first batch's mean do not cancel in float32
-            shift = x.mean(2, keepdim=True) if shift is None else shift
+            shift = (x @ weights.unsqueeze(2)) / counts.clamp_min(1).unsqueeze(2) if shift is None else shift
             x = x - shift
-            if total is None or scatter is None:
-                total, scatter = x.sum(2), torch.bmm(x, x.transpose(1, 2))
+            if accepted is not None:
+                x *= weights.unsqueeze(1)
+            if n is None or total is None or scatter is None:
+                n, total, scatter = counts, x.sum(2), torch.bmm(x, x.transpose(1, 2))
             else:
+                n += counts
                 total += x.sum(2)
                 scatter.baddbmm_(x, x.transpose(1, 2))
-            n += len(batch)
-        if total is None or scatter is None or shift is None:
+        if n is None or total is None or scatter is None or shift is None:
             raise InputError("PaDiM.fit needs at least one image, got an empty set.")
-        scatter.baddbmm_(total.unsqueeze(2), total.unsqueeze(1), alpha=-1.0 / n)
-        return Moments(n, (total / n + shift.squeeze(2)).cpu(), _packed(scatter.cpu()))
+        n.clamp_min_(
+            1
+        )  # a position without any patch has the first batch's mean and the regularisation as its variance
+        mean = total / n
+        scatter.baddbmm_(total.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
+        return Moments(n.cpu(), (mean + shift.squeeze(2)).cpu(), _packed(scatter.cpu()))
 
     def _draw_channels(self, batch: Batch) -> None:
         """One draw per seed, shared by all sub-models, so that their statistics can be added."""
@@ -179,7 +188,7 @@ class PaDiM(Detector):
         self.channels_ = torch.randperm(n_all, generator=generator)[: self.n_features].sort().values
 
     def _set(self, moments: Moments) -> Self:
-        self.n_images_, self.mean_, self.scatter_ = moments.n, moments.mean, moments.scatter
+        self.counts_, self.mean_, self.scatter_ = moments.n, moments.mean, moments.scatter
         vars(self).pop("_cached_whitener", None)
         return self
 
@@ -191,16 +200,17 @@ class PaDiM(Detector):
     def _stored_moments(self) -> Moments:
         if not self.fitted:
             raise NotFittedError("This PaDiM is not fitted yet; call fit(images) first.")
-        return Moments(self.n_images_, self.mean_, self.scatter_)
+        return Moments(self.counts_, self.mean_, self.scatter_)
 
     def _whitener(self, device: str) -> Tensor:
         """(P, d, d) inverse Cholesky factors: distance = |L^-1 (x - mu)|. Made once, never saved."""
         cached: Tensor | None = vars(self).get("_cached_whitener")
         if cached is None or cached.device.type != torch.device(device).type:
-            degrees = max(self.n_images_ - 1, 1)
+            degrees = (self.counts_ - 1).clamp_min(1)  # (P, 1)
             unit = torch.ones(self.mean_.shape[1])
             if self.standardize:
-                unit = self.scatter_[:, _diagonal(len(unit))].mean(0) / degrees + self.mean_.var(0, correction=0)
+                within = (self.scatter_[:, _diagonal(len(unit))] / degrees).mean(0)
+                unit = within + self.mean_.var(0, correction=0)
                 unit = torch.where(unit > 0, unit, torch.ones_like(unit))
             cached = _inverse_factors(self.scatter_, 1 / degrees, self.eps * unit).to(device)
             vars(self)["_cached_whitener"] = cached
@@ -252,17 +262,18 @@ def _whitened_norms(whitener: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     return torch.from_numpy(np.sqrt(norms, out=norms))
 
 
-def _inverse_factors(packed: Tensor, scale: float, ridge: Tensor) -> Tensor:
-    """(P, d, d) inverses of the lower Cholesky factors of scale * S + diag(ridge), of packed (P, d (d + 1) / 2) S.
+def _inverse_factors(packed: Tensor, scale: Tensor, ridge: Tensor) -> Tensor:
+    """(P, d, d) inverses of the lower Cholesky factors of scale * S + diag(ridge), at each position.
 
-    On the CPU: a GPU has no faster way for such small matrices, and the result is made once.
+    S comes as packed (P, d (d + 1) / 2) halves, scale as (P, 1), ridge as (d,). Made on the CPU, once: a
+    GPU has no faster way for such small matrices.
     """
-    halves, d = packed.numpy(), len(ridge)
+    halves, scales, d = packed.numpy(), scale.numpy(), len(ridge)
     lower, inverses = _lower(d), np.empty((len(halves), d, d), np.float32)
 
     def work(part: slice) -> None:
         covariance = np.zeros((part.stop - part.start, d * d), np.float32)
-        covariance[:, lower] = halves[part] * np.float32(scale)  # Cholesky reads nothing else
+        covariance[:, lower] = halves[part] * scales[part]  # Cholesky reads nothing else
         covariance[:, :: d + 1] += ridge.numpy()
         square = covariance.reshape(-1, d, d)
         try:

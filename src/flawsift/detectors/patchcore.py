@@ -87,18 +87,18 @@ class PatchCore(Detector):
         """(R, C) patches that the bank is chosen from, and (R,) ids of their images."""
         rows, owners = [], []
         for batch in data.batches(self.layers):
-            embedding = self._embed(batch)
-            patches = embedding.flatten(2).transpose(1, 2)  # (B, P, C)
-            n_patches = patches.shape[1]
+            patches, (h, w) = self._patches(batch)  # (B, P, C)
+            accepted, n_patches = batch.accepted(h, w), h * w
             quota = n_patches if self.max_patches is None else max(1, self.max_patches // len(data))
-            if quota < n_patches:
-                # one permutation per image: the same share of every image, whatever the batch size
-                picks = torch.stack([torch.randperm(n_patches, generator=generator)[:quota] for _ in batch.ids])
-                patches = patches.gather(1, picks.unsqueeze(2).expand(-1, -1, patches.shape[2]))
-            rows.append(patches.flatten(0, 1))
-            owners.append(torch.from_numpy(batch.ids).repeat_interleave(patches.shape[1]))
-        if not rows:
-            raise InputError("PatchCore.fit needs at least one image, got an empty set.")
+            for j, id_ in enumerate(batch.ids.tolist()):
+                usable = torch.arange(n_patches) if accepted is None else accepted[j].flatten().nonzero()[:, 0]
+                if quota < len(usable):
+                    # one permutation per image: the same share of every image, whatever the batch size
+                    usable = usable[torch.randperm(len(usable), generator=generator)[:quota]]
+                rows.append(patches[j, usable])
+                owners.append(torch.full((len(usable),), id_))
+        if not sum(map(len, rows)):
+            raise InputError("PatchCore.fit needs at least one image with a patch to learn from, got none.")
         return torch.cat(rows), torch.cat(owners)
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
