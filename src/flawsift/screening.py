@@ -94,6 +94,7 @@ class Screening:
         contamination: The estimate behind keep="auto", else None.
         options: Every option of stage 1, defaults included.
         grids: (N, h, w) float16 mean held-out maps on the patch grid, or None.
+        descriptions: (N, D) float16 of `flawsift.lookalikes.describe`, or None.
         unreadable: {relative path: reason} of images that could not be used.
         provenance: Detector, backbone, versions, digests: whatever the caller wants kept.
     """
@@ -109,6 +110,7 @@ class Screening:
     contamination: Contamination | None
     options: Mapping[str, Any]
     grids: npt.NDArray[np.float16] | None = None
+    descriptions: npt.NDArray[np.float16] | None = None
     unreadable: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
