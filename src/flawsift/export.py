@@ -65,8 +65,8 @@ def export(
         images: Its images, from `flawsift.results.images_of`.
         out: A folder that is missing or empty, outside of the images' folder.
         to: "folder" (sub-folders kept and removed with copies), "csv" (one table), "coco" (object detection: boxes
-            around the suspect regions of removed images), "fiftyone" (FiftyOneImageClassificationDataset) or "labelstudio"
-            (tasks with predictions, and with annotations where a person decided).
+            around the suspect regions of removed images), "fiftyone" (FiftyOneImageClassificationDataset) or
+            "labelstudio" (tasks with predictions, and with annotations where a person decided).
         choices: Decisions in force, from `flawsift.decisions.read_decisions`.
         link: For "folder": symbolic links instead of copies.
 

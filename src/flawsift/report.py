@@ -31,7 +31,7 @@ NAME = "report.html"
 TITLE, FIT_TITLE = "Screening report", "Fit report"
 THUMB = 320  # pixels: sharp at half a phone's width
 SMALL = 160  # pixels, of pictures for comparison: a third of a card
-N_ALIKE = 3  # kept images beside each suspect
+N_ALIKE = 3  # typical images beside each suspect
 JPEG_QUALITY = 85
 MAP_SIZE = 64  # pixels; just fine enough for the smoothing's sigma of 1, and cheap for thousands of maps
 SCALE_SAMPLE = 500  # kept maps, evenly spaced, that the colours rest on: enough for a 99 % quantile
@@ -53,7 +53,7 @@ class Card:
         consensus, held_out: Scores as text.
         votes: Sub-models that suspect the image on their own.
         picture, heatmap: Data URIs; "" where there is none.
-        alike: (name, data URI) of the kept images that look most like it.
+        alike: (name, data URI) of the typical images that look most like it.
         place: Where its map is highest, in words.
         problem: Why there is no picture.
     """
@@ -280,11 +280,11 @@ class _Cards:
         return self._made[id_]
 
     def compared(self, id_: int) -> Card:
-        """With the kept images that look most like it, as far as they can be read."""
+        """With the typical images that look most like it, as far as they can be read."""
         s = self.screening
         if s.descriptions is None:
             return self.of(id_)
-        near = nearest(s.descriptions, self.position[id_], self.kept, N_ALIKE)
+        near = nearest(s.descriptions, self.position[id_], typical(s), N_ALIKE)
         pictures = [(show(s.names[p]), self._small_picture(int(s.ids[p]))) for p in near]
         return replace(self.of(id_), alike=[(name, picture) for name, picture in pictures if picture])
 
@@ -330,6 +330,18 @@ def shown_map(grid: npt.NDArray[np.float16]) -> Tensor:
     """A map (h, w) of the screening as it is drawn: smoothed, (MAP_SIZE, MAP_SIZE)."""
     clean = torch.from_numpy(np.nan_to_num(grid.astype(np.float32)))
     return to_image_grid(clean.unsqueeze(0), MAP_SIZE)[0]
+
+
+def typical(screening: Screening) -> npt.NDArray[np.bool_]:
+    """(N,) the more ordinary half of the kept images: what to compare a suspect with.
+
+    Of all kept images the nearest to a defective one would often be one with the same defect that was missed.
+    """
+    kept = screening.is_kept
+    if not kept.any():
+        return kept
+    ordinary: npt.NDArray[np.bool_] = kept & (screening.consensus <= np.median(screening.consensus[kept]))
+    return ordinary
 
 
 def agreement(screening: Screening) -> tuple[npt.NDArray[np.int64], int, float]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -68,7 +68,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-STATIC = {"review.js": "text/javascript", "review.css": "text/css"}
+STATIC = {"review.js": "text/javascript", "review.css": "text/css", "icon.svg": "image/svg+xml"}
 
 
 @dataclass(eq=False)
@@ -116,17 +116,14 @@ class Refit:
             if "stage" in last:
                 self.status = {**self.status, **last}
         code = process.wait()
-        with contextlib.suppress(OSError):
-            _pipe(process.stdin).close()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
         if "result" in last:
             self.status = {"state": "done", **last["result"]}
         else:
             self.status = {"state": "failed", "message": last.get("error", f"ended with code {code}")}
-
-
-def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-    assert pipe is not None
-    return pipe
 
 
 @dataclass(eq=False)
@@ -256,7 +253,9 @@ class Review:
         now = self.decided()
         unreadable = [(show(name), show(reason)) for name, reason in now.unreadable.items()]
         return report.template("overview.html").render(
-            headline=report.headline(now),
+            headline=report.headline(self.screening),
+            n_kept=len(now.kept),
+            n_removed=len(now.ids) - len(now.kept),
             contamination=report.contamination_text(self.screening),
             **report.histogram_of(now),
             unreadable=unreadable[: report.MAX_UNREADABLE],
@@ -265,10 +264,10 @@ class Review:
         )
 
     def alike(self, id_: int) -> list[int]:
-        """Ids of the kept images that look most like one."""
+        """Ids of the typical images that look most like one."""
         if self.screening.descriptions is None:
             return []
-        near = nearest(self.screening.descriptions, self.position[id_], self.decided().is_kept, N_ALIKE)
+        near = nearest(self.screening.descriptions, self.position[id_], report.typical(self.decided()), N_ALIKE)
         return [int(self.screening.ids[p]) for p in near]
 
     @functools.cached_property

@@ -227,7 +227,7 @@
 
   function layOut() {
     const width = $("grid").clientWidth;
-    columns = Math.max(1, Math.floor(width / (tileSize + 10)));
+    columns = Math.max(width < 500 && tileSize < 260 ? 2 : 1, Math.floor(width / (tileSize + 10)));
     cell = width / columns;
     $("grid").style.height = `${Math.ceil(view.length / columns) * rowHeight()}px`;
     for (const [index, li] of tiles) place(index, li);
@@ -448,8 +448,8 @@
     $("compare").hidden = id === null;
     if (id === null) { $("compare-image").removeAttribute("src"); return; }
     $("compare-image").src = `picture/preview/${id}`;
-    $("compare-image").alt = `Kept image ${data.names[at.get(id)]}`;
-    $("compare-caption").replaceChildren("Kept: ", make("bdi", "", data.names[at.get(id)]));
+    $("compare-image").alt = `Typical image ${data.names[at.get(id)]}`;
+    $("compare-caption").replaceChildren("Typical: ", make("bdi", "", data.names[at.get(id)]));
   }
 
   function setOpacity(value) {
