@@ -8,8 +8,9 @@ import flawsift
 ROOT = Path(flawsift.__file__).parent
 # The reading order of ARCHITECTURE.md.
 ORDER = ["images", "backbones", "features", "detector", "detectors", "screening", "metrics", "results", "pipeline"]
-ORDER += ["report", "demo", "cli"]
+ORDER += ["report", "evaluation", "export", "refit", "review", "demo", "cli"]
 LEAVES = {"errors", "files", "progress", "maps", "nn", "consensus", "calibration", "overlays", "views", "training"}
+LEAVES |= {"decisions", "lookalikes"}
 # Leaves may use other leaves and the id type; these two stand on top of the numbered modules.
 TOP = {"testing", "datasets", "contamination"}
 

@@ -58,6 +58,7 @@ def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
         "screening.csv",
         "screening.json",
         "maps.npy",
+        "descriptions.npy",
         "report.html",
     }
     fitted = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, *bank, "--screening", tmp_path / "s", "--json")

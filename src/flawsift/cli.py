@@ -66,6 +66,16 @@ class NormalizeName(StrEnum):
     rank = "rank"
 
 
+class ExportName(StrEnum):
+    """See `flawsift.export.export`."""
+
+    folder = "folder"
+    csv = "csv"
+    coco = "coco"
+    fiftyone = "fiftyone"
+    labelstudio = "labelstudio"
+
+
 class Runtime(StrEnum):
     """See `flawsift.backbones.load_backbone`."""
 
@@ -107,6 +117,15 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Cache = Annotated[Path | None, typer.Option("--cache", help="Feature cache. [~/.cache/flawsift or $FLAWSIFT_CACHE]")]
 Rate = Annotated[float | None, typer.Option("--false-alarm-rate", help="Share of good parts that may be stopped.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Decisions = Annotated[
+    Path | None, typer.Option("--decisions", help="CSV with columns path, decision: keep, remove or unsure.")
+]
+Reviewed = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder of a screening, or of a model.", show_default=False)
+]
+Root = Annotated[
+    Path | None, typer.Option("--images", help="Folder of the images, where it is not the one that was screened.")
+]
 ModelFolder = Annotated[Path, typer.Argument(help="Folder written by `flawsift fit`.", show_default=False)]
 
 
@@ -187,7 +206,7 @@ def screen(
         lines.append(f"Estimated share of defective images: {100 * result.contamination.alpha_hat:.0f} %.")
     names = dict(zip(result.ids.tolist(), result.names, strict=True))
     lines += ["Most suspicious:", *(f"  {names[int(i)]}" for i in result.ranking[:5])]
-    lines += [f"Table:  {out / 'screening.csv'}", f"Report: {page}"]
+    lines += [f"Table:  {out / 'screening.csv'}", f"Report: {page}", f"Decide: flawsift review {out}"]
     _say(as_json, {**describe(result), "out": str(out), "report": str(page)}, lines)
 
 
@@ -216,6 +235,7 @@ def fit(
     device: Device = "auto",
     cache: Cache = None,
     screening: Annotated[Path | None, typer.Option("--screening", help="Use this stage 1, edited or not.")] = None,
+    decisions: Decisions = None,
     no_screen: Annotated[bool, typer.Option("--no-screen", help="Train on every image.")] = False,
     false_alarm_rate: Rate = None,
     as_json: AsJson = False,
@@ -223,7 +243,9 @@ def fit(
     """Both stages: screen a folder, then train a detector on what is kept."""
     from flawsift import pipeline, report
     from flawsift.calibration import DEFAULT_RATE
+    from flawsift.decisions import read_decisions
 
+    choices = None if decisions is None else read_decisions(decisions)
     options = _screen_options(
         preset, subsets, partitions, keep, consensus, normalize, exclude_own, divergence_weight, reject_patches
     )
@@ -234,6 +256,7 @@ def fit(
             _detector(detector, detector_preset, settings, seed),
             _backbone(backbone, weights, size, runtime, device),
             screening=screening,
+            decisions=choices,
             no_screen=no_screen,
             false_alarm_rate=DEFAULT_RATE if false_alarm_rate is None else false_alarm_rate,
             store=_store(cache),
@@ -248,9 +271,13 @@ def fit(
     training = dict(result.training)
     lines = [f"Trained {detector} on {training['n_kept']} of {training['n_images']} images: {out}"]
     lines += _threshold_lines(threshold)
-    if screening is None and not no_screen:
-        lines.append(f"Report of the screening: {out / 'screening' / 'report.html'}")
-    _say(as_json, {"out": str(out), **training, "threshold": None if threshold is None else vars(threshold)}, lines)
+    page = None
+    if not no_screen:
+        stage1 = out / "screening" if screening is None else screening
+        page = report.write_fit_report(result, stage1, out, images=images, choices=choices)
+        lines += [f"Report: {page}", f"Decide image by image: flawsift review {stage1 if screening else out}"]
+    summary = {"out": str(out), **training, "threshold": None if threshold is None else vars(threshold)}
+    _say(as_json, {**summary, "report": None if page is None else str(page)}, lines)
 
 
 @app.command()
@@ -310,6 +337,7 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled images: OUT/metrics.json and OUT/predictions.csv."""
     from flawsift import datasets, pipeline
+    from flawsift.evaluation import write_evaluation_report
     from flawsift.files import ensure_folder, write_json
     from flawsift.results import write_predictions
 
@@ -321,9 +349,64 @@ def evaluate(
         result, predictions = pipeline.evaluate(loaded, images, data.truth, device=device, progress=progress)
     write_predictions(predictions, out, data.truth)
     write_json(out / "metrics.json", result)
+    page = write_evaluation_report(loaded, result, predictions, images, data.truth, out, device=device)
     width = max(map(len, result))
     lines = [f"{key:<{width}}  {'-' if value is None else f'{value:.4g}'}" for key, value in result.items()]
-    _say(as_json, {**result, "out": str(out)}, [*lines, f"Written: {out / 'metrics.json'}"])
+    lines += [f"Written: {out / 'metrics.json'}", f"Report:  {page}"]
+    _say(as_json, {**result, "out": str(out), "report": str(page)}, lines)
+
+
+@app.command()
+def review(
+    folder: Reviewed,
+    images: Root = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
+    cache: Cache = None,
+) -> None:
+    """Decide image by image in a local page, and refit; decisions go to decisions.csv beside the screening."""
+    import webbrowser
+
+    from flawsift.review import Review, serve
+
+    def ready(address: str) -> None:
+        typer.echo(address)
+        sys.stdout.flush()
+        typer.echo("Open this address; stop with Ctrl-C. Decisions are saved at once.", err=True)
+        if not no_browser:
+            webbrowser.open(address)
+
+    serve(Review.open(folder, images=images, cache=cache), port=port, on_ready=ready)
+
+
+@app.command()
+def export(
+    folder: Reviewed,
+    out: Out,
+    to: Annotated[ExportName, typer.Option("--to", help="What reads it.", show_default=False)],
+    images: Root = None,
+    decisions: Decisions = None,
+    link: Annotated[bool, typer.Option("--link", help="With 'folder': links instead of copies.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hand what was kept and removed to other tools. The images themselves stay where they are."""
+    from flawsift import export as exporting
+    from flawsift.decisions import NAME, read_decisions
+    from flawsift.results import images_of, read_screening, screening_folder
+
+    place = screening_folder(folder)
+    there = place / NAME if decisions is None and (place / NAME).exists() else decisions
+    found = read_screening(place)
+    pictures = images_of(found, images)
+    choices = None if there is None else read_decisions(there)
+    counts = exporting.export(found, pictures, out, to.value, choices=choices, link=link)
+    lines = [f"{counts['kept']} kept and {counts['removed']} removed images written to {out}."]
+    if counts["missing"]:
+        lines.append(f"{counts['missing']} images are missing or unreadable and were left out.")
+    root = pictures.source.root  # type: ignore[attr-defined]  # images_of reads files
+    note = exporting.opening_note(out, to.value, root)
+    lines += [f"Open it with: {note}"] if note else []
+    _say(as_json, {**counts, "out": str(out), "decisions": None if there is None else str(there)}, lines)
 
 
 @app.command()

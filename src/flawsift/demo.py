@@ -72,9 +72,10 @@ class DemoResult:
             f"It set {self.removed} images aside, {self.removed_defective} of them truly defective.",
             f"Image AUROC on {2 * N_TEST} new cells: {before:.3f} trained on everything, {after:.3f} on what was kept.",
             f"Took {self.seconds:.0f} s.",
-            f"Report:   {self.report}",
             f"Heatmaps: {self.out / 'maps'}",
             f"Next:     flawsift predict {self.out / 'model'} YOUR_IMAGES --out predictions",
+            f"Report:   {self.report}",
+            f"Decide image by image: flawsift review {self.out / 'model'}",
         ]
 
 

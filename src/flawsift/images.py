@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -420,6 +421,18 @@ def show(path: str | Path) -> str:
     'caf\\\\udce9.png'
     """
     return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def find_name(root: Path, shown: str) -> str:
+    """The path below `root` that `show` made a text of; the text itself where no such file is there.
+
+    A file whose name really holds a backslash escape comes first.
+    """
+    if "\\udc" in shown and not os.path.lexists(root / shown):
+        raw = re.sub(r"\\udc([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), shown)
+        if os.path.lexists(root / raw):
+            return raw
+    return shown
 
 
 def name_some(names: Iterable[str]) -> str:

@@ -93,11 +93,22 @@ def overlay(
         RGB, in the picture's aspect ratio.
     """
     picture = shrink(image, max_edge)
-    values = _stretch(map, picture.size, scale)
+    return Image.alpha_composite(picture.convert("RGBA"), layer(picture.size, map, scale)).convert("RGB")
+
+
+def layer(size: tuple[int, int], map: npt.NDArray[Any] | Tensor, scale: Scale) -> Image.Image:
+    """The heatmap alone, to be laid over a picture of a size (width, height): RGBA, transparent where all is usual.
+
+    Args:
+        size: Of the picture.
+        map: (h, w), square or not; stretched over the picture.
+        scale: What the colours mean.
+    """
+    values = _stretch(map, size, scale)
     steps = colours(np.linspace(0, 1, 256))  # a table: colouring 256 levels is cheaper than colouring each pixel
-    layer = steps[np.rint(255 * scale.levels(values)).astype(np.uint8)]
-    _draw_contour(layer, values > scale.threshold)
-    return Image.alpha_composite(picture.convert("RGBA"), Image.fromarray(layer)).convert("RGB")
+    colour = steps[np.rint(255 * scale.levels(values)).astype(np.uint8)]
+    _draw_contour(colour, values > scale.threshold)
+    return Image.fromarray(colour)
 
 
 def shrink(image: Image.Image, max_edge: int | None) -> Image.Image:
@@ -133,11 +144,11 @@ def _stretch(map: npt.NDArray[Any] | Tensor, size: tuple[int, int], scale: Scale
     return np.asarray(Image.fromarray(square).resize(size, Image.Resampling.BILINEAR), np.float32)
 
 
-def _draw_contour(layer: npt.NDArray[np.uint8], above: npt.NDArray[np.bool_]) -> None:
+def _draw_contour(colour: npt.NDArray[np.uint8], above: npt.NDArray[np.bool_]) -> None:
     """A dark line with a white one inside it, both within the area, so that they show on any background.
 
     Args:
-        layer: (H, W, 4), drawn on in place.
+        colour: (H, W, 4), drawn on in place.
         above: (H, W), the area.
     """
     if not above.any():
@@ -146,5 +157,5 @@ def _draw_contour(layer: npt.NDArray[np.uint8], above: npt.NDArray[np.bool_]) ->
     area = Image.fromarray(above.astype(np.uint8))
     inside = area.filter(ImageFilter.MinFilter(2 * width + 1))
     core = inside.filter(ImageFilter.MinFilter(2 * width + 1))
-    layer[above & (np.asarray(inside) == 0)] = (20, 20, 20, 255)
-    layer[(np.asarray(inside) == 1) & (np.asarray(core) == 0)] = (255, 255, 255, 255)
+    colour[above & (np.asarray(inside) == 0)] = (20, 20, 20, 255)
+    colour[(np.asarray(inside) == 1) & (np.asarray(core) == 0)] = (255, 255, 255, 255)

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import time
@@ -21,14 +22,16 @@ import flawsift
 from flawsift import metrics
 from flawsift.backbones import Backbone, load_backbone
 from flawsift.calibration import DEFAULT_RATE, Calibration, Threshold
+from flawsift.decisions import decided, read_decisions
 from flawsift.detector import Additive, Detector, Prediction, load_detector, make_detector
 from flawsift.errors import InputError, ModelError
 from flawsift.features import FeatureStore, StoredFeatures, attach, stream
 from flawsift.files import ensure_folder, write_json
-from flawsift.images import ImageSet, content_digest, show
+from flawsift.images import FileSource, ImageSet, content_digest, show
+from flawsift.lookalikes import describe
 from flawsift.metrics import GroundTruth
 from flawsift.progress import Progress, silent
-from flawsift.results import Predictions, SavedScreening, load_screening, save_screening
+from flawsift.results import ROOT, Predictions, SavedScreening, load_screening, save_screening
 from flawsift.screening import PRESETS, Screening, ScreenOptions
 from flawsift.screening import screen as screen_features
 from flawsift.training import Watch
@@ -156,6 +159,7 @@ def fit(
     backbone: Backbone | str = "efficientnet_lite0",
     *,
     screening: str | Path | None = None,
+    decisions: str | Path | Mapping[str, str] | None = None,
     no_screen: bool = False,
     false_alarm_rate: float = DEFAULT_RATE,
     store: FeatureStore | None = None,
@@ -171,13 +175,15 @@ def fit(
     Args:
         images: As for `screen`, and so are detector, backbone, store, seed, device, progress and options.
         screening: A folder that `screen` wrote, its `kept` column perhaps edited, instead of a new stage 1.
+        decisions: What a person decided, from `flawsift review`: a CSV file with the columns path and decision, or
+            {relative path: decision}. "keep" and "remove" override the screening; "unsure" leaves it.
         no_screen: Train on everything. Sub-models are trained all the same, for the threshold's held-out scores.
         false_alarm_rate: The share of good parts that the threshold may stop.
         out: The model folder; stage 1 is written to `out/screening`.
         on_screened: Called with the result of a new stage 1, before stage 2.
 
     Raises:
-        InputError: As for `screen`, or the screening does not fit the folder.
+        InputError: As for `screen`, the screening does not fit the folder, or the decisions do not fit the images.
         OutputError: `out` or the cache cannot be written.
     """
     if screening is not None and no_screen:
@@ -186,11 +192,14 @@ def fit(
         ensure_folder(out)
     started = time.monotonic()
     Calibration.of([]).threshold(false_alarm_rate)  # a bad rate is told now, not after the work
+    choices = decisions if isinstance(decisions, Mapping) else read_decisions(decisions) if decisions else {}
+    counts: dict[str, int] = {}
     p = _prepare(images, detector, backbone, store, seed, progress)
     total: Detector | None = None
     if screening is not None:
         saved = load_screening(screening)
         _check_same(saved, p)
+        saved, counts = saved.decided(choices)
         purified, held_out = saved.match(p.data)
     elif no_screen and len(p.data) < 2:
         purified, held_out = p.data, np.empty(0)  # nothing to hold out: no threshold
@@ -204,9 +213,10 @@ def fit(
             }
         folder = None if out is None else Path(out) / "screening"
         done, total = _screen_prepared(p, seed=seed, device=device, out=folder, progress=progress, options=options)
-        purified, held_out = done.purified(p.data), done.held_out_scores[done.is_kept]
         if on_screened is not None and not no_screen:
             on_screened(done)
+        is_kept, counts = decided(done.names, done.is_kept, choices)
+        purified, held_out = done.purified(p.data, done.ids[is_kept]), done.held_out_scores[is_kept]
     progress("detector", 0, 1)
     resume = None if out is None else Path(out) / ".resume"
     checkpoint = None if resume is None else _run_folder(resume, p, set_digest(purified)) / "training.safetensors"
@@ -218,6 +228,7 @@ def fit(
         "n_kept": len(purified),
         "rejected_patches": _rejected_share(purified),
         "screened": not no_screen,
+        **({"decisions": counts} if choices else {}),
         "false_alarm_rate": false_alarm_rate,
         "seed": seed,
         "kept_digest": set_digest(purified),
@@ -286,7 +297,10 @@ def _screen_prepared(
         progress=progress,
     )
     provenance |= {"seconds": round(time.monotonic() - started, 2), "images_digest": set_digest(p.data)}
-    found = replace(found, unreadable=p.unreadable, provenance=provenance)
+    if isinstance(p.data.source, FileSource):
+        provenance[ROOT] = os.path.abspath(p.data.source.root)
+    descriptions = describe(p.data, p.detector.layers)
+    found = replace(found, descriptions=descriptions, unreadable=p.unreadable, provenance=provenance)
     if out is not None:
         save_screening(found, out)
         shutil.rmtree(Path(out) / ".resume", ignore_errors=True)

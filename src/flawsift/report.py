@@ -1,10 +1,10 @@
-"""Stage 1 as one HTML page that needs nothing but a browser: who was set aside, why, and what to do next."""
+"""Stage 1 and a fit as one HTML page that needs nothing but a browser: who was set aside, why, and what to do next."""
 
 import base64
 import functools
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,18 +13,25 @@ import numpy.typing as npt
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
+from torch import Tensor
 
 from flawsift.consensus import MAX_REJECTED, MIN_KEEP, own_mask
+from flawsift.decisions import decided
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_text
 from flawsift.images import ImageSet, UnreadableImage, name_some, show
+from flawsift.lookalikes import nearest
 from flawsift.maps import to_image_grid
 from flawsift.overlays import Scale, colours, overlay, shrink
+from flawsift.pipeline import Model
+from flawsift.results import images_of, read_screening
 from flawsift.screening import Screening
 
 NAME = "report.html"
-TITLE = "Screening report"
+TITLE, FIT_TITLE = "Screening report", "Fit report"
 THUMB = 320  # pixels: sharp at half a phone's width
+SMALL = 160  # pixels, of pictures for comparison: a third of a card
+N_ALIKE = 3  # typical images beside each suspect
 JPEG_QUALITY = 85
 MAP_SIZE = 64  # pixels; just fine enough for the smoothing's sigma of 1, and cheap for thousands of maps
 SCALE_SAMPLE = 500  # kept maps, evenly spaced, that the colours rest on: enough for a 99 % quantile
@@ -46,6 +53,7 @@ class Card:
         consensus, held_out: Scores as text.
         votes: Sub-models that suspect the image on their own.
         picture, heatmap: Data URIs; "" where there is none.
+        alike: (name, data URI) of the typical images that look most like it.
         place: Where its map is highest, in words.
         problem: Why there is no picture.
     """
@@ -60,6 +68,7 @@ class Card:
     heatmap: str = ""
     place: str = ""
     problem: str = ""
+    alike: Sequence[tuple[str, str]] = ()
 
 
 def write_screening_report(screening: Screening, images: ImageSet, folder: str | Path) -> Path:
@@ -74,8 +83,43 @@ def write_screening_report(screening: Screening, images: ImageSet, folder: str |
     return path
 
 
+def write_fit_report(
+    model: Model,
+    screening: str | Path,
+    folder: str | Path,
+    *,
+    images: str | Path | None = None,
+    choices: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `folder/report.html` of a model: its screening, as decided, and its threshold.
+
+    Args:
+        model: Trained on what the screening kept.
+        screening: The folder of its screening.
+        folder: Where the page goes.
+        images: The images' folder; None takes the one that was screened.
+        choices: Decisions that were in force, from `flawsift.decisions.read_decisions`.
+
+    Raises:
+        InputError: The screening is damaged, or its images are not there.
+        OutputError: It cannot be written.
+    """
+    found = read_screening(screening)
+    is_kept, _ = decided(found.names, found.is_kept, choices or {})
+    found = replace(found, kept=found.ids[is_kept])
+    path = ensure_folder(folder) / NAME
+    write_text(path, screening_report(found, images_of(found, images), title=FIT_TITLE, model=model))
+    return path
+
+
 def screening_report(
-    screening: Screening, images: ImageSet, *, n_suspects: int = 24, n_borderline: int = 8, title: str = TITLE
+    screening: Screening,
+    images: ImageSet,
+    *,
+    n_suspects: int = 24,
+    n_borderline: int = 8,
+    title: str = TITLE,
+    model: Model | None = None,
 ) -> str:
     """Stage 1 as one self-contained HTML page.
 
@@ -85,42 +129,76 @@ def screening_report(
         n_suspects: How many of the highest-ranked images are shown.
         n_borderline: How many around the cut are shown, half of them on each side.
         title: Of the page.
+        model: Trained on what was kept; described with its threshold.
 
     Raises:
         InputError: An id of the screening is not in the set, or is another image there.
     """
     cards = _Cards(screening, _matching(images, screening))
     unreadable = [(show(name), show(reason)) for name, reason in screening.unreadable.items()]
-    return _template().render(
+    sections = [("scores", "Scores"), ("suspects", "Suspects"), ("borderline", "Borderline")]
+    sections += [("model", "Model")] if model else []
+    sections += [("unreadable", "Unreadable"), ("details", "Parameters"), ("next", "What to do next")]
+    settings = {"options": screening.options, **screening.provenance, **({"training": model.training} if model else {})}
+    return template(NAME).render(
         title=title,
         headline=headline(screening),
-        contamination=contamination_text(screening),
-        selection=selection_text(screening),
-        counts={"images": len(screening.ids), "removed": len(screening.removed), "kept": len(screening.kept)},
-        histogram=Histogram.of(screening.consensus, screening.is_kept),
+        explanation=explanation(screening),
+        sections=sections,
+        counts={"removed": len(screening.removed), "kept": len(screening.kept)},
+        **histogram_of(screening),
+        model=_model(model, screening) if model else None,
         **_pictured(screening, cards, n_suspects, n_borderline),
         voters=cards.voters,
         top_share=cards.top_share,
         has_maps=cards.scale is not None,
-        ramp=_css_ramp(),
+        ramp=css_ramp(),
         unreadable=unreadable[:MAX_UNREADABLE],
         n_unreadable=len(unreadable),
-        details=list(_flat({"options": screening.options, **screening.provenance})),
+        details=list(flat(settings)),
         normalize=screening.options.get("normalize", ""),
     )
 
 
+def histogram_of(screening: Screening) -> dict[str, Any]:
+    """The drawing of the consensus scores and the texts that go with it."""
+    drawn = Histogram.of(screening.consensus, screening.is_kept)
+    cut_text, text = "cut", headline(screening)
+    if screening.contamination is not None:
+        cut_text += f" (estimated share of defective images: {100 * screening.contamination.alpha_hat:.1f}\u00a0%)"
+    if drawn.cut is not None:
+        text += " All images left of the cut were kept, all right of it set aside."
+    return {"histogram": drawn, "cut_text": cut_text, "histogram_text": text}
+
+
+def _model(model: Model, screening: Screening) -> dict[str, Any]:
+    """What the page says of a trained model."""
+    threshold = model.threshold()
+    text = f"Trained on {len(screening.kept):,} of {len(screening.ids):,} images"
+    if counts := model.training.get("decisions"):
+        text += f"; a person decided to keep {counts['keep']:,} and to remove {counts['remove']:,}"
+    if threshold is None:
+        return {"text": f"{text}. There is no threshold: one image gives no held-out scores.", "histogram": None}
+    text += (
+        f". Images that score above {number(threshold.value)} are called anomalous: "
+        f"about {threshold.per_hundred:.2g} false alarms per 100 good parts are expected."
+    )
+    drawn = Histogram.of(screening.held_out_scores, screening.is_kept, cut=threshold.value)
+    return {"text": text, "histogram": drawn, "cut_text": f"threshold {number(threshold.value)}"}
+
+
 @functools.cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page of the folder templates; what is put into it is escaped."""
     loader = PackageLoader("flawsift", "templates")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return made.get_template(NAME)
+    return made.get_template(name)
 
 
 def _matching(images: ImageSet, screening: Screening) -> ImageSet:
     """The screening's view of a set; a folder that was listed anew may have other images under the same ids."""
     view = images.select(screening.ids)
-    if other := [a for a, b in zip(view.names, screening.names, strict=True) if a != b]:
+    if other := [a for a, b in zip(view.names, screening.names, strict=True) if show(a) != show(b)]:
         raise InputError(
             f"{len(other)} ids of the screening belong to other images in this set: {name_some(other)}. "
             "Give the set that was screened."
@@ -135,7 +213,7 @@ def _pictured(screening: Screening, cards: "_Cards", n_suspects: int, n_borderli
     kept = [i for i in ranking if i not in out] if out else []
     half = n_borderline // 2
     return {
-        "suspects": [cards.of(i) for i in ranking[:n_suspects]],
+        "suspects": [cards.compared(i) for i in ranking[:n_suspects]],
         # a line between the two only where all above it were set aside and all below it kept
         "cut_after": len(removed) if ranking[: len(removed)] == removed else 0,
         "last_removed": [cards.of(i) for i in removed[max(0, len(removed) - half) :]],
@@ -183,6 +261,11 @@ def contamination_text(screening: Screening) -> str:
     return text + "The estimate errs on the low side when defects score like good images."
 
 
+def explanation(screening: Screening) -> str:
+    """What stands below the headline: the estimate, and what stage 2 leaves out."""
+    return f"{contamination_text(screening)} {selection_text(screening)}".strip()
+
+
 def selection_text(screening: Screening) -> str:
     """What stage 2 leaves out of the kept images; empty when it is nothing."""
     if screening.rejected is None:
@@ -205,11 +288,29 @@ class _Cards:
         self.votes, self.voters, self.top_share = agreement(screening)
         self.scale = map_scale(screening)
         self._made: dict[int, Card] = {}
+        self._small: dict[int, str] = {}
 
     def of(self, id_: int) -> Card:
         if id_ not in self._made:
             self._made[id_] = self._make(id_)
         return self._made[id_]
+
+    def compared(self, id_: int) -> Card:
+        """With the typical images that look most like it, as far as they can be read."""
+        s = self.screening
+        if s.descriptions is None:
+            return self.of(id_)
+        near = nearest(s.descriptions, self.position[id_], typical(s), N_ALIKE)
+        pictures = [(show(s.names[p]), self._small_picture(int(s.ids[p]))) for p in near]
+        return replace(self.of(id_), alike=[(name, picture) for name, picture in pictures if picture])
+
+    def _small_picture(self, id_: int) -> str:
+        if id_ not in self._small:
+            try:
+                self._small[id_] = data_uri(shrink(self.images.image(id_), SMALL))
+            except UnreadableImage:
+                self._small[id_] = ""
+        return self._small[id_]
 
     def _make(self, id_: int) -> Card:
         p = self.position[id_]
@@ -217,7 +318,7 @@ class _Cards:
         picture = heatmap = problem = ""
         try:
             image = self.images.image(id_)
-            picture = _data_uri(shrink(image, THUMB))
+            picture = data_uri(shrink(image, THUMB))
             heatmap = self._heatmap(image, p)
         except UnreadableImage as error:
             problem = show(str(error))
@@ -225,22 +326,38 @@ class _Cards:
             rank=self.rank[id_],
             name=show(s.names[p]),
             kept=bool(self.kept[p]),
-            consensus=_number(s.consensus[p]),
-            held_out=_number(s.held_out_scores[p]),
+            consensus=number(s.consensus[p]),
+            held_out=number(s.held_out_scores[p]),
             votes=int(self.votes[p]),
             picture=picture,
             heatmap=heatmap,
-            place=_place(s.grids[p]) if s.grids is not None else "",
+            place=place_of(s.grids[p]) if s.grids is not None else "",
             problem=problem,
         )
 
     def _heatmap(self, image: Image.Image, p: int) -> str:
         if self.screening.grids is None or self.scale is None:
             return ""
-        grid = torch.from_numpy(np.nan_to_num(self.screening.grids[p].astype(np.float32)))
-        smooth = to_image_grid(grid.unsqueeze(0), MAP_SIZE)[0]
         # full chroma resolution: the contour is one pixel wide
-        return _data_uri(overlay(image, smooth, self.scale, max_edge=THUMB), subsampling=0)
+        return data_uri(overlay(image, shown_map(self.screening.grids[p]), self.scale, max_edge=THUMB), subsampling=0)
+
+
+def shown_map(grid: npt.NDArray[np.float16]) -> Tensor:
+    """A map (h, w) of the screening as it is drawn: smoothed, (MAP_SIZE, MAP_SIZE)."""
+    clean = torch.from_numpy(np.nan_to_num(grid.astype(np.float32)))
+    return to_image_grid(clean.unsqueeze(0), MAP_SIZE)[0]
+
+
+def typical(screening: Screening) -> npt.NDArray[np.bool_]:
+    """(N,) the more ordinary half of the kept images: what to compare a suspect with.
+
+    Of all kept images the nearest to a defective one would often be one with the same defect that was missed.
+    """
+    kept = screening.is_kept
+    if not kept.any():
+        return kept
+    ordinary: npt.NDArray[np.bool_] = kept & (screening.consensus <= np.median(screening.consensus[kept]))
+    return ordinary
 
 
 def agreement(screening: Screening) -> tuple[npt.NDArray[np.int64], int, float]:
@@ -289,6 +406,8 @@ class Histogram:
         cut: Position of the cut line, or None where no score parts kept from removed.
         table: (from, to, kept, removed) of each bin that is not empty.
         n_beyond: Images above the axis, counted in the last bin.
+        sides: What the two colours mean.
+        totals: Images of each.
     """
 
     bars: Sequence[tuple[float, float, float, float, bool, str]]
@@ -297,16 +416,32 @@ class Histogram:
     cut: float | None
     table: Sequence[tuple[str, str, int, int]]
     n_beyond: int
+    sides: tuple[str, str]
+    totals: tuple[int, int]
 
     WIDTH: ClassVar[float] = 720.0
     HEIGHT: ClassVar[float] = 220.0
 
     @classmethod
-    def of(cls, scores: npt.NDArray[np.float64], is_kept: npt.NDArray[np.bool_]) -> Self:
-        """From (N,) scores and (N,) whether each image was kept."""
+    def of(
+        cls,
+        scores: npt.NDArray[np.float64],
+        is_kept: npt.NDArray[np.bool_],
+        *,
+        cut: float | None = None,
+        sides: tuple[str, str] = ("kept", "set aside"),
+    ) -> Self:
+        """From (N,) scores.
+
+        Args:
+            scores: (N,); what is not finite is left out.
+            is_kept: (N,) whether each image is of the first side.
+            cut: Where the line stands; None takes the score between the sides, where there is one.
+            sides: What the two are called.
+        """
         finite = np.isfinite(scores)
         scores, is_kept = scores[finite], is_kept[finite]
-        cut = _cut(scores, is_kept)
+        cut = _cut(scores, is_kept) if cut is None else cut
         edges = _bin_edges(scores, cut)
         clipped = np.clip(scores, edges[0], edges[-1])
         counts = np.stack([np.histogram(clipped[side], edges)[0] for side in (is_kept, ~is_kept)], axis=1)  # (bins, 2)
@@ -315,19 +450,21 @@ class Histogram:
         x_step = _nice_step(edges[-1] - edges[0], 6)
         per_unit = cls.WIDTH / (edges[-1] - edges[0])
         x_values = x_step * np.arange(np.ceil(edges[0] / x_step), np.floor(edges[-1] / x_step) + 1)
-        labels = [_number(edge) for edge in edges]
+        labels = [number(edge) for edge in edges]
         return cls(
-            bars=list(_bars(counts, labels, cls.WIDTH / (len(edges) - 1), cls.HEIGHT / y_max)),
-            x_ticks=[(per_unit * (x - edges[0]), _number(x)) for x in x_values],
+            bars=list(_bars(counts, labels, cls.WIDTH / (len(edges) - 1), cls.HEIGHT / y_max, sides)),
+            x_ticks=[(per_unit * (x - edges[0]), number(x)) for x in x_values],
             y_ticks=[(cls.HEIGHT * (1 - y / y_max), f"{y:,.0f}") for y in np.arange(0, y_max + step / 2, step)],
             cut=None if cut is None else per_unit * (cut - edges[0]),
             table=[(labels[b], labels[b + 1], int(k), int(r)) for b, (k, r) in enumerate(counts) if k or r],
             n_beyond=int((scores > edges[-1] + 1e-6 * (edges[1] - edges[0])).sum()),
+            sides=sides,
+            totals=(int(is_kept.sum()), int((~is_kept).sum())),
         )
 
 
 def _bars(
-    counts: npt.NDArray[np.int64], labels: Sequence[str], width: float, per_count: float
+    counts: npt.NDArray[np.int64], labels: Sequence[str], width: float, per_count: float, sides: tuple[str, str]
 ) -> Iterator[tuple[float, float, float, float, bool, str]]:
     """Kept below, removed on top of them."""
     for b, pair in enumerate(counts):
@@ -337,7 +474,7 @@ def _bars(
                 continue
             height = max(MIN_BAR, per_count * count)  # a single image in thousands must still be seen
             base -= height
-            text = f"{count:,} {'kept' if is_kept else 'set aside'}, {labels[b]} to {labels[b + 1]}"
+            text = f"{count:,} {sides[0] if is_kept else sides[1]}, {labels[b]} to {labels[b + 1]}"
             yield b * width, base, max(1.0, width - 1), height, is_kept, text
 
 
@@ -356,6 +493,8 @@ def _bin_edges(scores: npt.NDArray[np.float64], cut: float | None) -> npt.NDArra
         low, high = middle - 0.5 * max(1.0, abs(middle)), middle + 0.5 * max(1.0, abs(middle))
         return np.linspace(low, high, MIN_BINS)
     low, high = float(scores.min()), float(scores.max())
+    if cut is not None:  # the line is always on the axis
+        low, high = min(low, cut), max(high, cut)
     pivot = max(cut if cut is not None else float(np.quantile(scores, 0.75)), low + (high - low) / 1000)
     high = min(high, pivot + TAIL_SPANS * (pivot - low))
     n_bins = int(np.clip(2 * np.sqrt(len(scores)), MIN_BINS, MAX_BINS))
@@ -372,38 +511,39 @@ def _nice_step(span: float, n_ticks: int, *, least: float = 0.0) -> float:
     return float(next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9)))
 
 
-def _place(grid: npt.NDArray[np.float16]) -> str:
+def place_of(grid: npt.NDArray[np.float16]) -> str:
     """Where a map is highest, for those who cannot see it."""
     h, w = grid.shape
     row, column = divmod(int(np.nan_to_num(grid.astype(np.float32), nan=-np.inf).argmax()), w)
     return f"highest {100 * (column + 0.5) / w:.0f} % from the left and {100 * (row + 0.5) / h:.0f} % from the top"
 
 
-def _data_uri(image: Image.Image, *, subsampling: int = -1) -> str:
+def data_uri(image: Image.Image, *, subsampling: int = -1) -> str:
+    """A picture as JPEG in a data URI."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=subsampling)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _css_ramp() -> str:
+def css_ramp() -> str:
     """The heatmap's colours as stops of a CSS gradient."""
     stops = colours(np.linspace(0, 1, 9)).tolist()
     return ", ".join(f"rgba({r}, {g}, {b}, {a / 255:.2f})" for r, g, b, a in stops)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested settings as (dotted name, text)."""
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}.")
+            yield from flat(value, f"{name}.")
         elif isinstance(value, list | tuple):
             yield show(name), show(", ".join(map(str, value)))
         else:
             yield show(name), "none" if value is None else show(str(value))
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Four significant digits, no negative zero."""
     return f"{value + 0.0:.4g}" if abs(value) > 1e-12 else "0"
 

@@ -3,25 +3,28 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from flawsift.calibration import Calibration, Threshold
-from flawsift.consensus import MAX_REJECTED, rejected_patches
+from flawsift.consensus import MAX_REJECTED, Contamination, rejected_patches
+from flawsift.decisions import decided
 from flawsift.detector import Prediction
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_bytes, write_csv, write_json
-from flawsift.images import Ids, ImageSet, name_some, show
+from flawsift.images import Ids, ImageSet, find_name, name_some, show
 from flawsift.metrics import GroundTruth
 from flawsift.overlays import Scale, save_overlay
 from flawsift.screening import Screening
 
-CSV, JSON, MAPS = "screening.csv", "screening.json", "maps.npy"
+CSV, JSON, MAPS, DESCRIPTIONS = "screening.csv", "screening.json", "maps.npy", "descriptions.npy"
+ROOT = "images_root"  # in screening.json: the folder that the paths are relative to
 YES = frozenset({"1", "true", "yes"})  # what counts as kept in an edited table
 NO = frozenset({"0", "false", "no", ""})
 
@@ -44,6 +47,12 @@ class SavedScreening:
     rejected: Mapping[str, npt.NDArray[np.bool_]]
     content: Mapping[str, Any]
 
+    def decided(self, choices: Mapping[str, str]) -> tuple[Self, dict[str, int]]:
+        """The same with a person's decisions in place of the `kept` column; see `flawsift.decisions.decided`."""
+        names = list(self.kept)
+        kept, counts = decided(names, np.array([self.kept[n] for n in names], np.bool_), choices)
+        return replace(self, kept=dict(zip(names, kept.tolist(), strict=True))), counts
+
     def match(self, images: ImageSet) -> tuple[ImageSet, npt.NDArray[np.float64]]:
         """The kept images of a set, less their rejected patches, and their (m,) held-out scores.
 
@@ -65,17 +74,19 @@ class SavedScreening:
         rejected = {
             i: self.rejected[name] for i, name in zip(ids.tolist(), wanted, strict=True) if name in self.rejected
         }
-        rejected = {i: mask for i, mask in rejected.items() if mask.mean() <= MAX_REJECTED}
+        if self.content["options"]["keep"] == "auto":
+            rejected = {i: mask for i, mask in rejected.items() if mask.mean() <= MAX_REJECTED}
         return images.select(ids).without_patches(rejected), np.array([self.held_out[name] for name in wanted])
 
 
 def save_screening(screening: Screening, folder: str | Path) -> Path:
-    """Write screening.csv, screening.json and maps.npy; each file is whole or absent."""
+    """Write screening.csv, screening.json, maps.npy and descriptions.npy; each file is whole or absent."""
     folder = ensure_folder(folder)
-    if screening.grids is not None:
-        buffer = io.BytesIO()
-        np.save(buffer, screening.grids, allow_pickle=False)
-        write_bytes(folder / MAPS, buffer.getvalue())
+    for name, values in ((MAPS, screening.grids), (DESCRIPTIONS, screening.descriptions)):
+        if values is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, values, allow_pickle=False)
+            write_bytes(folder / name, buffer.getvalue())
     write_json(folder / JSON, describe(screening))
     write_csv(folder / CSV, *_table(screening))
     return folder
@@ -121,23 +132,130 @@ def load_screening(folder: str | Path) -> SavedScreening:
         InputError: A file is missing or damaged, or a cell of `kept` is neither yes nor no.
     """
     folder = Path(folder)
-    where = show(folder)
+    with _damage_told(folder):
+        rows, content = _read(folder)
+        held_out = {row["path"]: float(row["held_out_score"]) for row in rows}
+        kept = {row["path"]: _truth(row["kept"]) for row in rows}
+        masks = _rejected(_array(folder / MAPS, len(rows), 3), content["options"])
+        rejected = {} if masks is None else {row["path"]: mask for row, mask in zip(rows, masks, strict=True)}
+    return SavedScreening(folder, kept, held_out, rejected, content)
+
+
+def read_screening(folder: str | Path) -> Screening:
+    """All of a screening from its folder, with the `kept` column as a person may have edited it.
+
+    Names are as `show` prints them; `images_of` finds their files.
+
+    Raises:
+        InputError: A file is missing or damaged, or a cell of `kept` is neither yes nor no.
+    """
+    folder = Path(folder)
+    with _damage_told(folder):
+        rows, content = _read(folder)
+        columns = [c for c in rows[0] if c.startswith("score_")] if rows else []
+        if not columns:
+            raise ValueError("no scored image")
+        ids = np.array([int(row["id"]) for row in rows], np.int64)
+        estimate = content.pop("contamination")
+        divergence = [row["divergence"] for row in rows]
+        grids = _array(folder / MAPS, len(rows), 3)
+        known = {"options", "unreadable", "n_images", "n_kept", "n_unreadable"}
+        return Screening(
+            ids=ids,
+            names=[_safe(row["path"]) for row in rows],
+            subset_of=np.array([[int(s) for s in row["subset"].split(";")] for row in rows], np.int64).T,
+            score_matrix=np.array([[float(row[c]) for row in rows] for c in columns], np.float32),
+            held_out_scores=np.array([float(row["held_out_score"]) for row in rows]),
+            consensus=np.array([float(row["consensus"]) for row in rows]),
+            divergence=np.array([float(d) for d in divergence]) if all(divergence) else None,
+            kept=ids[[_truth(row["kept"]) for row in rows]],
+            contamination=None if estimate is None else Contamination(**estimate),
+            options=content["options"],
+            grids=grids,
+            rejected=_rejected(grids, content["options"]),
+            descriptions=_array(folder / DESCRIPTIONS, len(rows), 2),
+            unreadable=content["unreadable"],
+            provenance={key: value for key, value in content.items() if key not in known},
+        )
+
+
+def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:
+    """The images of a screening read from disk, under its ids.
+
+    Args:
+        screening: From `read_screening`.
+        root: Their folder; None takes the one that the screening was made of.
+
+    Raises:
+        InputError: The folder is not known or missing, or has none of the images.
+    """
+    known = root if root is not None else screening.provenance.get(ROOT)
+    if known is None:
+        raise InputError("The screening does not say where its images are. Give their folder with --images.")
+    folder = Path(known)
+    if not folder.is_dir():
+        raise InputError(f"Image folder '{show(folder)}' does not exist. Give the images' folder with --images.")
+    names = {int(i): find_name(folder, name) for i, name in zip(screening.ids, screening.names, strict=True)}
+    if not any((folder / name).exists() for name in names.values()):
+        raise InputError(
+            f"None of the {len(names)} images of the screening is in '{show(folder)}'. Give their folder with --images."
+        )
+    return ImageSet.from_files(folder, names)
+
+
+def screening_folder(folder: str | Path) -> Path:
+    """The screening in a folder: itself, or `screening` in a model folder.
+
+    Raises:
+        InputError: There is none.
+    """
+    folder = Path(folder)
+    for place in (folder, folder / "screening"):
+        if (place / CSV).is_file():
+            return place
+    raise InputError(
+        f"'{show(folder)}' holds no screening. Give the folder that `flawsift screen` or `flawsift fit` wrote."
+    )
+
+
+def _read(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """Rows of the images that could be read, and screening.json."""
+    rows = list(csv.DictReader(io.StringIO((folder / CSV).read_text("utf-8-sig"), newline="")))
+    return [row for row in rows if not row["error"]], json.loads((folder / JSON).read_text("utf-8"))
+
+
+@contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
     try:
-        rows = list(csv.DictReader(io.StringIO((folder / CSV).read_text("utf-8-sig"))))
-        content = json.loads((folder / JSON).read_text("utf-8"))
-        good = [row for row in rows if not row["error"]]
-        held_out = {row["path"]: float(row["held_out_score"]) for row in good}
-        kept = {row["path"]: _truth(row["kept"]) for row in good}
-        z = content["options"]["reject_patches"]
-        masks = rejected_patches(np.load(folder / MAPS, allow_pickle=False), z) if z > 0 else ()
-        rejected = {row["path"]: mask for row, mask in zip(good, masks, strict=True)} if z > 0 else {}
+        yield
     except OSError as error:
-        raise InputError(f"'{where}' is not a screening folder: {error.strerror} ({error.filename}).") from error
+        raise InputError(f"'{show(folder)}' is not a screening folder: {error.strerror} ({error.filename}).") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"The screening in '{show(folder)}' is damaged: {error!r}. Screen the folder again."
         ) from error
-    return SavedScreening(folder, kept, held_out, rejected, content)
+
+
+def _safe(name: str) -> str:
+    """A path that stays below its root."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
+        raise ValueError(f"'{name}' leads out of the image folder")
+    return name
+
+
+def _rejected(grids: npt.NDArray[np.float16] | None, options: Mapping[str, Any]) -> npt.NDArray[np.bool_] | None:
+    z = options["reject_patches"]
+    return rejected_patches(grids, z) if grids is not None and z > 0 else None
+
+
+def _array(path: Path, n: int, n_dims: int) -> npt.NDArray[np.float16] | None:
+    if not path.exists():
+        return None
+    found = np.load(path, allow_pickle=False)
+    if len(found) != n or found.ndim != n_dims:
+        raise ValueError(f"{path.name} has the shape {found.shape}, {n} images are listed")
+    return np.asarray(found, np.float16)
 
 
 def _truth(cell: str) -> bool:
@@ -210,6 +328,11 @@ class OverlayWriter:
         scale = Scale.of(scores, None if self.threshold is None else self.threshold.value)
         assert prediction.maps is not None
         for id_, name, score, found in zip(images.ids, images.names, prediction.scores, prediction.maps, strict=True):
-            peak = float(found.max())
-            drawn = found * (float(score) / peak) if peak > 0 else found
+            drawn = scaled_map(found, float(score))
             save_overlay(self.folder / f"{name}.png", images.image(int(id_)), drawn, scale)
+
+
+def scaled_map(found: npt.NDArray[np.float32], score: float) -> npt.NDArray[np.float32]:
+    """A smoothed map (h, w) scaled so that its peak is the image score."""
+    peak = float(found.max())
+    return found * np.float32(score / peak) if peak > 0 else found

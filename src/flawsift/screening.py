@@ -102,6 +102,7 @@ class Screening:
         options: Every option of stage 1, defaults included.
         grids: (N, h, w) float16 mean held-out maps on the patch grid, or None.
         rejected: (N, h, w) bool, patches that stage 2 does not learn from, or None.
+        descriptions: (N, D) float16 of `flawsift.lookalikes.describe`, or None.
         unreadable: {relative path: reason} of images that could not be used.
         provenance: Detector, backbone, versions, digests: whatever the caller wants kept.
     """
@@ -118,6 +119,7 @@ class Screening:
     options: Mapping[str, Any]
     grids: npt.NDArray[np.float16] | None = None
     rejected: npt.NDArray[np.bool_] | None = None
+    descriptions: npt.NDArray[np.float16] | None = None
     unreadable: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -126,13 +128,19 @@ class Screening:
         """(N,) whether each image goes on to stage 2."""
         return np.isin(self.ids, self.kept)
 
-    def purified(self, train: ImageSet) -> ImageSet:
-        """What stage 2 learns from: the kept images of the screened set, less their rejected patches."""
-        kept = train.select(self.kept)
+    def purified(self, train: ImageSet, kept: Ids | None = None) -> ImageSet:
+        """What stage 2 learns from: the kept images of the screened set, less their rejected patches.
+
+        Args:
+            train: The screened set.
+            kept: Ids that a person keeps instead; those that stage 1 had removed are good and keep all their patches.
+        """
+        chosen = train.select(self.kept if kept is None else kept)
         if self.rejected is None:
-            return kept
+            return chosen
         position = {int(i): p for p, i in enumerate(self.ids)}
-        return kept.without_patches({int(i): self.rejected[position[int(i)]] for i in self.kept})
+        spoiled = np.intersect1d(chosen.ids, self.kept)
+        return chosen.without_patches({int(i): self.rejected[position[int(i)]] for i in spoiled})
 
     @property
     def removed(self) -> Ids:

@@ -1,0 +1,512 @@
+"""The page where a person decides, served to this machine only: `flawsift review`.
+
+Whoever opens it must know its token, come from this machine under its own name, and send little: see `_Guard`. Pictures
+are encoded anew and asked for by the ids of the screening, so no path ever comes from the network. Decisions are on
+disk before they are confirmed.
+"""
+
+import contextlib
+import functools
+import hmac
+import io
+import json
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from flawsift import report
+from flawsift.decisions import NAME as DECISIONS
+from flawsift.decisions import Change, Decision, DecisionStore, decided
+from flawsift.errors import FlawsiftError, InputError, ParameterError
+from flawsift.files import ensure_folder
+from flawsift.images import ImageSet, UnreadableImage, show
+from flawsift.lookalikes import nearest
+from flawsift.overlays import layer, shrink
+from flawsift.results import images_of, read_screening, screening_folder
+from flawsift.screening import Screening
+
+try:
+    import anyio
+    import anyio.to_thread
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.datastructures import Headers, MutableHeaders
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+    from starlette.routing import Route
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+except ImportError as error:
+    raise InputError("The review page needs more packages. Install them: pip install 'flawsift[review]'.") from error
+
+LOOPBACK = "127.0.0.1"
+MAX_BODY = 1 << 20  # bytes; a decision on 10,000 images at once is half of that
+THUMB, PREVIEW = 256, 1200  # pixels of the long edge: a card on a dense screen, a laptop's window
+LAYER = 512  # pixels; a heatmap is smooth, the browser stretches it
+JPEG_QUALITY = 88
+CACHED = 4000  # encoded pictures in memory: about 60 MB
+WORKERS = 4  # pictures made at once; more would only keep decisions waiting
+N_ALIKE = 6
+POLICY = (
+    "default-src 'none'; img-src 'self'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+STATIC = {"review.js": "text/javascript", "review.css": "text/css", "icon.svg": "image/svg+xml"}
+
+
+@dataclass(eq=False)
+class Refit:
+    """Stage 2 in a process of its own, one at a time.
+
+    Attributes:
+        command: What is run.
+        status: What the page shows: state (idle, running, done, failed) and more.
+    """
+
+    command: list[str]
+    status: dict[str, Any] = field(default_factory=lambda: {"state": "idle"})
+    _process: subprocess.Popen[bytes] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> bool:
+        """Start, unless one is running."""
+        with self._lock:
+            if self.status["state"] == "running":
+                return False
+            self.status = {"state": "running", "stage": "starting", "done": 0, "total": 0, "started": time.time()}
+            try:
+                self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            except OSError as error:
+                self.status = {"state": "failed", "message": f"cannot start: {error}"}
+                return True
+        threading.Thread(target=self._follow, args=(self._process,), daemon=True).start()
+        return True
+
+    def stop(self) -> None:
+        """End it; what it has done is taken up by the next one."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+    def _follow(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        last: dict[str, Any] = {}
+        for line in process.stdout:
+            try:
+                last = json.loads(line)
+            except ValueError:
+                continue  # a library printed something
+            if "stage" in last:
+                self.status = {**self.status, **last}
+        code = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        if "result" in last:
+            self.status = {"state": "done", **last["result"]}
+        else:
+            self.status = {"state": "failed", "message": last.get("error", f"ended with code {code}")}
+
+
+@dataclass(eq=False)
+class Review:
+    """One screening, its images, and what a person decides about them.
+
+    Attributes:
+        folder: The screening's.
+        out: Where a refit writes its model.
+        screening: Read from disk.
+        images: Under the same ids.
+        store: Decisions on disk.
+        refit: Stage 2 in the background.
+    """
+
+    folder: Path
+    out: Path
+    screening: Screening
+    images: ImageSet
+    store: DecisionStore
+    refit: Refit
+
+    @classmethod
+    def open(cls, folder: str | Path, *, images: str | Path | None = None, cache: str | Path | None = None) -> "Review":
+        """From a screening folder, or a model folder that has one.
+
+        Raises:
+            InputError: There is no screening, it or its decisions are damaged, or its images are not there.
+            OutputError: The folder cannot be written.
+        """
+        place = screening_folder(folder)
+        ensure_folder(place)
+        out = place.parent if (place.parent / "model.json").exists() and place.name == "screening" else place / "model"
+        screening = read_screening(place)
+        found = images_of(screening, images)
+        store = DecisionStore(place / DECISIONS)
+        command = [sys.executable, "-m", "flawsift.refit", "--screening", str(place), "--out", str(out)]
+        command += ["--decisions", str(store.path)]
+        command += ["--images", str(images)] if images is not None else []
+        command += ["--cache", str(cache)] if cache is not None else []
+        return cls(place, out, screening, found, store, Refit(command))
+
+    @functools.cached_property
+    def position(self) -> dict[int, int]:
+        """{global id: position in the screening}."""
+        return {i: p for p, i in enumerate(self.screening.ids.tolist())}
+
+    @functools.cached_property
+    def id_of(self) -> dict[str, int]:
+        """{name as shown: global id}."""
+        return {show(n): i for i, n in zip(self.screening.ids.tolist(), self.screening.names, strict=True)}
+
+    def decided(self) -> Screening:
+        """The screening with the decisions in force."""
+        choices = {n: d.choice for n, d in self.store.since(-1)[1].items() if d.choice and n in self.id_of}
+        try:
+            is_kept, _ = decided(self.screening.names, self.screening.is_kept, choices)
+        except InputError:  # everything was removed: nothing to train on, but something to look at
+            is_kept = np.zeros(len(self.screening.ids), np.bool_)
+        return replace(self.screening, kept=self.screening.ids[is_kept])
+
+    def news(self, since: int) -> dict[str, Any]:
+        """The revision and the decisions that changed after an older one, by id."""
+        revision, rows = self.store.since(since)
+        return {"revision": revision, "decisions": self._by_id(rows), "refit": self.refit.status}
+
+    def decide(self, changes: list[Any]) -> dict[str, Any]:
+        """Write decisions; see `DecisionStore.write`.
+
+        Raises:
+            ParameterError: A change is not of the form {"id", "decision", "version"}, or of an unknown image.
+            OutputError: They cannot be written.
+        """
+        asked = []
+        for change in changes:
+            try:
+                id_, choice, seen = change["id"], change["decision"], change["version"]
+                name = show(self.screening.names[self.position[id_]])
+            except (KeyError, TypeError) as error:
+                raise ParameterError("A change needs the id of an image, a decision and a version.") from error
+            if not isinstance(choice, str) or not isinstance(seen, int):
+                raise ParameterError("A decision is a text, and a version a whole number.")
+            asked.append(Change(name, choice, seen))
+        written, refused = self.store.write(asked)
+        return {"written": self._by_id(written), "refused": self._by_id(refused), "revision": self.store.revision}
+
+    def _by_id(self, rows: Mapping[str, Decision]) -> dict[int, list[Any]]:
+        return {self.id_of[n]: [d.choice, d.version] for n, d in rows.items() if n in self.id_of}
+
+    @functools.cached_property
+    def _content(self) -> dict[str, Any]:
+        s = self.screening
+        votes, voters, top_share = report.agreement(s)
+        rank = np.empty(len(s.ids), np.int64)
+        rank[np.argsort(-s.consensus, kind="stable")] = np.arange(1, len(s.ids) + 1)
+        return {
+            "ids": s.ids.tolist(),
+            "names": [show(name) for name in s.names],
+            "rank": rank.tolist(),
+            "consensus": [report.number(v) for v in s.consensus.tolist()],
+            "held_out": [report.number(v) for v in s.held_out_scores.tolist()],
+            "votes": votes.tolist(),
+            "kept": s.is_kept.astype(int).tolist(),
+            "places": [] if s.grids is None else [report.place_of(grid) for grid in s.grids],
+            "voters": voters,
+            "top_share": top_share,
+            "has_maps": s.grids is not None,
+            "out": show(self.out),
+        }
+
+    def content(self) -> dict[str, Any]:
+        """Everything that the page shows of the images, pictures left out."""
+        return {**self._content, **self.news(-1)}
+
+    def page(self) -> str:
+        """The page's frame."""
+        return report.template("review.html").render(
+            folder=show(self.folder), out=show(self.out), has_maps=self.screening.grids is not None
+        )
+
+    def style(self) -> str:
+        """The style that the page shares with the report."""
+        return report.template("style.css").render(ramp=report.css_ramp())
+
+    def overview(self) -> str:
+        """What the report says beyond single images, with the decisions in force."""
+        now = self.decided()
+        unreadable = [(show(name), show(reason)) for name, reason in now.unreadable.items()]
+        return report.template("overview.html").render(
+            headline=report.headline(self.screening),
+            n_kept=len(now.kept),
+            n_removed=len(now.ids) - len(now.kept),
+            contamination=report.explanation(self.screening),
+            **report.histogram_of(now),
+            unreadable=unreadable[: report.MAX_UNREADABLE],
+            n_unreadable=len(unreadable),
+            details=list(report.flat({"options": now.options, **now.provenance})),
+        )
+
+    def alike(self, id_: int) -> list[int]:
+        """Ids of the typical images that look most like one."""
+        if self.screening.descriptions is None:
+            return []
+        near = nearest(self.screening.descriptions, self.position[id_], report.typical(self.decided()), N_ALIKE)
+        return [int(self.screening.ids[p]) for p in near]
+
+    @functools.cached_property
+    def _scale(self) -> Any:
+        return report.map_scale(self.screening)
+
+    @functools.lru_cache(maxsize=CACHED)  # noqa: B019  # one Review lives as long as its server
+    def picture(self, kind: str, id_: int) -> bytes | None:
+        """An image as JPEG, or its heatmap as PNG; None where there is none.
+
+        Args:
+            kind: "thumb", "preview", "thumb-map" or "preview-map".
+            id_: Of the image.
+        """
+        try:
+            image = self.images.image(id_)
+        except UnreadableImage:
+            return None
+        buffer = io.BytesIO()
+        if kind in ("thumb", "preview"):
+            shrink(image, THUMB if kind == "thumb" else PREVIEW).save(buffer, "JPEG", quality=JPEG_QUALITY)
+            return buffer.getvalue()
+        if self.screening.grids is None:
+            return None
+        edge = THUMB if kind == "thumb-map" else LAYER
+        grid = report.shown_map(self.screening.grids[self.position[id_]])
+        layer(_fitted(image, edge), grid, self._scale).save(buffer, "PNG", compress_level=3)
+        return buffer.getvalue()
+
+
+def _fitted(image: Image.Image, edge: int) -> tuple[int, int]:
+    """The picture's shape with this long edge, whether the picture is smaller or larger."""
+    ratio = edge / max(image.size)
+    return max(1, round(image.width * ratio)), max(1, round(image.height * ratio))
+
+
+class _Guard:
+    """Refuses whoever does not know the token, comes under another host's name or from another page, or sends too much.
+
+    A page of another site can make a browser send requests here, and a name of that site can be made to point here: so
+    the Host must be this machine's and the Origin, where there is one, this page's. The token stands in the path, not
+    in a cookie, since cookies are shared by all ports of a machine.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, port: int) -> None:
+        self.app, self.token = app, token.encode()
+        self.hosts = {f"{name}:{port}" for name in (LOOPBACK, "localhost")}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return  # no other kind of connection is ever accepted
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for key, value in HEADERS.items():
+                    headers[key] = value
+            await send(message)
+
+        status, reason = self._refusal(scope)
+        body = b""
+        if not reason and scope["method"] == "POST":
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return
+                body += message.get("body", b"")
+                if len(body) > MAX_BODY:
+                    status, reason = 413, "The request is too large."
+                if reason or not message.get("more_body", False):
+                    break
+        if reason:
+            await PlainTextResponse(f"{reason}\n", status, {"Connection": "close"})(scope, receive, send_guarded)
+            return
+        _, _, rest = scope["path"][1:].partition("/")
+        inner = {
+            **scope,
+            "path": f"/{rest}",
+            "raw_path": f"/{rest}".encode(),
+            "flawsift.bare": scope["path"][1:] == rest,
+        }
+        sent = False
+
+        async def replay() -> Message:
+            nonlocal sent
+            if not sent:
+                sent = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            return await receive()
+
+        await self.app(inner, replay if scope["method"] == "POST" else receive, send_guarded)
+
+    def _refusal(self, scope: Scope) -> tuple[int, str]:
+        headers = Headers(scope=scope)
+        if headers.get("host", "") not in self.hosts:
+            return 403, "Wrong host. Open the address that `flawsift review` printed."
+        origin = headers.get("origin")
+        if origin is not None and origin not in {f"http://{host}" for host in self.hosts}:
+            return 403, "Requests from other pages are refused."
+        # a link to the page itself may be followed from anywhere: the token is in it
+        followed = scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not followed:
+            return 403, "Requests from other pages are refused."
+        token, _, _ = scope["path"][1:].partition("/")
+        if not hmac.compare_digest(token.encode("utf-8", "replace"), self.token):
+            return 403, "Wrong token. Open the address that `flawsift review` printed."
+        if scope["method"] == "POST":
+            if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+                return 415, "Only JSON is taken."
+            length = headers.get("content-length", "0")
+            if not length.isdecimal() or int(length) > MAX_BODY:
+                return 413, "The request is too large."
+        return 0, ""
+
+
+def make_app(review: Review, token: str, port: int) -> ASGIApp:
+    """The page's server, behind its guard."""
+    limit: list[anyio.CapacityLimiter] = []
+
+    async def in_thread(call: Callable[[], Any]) -> Any:
+        if not limit:
+            limit.append(anyio.CapacityLimiter(WORKERS))
+        return await anyio.to_thread.run_sync(call, limiter=limit[0])
+
+    def known(request: Request) -> int | None:
+        id_: int = request.path_params["id"]
+        return id_ if id_ in review.position else None
+
+    async def page(request: Request) -> Response:
+        return Response(review.page(), media_type="text/html")
+
+    async def static(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name == "style.css":
+            return Response(review.style(), media_type="text/css")
+        if name not in STATIC:
+            return PlainTextResponse("There is no such page.", 404)
+        return Response(_static(name), media_type=STATIC[name])
+
+    async def content(request: Request) -> Response:
+        return JSONResponse(await in_thread(review.content))
+
+    async def overview(request: Request) -> Response:
+        return Response(await in_thread(review.overview), media_type="text/html")
+
+    async def news(request: Request) -> Response:
+        since = request.query_params.get("since", "-1")
+        return JSONResponse(review.news(int(since) if since.lstrip("-").isdecimal() else -1))
+
+    async def picture(request: Request) -> Response:
+        id_, kind = known(request), request.path_params["kind"]
+        if id_ is None or kind not in ("thumb", "preview", "thumb-map", "preview-map"):
+            return PlainTextResponse("There is no such image.", 404)
+        data = await in_thread(lambda: review.picture(kind, id_))
+        if data is None:
+            return PlainTextResponse("This image cannot be read.", 404)
+        media = "image/png" if kind.endswith("-map") else "image/jpeg"
+        return Response(data, media_type=media, headers={"Cache-Control": "private, max-age=86400"})
+
+    async def alike(request: Request) -> Response:
+        id_ = known(request)
+        if id_ is None:
+            return PlainTextResponse("There is no such image.", 404)
+        return JSONResponse(await in_thread(lambda: review.alike(id_)))
+
+    async def decide(request: Request) -> Response:
+        try:
+            changes = (await request.json())["changes"]
+            if not isinstance(changes, list):
+                raise TypeError(type(changes))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return JSONResponse({"error": "Give {'changes': [...]} as JSON."}, 400)
+        result = await anyio.to_thread.run_sync(lambda: review.decide(changes))
+        return JSONResponse(result, 409 if result["refused"] else 200)
+
+    async def refit(request: Request) -> Response:
+        if not review.store.path.exists():
+            await anyio.to_thread.run_sync(lambda: review.store.touch())
+        started = await anyio.to_thread.run_sync(review.refit.start)
+        return JSONResponse(review.refit.status, 202 if started else 409)
+
+    async def told(request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": str(error)}, 400 if isinstance(error, ParameterError) else 500)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> Any:
+        yield
+        await anyio.to_thread.run_sync(review.refit.stop)
+
+    async def slash(request: Request) -> Response:
+        return RedirectResponse(f"/{token}/") if request.scope.get("flawsift.bare") else await page(request)
+
+    routes = [
+        Route("/", slash),
+        Route("/content", content),
+        Route("/overview", overview),
+        Route("/decisions", news),
+        Route("/picture/{kind}/{id:int}", picture),
+        Route("/alike/{id:int}", alike),
+        Route("/decide", decide, methods=["POST"]),
+        Route("/refit", refit, methods=["POST"]),
+        Route("/{name}", static),
+    ]
+    app = Starlette(routes=routes, exception_handlers={FlawsiftError: told}, lifespan=lifespan)
+    return _Guard(app, token, port)
+
+
+@functools.cache
+def _static(name: str) -> bytes:
+    return (resources.files("flawsift") / "templates" / name).read_bytes()
+
+
+def serve(review: Review, *, port: int = 0, on_ready: Callable[[str], object]) -> None:
+    """Serve a review to this machine until it is interrupted.
+
+    Args:
+        review: What is shown.
+        port: 0 takes a free one.
+        on_ready: Called with the address, token included, once it answers.
+
+    Raises:
+        OSError: The port is taken.
+    """
+    token = secrets.token_urlsafe(24)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((LOOPBACK, port))
+        listener.listen(128)  # from here on a browser that comes early waits instead of being refused
+        chosen = listener.getsockname()[1]
+        config = uvicorn.Config(
+            make_app(review, token, chosen),
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=3,
+        )
+        on_ready(f"http://{LOOPBACK}:{chosen}/{token}/")
+        uvicorn.Server(config).run(sockets=[listener])

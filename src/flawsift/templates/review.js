@@ -1,0 +1,584 @@
+// The review page: a virtualised grid, a large view, and decisions that are saved one by one.
+// File names are only ever set as text, never as markup.
+"use strict";
+
+(() => {
+  const CAPTION = 52; // pixels below a picture, as the style has it
+  const OVERSCAN = 2; // rows above and below what is seen
+  const FAST = 3; // pixels per millisecond of scrolling; above, pictures wait until it ends
+  const REST = 90; // milliseconds without scrolling, after which they are loaded
+  const POLL = 2500; // milliseconds between two looks at what other tabs decided
+  const BORDER = 12; // images on each side of the cut that count as borderline
+  const MAX_UNDO = 500;
+
+  const $ = (id) => document.getElementById(id);
+  const make = (tag, className, text) => {
+    const element = document.createElement(tag);
+    if (className) element.className = className;
+    if (text !== undefined) element.textContent = text;
+    return element;
+  };
+  const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
+
+  let data = null; // what the server knows of the images, by position
+  let at = new Map(); // id -> position
+  let decisions = new Map(); // id -> [choice, version]
+  let revision = -1;
+  let view = []; // positions that are shown, in order
+  let current = 0; // index into the view
+  let anchor = 0; // the other end of a selection
+  let opacity = 1;
+  let lastOpacity = 1;
+  let tileSize = 190;
+  let undoStack = [];
+  let waiting = 0; // decisions on their way
+  let queue = Promise.resolve();
+  let alikeFor = null;
+
+  // ---- talking to the server ----------------------------------------------------------------------------------------
+
+  async function ask(path, body) {
+    const options = body === undefined ? {} :
+      { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+    let answer;
+    try {
+      answer = await fetch(path, options);
+    } catch {
+      throw new Error("The server does not answer. Start “flawsift review” again and open the address that it prints; "
+        + "what was saved is there.");
+    }
+    const content = (answer.headers.get("Content-Type") || "").includes("json") ? await answer.json() : await answer.text();
+    if (!answer.ok && answer.status !== 409) throw new Error(content.error || content);
+    return content;
+  }
+
+  function alarm(text) {
+    $("alert").textContent = text;
+    $("alert").hidden = !text;
+  }
+
+  function speak(text) { $("spoken").textContent = text; }
+
+  function takeNews(news) {
+    for (const [id, decision] of Object.entries(news.decisions)) decisions.set(Number(id), decision);
+    revision = news.revision;
+    showRefit(news.refit);
+  }
+
+  async function poll() {
+    if (!waiting && !document.hidden) {
+      try {
+        const news = await ask(`decisions?since=${revision}`);
+        if (!waiting) {
+          takeNews(news);
+          if (Object.keys(news.decisions).length) refresh();
+        }
+        if ($("alert").dataset.kind === "lost") { $("alert").dataset.kind = ""; alarm(""); }
+      } catch (error) {
+        $("alert").dataset.kind = "lost";
+        alarm(error.message);
+      }
+    }
+    setTimeout(poll, $("refit").open ? 600 : POLL);
+  }
+
+  // ---- decisions ----------------------------------------------------------------------------------------------------
+
+  const choiceOf = (id) => (decisions.get(id) || ["", 0])[0];
+  const stateOf = (p) => {
+    const choice = choiceOf(data.ids[p]);
+    return choice === "keep" ? 1 : choice === "remove" ? 0 : data.kept[p];
+  };
+
+  function decide(wanted, { undoing = false } = {}) {
+    const steps = wanted.filter(([id, choice]) => choiceOf(id) !== choice).map(([id, choice]) => [id, choice, choiceOf(id)]);
+    if (!steps.length) return;
+    const before = new Map(steps.map(([id]) => [id, decisions.get(id) || ["", 0]]));
+    for (const [id, choice] of steps) decisions.set(id, [choice, before.get(id)[1]]);
+    if (!undoing) remember(steps.map(([id, , old]) => [id, old]));
+    waiting += 1;
+    $("saved").textContent = "Saving…";
+    refresh();
+    queue = queue.then(() => send(steps, before, undoing));
+  }
+
+  async function send(steps, before, undoing) {
+    try {
+      const changes = steps.map(([id, choice]) => ({ id, decision: choice, version: before.get(id)[1] }));
+      for (const change of changes) change.version = Math.max(change.version, (sentVersions.get(change.id) || 0));
+      const answer = await ask("decide", { changes });
+      for (const [id, decision] of Object.entries({ ...answer.written, ...answer.refused })) {
+        sentVersions.set(Number(id), decision[1]);
+        const mine = decisions.get(Number(id));
+        const newer = mine && steps.every(([s, choice]) => s !== Number(id) || choice !== mine[0]);
+        decisions.set(Number(id), newer && !(id in answer.refused) ? [mine[0], decision[1]] : decision);
+      }
+      const refused = Object.keys(answer.refused).map(Number);
+      if (refused.length) {
+        forget(new Set(refused));
+        const names = refused.slice(0, 3).map((id) => `${data.names[at.get(id)]} (${choiceOf(id) || "no decision"})`);
+        alarm(`Decided elsewhere meanwhile, and left as it is there: ${names.join(", ")}${refused.length > 3 ? ", …" : ""}. `
+          + "Decide again to change it.");
+      } else if ($("alert").dataset.kind !== "lost") {
+        alarm("");
+      }
+      $("saved").textContent = refused.length ? "Not all saved" : "Saved";
+    } catch (error) {
+      for (const [id] of steps) decisions.set(id, before.get(id));
+      if (!undoing) forget(new Set(steps.map(([id]) => id)));
+      alarm(`Not saved: ${error.message}`);
+      $("saved").textContent = "Not saved";
+    }
+    waiting -= 1;
+    refresh();
+  }
+  const sentVersions = new Map(); // id -> version that the server answered last
+
+  const undoKey = `undo ${location.pathname}`;
+  function remember(step) {
+    undoStack.push(step);
+    undoStack = undoStack.slice(-MAX_UNDO);
+    store();
+  }
+  function forget(ids) {
+    for (const id of ids) { // the last step that has it
+      const index = undoStack.findLastIndex((step) => step.some(([other]) => other === id));
+      if (index < 0) continue;
+      undoStack[index] = undoStack[index].filter(([other]) => other !== id);
+      if (!undoStack[index].length) undoStack.splice(index, 1);
+    }
+    store();
+  }
+  function store() {
+    try { sessionStorage.setItem(undoKey, JSON.stringify(undoStack)); } catch { /* a private window: undo ends with the page */ }
+    $("undo").disabled = !undoStack.length;
+  }
+  function undo() {
+    const step = undoStack.pop();
+    store();
+    if (!step) return;
+    decide(step, { undoing: true });
+    const index = view.indexOf(at.get(step[0][0]));
+    if (index >= 0) moveTo(index);
+    speak(`Undone: ${count(step.length, "image")}`);
+  }
+
+  function selected() {
+    const [low, high] = anchor < current ? [anchor, current] : [current, anchor];
+    return view.slice(low, high + 1);
+  }
+  function choose(choice) {
+    if (!view.length) return;
+    const several = selected();
+    decide(several.map((p) => [data.ids[p], choice]));
+    speak(several.length > 1 ? `${count(several.length, "image")}: ${choice || "cleared"}`
+      : `${data.names[view[current]]}: ${choice || "cleared"}`);
+    const end = Math.max(anchor, current);
+    moveTo(choice === "" ? current : Math.min(end + 1, view.length - 1));
+  }
+
+  // ---- what is shown ------------------------------------------------------------------------------------------------
+
+  function filterOf(name) {
+    const nRemoved = data.kept.filter((k) => !k).length;
+    return {
+      all: () => true,
+      suspects: (p) => !data.kept[p],
+      kept: (p) => data.kept[p],
+      todo: (p) => !data.kept[p] && !choiceOf(data.ids[p]),
+      borderline: (p) => nRemoved > 0 && Math.abs(data.rank[p] - nRemoved - 0.5) < BORDER,
+      decided: (p) => choiceOf(data.ids[p]),
+      keep: (p) => choiceOf(data.ids[p]) === "keep",
+      remove: (p) => choiceOf(data.ids[p]) === "remove",
+      unsure: (p) => choiceOf(data.ids[p]) === "unsure",
+      changed: (p) => stateOf(p) !== data.kept[p],
+    }[name];
+  }
+  const ORDERS = {
+    rank: (a, b) => data.rank[a] - data.rank[b],
+    ordinary: (a, b) => data.rank[b] - data.rank[a],
+    votes: (a, b) => data.votes[a] - data.votes[b] || data.rank[a] - data.rank[b],
+    name: (a, b) => (data.names[a] < data.names[b] ? -1 : 1),
+  };
+
+  // Decisions leave the view as it is, so that nothing jumps away below the hand; a new filter makes it anew.
+  function makeView() {
+    const keep = view[current];
+    const test = filterOf($("filter").value);
+    const part = $("search").value.toLowerCase();
+    view = data.ids.map((_, p) => p).filter((p) => test(p) && (!part || data.names[p].toLowerCase().includes(part)));
+    view.sort(ORDERS[$("sort").value]);
+    const index = view.indexOf(keep);
+    current = anchor = index < 0 ? 0 : index;
+    for (const li of tiles.values()) li.remove();
+    tiles.clear();
+    layOut();
+    $("count").textContent = count(view.length, "image");
+    $("empty").hidden = view.length > 0;
+  }
+
+  const tiles = new Map(); // index -> li
+  let columns = 1;
+  let cell = 200;
+  let moving = false;
+  let lastY = 0;
+  let lastTime = 0;
+  let restTimer = 0;
+
+  function layOut() {
+    const width = $("grid").clientWidth;
+    columns = Math.max(width < 500 && tileSize < 260 ? 2 : 1, Math.floor(width / (tileSize + 10)));
+    cell = width / columns;
+    $("grid").style.height = `${Math.ceil(view.length / columns) * rowHeight()}px`;
+    for (const [index, li] of tiles) place(index, li);
+    render();
+  }
+  const rowHeight = () => Math.round(cell) + CAPTION;
+
+  function place(index, li) {
+    li.style.width = `${cell}px`;
+    li.style.height = `${rowHeight()}px`;
+    li.style.transform = `translate(${(index % columns) * cell}px, ${Math.floor(index / columns) * rowHeight()}px)`;
+    li.querySelector(".shown").style.height = `${Math.round(cell) - 12}px`;
+  }
+
+  function render() {
+    const top = -$("grid").getBoundingClientRect().top;
+    const first = Math.max(0, (Math.floor(top / rowHeight()) - OVERSCAN) * columns);
+    const last = Math.min(view.length, (Math.ceil((top + innerHeight) / rowHeight()) + OVERSCAN) * columns);
+    for (const [index, li] of tiles) {
+      if ((index < first || index >= last) && index !== current) {
+        for (const img of li.querySelectorAll("img")) img.removeAttribute("src"); // ends a request that nobody needs
+        li.remove();
+        tiles.delete(index);
+      }
+    }
+    let following = null;
+    for (let index = last - 1; index >= first; index -= 1) {
+      let li = tiles.get(index);
+      if (!li) {
+        li = tile(index);
+        tiles.set(index, li);
+        $("grid").insertBefore(li, following);
+      }
+      following = li;
+    }
+    if (!moving) for (const [index, li] of tiles) load(index, li);
+  }
+
+  function tile(index) {
+    const p = view[index];
+    const li = make("li");
+    li.setAttribute("aria-setsize", view.length);
+    li.setAttribute("aria-posinset", index + 1);
+    const button = make("button", "tile");
+    button.type = "button";
+    const shown = make("span", "shown");
+    const line = make("span", "line");
+    line.append(make("span", "rank", `${data.rank[p].toLocaleString("en")}`), make("span", "badge"));
+    const name = make("bdi", "name", data.names[p]);
+    button.title = data.names[p];
+    button.append(shown, line, name);
+    button.addEventListener("click", (event) => {
+      if (event.shiftKey) { moveTo(index, { extend: true }); return; }
+      moveTo(index);
+      openSingle();
+    });
+    button.addEventListener("focus", () => {
+      if (current !== index) { current = index; anchor = index; markAll(); }
+    });
+    li.append(button);
+    place(index, li);
+    mark(index, li);
+    return li;
+  }
+
+  function load(index, li) {
+    const shown = li.querySelector(".shown");
+    if (shown.firstChild) return;
+    const id = data.ids[view[index]];
+    const image = make("img");
+    image.alt = "";
+    image.decoding = "async";
+    image.addEventListener("error", () => {
+      if (image.hasAttribute("src")) shown.replaceChildren(make("span", "nothing", "no picture"));
+    });
+    image.src = `picture/thumb/${id}`;
+    shown.append(image);
+    if (data.has_maps) {
+      const map = make("img", "map");
+      map.alt = "";
+      map.decoding = "async";
+      map.style.opacity = opacity;
+      map.addEventListener("error", () => map.remove());
+      map.src = `picture/thumb-map/${id}`;
+      shown.append(map);
+    }
+  }
+
+  function mark(index, li) {
+    const p = view[index];
+    const choice = choiceOf(data.ids[p]);
+    const button = li.firstChild;
+    const state = data.kept[p] ? "kept" : "set aside";
+    const badge = button.querySelector(".badge");
+    badge.textContent = choice || state;
+    badge.className = choice ? `badge decision ${choice}` : `badge ${data.kept[p] ? "kept" : "removed"}`;
+    button.className = `tile ${choice}`;
+    button.tabIndex = index === current ? 0 : -1;
+    const [low, high] = anchor < current ? [anchor, current] : [current, anchor];
+    if (low !== high && index >= low && index <= high) button.setAttribute("aria-pressed", "true");
+    else button.removeAttribute("aria-pressed");
+    button.setAttribute("aria-label", `Rank ${data.rank[p]}, ${data.names[p]}, ${state} by the screening, `
+      + (choice ? `decided: ${choice}` : "undecided"));
+  }
+  function markAll() { for (const [index, li] of tiles) mark(index, li); }
+
+  function moveTo(index, { extend = false, focus = true } = {}) {
+    current = Math.max(0, Math.min(view.length - 1, index));
+    if (!extend) anchor = current;
+    const top = Math.floor(current / columns) * rowHeight() + $("grid").getBoundingClientRect().top;
+    const head = document.querySelector(".bar").offsetHeight;
+    if (top < head) scrollBy(0, top - head - 8);
+    else if (top + rowHeight() > innerHeight) scrollBy(0, top + rowHeight() - innerHeight + 8);
+    render();
+    markAll();
+    if ($("single").open) showSingle();
+    else if (focus && tiles.get(current)) tiles.get(current).firstChild.focus({ preventScroll: true });
+  }
+
+  function refresh() {
+    markAll();
+    const removed = data.ids.filter((_, p) => !data.kept[p]);
+    const done = removed.filter((id) => choiceOf(id)).length;
+    const all = [...decisions.values()].filter(([choice]) => choice).length;
+    $("progress").max = Math.max(1, removed.length);
+    $("progress").value = done;
+    $("progress-text").textContent = removed.length
+      ? `${done.toLocaleString("en")} of ${count(removed.length, "image")} set aside decided; ${all.toLocaleString("en")} in all`
+      : `${count(all, "image")} decided`;
+    if ($("single").open) showState();
+    const kept = data.ids.filter((_, p) => stateOf(p)).length;
+    const byHand = (choice) => [...decisions].filter(([id, d]) => d[0] === choice && at.has(id)).length;
+    $("refit-plan").textContent = `Train on ${count(kept, "image")} of ${data.ids.length.toLocaleString("en")}: what the screening `
+      + `kept, with ${byHand("keep").toLocaleString("en")} kept and ${byHand("remove").toLocaleString("en")} removed by hand.`;
+  }
+
+  // ---- the large view -----------------------------------------------------------------------------------------------
+
+  function openSingle() {
+    if (!view.length) return;
+    if (!$("single").open) $("single").showModal();
+    showSingle();
+  }
+
+  function showSingle() {
+    const p = view[current];
+    const id = data.ids[p];
+    $("single-place").textContent = `${(current + 1).toLocaleString("en")} of ${view.length.toLocaleString("en")}`;
+    $("single-name").replaceChildren(make("bdi", "", data.names[p]));
+    $("single-image").alt = `Image ${data.names[p]}`;
+    $("single-image").src = `picture/preview/${id}`;
+    $("single-map").hidden = !data.has_maps;
+    if (data.has_maps) {
+      $("single-map").src = `picture/preview-map/${id}`;
+      $("single-map").alt = `Heatmap of ${data.names[p]}, ${data.places[p]}`;
+    }
+    $("single-caption").textContent = data.has_maps ? `Heatmap ${data.places[p]}` : "";
+    const facts = [
+      ["Rank", `${data.rank[p].toLocaleString("en")} of ${data.ids.length.toLocaleString("en")}`],
+      ["Consensus", data.consensus[p]],
+      ["Held-out score", data.held_out[p]],
+      ["Sub-models agreeing", `${data.votes[p]} of ${data.voters}`],
+    ];
+    $("single-facts").replaceChildren(...facts.map(([term, value]) => {
+      const row = make("div");
+      row.append(make("dt", "", term), make("dd", "", value));
+      return row;
+    }));
+    $("previous").disabled = current === 0;
+    $("next").disabled = current === view.length - 1;
+    compareWith(null);
+    showState();
+    showAlike(id);
+    for (const index of [current + 1, current - 1]) { // so that the next picture is there when it is asked for
+      if (view[index] !== undefined) new Image().src = `picture/preview/${data.ids[view[index]]}`;
+    }
+  }
+
+  function showState() {
+    const p = view[current];
+    const choice = choiceOf(data.ids[p]);
+    const badges = [make("span", `badge ${data.kept[p] ? "kept" : "removed"}`, data.kept[p] ? "kept" : "set aside"), " by the screening"];
+    if (choice) badges.push(", you: ", make("span", `badge decision ${choice}`, choice));
+    $("single-state").replaceChildren(...badges);
+    for (const button of document.querySelectorAll("[data-choice]")) {
+      if (button.dataset.choice) button.setAttribute("aria-pressed", button.dataset.choice === choice);
+      else button.disabled = !choice;
+    }
+  }
+
+  async function showAlike(id) {
+    alikeFor = id;
+    let ids = [];
+    try { ids = await ask(`alike/${id}`); } catch { /* the poll tells that the server is gone */ }
+    if (alikeFor !== id) return;
+    $("alike").hidden = !ids.length;
+    $("alike-list").replaceChildren(...ids.map((other) => {
+      const li = make("li");
+      const button = make("button");
+      button.type = "button";
+      button.setAttribute("aria-pressed", "false");
+      button.title = data.names[at.get(other)];
+      const image = make("img");
+      image.alt = `Compare with ${data.names[at.get(other)]}`;
+      image.src = `picture/thumb/${other}`;
+      button.append(image);
+      button.addEventListener("click", () => {
+        const on = button.getAttribute("aria-pressed") !== "true";
+        for (const b of $("alike-list").querySelectorAll("button")) b.setAttribute("aria-pressed", b === button && on);
+        compareWith(on ? other : null);
+      });
+      li.append(button);
+      return li;
+    }));
+  }
+
+  function compareWith(id) {
+    $("compare").hidden = id === null;
+    if (id === null) { $("compare-image").removeAttribute("src"); return; }
+    $("compare-image").src = `picture/preview/${id}`;
+    $("compare-image").alt = `Typical image ${data.names[at.get(id)]}`;
+    $("compare-caption").replaceChildren("Typical: ", make("bdi", "", data.names[at.get(id)]));
+  }
+
+  function setOpacity(value) {
+    opacity = value;
+    if (value > 0) lastOpacity = value;
+    for (const id of ["opacity", "single-opacity"]) if ($(id)) $(id).value = 100 * value;
+    for (const map of document.querySelectorAll(".map")) map.style.opacity = value;
+  }
+
+  // ---- refit --------------------------------------------------------------------------------------------------------
+
+  let refitState = "";
+  function showRefit(status) {
+    const running = status.state === "running";
+    $("start-refit").disabled = running;
+    $("refit-progress").hidden = !running;
+    $("open-refit").textContent = running ? "Refitting…" : "Refit";
+    if (running) {
+      if (status.total) $("refit-progress").value = status.done / status.total;
+      else $("refit-progress").removeAttribute("value");
+      const steps = status.total ? `, ${status.done.toLocaleString("en")} of ${status.total.toLocaleString("en")}` : "";
+      $("refit-status").textContent = `Running: ${status.stage}${steps}.`;
+    } else if (status.state === "done") {
+      const threshold = status.threshold === null ? ""
+        : ` Threshold ${Number(status.threshold.toPrecision(4))}: about ${Number(status.per_hundred.toPrecision(2))} false alarms per 100 good parts.`;
+      $("refit-status").textContent = `Done in ${Math.round(status.seconds)} s: trained on ${count(status.n_kept, "image")}.${threshold} Report: ${status.report}`;
+    } else if (status.state === "failed") {
+      $("refit-status").textContent = `Failed: ${status.message}`;
+    }
+    if (refitState === "running" && !running) speak($("refit-status").textContent);
+    refitState = status.state;
+  }
+
+  // ---- hands --------------------------------------------------------------------------------------------------------
+
+  function onKey(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey) {
+      if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z" && !typing(event)) { event.preventDefault(); undo(); }
+      return;
+    }
+    const single = $("single").open;
+    if (!single && document.querySelector("dialog[open]")) return;
+    if (typing(event)) return;
+    const inGrid = !single && (event.target === document.body || $("grid").contains(event.target));
+    const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+    const extend = event.shiftKey;
+    const page = columns * Math.max(1, Math.floor(innerHeight / rowHeight()) - 1);
+    const moves = single ? { ArrowLeft: -1, ArrowRight: 1 }
+      : { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, PageUp: -page, PageDown: page,
+        Home: -view.length, End: view.length };
+    if (key in moves && (single || inGrid)) {
+      event.preventDefault();
+      const target = current + moves[key];
+      const beyond = Math.abs(moves[key]) === columns && (target < 0 || target >= view.length);
+      if (!beyond || columns === 1) moveTo(target, { extend: extend && !single });
+    } else if (key === "k") choose("keep");
+    else if (key === "r") choose("remove");
+    else if (key === "u") choose("unsure");
+    else if (key === "x") choose("");
+    else if (key === "z") undo();
+    else if (key === "h" && data.has_maps) setOpacity(opacity > 0 ? 0 : lastOpacity);
+    else if (key === "?") $("help").showModal();
+    else if ((key === "Enter" || key === " ") && event.target === document.body) openSingle();
+    else return;
+    if (key !== "Enter") event.preventDefault();
+  }
+  const typing = (event) => event.target.matches("input[type=search], select") ||
+    (event.target.matches("input") && event.key.startsWith("Arrow"));
+
+  function onScroll(event) {
+    const speed = Math.abs(scrollY - lastY) / Math.max(1, event.timeStamp - lastTime);
+    [lastY, lastTime] = [scrollY, event.timeStamp];
+    moving = speed > FAST;
+    clearTimeout(restTimer);
+    restTimer = setTimeout(() => { moving = false; render(); }, REST);
+    requestAnimationFrame(render);
+  }
+
+  async function start() {
+    try {
+      data = await ask("content");
+    } catch (error) {
+      alarm(error.message);
+      return;
+    }
+    at = new Map(data.ids.map((id, p) => [id, p]));
+    try { undoStack = JSON.parse(sessionStorage.getItem(undoKey)) || []; } catch { undoStack = []; }
+    store();
+    takeNews(data);
+    if (data.kept.every((k) => k)) $("filter").value = "all";
+    makeView();
+    refresh();
+
+    for (const id of ["filter", "sort"]) $(id).addEventListener("change", () => { makeView(); scrollTo(0, 0); });
+    $("search").addEventListener("input", makeView);
+    for (const id of ["opacity", "single-opacity"]) {
+      if ($(id)) $(id).addEventListener("input", (event) => setOpacity(event.target.value / 100));
+    }
+    $("size").addEventListener("input", (event) => { tileSize = Number(event.target.value); layOut(); });
+    $("undo").addEventListener("click", undo);
+    document.querySelector(".tools").addEventListener("submit", (event) => event.preventDefault());
+    for (const button of document.querySelectorAll("[data-choice]")) {
+      button.addEventListener("click", () => choose(button.dataset.choice));
+    }
+    for (const button of document.querySelectorAll("[data-close]")) {
+      button.addEventListener("click", () => button.closest("dialog").close());
+    }
+    $("close-single").addEventListener("click", () => $("single").close());
+    $("single").addEventListener("close", () => moveTo(current));
+    $("previous").addEventListener("click", () => moveTo(current - 1));
+    $("next").addEventListener("click", () => moveTo(current + 1));
+    $("open-help").addEventListener("click", () => $("help").showModal());
+    $("open-refit").addEventListener("click", () => { refresh(); $("refit").showModal(); });
+    $("start-refit").addEventListener("click", async () => {
+      $("start-refit").disabled = true;
+      await queue; // what was decided so far is part of it
+      try { showRefit(await ask("refit", {})); } catch (error) { $("refit-status").textContent = error.message; $("start-refit").disabled = false; }
+    });
+    $("open-overview").addEventListener("click", async () => {
+      await queue;
+      try { $("overview-content").innerHTML = await ask("overview"); } // markup of the server, names escaped by it
+      catch (error) { $("overview-content").textContent = error.message; }
+      $("overview").showModal();
+    });
+    addEventListener("keydown", onKey);
+    addEventListener("scroll", onScroll, { passive: true });
+    addEventListener("resize", () => requestAnimationFrame(layOut));
+    document.body.dataset.ready = "yes";
+    setTimeout(poll, POLL);
+  }
+  start();
+})();

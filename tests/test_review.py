@@ -1,0 +1,277 @@
+"""The review page's server: who is let in, what it hands out, and that decisions meet."""
+
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from flawsift import pipeline
+from flawsift.backbones import Backbone
+from flawsift.decisions import read_decisions
+from flawsift.errors import InputError
+from flawsift.refit import refit
+from flawsift.results import images_of, read_screening
+from flawsift.review import MAX_BODY, Refit, Review, make_app
+
+TOKEN, PORT = "s3cret", 8123
+BASE = f"http://127.0.0.1:{PORT}"
+MARKUP = "<img src=x onerror=alert(1)>.png"
+ODD = os.fsdecode(b"caf\xe9.png")
+
+
+@pytest.fixture(scope="module")
+def screened(easy_folder: Path, tiny: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A screening of a folder with odd names, and the folder beside it."""
+    root = tmp_path_factory.mktemp("review")
+    shutil.copytree(easy_folder, root / "parts")
+    (root / "parts" / "part-00.png").rename(root / "parts" / MARKUP)
+    (root / "parts" / "part-01.png").rename(root / "parts" / ODD)
+    (root / "parts" / "empty.png").touch()
+    (root / "outside.png").write_bytes((easy_folder / "part-02.png").read_bytes())
+    pipeline.screen(root / "parts", "padim", tiny, out=root / "s")
+    return root
+
+
+@pytest.fixture
+def folder(screened: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(screened / "s", tmp_path / "s"))
+
+
+@pytest.fixture
+def client(folder: Path) -> Iterator[TestClient]:
+    with TestClient(make_app(Review.open(folder), TOKEN, PORT), base_url=BASE) as made:
+        yield made
+
+
+def decide(client: TestClient, id_: int, choice: str, version: int) -> Any:
+    return client.post(f"/{TOKEN}/decide", json={"changes": [{"id": id_, "decision": choice, "version": version}]})
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/wrong/", "/wrong/content", "//content", f"/{TOKEN}x/", "/decide", "/favicon.ico"]
+)
+def test_without_the_token_nothing_is_said(client: TestClient, path: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code == 403
+    assert "part-" not in answer.text
+    posted = client.post(path, json={"changes": []})
+    assert posted.status_code == 403
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8123", "127.0.0.1:8124", "127.0.0.1", ""])
+def test_foreign_hosts_are_refused(client: TestClient, host: str) -> None:
+    assert client.get(f"/{TOKEN}/content", headers={"Host": host}).status_code == 403
+    assert client.get(f"/{TOKEN}/content", headers={"Host": "localhost:8123"}).status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://127.0.0.1:8123", "http://127.0.0.1:1"])
+def test_foreign_origins_are_refused(client: TestClient, origin: str, folder: Path) -> None:
+    body = {"changes": [{"id": 3, "decision": "keep", "version": 0}]}
+    assert client.post(f"/{TOKEN}/decide", json=body, headers={"Origin": origin}).status_code == 403
+    assert client.get(f"/{TOKEN}/content", headers={"Origin": origin}).status_code == 403
+    assert not (folder / "decisions.csv").exists()
+    assert client.post(f"/{TOKEN}/decide", json=body, headers={"Origin": BASE}).status_code == 200
+
+
+def test_requests_that_a_browser_marks_as_cross_site_are_refused(client: TestClient) -> None:
+    cross = {"Sec-Fetch-Site": "cross-site"}
+    assert client.get(f"/{TOKEN}/picture/thumb/3", headers=cross).status_code == 403
+    assert client.get(f"/{TOKEN}/", headers={**cross, "Sec-Fetch-Mode": "navigate"}).status_code == 200
+
+
+def test_bodies_are_small_json(client: TestClient, folder: Path) -> None:
+    path = f"/{TOKEN}/decide"
+    large = b'{"changes": [' + b" " * MAX_BODY + b"]}"
+    as_json = {"Content-Type": "application/json"}
+    assert client.post(path, content=large, headers=as_json).status_code == 413
+    parts = (large[i : i + 65536] for i in range(0, len(large), 65536))  # in chunks, without a length
+    assert client.post(path, content=parts, headers=as_json).status_code == 413
+    assert client.post(path, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
+    for bad in (b"", b"[]", b"{", b'{"changes": 3}', b'{"changes": [3]}', b'{"changes": [{"id": 3}]}', b"\xff"):
+        assert client.post(path, content=bad, headers=as_json).status_code == 400, bad
+    assert not (folder / "decisions.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["picture/thumb/..%2f..%2foutside.png", "picture/thumb/999", "picture/thumb/-1", "picture/other/3", "screening.csv",
+     "../screening.csv", "%2e%2e/outside.png", "review.py", "picture/thumb/3/../../../x"],
+)  # fmt: skip
+def test_only_ids_of_the_screening_are_served(client: TestClient, path: str) -> None:
+    assert client.get(f"/{TOKEN}/{path}").status_code in (403, 404)
+
+
+def test_pictures_are_made_by_us(client: TestClient, screened: Path) -> None:
+    content = client.get(f"/{TOKEN}/content").json()
+    id_ = content["ids"][content["names"].index("part-07.png")]
+    for kind, form in (("thumb", "JPEG"), ("preview", "JPEG"), ("thumb-map", "PNG"), ("preview-map", "PNG")):
+        answer = client.get(f"/{TOKEN}/picture/{kind}/{id_}")
+        assert answer.status_code == 200
+        with Image.open(io.BytesIO(answer.content)) as picture:
+            assert picture.format == form
+            assert picture.mode == ("RGB" if form == "JPEG" else "RGBA")
+        assert answer.content != (screened / "parts" / "part-07.png").read_bytes()
+
+
+def test_every_answer_forbids_what_it_does_not_need(client: TestClient) -> None:
+    for path in (f"/{TOKEN}/", f"/{TOKEN}/content", "/nothing"):
+        headers = client.get(path).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "unsafe" not in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert "access-control-allow-origin" not in headers
+    page = client.get(f"/{TOKEN}/").text
+    assert "http:" not in page
+    assert "https:" not in page
+
+
+def test_odd_names_are_text_and_their_pictures_are_found(client: TestClient) -> None:
+    content = client.get(f"/{TOKEN}/content").json()
+    for name in (MARKUP, "caf\\udce9.png"):
+        id_ = content["ids"][content["names"].index(name)]
+        assert client.get(f"/{TOKEN}/picture/thumb/{id_}").status_code == 200
+        assert decide(client, id_, "keep", 0).status_code == 200
+    overview = client.get(f"/{TOKEN}/overview").text
+    assert "empty.png" in overview
+    assert "empty file (0 bytes)" in overview
+    assert "<img src=x" not in overview
+
+
+def test_content_is_that_of_the_screening(client: TestClient, folder: Path) -> None:
+    content, screening = client.get(f"/{TOKEN}/content").json(), read_screening(folder)
+    assert content["ids"] == screening.ids.tolist()
+    order = sorted(range(len(screening.ids)), key=lambda p: content["rank"][p])
+    assert [content["ids"][p] for p in order] == screening.ranking.tolist()
+    assert [i for i, k in zip(content["ids"], content["kept"], strict=True) if k] == screening.kept.tolist()
+    assert (content["voters"], content["has_maps"]) == (4, True)
+    near = client.get(f"/{TOKEN}/alike/{int(screening.removed[0])}").json()
+    assert len(near) == 6
+    assert set(near) <= set(screening.kept.tolist())
+
+
+def test_decisions_conflict_per_image_and_merge(client: TestClient, folder: Path) -> None:
+    assert decide(client, 5, "keep", 0).json()["written"] == {"5": ["keep", 1]}
+    changes = [{"id": 5, "decision": "remove", "version": 0}, {"id": 6, "decision": "unsure", "version": 0}]
+    answer = client.post(f"/{TOKEN}/decide", json={"changes": changes})
+    assert answer.status_code == 409
+    assert answer.json()["written"] == {"6": ["unsure", 1]}
+    assert answer.json()["refused"] == {"5": ["keep", 1]}
+    assert sorted(read_decisions(folder / "decisions.csv").values()) == ["keep", "unsure"]
+    news = client.get(f"/{TOKEN}/decisions?since=1").json()
+    assert news["decisions"] == {"6": ["unsure", 1]}
+    assert decide(client, 5, "remove", 1).status_code == 200
+    assert decide(client, 999, "keep", 0).status_code == 400
+    assert decide(client, 6, "perhaps", 1).status_code == 400
+
+
+def test_decisions_of_an_earlier_run_are_there(folder: Path, client: TestClient) -> None:
+    decide(client, 5, "remove", 0)
+    with TestClient(make_app(Review.open(folder), "other", PORT), base_url=BASE) as later:
+        assert later.get("/other/content").json()["decisions"] == {"5": ["remove", 1]}
+    now = Review.open(folder).decided()
+    assert 5 not in now.kept.tolist()
+    assert 5 in read_screening(folder).kept.tolist()
+
+
+def test_a_damaged_decisions_file_is_told_and_kept(client: TestClient, folder: Path) -> None:
+    (folder / "decisions.csv").write_text("path,decision\na,maybe\n")
+    answer = decide(client, 5, "keep", 0)
+    assert answer.status_code == 500
+    assert "row 2" in answer.json()["error"]
+    assert "maybe" in (folder / "decisions.csv").read_text()
+
+
+def test_where_the_images_are(folder: Path, screened: Path, tmp_path: Path) -> None:
+    content = json.loads((folder / "screening.json").read_text())
+    assert content.pop("images_root") == str(screened / "parts")
+    (folder / "screening.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="does not say where its images are"):
+        Review.open(folder)
+    assert len(Review.open(folder, images=screened / "parts").images) == 50
+    with pytest.raises(InputError, match="None of the 50 images"):
+        Review.open(folder, images=tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        Review.open(folder, images=tmp_path / "gone")
+    with pytest.raises(InputError, match="holds no screening"):
+        Review.open(tmp_path / "gone")
+
+
+def test_a_vanished_image_has_no_picture(folder: Path, screened: Path, tmp_path: Path) -> None:
+    parts = Path(shutil.copytree(screened / "parts", tmp_path / "parts"))
+    (parts / "part-05.png").unlink()
+    with TestClient(make_app(Review.open(folder, images=parts), TOKEN, PORT), base_url=BASE) as client:
+        content = client.get(f"/{TOKEN}/content").json()
+        id_ = content["ids"][content["names"].index("part-05.png")]
+        assert client.get(f"/{TOKEN}/picture/thumb/{id_}").status_code == 404
+        assert decide(client, id_, "remove", 0).status_code == 200
+
+
+def finished(client: TestClient, seconds: float = 60) -> dict[str, Any]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        status: dict[str, Any] = client.get(f"/{TOKEN}/decisions").json()["refit"]
+        if status["state"] not in ("idle", "running"):
+            return status
+        time.sleep(0.05)
+    raise AssertionError("the refit did not end")
+
+
+def test_a_refit_runs_in_its_own_process_and_says_how_far_it_is(folder: Path) -> None:
+    review = Review.open(folder)
+    assert review.refit.command[1:3] == ["-m", "flawsift.refit"]
+    told = "import json, sys\nprint(json.dumps({'stage': 'detector', 'done': 1, 'total': 4}), flush=True)\n"
+    review.refit.command = [sys.executable, "-c", told + "sys.stdin.read()"]
+    with TestClient(make_app(review, TOKEN, PORT), base_url=BASE) as client:
+        assert client.post(f"/{TOKEN}/refit", json={}).status_code == 202
+        assert client.post(f"/{TOKEN}/refit", json={}).status_code == 409
+        deadline = time.monotonic() + 30
+        while review.refit.status.get("total") != 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process = review.refit._process
+        assert process is not None
+    assert process.poll() is not None  # ended with the server
+
+
+def test_a_refit_that_fails_says_why() -> None:
+    failing = Refit([sys.executable, "-c", "print('noise'); print('{\"error\": \"no space\"}'); raise SystemExit(2)"])
+    assert failing.start()
+    deadline = time.monotonic() + 30
+    while failing.status["state"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert failing.status == {"state": "failed", "message": "no space"}
+    missing = Refit(["/nonexistent/python"])
+    missing.start()
+    assert missing.status["state"] == "failed"
+
+
+def test_refit_trains_with_the_decisions_and_reports(folder: Path, tmp_path: Path) -> None:
+    screening = read_screening(folder)
+    back, out = int(screening.removed[0]), tmp_path / "model"
+    names = dict(zip(screening.ids.tolist(), screening.names, strict=True))
+    (tmp_path / "d.csv").write_text(f"path,decision\n{names[back]},keep\n")
+    stages: list[str] = []
+    result = refit(folder, out, decisions=tmp_path / "d.csv", progress=lambda stage, done, total: stages.append(stage))
+    assert result["n_kept"] == len(screening.kept) + 1
+    assert "detector" in stages
+    assert (out / "model.json").exists()
+    page = (out / "report.html").read_text("utf-8")
+    assert "a person decided to keep 1 and to remove 0" in page
+    assert pipeline.load_model(out).training["n_kept"] == len(screening.kept) + 1
+
+
+def test_names_are_found_by_what_is_shown(screened: Path) -> None:
+    images = images_of(read_screening(screened / "s"))
+    assert ODD in images.names
+    assert images.image(images.ids.tolist()[images.names.index(ODD)]).size == (64, 64)
