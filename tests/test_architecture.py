@@ -9,7 +9,8 @@ ROOT = Path(flawsift.__file__).parent
 # The reading order of ARCHITECTURE.md.
 ORDER = ["images", "backbones", "features", "detector", "detectors", "screening", "metrics", "results", "pipeline"]
 ORDER += ["report", "demo", "cli"]
-LEAVES = {"errors", "files", "progress", "maps", "nn", "consensus", "calibration", "overlays", "views", "training"}
+LEAVES = {"errors", "executors", "files", "progress", "maps", "nn", "consensus", "calibration", "overlays", "views"}
+LEAVES |= {"training"}
 # Leaves may use other leaves and the id type; these two stand on top of the numbered modules.
 TOP = {"testing", "datasets", "contamination"}
 

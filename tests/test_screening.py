@@ -57,7 +57,7 @@ def id_set(ids: Any, groups: Mapping[int, str] | None = None) -> ImageSet:
     arrays = [np.zeros((2, 2), np.uint8) for _ in ids]
     images = ImageSet.from_arrays(arrays, ids=ids)
     features = np.array(ids, np.float32).reshape(-1, 1, 1, 1)
-    reader = MemoryFeatures(2, "ids", {i: row for row, i in enumerate(ids)}, {"x": features})
+    reader = MemoryFeatures(2, "ids", {("", i): row for row, i in enumerate(ids)}, {"x": features})
     return ImageSet(images.ids, images.source, groups or {}, reader)
 
 

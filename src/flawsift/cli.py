@@ -100,6 +100,9 @@ Groups = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+ExecutorOption = Annotated[
+    str, typer.Option("--executor", help="Where sub-models run: serial, process:N or ray:ADDRESS[,gpus=0.25].")
+]
 Cache = Annotated[Path | None, typer.Option("--cache", help="Feature cache. [~/.cache/flawsift or $FLAWSIFT_CACHE]")]
 Rate = Annotated[float | None, typer.Option("--false-alarm-rate", help="Share of good parts that may be stopped.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -143,11 +146,13 @@ def screen(
     groups: Groups = None,
     seed: Seed = 0,
     device: Device = "auto",
+    executor: ExecutorOption = "serial",
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
     """Stage 1: rank the images of a folder by how defective they look, and say which to keep."""
     from flawsift import pipeline, report
+    from flawsift.executors import make_executor
     from flawsift.files import ensure_folder
     from flawsift.results import describe
 
@@ -164,6 +169,7 @@ def screen(
             device=device,
             out=out,
             progress=progress,
+            executor=make_executor(executor),
             **options,
         )
     page = report.write_screening_report(result, found, out)
@@ -203,6 +209,7 @@ def fit(
     groups: Groups = None,
     seed: Seed = 0,
     device: Device = "auto",
+    executor: ExecutorOption = "serial",
     cache: Cache = None,
     screening: Annotated[Path | None, typer.Option("--screening", help="Use this stage 1, edited or not.")] = None,
     no_screen: Annotated[bool, typer.Option("--no-screen", help="Train on every image.")] = False,
@@ -212,6 +219,7 @@ def fit(
     """Both stages: screen a folder, then train a detector on what is kept."""
     from flawsift import pipeline, report
     from flawsift.calibration import DEFAULT_RATE
+    from flawsift.executors import make_executor
 
     options = _screen_options(preset, subsets, partitions, keep, consensus, normalize, exclude_own, divergence_weight)
     found = _images(images, groups)
@@ -228,6 +236,7 @@ def fit(
             device=device,
             out=out,
             progress=progress,
+            executor=make_executor(executor),
             on_screened=lambda done: report.write_screening_report(done, found, out / "screening"),
             **options,
         )

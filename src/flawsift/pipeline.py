@@ -23,6 +23,7 @@ from flawsift.backbones import Backbone, load_backbone
 from flawsift.calibration import DEFAULT_RATE, Calibration, Threshold
 from flawsift.detector import Additive, Detector, Prediction, load_detector, make_detector
 from flawsift.errors import InputError, ModelError
+from flawsift.executors import SERIAL, Executor
 from flawsift.features import FeatureStore, StoredFeatures, attach, stream
 from flawsift.files import ensure_folder, write_json
 from flawsift.images import Ids, ImageSet, content_digest, show
@@ -126,6 +127,7 @@ def screen(
     device: str = "auto",
     out: str | Path | None = None,
     progress: Progress = silent,
+    executor: Executor = SERIAL,
     **options: Unpack[ScreenOptions],
 ) -> Screening:
     """Stage 1 on a folder or a set: which images are probably defective.
@@ -140,6 +142,7 @@ def screen(
         out: A folder for screening.csv, screening.json and maps.npy; finished sub-models are kept there until done, so
             that the same command goes on after a kill.
         progress: Told how far it is.
+        executor: Where sub-models run.
         options: Of stage 1; see `flawsift.screening.screen`. Those not given are those of the default preset.
 
     Raises:
@@ -147,7 +150,9 @@ def screen(
         OutputError: `out` or the cache cannot be written.
     """
     prepared = _prepare(images, detector, backbone, store, seed, progress)
-    return _screen_prepared(prepared, seed=seed, device=device, out=out, progress=progress, options=options)[0]
+    return _screen_prepared(
+        prepared, seed=seed, device=device, out=out, progress=progress, executor=executor, options=options
+    )[0]
 
 
 def fit(
@@ -164,12 +169,13 @@ def fit(
     out: str | Path | None = None,
     on_screened: Callable[[Screening], object] | None = None,
     progress: Progress = silent,
+    executor: Executor = SERIAL,
     **options: Unpack[ScreenOptions],
 ) -> Model:
     """Both stages: screen, then train the detector on what is kept, with a threshold from held-out scores.
 
     Args:
-        images: As for `screen`, and so are detector, backbone, store, seed, device, progress and options.
+        images: As for `screen`, and so are detector, backbone, store, seed, device, progress, executor and options.
         screening: A folder that `screen` wrote, its `kept` column perhaps edited, instead of a new stage 1.
         no_screen: Train on everything. Sub-models are trained all the same, for the threshold's held-out scores.
         false_alarm_rate: The share of good parts that the threshold may stop.
@@ -202,7 +208,9 @@ def fit(
                 "n_subsets": min(options.get("n_subsets", 5), len(set(p.data.group_names))),
             }
         folder = None if out is None else Path(out) / "screening"
-        done, total = _screen_prepared(p, seed=seed, device=device, out=folder, progress=progress, options=options)
+        done, total = _screen_prepared(
+            p, seed=seed, device=device, out=folder, progress=progress, executor=executor, options=options
+        )
         kept, held_out = done.kept, done.held_out_scores[done.is_kept]
         if on_screened is not None and not no_screen:
             on_screened(done)
@@ -263,6 +271,7 @@ def _screen_prepared(
     device: str,
     out: str | Path | None,
     progress: Progress,
+    executor: Executor,
     options: ScreenOptions,
 ) -> tuple[Screening, Detector | None]:
     """Stage 1, and the merged sub-models of the first partition where the detector's statistics are additive."""
@@ -280,8 +289,9 @@ def _screen_prepared(
         seed=seed,
         device=device,
         checkpoint=checkpoint,
-        on_submodel=merged,
+        on_submodel=merged if isinstance(p.detector, Additive) else None,  # others need not travel back from workers
         progress=progress,
+        executor=executor,
     )
     provenance |= {"seconds": round(time.monotonic() - started, 2), "images_digest": set_digest(p.data)}
     found = replace(found, unreadable=p.unreadable, provenance=provenance)

@@ -33,6 +33,8 @@ from flawsift.consensus import (
 )
 from flawsift.detector import Additive, Detector, resolve_device
 from flawsift.errors import InputError, ParameterError
+from flawsift.executors import SERIAL, Executor, Serial
+from flawsift.features import loaded
 from flawsift.files import write_bytes
 from flawsift.images import Ids, ImageSet
 from flawsift.maps import top_mean
@@ -145,6 +147,7 @@ def screen(
     checkpoint: Path | None = None,
     on_submodel: Callable[[Detector], None] | None = None,
     progress: Progress = silent,
+    executor: Executor = SERIAL,
 ) -> Screening:
     """Split, train k sub-models, score every image with all of them, rank by consensus, keep the lowest.
 
@@ -165,10 +168,12 @@ def screen(
         checkpoint: A folder for finished sub-models' scores, so that a killed run goes on where it was.
         on_submodel: Called with each sub-model that was trained now (not with those resumed).
         progress: Told about each sub-model.
+        executor: Where sub-models run; the result is the same, bit for bit, on machines of one kind.
 
     Raises:
         ParameterError: An option is out of range.
         InputError: Fewer images (or groups) than subsets.
+        ExecutorError: Workers were lost more often than a task is retried.
     """
     options = {
         "n_subsets": n_subsets,
@@ -183,7 +188,10 @@ def screen(
     subset_of = np.stack([split(train, n_subsets, seed=seed, partition=r) for r in range(n_partitions)])
     runs = _Runs(train, detector, subset_of, n_subsets, resolve_device(device), checkpoint, progress)
     keep_models = divergence_weight > 0
-    models = runs.all(on_submodel, keep_models=keep_models)
+    if isinstance(executor, Serial):
+        models = runs.all(on_submodel, keep_models=keep_models)
+    else:
+        models = runs.fan_out(executor, device, on_submodel, keep_models=keep_models)
     own = own_mask(subset_of, n_subsets)
     comparable = normalize_scores(runs.scores, own, normalize)
     voted = combine(comparable, own, consensus, exclude_own=exclude_own)
@@ -360,6 +368,43 @@ class _Runs:
         self.progress("sub-models", n_models, n_models)
         return models
 
+    def fan_out(
+        self, executor: Executor, device: str, on_submodel: Callable[[Detector], None] | None, *, keep_models: bool
+    ) -> list[Detector]:
+        """As `all`, each sub-model by a task of its own; workers find a device behind "auto" themselves."""
+        models: list[Detector] = []
+        n_models = len(self.scores)
+        missing = [m for m in range(n_models) if keep_models or self._resume(m) is None]
+        train, checkpoint = self.train, self.checkpoint
+        if not executor.shares_files:
+            train = loaded(train, self.detector.layers, self.detector.views, pixels=self.detector.reads_pixels)
+            checkpoint = None
+        task = _SubModel(
+            train,
+            self.detector,
+            self.subset_of,
+            self.n_subsets,
+            device,
+            checkpoint,
+            keep_models or on_submodel is not None,
+        )
+        results = executor.map(task, missing)
+        for m in range(n_models):  # in this order, like `all`: sums of maps depend on it
+            self.progress("sub-models", m, n_models)
+            if m not in missing:
+                stored = self._resume(m)
+                assert stored is not None
+                self.scores[m], grids = stored
+            else:
+                self.scores[m], grids, model = next(results)
+                self._store(m, grids)
+                if model is not None and on_submodel is not None:
+                    on_submodel(model)
+                models += [model] if model is not None and keep_models else ()
+            self._add_grids(m, grids)
+        self.progress("sub-models", n_models, n_models)
+        return models
+
     def mean_grids(self) -> npt.NDArray[np.float16] | None:
         """(N, h, w) mean over the sub-models that did not see the image."""
         if self._grid_sum is None:
@@ -402,3 +447,24 @@ class _Runs:
             return None
         stored = load(path.read_bytes())
         return stored["scores"].numpy(), stored["grids"]
+
+
+@dataclass(frozen=True, eq=False)
+class _SubModel:
+    """What a worker needs to train any sub-model and to score all images with it."""
+
+    train: ImageSet
+    detector: Detector
+    subset_of: npt.NDArray[np.int64]
+    n_subsets: int
+    device: str
+    checkpoint: Path | None
+    wants_model: bool
+
+    def __call__(self, m: int) -> tuple[npt.NDArray[np.float32], Tensor, Detector | None]:
+        """Scores and grids of sub-model m, and the sub-model where it is wanted."""
+        device = resolve_device(self.device)
+        runs = _Runs(self.train, self.detector, self.subset_of, self.n_subsets, device, self.checkpoint, silent)
+        model = self.detector.clone().fit(runs._subset(m), device=device, watch=runs._watch(m))
+        ((scores, grids),) = score_together([model], self.train, device)
+        return scores, grids, model if self.wants_model else None
