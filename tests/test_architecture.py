@@ -10,9 +10,9 @@ ROOT = Path(flawsift.__file__).parent
 ORDER = ["images", "backbones", "features", "detector", "detectors", "screening", "metrics", "results", "pipeline"]
 ORDER += ["report", "demo", "cli"]
 LEAVES = {"errors", "executors", "files", "progress", "maps", "nn", "consensus", "calibration", "overlays", "views"}
-LEAVES |= {"training"}
-# Leaves may use other leaves and the id type; these two stand on top of the numbered modules.
-TOP = {"testing", "datasets", "contamination"}
+LEAVES |= {"rows", "training"}
+# Leaves may use other leaves and the id type; these stand on top of the numbered modules.
+TOP = {"testing", "datasets", "contamination", "benchmark", "benchmark_report"}
 
 
 def imports(path: Path) -> set[str]:

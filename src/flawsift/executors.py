@@ -9,6 +9,7 @@ taken, and equal orders are what makes all executors agree bit for bit on machin
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -246,10 +247,9 @@ class Ray(Executor):
 
 def _ray() -> Any:
     try:
-        import ray
+        return importlib.import_module("ray")
     except ImportError as error:
         raise ExecutorError("The executor ray needs the package ray: pip install 'flawsift[ray]'.") from error
-    return ray
 
 
 def _call(function: bytes, item: bytes, n_threads: int) -> bytes:

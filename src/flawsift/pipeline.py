@@ -8,8 +8,8 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Unpack
@@ -27,7 +27,7 @@ from flawsift.executors import SERIAL, Executor
 from flawsift.features import FeatureStore, StoredFeatures, attach, stream
 from flawsift.files import ensure_folder, write_json
 from flawsift.images import Ids, ImageSet, content_digest, show
-from flawsift.metrics import GroundTruth
+from flawsift.metrics import GroundTruth, StreamingAUPRO
 from flawsift.progress import Progress, silent
 from flawsift.results import Predictions, SavedScreening, load_screening, save_screening
 from flawsift.screening import PRESETS, Screening, ScreenOptions
@@ -414,6 +414,7 @@ def evaluate(
     truth: GroundTruth,
     *,
     device: str = "auto",
+    exact_pixels: int | None = None,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Predictions]:
     """Metrics of a fitted model on labelled images; the model never sees the labels.
@@ -423,6 +424,8 @@ def evaluate(
         images: Test images.
         truth: Labels and masks by global id.
         device: Where the detector runs.
+        exact_pixels: With more map pixels than this, AUPRO is streamed instead of holding all maps: it gets an
+            `aupro_bound`, and the other pixel metrics are None. None is always exact.
         progress: Told about each piece.
 
     Returns:
@@ -432,20 +435,15 @@ def evaluate(
     Raises:
         InputError: No image can be read, or an image has no label.
     """
-    maps: list[npt.NDArray[np.float32]] = []
-    wants_maps = truth.select(images.ids).has_masks
-    found = predict(
-        model,
-        images,
-        device=device,
-        on_maps=(lambda _, prediction: maps.extend(_some(prediction.maps))) if wants_maps else None,
-        progress=progress,
-    )
+    maps = _Maps(truth, exact_pixels, len(images)) if truth.select(images.ids).has_masks else None
+    found = predict(model, images, device=device, on_maps=maps, progress=progress)
     readable = np.isfinite(found.scores)
     if not readable.any():
         raise InputError(f"None of the {len(images)} test images can be read.")
     ids, scores = found.ids[readable], found.scores[readable]
-    result: dict[str, Any] = dict(metrics.evaluate(ids, scores, truth, maps if wants_maps else None))
+    result: dict[str, Any] = dict(metrics.evaluate(ids, scores, truth, None if maps is None else maps.kept))
+    if maps is not None and maps.stream is not None and result["n_anomalous"] > 0:
+        result |= {"aupro": maps.stream.compute(), "aupro_bound": maps.stream.error_bound()}
     labels = truth.select(ids).labels
     stopped = None if found.threshold is None else scores > found.threshold.value
     for key, cls, wrong in (("false_alarms_per_100", 0, stopped), ("missed_per_100", 1, stopped)):
@@ -456,5 +454,25 @@ def evaluate(
     return result, found
 
 
-def _some(maps: npt.NDArray[np.float32] | None) -> Iterator[npt.NDArray[np.float32]]:
-    return iter(() if maps is None else maps)
+@dataclass
+class _Maps:
+    """Keeps maps as they come, or streams them where they are too many."""
+
+    truth: GroundTruth
+    exact_pixels: int | None
+    n_images: int
+    kept: list[npt.NDArray[np.float32]] | None = field(default_factory=list)
+    stream: StreamingAUPRO | None = None
+
+    def __call__(self, images: ImageSet, prediction: Prediction) -> None:
+        assert prediction.maps is not None
+        if self.exact_pixels is not None and self.n_images * prediction.maps[0].size > self.exact_pixels:
+            self.kept, self.stream = None, self.stream or StreamingAUPRO()
+        if self.kept is not None:
+            self.kept.extend(prediction.maps)
+        if self.stream is None:
+            return
+        for id_, found in zip(prediction.ids.tolist(), prediction.maps, strict=True):
+            mask = self.truth.mask(id_, found.shape)
+            assert mask is not None  # every anomalous image has one
+            self.stream.update(found, mask)

@@ -1,0 +1,856 @@
+"""Many trials from one file: detectors x data sets x contamination x protocol x presets of stage 1 x seeds, as rows.
+
+    cells = plan(read_config("table1.toml"))
+    run(config, "results")                    # results/results.csv, one row per cell and preset
+
+A cell is everything that shares a training set and sub-models; its presets differ in what they keep of it. Each row
+has a `key` made of all that decides its figures (contents of images and labels, weights, parameters, protocol, seed,
+versions), so a run that was killed or extended goes on where it was. A cell that fails leaves a row that says why.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from flawsift import metrics, pipeline
+from flawsift.backbones import Backbone, load_backbone
+from flawsift.calibration import Calibration
+from flawsift.consensus import (
+    Contamination,
+    Floats,
+    combine,
+    estimate_contamination,
+    keep_lowest,
+    normalize_scores,
+    own_mask,
+)
+from flawsift.contamination import Split, contaminate, official
+from flawsift.datasets import CATEGORIES, Dataset, load
+from flawsift.datasets.folder import DATA_VARIABLE
+from flawsift.datasets.realiad import ALPHAS as FUIAD_ALPHAS
+from flawsift.detector import Detector, detector_class, make_detector
+from flawsift.errors import FlawsiftError, InputError, ParameterError, unknown_name
+from flawsift.executors import SERIAL, Executor, Failure, Serial, make_executor
+from flawsift.features import FeatureStore, attach
+from flawsift.files import ensure_folder, write_bytes
+from flawsift.images import Ids, ImageSet, show
+from flawsift.metrics import GroundTruth
+from flawsift.progress import Progress, silent
+from flawsift.rows import Row, append_rows, machine, peak_mb, read_rows, source_commit
+from flawsift.screening import PRESETS, Screening, ScreenOptions, screen
+
+NONE, ORACLE = "none", "oracle_clean"  # presets without a selection: all images, and all that are labelled normal
+PROTOCOLS = ("no_overlap", "overlap", "official")
+RESULTS = "results.csv"
+MAPS = "maps"  # folder of the examples' anomaly maps beside the rows; no picture is in it
+EXACT_PIXELS = 20_000_000  # 300 maps of 256 x 256: exact metrics sort them in 1 GB; more are streamed
+METRICS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "aupro", "aupro_bound")
+RATES = ("false_alarms_per_100", "missed_per_100")
+ADDRESS = (
+    "data",
+    "category",
+    "detector",
+    "alpha",
+    "protocol",
+    "n_subsets",
+    "seed",
+    "preset",
+)  # a row's place in tables
+SIZES = ("n_train", "test_normal", "test_anomalous")  # of `flawsift.contamination.contaminate`
+
+
+# ---- one cell --------------------------------------------------------------------------------------------------------
+
+
+class Selection(NamedTuple):
+    """What a preset trains on.
+
+    Attributes:
+        kept: (m,) global ids.
+        consensus: (N,) what they were chosen by, or None.
+        contamination: The estimate behind keep="auto", or None.
+    """
+
+    kept: Ids
+    consensus: Floats | None
+    contamination: Contamination | None
+
+
+def options_of(preset: str, n_subsets: int | None = None) -> ScreenOptions:
+    """The options of stage 1 of a preset; "none" and "oracle_clean" take thresholds from the default's sub-models.
+
+    Raises:
+        ParameterError: There is no such preset.
+    """
+    if preset not in (NONE, ORACLE, *PRESETS):
+        raise ParameterError(unknown_name("preset of stage 1", preset, (NONE, ORACLE, *PRESETS)))
+    options: ScreenOptions = {**PRESETS[preset if preset in PRESETS else "default"]}
+    return {**options, "n_subsets": n_subsets} if n_subsets is not None else options
+
+
+def reselect(stage1: Screening, options: ScreenOptions) -> Selection:
+    """What other options keep, from the score matrix of a screening with as many subsets and partitions.
+
+    Equal to a `screen` of its own, whose sub-models would be the same; `divergence_weight` must be 0.
+    """
+    own = own_mask(stage1.subset_of, options["n_subsets"])
+    scores = normalize_scores(stage1.score_matrix, own, options["normalize"])
+    consensus = combine(scores, own, options["consensus"], exclude_own=options["exclude_own"])
+    keep = options["keep"]
+    if keep == "auto":
+        estimate = estimate_contamination(consensus)
+        return Selection(keep_lowest(stage1.ids, consensus, 1 - estimate.alpha_hat), consensus, estimate)
+    return Selection(keep_lowest(stage1.ids, consensus, float(keep)), consensus, None)
+
+
+def compare(
+    train: ImageSet,
+    test: ImageSet,
+    truth: GroundTruth,
+    detector: Detector,
+    backbone: Backbone,
+    presets: Sequence[str],
+    *,
+    seed: int,
+    n_subsets: int | None = None,
+    device: str = "auto",
+    executor: Executor = SERIAL,
+    on_fitted: Callable[[str, pipeline.Model], object] | None = None,
+) -> list[Row]:
+    """Train a detector on what each preset of stage 1 keeps of a contaminated set, and measure it on a test set.
+
+    Presets with equal subsets and partitions share sub-models, which are trained once. All take their threshold from
+    those sub-models' held-out scores of the images that they train on. Presets that keep the same images share one
+    training.
+
+    Args:
+        train: Training images with features attached; its groups stay whole.
+        test: Test images, likewise.
+        truth: Labels and masks of both; detectors never see them.
+        detector: Unfitted.
+        backbone: Of the features.
+        presets: "none", "oracle_clean" and names of `flawsift.screening.PRESETS`.
+        seed: Of the partitions.
+        n_subsets: k for all presets; None takes each preset's own.
+        device: Where detectors run.
+        executor: Where sub-models run.
+        on_fitted: Called with each preset and its model.
+
+    Returns:
+        A row for each preset, in order.
+    """
+    chosen = _select(train, truth, detector, presets, seed, n_subsets, device, executor)
+    alike: dict[bytes, list[str]] = {}
+    for preset, (selection, _, _) in chosen.items():
+        alike.setdefault(selection.kept.tobytes(), []).append(preset)
+    figures: dict[str, Row] = {}
+    for sharing in alike.values():  # one model at a time in memory
+        selection, stage1, _ = chosen[sharing[0]]
+        measured, model = _fit_and_measure(detector, selection.kept, train, test, truth, stage1, backbone, device)
+        for preset in sharing:
+            figures[preset] = measured
+            if on_fitted is not None:
+                on_fitted(preset, model)
+    return [
+        {"preset": preset, "seconds_stage1": seconds, **figures[preset], **_describe(selection, stage1, truth)}
+        for preset, (selection, stage1, seconds) in chosen.items()
+    ]
+
+
+def _select(
+    train: ImageSet,
+    truth: GroundTruth,
+    detector: Detector,
+    presets: Sequence[str],
+    seed: int,
+    n_subsets: int | None,
+    device: str,
+    executor: Executor,
+) -> dict[str, tuple[Selection, Screening, float]]:
+    """{preset: its selection, the screening behind it, seconds that one took}."""
+    stages: dict[tuple[object, ...], tuple[Screening, float]] = {}
+    chosen = {}
+    for preset in presets:
+        options = options_of(preset, n_subsets)
+        plain = options["divergence_weight"] == 0
+        shape = (options["n_subsets"], options["n_partitions"], plain or preset)
+        if shape not in stages:
+            started = time.perf_counter()
+            found = screen(train, detector, **options, seed=seed, device=device, executor=executor)
+            stages[shape] = found, time.perf_counter() - started
+        stage1, seconds = stages[shape]
+        if preset in (NONE, ORACLE):
+            normal = train.ids[truth.select(train.ids).labels == 0]
+            selection = Selection(train.ids if preset == NONE else normal, None, None)
+        elif plain:
+            selection = reselect(stage1, options)
+        else:
+            selection = Selection(stage1.kept, stage1.consensus, stage1.contamination)
+        chosen[preset] = selection, stage1, seconds
+    return chosen
+
+
+def _fit_and_measure(
+    detector: Detector,
+    kept: Ids,
+    train: ImageSet,
+    test: ImageSet,
+    truth: GroundTruth,
+    stage1: Screening,
+    backbone: Backbone,
+    device: str,
+) -> tuple[Row, pipeline.Model]:
+    started = time.perf_counter()
+    fitted = detector.clone().fit(train.select(kept), device=device)
+    fitted_at = time.perf_counter()
+    held_out = stage1.held_out_scores[np.isin(train.ids, kept)]
+    model = pipeline.Model(fitted, backbone, Calibration.of(held_out), {})
+    found, _ = pipeline.evaluate(model, test, truth, device=device, exact_pixels=EXACT_PIXELS)
+    figures = {key: found.get(key) for key in (*METRICS, *RATES)}
+    with tempfile.TemporaryDirectory() as folder:
+        fitted.save(Path(folder))
+        n_bytes = sum(f.stat().st_size for f in Path(folder).iterdir())
+    seconds = {"seconds_stage2": fitted_at - started, "seconds_evaluate": time.perf_counter() - fitted_at}
+    return {**figures, **seconds, "model_bytes": n_bytes}, model
+
+
+def _describe(chosen: Selection, stage1: Screening, truth: GroundTruth) -> Row:
+    """How well the selection parts normal from anomalous images, and how well each sub-model alone would."""
+    anomalous = truth.select(stage1.ids).labels == 1
+    is_kept = np.isin(stage1.ids, chosen.kept)
+    row: Row = {
+        "keep_share": len(chosen.kept) / len(stage1.ids),
+        "alpha_kept": float(anomalous[is_kept].mean()),
+        "kept_normal": int((is_kept & ~anomalous).sum()),
+        "kept_anomalous": int((is_kept & anomalous).sum()),
+        "alpha_hat": None if chosen.contamination is None else chosen.contamination.alpha_hat,
+    }
+    if chosen.consensus is None:
+        return row
+    mixed = 0 < anomalous.sum() < len(anomalous)
+    row["stage1_auroc"] = metrics.image_auroc(chosen.consensus, anomalous.astype(np.int8)) if mixed else None
+    share = len(chosen.kept) / len(stage1.ids)
+    alone = [np.isin(stage1.ids, keep_lowest(stage1.ids, s.astype(np.float64), share)) for s in stage1.score_matrix]
+    row["alone_normal"] = float(np.mean([(a & ~anomalous).sum() for a in alone]))
+    row["alone_anomalous"] = float(np.mean([(a & anomalous).sum() for a in alone]))
+    return row
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec:
+    """Arguments of `flawsift.backbones.load_backbone`."""
+
+    name: str = "efficientnet_lite0"
+    size: int = 256
+    weights: str | None = None
+    runtime: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """A data set of the grid.
+
+    Attributes:
+        name: A name for `flawsift.datasets.load`, or a folder.
+        categories: Those to run; () for a set without categories.
+        protocols: Those to run; () for those of the grid.
+        n_train, test_normal, test_anomalous: As for `flawsift.contamination.contaminate`; () for its defaults. They are
+            not read by the official protocol.
+        options: Further options of the loader.
+    """
+
+    name: str
+    categories: tuple[str, ...] = ()
+    protocols: tuple[str, ...] = ()
+    sizes: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorSpec:
+    """A detector of the grid.
+
+    Attributes:
+        label: Its name in tables.
+        name: Its registry name.
+        preset: Of the detector.
+        params: Hyper-parameters above the preset's, as JSON.
+        backbone: What it reads.
+    """
+
+    label: str
+    name: str
+    preset: str = "default"
+    params: str = "{}"
+    backbone: BackboneSpec = BackboneSpec()
+
+    def make(self, seed: int) -> Detector:
+        """The unfitted detector."""
+        return make_detector(self.name, self.preset, **{**json.loads(self.params), "seed": seed})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A benchmark; see `read_config`."""
+
+    data: tuple[DataSpec, ...]
+    detectors: tuple[DetectorSpec, ...]
+    alphas: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    presets: tuple[str, ...] = (NONE, "paper", "default", ORACLE)
+    protocols: tuple[str, ...] = ("no_overlap",)
+    subsets: tuple[int | None, ...] = (None,)
+    device: str = "auto"
+    executor: str = "serial"
+    fan_out: str = "cells"
+    examples: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training set and one detector.
+
+    Attributes:
+        data: The data set.
+        category: Its category, or "".
+        detector: The detector.
+        alpha: Contamination asked for.
+        protocol: How the training set was contaminated.
+        n_subsets: k, or None for each preset's own.
+        seed: Of split, partition and detector.
+        presets: Of stage 1.
+    """
+
+    data: DataSpec
+    category: str
+    detector: DetectorSpec
+    alpha: float
+    protocol: str
+    n_subsets: int | None
+    seed: int
+    presets: tuple[str, ...]
+
+    def place(self, preset: str) -> tuple[str, ...]:
+        """Where a row of this cell stands in tables, as texts in the order of `ADDRESS`."""
+        k = "" if self.n_subsets is None else str(self.n_subsets)
+        ours = (self.data.name, self.category, self.detector.label, f"{self.alpha:.6g}", self.protocol, k)
+        return (*ours, str(self.seed), preset)
+
+    @property
+    def address(self) -> Row:
+        """The columns that say which cell this is."""
+        return dict(zip(ADDRESS[:-1], self.place("")[:-1], strict=True))
+
+
+def read_config(path: str | Path) -> Config:
+    """Read a benchmark from a TOML file.
+
+    Top level: `alphas`, `seeds`, `presets` (none, oracle_clean, paper, default, ...), `protocols` (no_overlap, overlap,
+    official), `subsets` (values of k; empty for the presets' own), `device`, `executor` (as for `--executor`),
+    `fan_out` ("cells" or "submodels": what the executor gets), `examples` (pictures per category in the report).
+    Tables: `backbone` (name, size, weights, runtime); `[[data]]` (name, categories, protocols, n_train, test_normal,
+    test_anomalous, and options of its loader); `[[detectors]]` (name, label, preset, params, backbone).
+
+    Raises:
+        InputError: The file cannot be read or is not TOML.
+        ParameterError: A key is unknown, or a value is of the wrong type or out of range.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"The benchmark '{show(path)}' cannot be read: {error}") from error
+    return parse_config(content)
+
+
+def parse_config(content: Mapping[str, Any]) -> Config:
+    """A benchmark from the content of its file; see `read_config`."""
+    _known("benchmark", content, [*(f.name for f in fields(Config)), "backbone"])
+    backbone = _backbone(content.get("backbone", {}))
+    data = tuple(_data(d) for d in _tables(content, "data"))
+    detectors = tuple(_detector(d, backbone) for d in _tables(content, "detectors"))
+    _distinct("data sets", [d.name for d in data])
+    _distinct("detectors", [d.label for d in detectors])
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    given = {k: v for k, v in plain.items() if k not in ("backbone", "data", "detectors")}
+    if given.get("subsets") == ():
+        del given["subsets"]
+    for name, value in given.items():
+        wanted: Any = Config.__dataclass_fields__[name].default
+        if type(value) is not type(wanted):
+            raise ParameterError(f"benchmark: {name} must be a {_kind(wanted)}, got {value!r}.")
+    config = Config(data=data, detectors=detectors, **given)  # type: ignore[arg-type]  # checked just above
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    for preset in config.presets:
+        options_of(preset)
+    for protocol in (*config.protocols, *(p for d in config.data for p in d.protocols)):
+        if protocol not in PROTOCOLS:
+            raise ParameterError(unknown_name("protocol", protocol, PROTOCOLS))
+    if config.fan_out not in ("cells", "submodels"):
+        raise ParameterError(f"benchmark: fan_out must be 'cells' or 'submodels', got '{config.fan_out}'.")
+    checks = {
+        "alphas": ([isinstance(a, float | int) and 0 <= a < 1 for a in config.alphas], "numbers in [0, 1)"),
+        "seeds": ([isinstance(s, int) and s >= 0 for s in config.seeds], "whole numbers from 0"),
+        "subsets": ([k is None or (isinstance(k, int) and k >= 2) for k in config.subsets], "whole numbers from 2"),
+    }
+    for name, (holds, what) in checks.items():
+        values = list(getattr(config, name))
+        if not values or not all(holds):
+            raise ParameterError(f"benchmark: {name} must be {what}, got {values}.")
+        _distinct(name, [str(v) for v in values])
+    make_executor(config.executor)
+    for spec in config.detectors:
+        spec.make(0)  # bad parameters are told now, not after hours
+
+
+def _tables(content: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    tables = content.get(name)
+    if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) and "name" in t for t in tables):
+        raise ParameterError(f"benchmark: give at least one table [[{name}]] with a name.")
+    return tables
+
+
+def _data(table: dict[str, Any]) -> DataSpec:
+    name = table["name"]
+    given = table.get("categories", [])
+    categories = CATEGORIES.get(name, ()) if given == "all" or (name in CATEGORIES and not given) else tuple(given)
+    sizes = tuple((k, table[k]) for k in SIZES if k in table)
+    own = {"name", "categories", "protocols", *SIZES}
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k not in own}
+    base = os.environ.get(DATA_VARIABLE)
+    if name in (*CATEGORIES, "cookie", "magnetic_tile") and base and "root" not in options:
+        options["root"] = str(Path(base, name).resolve())  # workers may have another environment
+    return DataSpec(
+        name=name,
+        categories=categories,
+        protocols=tuple(table.get("protocols", ())),
+        sizes=sizes,
+        options=tuple(sorted(options.items())),
+    )
+
+
+def _detector(table: dict[str, Any], default: BackboneSpec) -> DetectorSpec:
+    _known("detector", table, ["name", "label", "preset", "params", "backbone"])
+    cls = detector_class(table["name"])
+    backbone = _backbone({**vars(default), **table["backbone"]}) if "backbone" in table else default
+    return DetectorSpec(
+        label=table.get("label", table["name"]),
+        name=cls.name,
+        preset=table.get("preset", "default"),
+        params=json.dumps(table.get("params", {}), sort_keys=True),
+        backbone=backbone,
+    )
+
+
+def _backbone(table: Mapping[str, Any]) -> BackboneSpec:
+    _known("backbone", table, [f.name for f in fields(BackboneSpec)])
+    return BackboneSpec(**table)
+
+
+def _known(what: str, table: Mapping[str, Any], names: Sequence[str]) -> None:
+    for key in table:
+        if key not in names:
+            raise ParameterError(unknown_name(f"key of a {what}", key, names))
+
+
+def _distinct(what: str, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ParameterError(f"benchmark: {what} must be distinct, got {', '.join(names)}. Give each a label or name.")
+
+
+def _kind(value: object) -> str:
+    return {tuple: "list", str: "text", int: "whole number"}[type(value)]
+
+
+def plan(config: Config) -> list[Cell]:
+    """All cells in the order they run: what shares features stands together.
+
+    The official protocol has the contaminations that a set was published with: those of FUIAD for Real-IAD, else 0.
+    """
+    cells = []
+    for data in config.data:
+        for category in data.categories or ("",):
+            for protocol in data.protocols or config.protocols:
+                published = FUIAD_ALPHAS if data.name == "realiad" else (0.0,)
+                alphas = [a for a in config.alphas if protocol != "official" or a in published]
+                for detector in config.detectors:
+                    for alpha in alphas:
+                        for k in config.subsets:
+                            for seed in config.seeds:
+                                cell = Cell(
+                                    data=data,
+                                    category=category,
+                                    detector=detector,
+                                    alpha=float(alpha),
+                                    protocol=protocol,
+                                    n_subsets=k,
+                                    seed=seed,
+                                    presets=config.presets,
+                                )
+                                cells.append(cell)
+    return cells
+
+
+def done_places(rows: Sequence[Mapping[str, str]], commit: str | None = None) -> set[tuple[str, ...]]:
+    """Places that have a row without an error, of one commit unless it is None."""
+    good = [r for r in rows if not r.get("error") and commit in (None, r.get("commit"))]
+    return {tuple(r.get(key, "") for key in ADDRESS) for r in good}
+
+
+def estimate_seconds(cells: Sequence[Cell], rows: Sequence[Mapping[str, str]]) -> tuple[float, int]:
+    """(seconds that these cells take by earlier rows, cells that no earlier row tells about).
+
+    A cell takes what the same detector took on the same data, else on any data, on average.
+    """
+    near: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        if row.get("seconds_cell") and not row.get("error"):
+            for key in ((row["detector"], row["data"]), (row["detector"],)):
+                near.setdefault(key, []).append(float(row["seconds_cell"]))
+    total, unknown = 0.0, 0
+    for cell in cells:
+        known = near.get((cell.detector.label, cell.data.name)) or near.get((cell.detector.label,))
+        total += float(np.mean(known)) if known else 0.0
+        unknown += not known
+    return total, unknown
+
+
+def describe_plan(config: Config, cells: Sequence[Cell], n_all: int, seconds: float, n_unknown: int) -> list[str]:
+    """The plan for people: how many cells of what, and how long they take."""
+    lines = [f"{len(cells)} of {n_all} cells to run, {len(config.presets)} presets each: {', '.join(config.presets)}."]
+    counts: dict[tuple[str, str, str], int] = {}
+    for cell in cells:
+        name = f"{cell.data.name}/{cell.category}" if cell.category else cell.data.name
+        key = (name, cell.protocol, cell.detector.label)
+        counts[key] = counts.get(key, 0) + 1
+    lines += [f"  {name}, {protocol}, {label}: {n} cells" for (name, protocol, label), n in counts.items()]
+    hours, minutes = divmod(round(seconds / 60), 60)
+    told = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+    if n_unknown < len(cells):
+        lines.append(f"About {told} by earlier rows, one cell after the other.")
+    if n_unknown:
+        lines.append(f"No earlier row tells how long {n_unknown} of the cells take.")
+    return lines
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A category with features attached, and the backbone."""
+
+    images: ImageSet
+    truth: GroundTruth
+    dataset: Dataset
+    backbone: Backbone
+    data_digest: str
+    truth_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What `prepare` needs, and finds prepared again by."""
+
+    data: DataSpec
+    category: str
+    alpha: float | None  # of a split file; None where the file is the same for all
+    backbone: BackboneSpec
+    layers: tuple[str, ...]
+    store: Path
+
+
+@functools.lru_cache(maxsize=2)  # cells that share features stand together
+def prepare(source: Source) -> Prepared:
+    """Load a category and attach the features that its detectors read; labelled images that can be used only.
+
+    Anomalous images without a mask are left out of sets with masks, since AUPRO needs one of each.
+    """
+    options = dict(source.data.options)
+    if source.category:
+        options["category"] = source.category
+    if source.alpha is not None:
+        options["alpha"] = source.alpha
+    dataset = load(source.data.name, **options)
+    spec = source.backbone
+    backbone = load_backbone(spec.name, weights=spec.weights, size=spec.size, runtime=spec.runtime)  # type: ignore[arg-type]
+    truth = dataset.truth
+    if truth.masks:
+        truth = truth.select(truth.ids[(truth.labels == 0) | np.isin(truth.ids, list(truth.masks))])
+    wanted = dataset.images.select(truth.ids)
+    images, _ = attach(wanted, backbone, source.layers, store=FeatureStore(source.store))
+    truth = truth.select(images.ids)
+    groups = sorted((i, g) for i, g in images.groups.items() if i in set(images.ids.tolist()))
+    labels = [
+        truth.labels.tolist(),
+        list(truth.defect_types),
+        groups,
+        [_mask_digest(truth, i) for i in sorted(truth.masks)],
+    ]
+    return Prepared(
+        images,
+        truth,
+        dataset.select(images.ids),
+        backbone,
+        pipeline.set_digest(images),
+        hashlib.sha256(json.dumps(labels).encode()).hexdigest(),
+    )
+
+
+def _mask_digest(truth: GroundTruth, id_: int) -> str:
+    mask = truth.masks[id_]
+    return hashlib.sha256(mask.read_bytes() if isinstance(mask, Path) else mask.tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell gives: rows, and the maps of its examples by row key."""
+
+    rows: list[Row]
+    maps: dict[str, dict[str, npt.NDArray[Any]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Runner:
+    """Runs a cell, here or in a worker.
+
+    Attributes:
+        sources: Where each cell's data come from, by position.
+        done: Keys of rows that need not be made again.
+        device: Where detectors run.
+        executor: Where sub-models run.
+        examples: Images of each category whose maps are kept, of the first seed.
+        first_seed: That seed.
+    """
+
+    sources: Mapping[Cell, Source]
+    done: frozenset[str]
+    device: str
+    executor: Executor
+    examples: int
+    first_seed: int
+
+    def warm(self, source: Source) -> None:
+        """Compute the features of a source, so that no two cells do."""
+        prepare(source)
+
+    def __call__(self, cell: Cell) -> Outcome:
+        started = time.perf_counter()
+        ready = prepare(self.sources[cell])
+        split, train, test = _split(cell, ready)
+        detector = cell.detector.make(cell.seed)
+        if detector.views:  # of the training images only: nothing else is augmented
+            store = FeatureStore(self.sources[cell].store)
+            train, _ = attach(train, ready.backbone, detector.layers, views=detector.views, store=store)
+        keys = {preset: _key(cell, preset, ready, detector) for preset in cell.presets}
+        missing = [preset for preset in cell.presets if keys[preset] not in self.done]
+        if not missing:
+            return Outcome([])
+        maps: dict[str, dict[str, npt.NDArray[Any]]] = {}
+        shown = _example_ids(test, ready.truth, self.examples) if cell.seed == self.first_seed else test.ids[:0]
+
+        def keep_maps(preset: str, model: pipeline.Model) -> None:
+            if len(shown):
+                maps[keys[preset]] = _example_maps(model, test.select(shown), self.device)
+
+        rows = compare(
+            train,
+            test,
+            ready.truth,
+            detector,
+            ready.backbone,
+            missing,
+            seed=cell.seed,
+            n_subsets=cell.n_subsets,
+            device=self.device,
+            executor=self.executor,
+            on_fitted=keep_maps,
+        )
+        common = {
+            "data_digest": ready.data_digest,
+            "weights_digest": ready.backbone.weights_digest,
+            "backbone": ready.backbone.key,
+            "method": cell.detector.name,
+            "params": detector.params(),
+            "n_train": len(train),
+            "n_test": len(test),
+            "grouped": int(bool(train.groups)),
+            "alpha_reached": split.alpha_reached,
+            "alpha_groups": split.alpha_groups,
+            "n_threads": torch.get_num_threads(),
+            "seconds_cell": time.perf_counter() - started,
+            "peak_mb": peak_mb(),
+        }
+        return Outcome([{**common, **row, "key": keys[row["preset"]]} for row in rows], maps)
+
+
+def _split(cell: Cell, ready: Prepared) -> tuple[Split, ImageSet, ImageSet]:
+    data, truth, groups = ready.dataset, ready.truth, ready.images.groups
+    if cell.protocol == "official":
+        split = official(truth, data.train_ids, data.test_ids, alpha=cell.alpha, groups=groups)
+    else:
+        published = data.test_ids if len(data.test_ids) else None
+        split = contaminate(
+            truth,
+            alpha=cell.alpha,
+            official_test=published,
+            overlap=cell.protocol == "overlap",
+            groups=groups,
+            seed=cell.seed,
+            **dict(cell.data.sizes),
+        )
+    return split, ready.images.select(split.train_ids), ready.images.select(split.test_ids)
+
+
+def _key(cell: Cell, preset: str, ready: Prepared, detector: Detector) -> str:
+    """All that decides the figures of a row, in 16 hex digits."""
+    decides = [
+        ready.data_digest,
+        ready.truth_digest,
+        ready.backbone.key,
+        ready.backbone.weights_digest,
+        [detector.name, detector.params()],
+        [cell.alpha, cell.protocol, cell.data.sizes if cell.protocol != "official" else None, cell.seed],
+        [preset, options_of(preset, cell.n_subsets)],
+        pipeline.versions(),
+    ]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _example_ids(test: ImageSet, truth: GroundTruth, n: int) -> Ids:
+    """Anomalous test images with a mask, of as many defect types as there are; the same for every detector."""
+    known = truth.select(test.ids)
+    by_type: dict[str, list[int]] = {}
+    for id_, kind in zip(known.ids.tolist(), known.defect_types, strict=True):
+        if id_ in known.masks:
+            by_type.setdefault(kind, []).append(id_)
+    queues = [ids for _, ids in sorted(by_type.items())]
+    chosen = [ids[turn] for turn in range(max(map(len, queues), default=0)) for ids in queues if turn < len(ids)]
+    return np.array(chosen[:n], np.int64)
+
+
+def _example_maps(model: pipeline.Model, images: ImageSet, device: str) -> dict[str, npt.NDArray[Any]]:
+    scores, grids = model.detector.predict_grids(images, device=device)
+    threshold = model.threshold()
+    held_out = model.calibration.scores
+    low = float(np.median(held_out)) if len(held_out) else 0.0
+    top = threshold.value if threshold is not None else float("nan")
+    return {"ids": images.ids, "scores": scores, "grids": grids.half().numpy(), "scale": np.array([low, top])}
+
+
+def run(
+    config: Config,
+    folder: str | Path,
+    *,
+    store: FeatureStore | None = None,
+    executor: Executor | None = None,
+    fresh: bool = False,
+    any_commit: bool = False,
+    progress: Progress = silent,
+    on_cell: Callable[[Cell, list[Row]], object] | None = None,
+) -> list[Row]:
+    """Fill `folder/results.csv`, cell by cell.
+
+    Args:
+        config: The grid.
+        folder: For the rows, and the anomaly maps of the report's examples.
+        store: Where features are cached; the default cache unless given.
+        executor: Where cells or sub-models run; None for the config's.
+        fresh: Make rows again that are there.
+        any_commit: Take rows of other commits of flawsift for done.
+        progress: Told about each cell.
+        on_cell: Called with each cell and its new rows.
+
+    Returns:
+        The new rows, those of failed cells among them (their `error` says why).
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    folder = ensure_folder(folder)
+    path, commit = folder / RESULTS, source_commit()
+    cells = plan(config)
+    executor = make_executor(config.executor) if executor is None else executor
+    rows = [] if fresh else read_rows(path)
+    done = frozenset(r["key"] for r in rows if not r.get("error") and (any_commit or r.get("commit") == commit))
+    by_cells = config.fan_out == "cells"
+    sources = _sources(cells, (store or FeatureStore()).root.resolve())
+    runner = Runner(sources, done, config.device, SERIAL if by_cells else executor, config.examples, config.seeds[0])
+    outer = executor if by_cells else SERIAL
+    if not isinstance(outer, Serial):  # a source that cannot be prepared fails again in its cells, which say so
+        for _ in outer.completed(runner.warm, list(dict.fromkeys(sources.values()))):
+            pass
+    origin = {"commit": commit, "machine": machine(), "versions": pipeline.versions()}
+    new: list[Row] = []
+    progress("cells", 0, len(cells))
+    for number, (position, outcome) in enumerate(outer.completed(runner, cells)):
+        cell = cells[position]
+        found = _rows_of(cell, outcome)
+        mine = [{**origin, **cell.address, **row} for row in found.rows]
+        for key, arrays in found.maps.items():
+            _save_maps(folder / MAPS / f"{key}.npz", arrays)
+        append_rows(path, mine)
+        new += mine
+        progress("cells", number + 1, len(cells))
+        if on_cell is not None:
+            on_cell(cell, mine)
+    return new
+
+
+def _rows_of(cell: Cell, outcome: Outcome | Failure) -> Outcome:
+    if isinstance(outcome, Outcome):
+        return outcome
+    kind = "" if isinstance(outcome.error, FlawsiftError) else f"{type(outcome.error).__name__}: "
+    text = " ".join(f"{kind}{outcome.error}".split())
+    return Outcome([{"preset": preset, "error": text} for preset in cell.presets])
+
+
+def _sources(cells: Sequence[Cell], store: Path) -> dict[Cell, Source]:
+    """Where each cell's data come from; detectors on one backbone share one pass through it."""
+    layers: dict[BackboneSpec, dict[str, None]] = {}
+    for spec in dict.fromkeys(cell.detector for cell in cells):
+        layers.setdefault(spec.backbone, {}).update(dict.fromkeys(spec.make(0).layers))
+    return {
+        cell: Source(
+            data=cell.data,
+            category=cell.category,
+            alpha=_file_alpha(cell),
+            backbone=cell.detector.backbone,
+            layers=tuple(layers[cell.detector.backbone]),
+            store=store,
+        )
+        for cell in cells
+    }
+
+
+def _file_alpha(cell: Cell) -> float | None:
+    """Real-IAD has a split file for each contamination; other protocols start from the clean one."""
+    if cell.data.name != "realiad":
+        return None
+    return cell.alpha if cell.protocol == "official" else 0.0
+
+
+def _save_maps(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # its keywords are arrays
+    ensure_folder(path.parent)
+    write_bytes(path, buffer.getvalue())
