@@ -171,6 +171,7 @@ def test_curves_over_k() -> None:
     assert curve.title == "tiles, PaDiM, paper, 20% defective"
     assert [line[0] for line in curve.table] == ["3", "5", "7"]
     assert [line[3] for line in curve.table] == ["50", "20", "10"]
+    assert curves([row(n_subsets=k, alpha=0.0, alpha_reached=0.0) for k in (3, 5)]) == []
 
 
 def test_prices() -> None:

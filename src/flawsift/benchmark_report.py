@@ -330,7 +330,8 @@ def curves(rows: Rows) -> list[Curve]:
             chosen, "data", "protocol", "detector", "preset", fixed
         ).items():
             points = sorted({float(r[axis]) for r in mine if r[axis]})
-            if len(points) < 2:
+            clean = axis == "n_subsets" and float(other) == 0  # nothing to keep apart
+            if len(points) < 2 or clean:
                 continue
             at = {x: [r for r in mine if r[axis] and float(r[axis]) == x] for x in points}
             values = [[_share(at[x], column, kind) for x in points] for column, kind, _ in SERIES]
@@ -528,10 +529,13 @@ def _example_lines(
 
 
 def _heatmap(picture: Image.Image, arrays: Mapping[str, Any], at: int) -> Image.Image:
-    low, top = arrays["scale"].tolist()
-    scale = Scale.of([low], top if np.isfinite(top) else float(arrays["scores"][at]))
-    grid = torch.from_numpy(arrays["grids"][at : at + 1].astype(np.float32))
-    return overlay(picture, to_image_grid(grid, THUMB)[0], scale, max_edge=THUMB)
+    """A method's map over a picture; its colours are the same on all pictures of a set."""
+    low, threshold = arrays["scale"].tolist()
+    middle = float(np.median(arrays["scores"]))  # a threshold that no picture reaches would leave them all blank
+    scale = Scale.of([low], min(middle, threshold) if np.isfinite(threshold) else middle)
+    found = to_image_grid(torch.from_numpy(arrays["grids"][at : at + 1].astype(np.float32)), THUMB)[0]
+    peak = float(found.max())  # smoothing lowers it below the score
+    return overlay(picture, found * (float(arrays["scores"][at]) / peak) if peak > 0 else found, scale, max_edge=THUMB)
 
 
 def _uri(image: Image.Image) -> str:

@@ -13,14 +13,13 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, ClassVar, TypeVar
-
-import torch
 
 from flawsift.errors import ExecutorError, ParameterError, unknown_name
 
@@ -169,7 +168,7 @@ class _Pool:
         # spawned, not forked: a fork copies the locks of torch's threads in whatever state they are
         context = multiprocessing.get_context("spawn")
         mine, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.function, torch.get_num_threads()), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, self.function, _threads()), daemon=True)
         process.start()
         theirs.close()
         return process, mine
@@ -222,7 +221,7 @@ class Ray(Executor):
             num_cpus=self.cpus, num_gpus=self.gpus, max_retries=self.retries, retry_exceptions=False
         )
         shared = ray.put(pickle.dumps(function))  # once, however many tasks
-        n_threads = torch.get_num_threads()
+        n_threads = _threads()
         pending = {task.remote(shared, pickle.dumps(item), n_threads): p for p, item in enumerate(items)}
         try:
             while pending:
@@ -254,13 +253,22 @@ def _ray() -> Any:
 
 def _call(function: bytes, item: bytes, n_threads: int) -> bytes:
     """Run one pickled task; its pickled result or failure. Bytes in and out: no shared memory outlives a worker."""
-    torch.set_num_threads(n_threads)
-    outcome: object
+    # for a torch that the task imports itself
+    os.environ |= {"OMP_NUM_THREADS": str(n_threads), "MKL_NUM_THREADS": str(n_threads)}
     try:
-        outcome = pickle.loads(function)(pickle.loads(item))
-        return pickle.dumps(outcome)
+        task, argument = pickle.loads(function), pickle.loads(item)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(n_threads)
+        return pickle.dumps(task(argument))
     except Exception as error:  # noqa: BLE001 - handed to the caller
         return _packed(error)
+
+
+def _threads() -> int:
+    """The caller's torch threads; torch is imported here, so that tasks without it start at once."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _packed(error: Exception) -> bytes:
