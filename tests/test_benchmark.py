@@ -12,18 +12,7 @@ import pytest
 
 from flawsift import benchmark, metrics, pipeline
 from flawsift.backbones import Backbone
-from flawsift.benchmark import (
-    Config,
-    Outcome,
-    compare,
-    done_places,
-    estimate_seconds,
-    parse_config,
-    plan,
-    read_config,
-    reselect,
-    run,
-)
+from flawsift.benchmark import Outcome, compare, reselect, run
 from flawsift.calibration import Calibration
 from flawsift.contamination import contaminate
 from flawsift.datasets import Dataset
@@ -31,6 +20,7 @@ from flawsift.detector import make_detector
 from flawsift.errors import InputError, ParameterError
 from flawsift.executors import Processes
 from flawsift.features import attach
+from flawsift.grid import Config, done_places, estimate_seconds, parse_config, plan, read_config
 from flawsift.images import ImageSet
 from flawsift.rows import append_rows, read_rows
 from flawsift.screening import PRESETS, screen

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flawsift.benchmark import parse_config, plan
+from flawsift.benchmark import run
 from flawsift.benchmark_report import (
     Cell,
     Figure,
@@ -24,6 +24,7 @@ from flawsift.benchmark_report import (
     write_benchmark_report,
 )
 from flawsift.errors import InputError
+from flawsift.grid import parse_config, plan, read_config
 from flawsift.rows import append_rows, read_rows
 
 
@@ -209,8 +210,6 @@ def test_pictures_need_maps_and_the_grid(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["table1_quick.toml"])
 def test_the_grids_of_the_project_can_be_read(name: str) -> None:
-    from flawsift.benchmark import read_config
-
     path = Path(__file__).parent.parent / "benchmarks" / name
     if not path.exists():
         pytest.skip("benchmarks are not in the source distribution")
@@ -218,8 +217,6 @@ def test_the_grids_of_the_project_can_be_read(name: str) -> None:
 
 
 def test_rows_of_a_run_can_be_reported(tmp_path: Path) -> None:
-    from flawsift.benchmark import run
-
     config = parse_config(
         {
             "alphas": [0.0, 0.2],

@@ -19,12 +19,13 @@ import pytest
 
 from flawsift import pipeline
 from flawsift.backbones import Backbone
-from flawsift.benchmark import parse_config, run
+from flawsift.benchmark import run
 from flawsift.datasets import Dataset
 from flawsift.detector import make_detector
 from flawsift.errors import ExecutorError
 from flawsift.executors import Ray
 from flawsift.features import FeatureStore, attach, loaded
+from flawsift.grid import parse_config
 from flawsift.screening import screen
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'flawsift[ray]'")

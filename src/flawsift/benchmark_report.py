@@ -21,10 +21,11 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from flawsift.benchmark import ADDRESS, MAPS, NONE, ORACLE, RESULTS, Config
+from flawsift.benchmark import MAPS, RESULTS
 from flawsift.datasets import load
 from flawsift.errors import FlawsiftError, InputError
 from flawsift.files import ensure_folder, write_text
+from flawsift.grid import ADDRESS, NONE, ORACLE, Config
 from flawsift.images import ImageSet, show
 from flawsift.maps import to_image_grid
 from flawsift.metrics import GroundTruth

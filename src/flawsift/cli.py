@@ -370,13 +370,14 @@ def benchmark(
     as_json: AsJson = False,
 ) -> None:
     """Run a grid of detectors, data sets, contaminations, protocols, presets and seeds; resumable."""
-    from flawsift import benchmark as grid
+    from flawsift import grid
+    from flawsift.benchmark import RESULTS, run
     from flawsift.executors import make_executor
     from flawsift.rows import read_rows, source_commit
 
     wanted = grid.read_config(config)
     cells = grid.plan(wanted)
-    earlier = read_rows(out / grid.RESULTS)
+    earlier = read_rows(out / RESULTS)
     if dry_run:
         done = set() if fresh else grid.done_places(earlier, None if any_commit else source_commit())
         open_ = [c for c in cells if any(c.place(preset) not in done for preset in c.presets)]
@@ -386,7 +387,7 @@ def benchmark(
         _say(as_json, plan, lines)
         return
     with _progress() as progress:
-        rows = grid.run(
+        rows = run(
             wanted,
             out,
             store=_store(cache),
@@ -396,7 +397,7 @@ def benchmark(
             progress=progress,
         )
     failed = [row for row in rows if row.get("error")]
-    lines = [f"{len(cells)} cells, {len(rows)} new rows, {len(failed)} of them failed: {out / grid.RESULTS}"]
+    lines = [f"{len(cells)} cells, {len(rows)} new rows, {len(failed)} of them failed: {out / RESULTS}"]
     reasons = list(dict.fromkeys(row["error"] for row in failed))
     lines += [f"  {reason}" for reason in reasons[:5]]
     _say(as_json, {"n_cells": len(cells), "n_rows": len(rows), "n_failed": len(failed), "reasons": reasons}, lines)
@@ -414,8 +415,8 @@ def benchmark_report(
     as_json: AsJson = False,
 ) -> None:
     """Tables (Markdown, LaTeX, HTML), curves, example pictures and prices of a benchmark."""
-    from flawsift.benchmark import read_config
     from flawsift.benchmark_report import write_benchmark_report
+    from flawsift.grid import read_config
 
     found = write_benchmark_report(results, out, config=None if config is None else read_config(config))
     _say(as_json, {name: str(path) for name, path in found.items()}, [f"{n}: {p}" for n, p in found.items()])
