@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types check wheel clean
+.PHONY: demo test lint types check wheel ray clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ wheel: $(READY)  ## build the wheel, install it into an empty environment, run i
 	build/wheel-venv/bin/flawsift --version
 	build/wheel-venv/bin/flawsift detectors
 	rm -rf build/wheel-venv
+
+ray: $(READY)  ## what the tests of a cluster need; without it they are skipped
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,39 +1,25 @@
 """What every benchmark shares: where a figure comes from, rows in CSV files, and work in processes of its own."""
 
 import argparse
-import csv
 import functools
 import json
 import os
-import platform
-import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flawsift.files import ensure_folder, write_csv
+from flawsift.rows import Row, append_rows, machine, peak_mb, read_rows
+
+__all__ = ["Row", "append_rows", "machine", "peak_mb", "read_rows"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = "figures.csv"  # one row per finished script
 MIB = 2**20
 CODE = ("src", "benchmarks/*.py", "constraints.txt")  # a change of these makes a commit "-dirty"
-
-Row = dict[str, Any]
-
-
-def machine() -> Row:
-    """Processor, cores, memory and system of this machine."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = lines[0] if lines else model
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": model, "cores": os.cpu_count(), "gib": round(gib), "os": platform.system()}
 
 
 @functools.cache
@@ -69,11 +55,6 @@ def provenance() -> Row:
     }
 
 
-def peak_mb() -> float:
-    """The largest resident size of this process so far, in MiB; file pages read through memory maps count."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 class PeakAnonymous:
     """The largest anonymous resident size during a block, sampled; memory maps of files do not count.
 
@@ -105,30 +86,6 @@ class PeakAnonymous:
             for line in status.read_text().splitlines():
                 if line.startswith("RssAnon"):
                     self.mb = max(self.mb or 0.0, int(line.split()[1]) / 1024)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """All rows of a CSV file; none if it does not exist."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{k: v or "" for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a CSV file in one step. Columns keep their place; new ones come last; None is an empty cell."""
-    if not rows:
-        return
-    ensure_folder(path.parent)
-    all_rows: list[Mapping[str, Any]] = [*read_rows(path), *rows]
-    header = list(dict.fromkeys(key for row in all_rows for key in row))
-    write_csv(path, header, [[_cell(row.get(key)) for key in header] for row in all_rows])
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return json.dumps(value) if isinstance(value, dict | list | tuple) else value
 
 
 def common_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -22,18 +22,17 @@ from typing import Any
 import numpy as np
 
 import _rows
-from flawsift import metrics, pipeline
+from flawsift import pipeline
 from flawsift.backbones import Backbone, load_backbone
-from flawsift.calibration import Calibration
-from flawsift.consensus import combine, keep_lowest, normalize_scores, own_mask
+from flawsift.benchmark import compare
 from flawsift.contamination import contaminate
 from flawsift.datasets import Dataset, load
 from flawsift.datasets.folder import DATA_VARIABLE
-from flawsift.detector import Detector, make_detector
+from flawsift.detector import make_detector
 from flawsift.errors import InputError
 from flawsift.features import FeatureStore, attach
-from flawsift.images import Ids, ImageSet
-from flawsift.screening import PRESETS, Screening, screen
+from flawsift.images import ImageSet
+from flawsift.screening import PRESETS
 
 # sizes that allow alpha 0 to 0.4 for every seed; see flawsift.contamination
 SIZES: dict[str, dict[str, Any]] = {
@@ -44,6 +43,8 @@ SIZES: dict[str, dict[str, Any]] = {
 ALPHAS = (0.0, 0.1, 0.2, 0.4)
 DETECTORS = ("patchcore", "padim")
 ARMS = ("all_data", "paper", "default", "oracle_clean")
+PRESET_OF = {arm: "none" if arm == "all_data" else arm for arm in ARMS}  # as `flawsift.benchmark` calls it
+SECONDS = ("seconds_stage2", "seconds_evaluate")
 LAYERS = ("stride4", "stride8", "stride16")  # what the two detectors read
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "aupro", "false_alarms_per_100", "missed_per_100")
 KEY = ("commit", "data", "detector", "alpha", "seed", "arm")
@@ -78,9 +79,6 @@ def run_cell(
     split = contaminate(data.truth, alpha=alpha, groups=images.groups, seed=seed, **SIZES[data.name])
     train, test = images.select(split.train_ids), images.select(split.test_ids)
     detector = make_detector(name, seed=seed)
-    started = time.perf_counter()
-    stage1 = screen(train, detector, **PRESETS["default"], seed=seed)
-    seconds = time.perf_counter() - started
     common = {
         "data": data.name,
         "data_digest": pipeline.set_digest(images),
@@ -94,63 +92,22 @@ def run_cell(
         "alpha_reached": split.alpha_reached,
         "alpha_groups": split.alpha_groups,
     }
-    clean = split.oracle_clean_ids(data.truth)
-    results: dict[str, _rows.Row] = {}  # at alpha 0, oracle_clean trains on the same images as all_data
+    presets = [PRESET_OF[arm] for arm in arms]
     rows = []
-    for arm in arms:
-        purified, consensus = _selection(arm, train, stage1, clean)
-        kept, digest = purified.ids, pipeline.set_digest(purified)
-        if digest not in results:
-            results[digest] = _evaluate(detector, purified, train, test, stage1, backbone, data)
-        row = {**_rows.provenance(), **common, "arm": arm, **results[digest]}
-        row["rejected_patches"] = sum(float(m.mean()) for m in purified.rejected.values()) / len(kept)
-        truth = data.truth.select(train.ids)
-        row["keep_share"] = len(kept) / len(train)
-        row["alpha_kept"] = data.truth.select(kept).contamination
-        row["peak_mb"] = _rows.peak_mb()
-        if consensus is not None:
-            row["seconds_stage1"] = seconds
-            mixed = 0 < truth.contamination < 1
-            row["stage1_auroc"] = metrics.image_auroc(consensus, truth.labels) if mixed else None
-        if arm == "default" and stage1.contamination is not None:
-            row["alpha_hat"] = stage1.contamination.alpha_hat
+    for arm, found in zip(arms, compare(train, test, data.truth, detector, backbone, presets, seed=seed), strict=True):
+        row = {**_rows.provenance(), **common, "arm": arm, **{key: found[key] for key in (*METRICS, *SECONDS)}}
+        row |= {
+            "keep_share": found["keep_share"],
+            "alpha_kept": found["alpha_kept"],
+            "rejected_patches": found["rejected_patches"],
+            "peak_mb": _rows.peak_mb(),
+        }
+        if arm in PRESETS:
+            row |= {"seconds_stage1": found["seconds_stage1"], "stage1_auroc": found["stage1_auroc"]}
+        if arm == "default":
+            row["alpha_hat"] = found["alpha_hat"]
         rows.append(row)
     return rows
-
-
-def _selection(arm: str, train: ImageSet, stage1: Screening, clean: Ids) -> tuple[ImageSet, Any]:
-    """What an arm trains on, and the consensus that chose it."""
-    if arm == "all_data":
-        return train, None
-    if arm == "oracle_clean":
-        return train.select(clean), None
-    if arm == "default":
-        return stage1.purified(train), stage1.consensus
-    options = PRESETS["paper"]
-    keep = options["keep"]
-    assert isinstance(keep, float)
-    own = own_mask(stage1.subset_of, options["n_subsets"])
-    scores = normalize_scores(stage1.score_matrix, own, options["normalize"])
-    consensus = combine(scores, own, options["consensus"], exclude_own=options["exclude_own"])
-    return train.select(keep_lowest(train.ids, consensus, keep)), consensus
-
-
-def _evaluate(
-    detector: Detector,
-    purified: ImageSet,
-    train: ImageSet,
-    test: ImageSet,
-    stage1: Screening,
-    backbone: Backbone,
-    data: Dataset,
-) -> _rows.Row:
-    started = time.perf_counter()
-    fitted = detector.clone().fit(purified)
-    fitted_at = time.perf_counter()
-    calibration = Calibration.of(stage1.held_out_scores[np.isin(train.ids, purified.ids)])
-    found, _ = pipeline.evaluate(pipeline.Model(fitted, backbone, calibration, {}), test, data.truth)
-    seconds = {"seconds_stage2": fitted_at - started, "seconds_evaluate": time.perf_counter() - fitted_at}
-    return {**{key: found[key] for key in METRICS}, **seconds}
 
 
 def main() -> None:

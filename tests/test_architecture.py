@@ -9,10 +9,10 @@ ROOT = Path(flawsift.__file__).parent
 # The reading order of ARCHITECTURE.md.
 ORDER = ["images", "backbones", "features", "detector", "detectors", "screening", "metrics", "results", "pipeline"]
 ORDER += ["report", "evaluation", "export", "refit", "review", "demo", "cli"]
-LEAVES = {"errors", "files", "progress", "maps", "nn", "consensus", "calibration", "overlays", "views", "training"}
-LEAVES |= {"decisions", "lookalikes"}
-# Leaves may use other leaves and the id type; these two stand on top of the numbered modules.
-TOP = {"testing", "datasets", "contamination"}
+LEAVES = {"errors", "executors", "files", "progress", "maps", "nn", "consensus", "calibration", "overlays", "views"}
+LEAVES |= {"decisions", "lookalikes", "rows", "training"}
+# Leaves may use other leaves and the id type; these stand on top of the numbered modules.
+TOP = {"testing", "datasets", "contamination", "grid", "benchmark", "benchmark_report"}
 
 
 def imports(path: Path) -> set[str]:

@@ -114,6 +114,9 @@ Groups = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+ExecutorOption = Annotated[
+    str, typer.Option("--executor", help="Where sub-models run: serial, process:N or ray:ADDRESS[,gpus=0.25].")
+]
 Cache = Annotated[Path | None, typer.Option("--cache", help="Feature cache. [~/.cache/flawsift or $FLAWSIFT_CACHE]")]
 Rate = Annotated[float | None, typer.Option("--false-alarm-rate", help="Share of good parts that may be stopped.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -167,11 +170,13 @@ def screen(
     groups: Groups = None,
     seed: Seed = 0,
     device: Device = "auto",
+    executor: ExecutorOption = "serial",
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
     """Stage 1: rank the images of a folder by how defective they look, and say which to keep."""
     from flawsift import pipeline, report
+    from flawsift.executors import make_executor
     from flawsift.files import ensure_folder
     from flawsift.results import describe
 
@@ -190,6 +195,7 @@ def screen(
             device=device,
             out=out,
             progress=progress,
+            executor=make_executor(executor),
             **options,
         )
     page = report.write_screening_report(result, found, out)
@@ -233,6 +239,7 @@ def fit(
     groups: Groups = None,
     seed: Seed = 0,
     device: Device = "auto",
+    executor: ExecutorOption = "serial",
     cache: Cache = None,
     screening: Annotated[Path | None, typer.Option("--screening", help="Use this stage 1, edited or not.")] = None,
     decisions: Decisions = None,
@@ -244,6 +251,7 @@ def fit(
     from flawsift import pipeline, report
     from flawsift.calibration import DEFAULT_RATE
     from flawsift.decisions import read_decisions
+    from flawsift.executors import make_executor
 
     choices = None if decisions is None else read_decisions(decisions)
     options = _screen_options(
@@ -264,6 +272,7 @@ def fit(
             device=device,
             out=out,
             progress=progress,
+            executor=make_executor(executor),
             on_screened=lambda done: report.write_screening_report(done, found, out / "screening"),
             **options,
         )
@@ -441,6 +450,72 @@ def detectors(as_json: AsJson = False) -> None:
         lines.append(f"{name:<10} {summary}")
         lines.append("           " + ", ".join(f"{k}={v}" for k, v in table[name]["params"].items()))
     _say(as_json, table, lines)
+
+
+@app.command()
+def benchmark(
+    config: Annotated[Path, typer.Argument(help="TOML file of the grid, such as benchmarks/table1.toml.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for results.csv; rows that are there are kept.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its estimated time only.")] = False,
+    executor: Annotated[
+        str | None, typer.Option("--executor", help="As for `screen`, for cells or sub-models. [the file's]")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make rows again that are there.")] = False,
+    any_commit: Annotated[bool, typer.Option("--any-commit", help="Rows of other commits count as done.")] = False,
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a grid of detectors, data sets, contaminations, protocols, presets and seeds; resumable."""
+    from flawsift import grid
+    from flawsift.benchmark import RESULTS, run
+    from flawsift.executors import make_executor
+    from flawsift.rows import read_rows, source_commit
+
+    wanted = grid.read_config(config)
+    cells = grid.plan(wanted)
+    earlier = read_rows(out / RESULTS)
+    if dry_run:
+        done = set() if fresh else grid.done_places(earlier, None if any_commit else source_commit())
+        open_ = [c for c in cells if any(c.place(preset) not in done for preset in c.presets)]
+        seconds, unknown = grid.estimate_seconds(open_, earlier)
+        lines = grid.describe_plan(wanted, open_, len(cells), seconds, unknown)
+        plan = {"n_cells": len(cells), "n_open": len(open_), "seconds": seconds, "n_unknown": unknown}
+        _say(as_json, plan, lines)
+        return
+    with _progress() as progress:
+        rows = run(
+            wanted,
+            out,
+            store=_store(cache),
+            executor=None if executor is None else make_executor(executor),
+            fresh=fresh,
+            any_commit=any_commit,
+            progress=progress,
+        )
+    failed = [row for row in rows if row.get("error")]
+    lines = [f"{len(cells)} cells, {len(rows)} new rows, {len(failed)} of them failed: {out / RESULTS}"]
+    reasons = list(dict.fromkeys(row["error"] for row in failed))
+    lines += [f"  {reason}" for reason in reasons[:5]]
+    _say(as_json, {"n_cells": len(cells), "n_rows": len(rows), "n_failed": len(failed), "reasons": reasons}, lines)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("benchmark-report")
+def benchmark_report(
+    results: Annotated[Path, typer.Argument(help="results.csv of `flawsift benchmark`, or its folder.")],
+    out: Out,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="The grid's file, to draw example pictures of its data sets.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tables (Markdown, LaTeX, HTML), curves, example pictures and prices of a benchmark."""
+    from flawsift.benchmark_report import write_benchmark_report
+    from flawsift.grid import read_config
+
+    found = write_benchmark_report(results, out, config=None if config is None else read_config(config))
+    _say(as_json, {name: str(path) for name, path in found.items()}, [f"{n}: {p}" for n, p in found.items()])
 
 
 @cache_app.command("list")

@@ -43,7 +43,7 @@ from flawsift.files import write_json
 from flawsift.images import Ids, ImageSet, UnreadableImage, content_digest, name_some, show
 from flawsift.metrics import GroundTruth
 
-Definition = Literal["share", "additive"]
+Definition = Literal["share", "additive", "official"]
 
 MAX_ALPHA = 0.4  # the largest alpha of FUIAD; the default n_train leaves room for it
 FORMAT = "flawsift-split"
@@ -64,7 +64,7 @@ class Split:
         alpha: Contamination asked for: the share n_a / (n_a + n_c), or, if additive, the ratio n_a / n_c.
         alpha_reached: Share of anomalies among the training images, n_a / (n_a + n_c) for either definition.
         alpha_groups: Share of training groups that have an anomaly in training; `alpha_reached` without groups.
-        definition: How `alpha` counts.
+        definition: How `alpha` counts; "official" as the publisher of the split counted.
         overlap: Whether training anomalies stay in the test set.
         seed: The seed of all draws.
     """
@@ -245,8 +245,51 @@ def contaminate(
     )
 
 
+def official(
+    truth: GroundTruth,
+    train_ids: npt.ArrayLike,
+    test_ids: npt.ArrayLike,
+    *,
+    alpha: float = 0.0,
+    groups: Mapping[int, str] | None = None,
+) -> Split:
+    """The split that a set was published with, checked, and its contamination by images and by groups.
+
+    Args:
+        truth: Labels of both sides.
+        train_ids: (T,) training images.
+        test_ids: (U,) test images.
+        alpha: What its publisher calls its contamination. FUIAD counts all views of defective objects, so
+            `alpha_reached` is smaller: a defect is not seen in every view.
+        groups: {global id: group name} as in `ImageSet.groups`.
+
+    Raises:
+        SplitError: A side is empty, or an image or a group is on both.
+        InputError: An image has no label.
+    """
+    train, test = (np.unique(np.asarray(ids, np.int64)) for ids in (train_ids, test_ids))
+    if not len(train) or not len(test):
+        raise SplitError(f"This set has no official split: {len(train)} training and {len(test)} test images.")
+    unit = dict(zip(truth.ids.tolist(), _units(truth.ids, groups or {}).tolist(), strict=True))
+    sides = [{unit[i] for i in truth.select(ids).ids.tolist()} for ids in (train, test)]
+    if both := sides[0] & sides[1]:
+        raise SplitError(f"{len(both)} images or groups of images are on both sides of the official split.")
+    anomalous = truth.select(train).labels == 1
+    return Split(
+        train_ids=train,
+        test_ids=test,
+        alpha=float(alpha),
+        alpha_reached=float(anomalous.mean()),
+        alpha_groups=len({unit[i] for i in train[anomalous].tolist()}) / len(sides[0]),
+        definition="official",
+        overlap=False,
+        seed=0,
+    )
+
+
 def _check(alpha: float, n_train: int | None, definition: str, seed: int) -> None:
-    _definition(definition)
+    if definition not in ("share", "additive"):
+        raise ParameterError(f"contaminate.definition must be 'share' or 'additive', got '{definition}'.")
     if definition == "share" and not 0 <= alpha < 1:
         raise ParameterError(f"contaminate.alpha must be in [0, 1) for definition 'share', got {alpha}.")
     if definition == "additive" and not 0 <= alpha < math.inf:
@@ -263,7 +306,7 @@ def _definition(value: object) -> Definition:
     for known in get_args(Definition):
         if value == known:
             return known  # type: ignore[no-any-return]
-    raise ParameterError(f"contaminate.definition must be 'share' or 'additive', got '{value}'.")
+    raise ValueError(f"unknown definition '{value}'")
 
 
 def _stream(seed: int, stream: int) -> np.random.Generator:

@@ -8,6 +8,7 @@
         ├── WeightsError         backbone weights missing, unreachable or not the ones expected
         ├── ModelError           a model folder that is missing, damaged or from a newer version
         ├── TrainingError        a training that diverged
+        ├── ExecutorError        workers that were lost, or a cluster out of reach
         ├── OutputError          an output folder that cannot be written
         └── SplitError           a protocol asks for more images than there are (also a ValueError)
 
@@ -44,6 +45,10 @@ class ModelError(FlawsiftError):
 
 class TrainingError(FlawsiftError):
     """A training diverged: its loss is not finite."""
+
+
+class ExecutorError(FlawsiftError):
+    """Workers were lost more often than a task is retried, or a cluster is out of reach."""
 
 
 class OutputError(FlawsiftError):

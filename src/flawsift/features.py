@@ -192,27 +192,37 @@ class StoredFeatures:
 
     def read(self, images: ImageSet, layers: Sequence[str]) -> dict[str, Tensor]:
         """{layer: (N, C, h, w)} float32 of the view, in its order."""
-        result = {}
-        for layer in layers:
-            if layer not in self.entries:
-                raise InputError(f"Layer '{layer}' was not extracted; attached are: {', '.join(self.entries)}.")
-            known = self.entries[layer]
-            try:
-                entries = [known[view_digest(self.digests[int(i)], images.derived)] for i in images.ids]
-            except KeyError:
-                raise _no_view(images) from None
-            result[layer] = self._gather(entries, self.files[layer])
-        return result
+        return {
+            layer: torch.from_numpy(self._gather(self._found(images, layer), layer, np.float32)) for layer in layers
+        }
 
-    def _gather(self, entries: Sequence[Entry], file: str) -> Tensor:
+    def loaded(self, images: ImageSet, layers: Sequence[str], views: Sequence[str]) -> "MemoryFeatures":
+        """The features of some images and of their derived views in memory, as the numbers are stored."""
+        parts = [images, *(images.view(view) for view in views)]
+        names = [(part.derived, int(i)) for part in parts for i in part.ids]
+        arrays = {layer: self._gather([e for p in parts for e in self._found(p, layer)], layer) for layer in layers}
+        return MemoryFeatures(self.size, self.key, {name: row for row, name in enumerate(names)}, arrays)
+
+    def _found(self, images: ImageSet, layer: str) -> list[Entry]:
+        if layer not in self.entries:
+            raise InputError(f"Layer '{layer}' was not extracted; attached are: {', '.join(self.entries)}.")
+        known = self.entries[layer]
+        try:
+            return [known[view_digest(self.digests[int(i)], images.derived)] for i in images.ids]
+        except KeyError:
+            raise _no_view(images) from None
+
+    def _gather(self, entries: Sequence[Entry], layer: str, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
+        """(n, C, h, w) of some entries, in their order; as the numbers are stored unless a type is given."""
+        file = self.files[layer]
         first = self._map(entries[0].shard / file)
-        out = np.empty((len(entries), *first.shape[1:]), np.float32)
+        out = np.empty((len(entries), *first.shape[1:]), dtype or first.dtype)
         start = 0
         for shard, run in itertools.groupby(entries, key=lambda e: e.shard):
             rows = [e.row for e in run]
             out[start : start + len(rows)] = self._map(shard / file)[rows]
             start += len(rows)
-        return torch.from_numpy(out)
+        return out
 
     def _map(self, path: Path) -> npt.NDArray[Any]:
         if path not in self._open:
@@ -303,6 +313,26 @@ def stream(
         part = images.select(images.ids[start : start + SHARD])
         yield (part, {}) if attached else _attach_memory(part, backbone, layers)
     progress("features", len(images), len(images))
+
+
+def loaded(images: ImageSet, layers: Sequence[str], views: Sequence[str] = (), *, pixels: bool = False) -> ImageSet:
+    """The set with its features in memory instead of on disk, so that it can travel to a machine without the files.
+
+    Args:
+        images: With features attached.
+        layers: Layers to take along.
+        views: Derived views to take along.
+        pixels: Take decoded images along too.
+
+    Raises:
+        UnreadableImage: An image cannot be decoded any more.
+    """
+    if pixels:
+        arrays = [np.asarray(images.image(int(i)), np.uint8) for i in images.ids]
+        images = replace(images, source=ImageSet.from_arrays(arrays, ids=images.ids.tolist()).source)
+    if not isinstance(images.reader, StoredFeatures):
+        return images
+    return replace(images, reader=images.reader.loaded(images, layers, views))
 
 
 def _attach_memory(

@@ -306,6 +306,12 @@ class ImageSet:
             features = self.reader.read(part, layers) if layers else {}
             yield Batch(part.ids, features, seen, size, rejected=part._rejected_patches())
 
+    @property
+    def rejected_share(self) -> float:
+        """Share of the patches of the set that are not to be learned from."""
+        lost = sum(float(self.rejected[i].mean()) for i in self.ids.tolist() if i in self.rejected)
+        return lost / len(self) if len(self) else 0.0
+
     def _rejected_patches(self) -> Tensor | None:
         masks = [self.rejected.get(int(i)) for i in self.ids]
         shape = next((m.shape for m in masks if m is not None), None)

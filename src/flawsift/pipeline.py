@@ -9,8 +9,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Unpack
@@ -25,11 +25,12 @@ from flawsift.calibration import DEFAULT_RATE, Calibration, Threshold
 from flawsift.decisions import decided, read_decisions
 from flawsift.detector import Additive, Detector, Prediction, load_detector, make_detector
 from flawsift.errors import InputError, ModelError
+from flawsift.executors import SERIAL, Executor
 from flawsift.features import FeatureStore, StoredFeatures, attach, stream
 from flawsift.files import ensure_folder, write_json
 from flawsift.images import FileSource, ImageSet, content_digest, show
 from flawsift.lookalikes import describe
-from flawsift.metrics import GroundTruth
+from flawsift.metrics import GroundTruth, StreamingAUPRO
 from flawsift.progress import Progress, silent
 from flawsift.results import ROOT, Predictions, SavedScreening, load_screening, save_screening
 from flawsift.screening import PRESETS, Screening, ScreenOptions
@@ -129,6 +130,7 @@ def screen(
     device: str = "auto",
     out: str | Path | None = None,
     progress: Progress = silent,
+    executor: Executor = SERIAL,
     **options: Unpack[ScreenOptions],
 ) -> Screening:
     """Stage 1 on a folder or a set: which images are probably defective.
@@ -143,6 +145,7 @@ def screen(
         out: A folder for screening.csv, screening.json and maps.npy; finished sub-models are kept there until done, so
             that the same command goes on after a kill.
         progress: Told how far it is.
+        executor: Where sub-models run.
         options: Of stage 1; see `flawsift.screening.screen`. Those not given are those of the default preset.
 
     Raises:
@@ -150,7 +153,9 @@ def screen(
         OutputError: `out` or the cache cannot be written.
     """
     prepared = _prepare(images, detector, backbone, store, seed, progress)
-    return _screen_prepared(prepared, seed=seed, device=device, out=out, progress=progress, options=options)[0]
+    return _screen_prepared(
+        prepared, seed=seed, device=device, out=out, progress=progress, executor=executor, options=options
+    )[0]
 
 
 def fit(
@@ -168,12 +173,13 @@ def fit(
     out: str | Path | None = None,
     on_screened: Callable[[Screening], object] | None = None,
     progress: Progress = silent,
+    executor: Executor = SERIAL,
     **options: Unpack[ScreenOptions],
 ) -> Model:
     """Both stages: screen, then train the detector on what is kept, with a threshold from held-out scores.
 
     Args:
-        images: As for `screen`, and so are detector, backbone, store, seed, device, progress and options.
+        images: As for `screen`, and so are detector, backbone, store, seed, device, progress, executor and options.
         screening: A folder that `screen` wrote, its `kept` column perhaps edited, instead of a new stage 1.
         decisions: What a person decided, from `flawsift review`: a CSV file with the columns path and decision, or
             {relative path: decision}. "keep" and "remove" override the screening; "unsure" leaves it.
@@ -212,7 +218,9 @@ def fit(
                 "n_subsets": min(options.get("n_subsets", 5), len(set(p.data.group_names))),
             }
         folder = None if out is None else Path(out) / "screening"
-        done, total = _screen_prepared(p, seed=seed, device=device, out=folder, progress=progress, options=options)
+        done, total = _screen_prepared(
+            p, seed=seed, device=device, out=folder, progress=progress, executor=executor, options=options
+        )
         if on_screened is not None and not no_screen:
             on_screened(done)
         is_kept, counts = decided(done.names, done.is_kept, choices)
@@ -226,7 +234,7 @@ def fit(
     training = {
         "n_images": len(p.data) + len(p.unreadable),
         "n_kept": len(purified),
-        "rejected_patches": _rejected_share(purified),
+        "rejected_patches": purified.rejected_share,
         "screened": not no_screen,
         **({"decisions": counts} if choices else {}),
         "false_alarm_rate": false_alarm_rate,
@@ -276,6 +284,7 @@ def _screen_prepared(
     device: str,
     out: str | Path | None,
     progress: Progress,
+    executor: Executor,
     options: ScreenOptions,
 ) -> tuple[Screening, Detector | None]:
     """Stage 1, and the merged sub-models of the first partition where the detector's statistics are additive."""
@@ -293,8 +302,9 @@ def _screen_prepared(
         seed=seed,
         device=device,
         checkpoint=checkpoint,
-        on_submodel=merged,
+        on_submodel=merged if isinstance(p.detector, Additive) else None,  # others need not travel back from workers
         progress=progress,
+        executor=executor,
     )
     provenance |= {"seconds": round(time.monotonic() - started, 2), "images_digest": set_digest(p.data)}
     if isinstance(p.data.source, FileSource):
@@ -334,15 +344,10 @@ def _run_folder(root: Path, p: _Prepared, *settings: Any) -> Path:
 
 def _fit_purified(p: _Prepared, purified: ImageSet, total: Detector | None, device: str, watch: Watch) -> Detector:
     removed = p.data.ids[~np.isin(p.data.ids, purified.ids)]
-    whole = _rejected_share(purified) == 0
+    whole = purified.rejected_share == 0
     if isinstance(total, Additive) and whole and len(removed) < len(purified):
         return total.without(p.data.select(removed), device=device)
     return p.detector.clone().fit(purified, device=device, watch=watch)
-
-
-def _rejected_share(images: ImageSet) -> float:
-    """Share of the patches of a set that are not to be learned from."""
-    return sum(float(mask.mean()) for mask in images.rejected.values()) / len(images) if len(images) else 0.0
 
 
 def _provenance(p: _Prepared) -> dict[str, Any]:
@@ -429,6 +434,7 @@ def evaluate(
     truth: GroundTruth,
     *,
     device: str = "auto",
+    exact_pixels: int | None = None,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Predictions]:
     """Metrics of a fitted model on labelled images; the model never sees the labels.
@@ -438,6 +444,8 @@ def evaluate(
         images: Test images.
         truth: Labels and masks by global id.
         device: Where the detector runs.
+        exact_pixels: With more map pixels than this, AUPRO is streamed instead of holding all maps: it gets an
+            `aupro_bound`, and the other pixel metrics are None. None is always exact.
         progress: Told about each piece.
 
     Returns:
@@ -447,20 +455,15 @@ def evaluate(
     Raises:
         InputError: No image can be read, or an image has no label.
     """
-    maps: list[npt.NDArray[np.float32]] = []
-    wants_maps = truth.select(images.ids).has_masks
-    found = predict(
-        model,
-        images,
-        device=device,
-        on_maps=(lambda _, prediction: maps.extend(_some(prediction.maps))) if wants_maps else None,
-        progress=progress,
-    )
+    maps = _Maps(truth, exact_pixels, len(images)) if truth.select(images.ids).has_masks else None
+    found = predict(model, images, device=device, on_maps=maps, progress=progress)
     readable = np.isfinite(found.scores)
     if not readable.any():
         raise InputError(f"None of the {len(images)} test images can be read.")
     ids, scores = found.ids[readable], found.scores[readable]
-    result: dict[str, Any] = dict(metrics.evaluate(ids, scores, truth, maps if wants_maps else None))
+    result: dict[str, Any] = dict(metrics.evaluate(ids, scores, truth, None if maps is None else maps.kept))
+    if maps is not None and maps.stream is not None and result["n_anomalous"] > 0:
+        result |= {"aupro": maps.stream.compute(), "aupro_bound": maps.stream.error_bound()}
     labels = truth.select(ids).labels
     stopped = None if found.threshold is None else scores > found.threshold.value
     for key, cls, wrong in (("false_alarms_per_100", 0, stopped), ("missed_per_100", 1, stopped)):
@@ -471,5 +474,25 @@ def evaluate(
     return result, found
 
 
-def _some(maps: npt.NDArray[np.float32] | None) -> Iterator[npt.NDArray[np.float32]]:
-    return iter(() if maps is None else maps)
+@dataclass
+class _Maps:
+    """Keeps maps as they come, or streams them where they are too many."""
+
+    truth: GroundTruth
+    exact_pixels: int | None
+    n_images: int
+    kept: list[npt.NDArray[np.float32]] | None = field(default_factory=list)
+    stream: StreamingAUPRO | None = None
+
+    def __call__(self, images: ImageSet, prediction: Prediction) -> None:
+        assert prediction.maps is not None
+        if self.exact_pixels is not None and self.n_images * prediction.maps[0].size > self.exact_pixels:
+            self.kept, self.stream = None, self.stream or StreamingAUPRO()
+        if self.kept is not None:
+            self.kept.extend(prediction.maps)
+        if self.stream is None:
+            return
+        for id_, found in zip(prediction.ids.tolist(), prediction.maps, strict=True):
+            mask = self.truth.mask(id_, found.shape)
+            assert mask is not None  # every anomalous image has one
+            self.stream.update(found, mask)

@@ -8,7 +8,7 @@ addressed by global ids: stage 2 receives ids, never positions.
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -37,6 +37,8 @@ from flawsift.consensus import (
 )
 from flawsift.detector import Additive, Detector, load_detector, resolve_device, score_together
 from flawsift.errors import InputError, ParameterError
+from flawsift.executors import SERIAL, Executor, Serial
+from flawsift.features import loaded
 from flawsift.files import write_bytes
 from flawsift.images import Ids, ImageSet
 from flawsift.maps import top_mean
@@ -171,6 +173,7 @@ def screen(
     checkpoint: Path | None = None,
     on_submodel: Callable[[Detector], None] | None = None,
     progress: Progress = silent,
+    executor: Executor = SERIAL,
 ) -> Screening:
     """Split, train k sub-models, score every image with all of them, rank by consensus, keep the lowest.
 
@@ -194,10 +197,12 @@ def screen(
         checkpoint: A folder for finished sub-models' scores, so that a killed run goes on where it was.
         on_submodel: Called with each sub-model that was trained now (not with those resumed).
         progress: Told about each sub-model.
+        executor: Where sub-models run; the result is the same, bit for bit, on machines of one kind.
 
     Raises:
         ParameterError: An option is out of range.
         InputError: Fewer images (or groups) than subsets.
+        ExecutorError: Workers were lost more often than a task is retried.
     """
     options = {
         "n_subsets": n_subsets,
@@ -213,7 +218,10 @@ def screen(
     subset_of = np.stack([split(train, n_subsets, seed=seed, partition=r) for r in range(n_partitions)])
     runs = _Runs(train, detector, subset_of, n_subsets, resolve_device(device), checkpoint, progress)
     keep_models = divergence_weight > 0
-    models = runs.all(on_submodel, keep_models=keep_models)
+    if isinstance(executor, Serial):
+        models = runs.all(on_submodel, keep_models=keep_models)
+    else:
+        models = runs.fan_out(executor, device, on_submodel, keep_models=keep_models)
     own = own_mask(subset_of, n_subsets)
     comparable = normalize_scores(runs.scores, own, normalize)
     voted = combine(comparable, own, consensus, exclude_own=exclude_own)
@@ -221,13 +229,8 @@ def screen(
     if keep_models:
         spread = divergence(train, models, comparable, subset_of, n_subsets, resolve_device(device))
         voted = robust_units(voted) + divergence_weight * robust_units(spread)
-    estimate = estimate_contamination(voted) if keep == "auto" else None
     grids = runs.mean_grids()
-    rejected = rejected_patches(grids, reject_patches) if grids is not None and reject_patches > 0 else None
-    if estimate is not None and rejected is not None:
-        kept = keep_unspoiled(train.ids, rejected)
-    else:
-        kept = keep_lowest(train.ids, voted, 1 - estimate.alpha_hat if estimate else float(keep))
+    kept, rejected, estimate = _choose(train.ids, voted, grids, keep, reject_patches)
     return Screening(
         ids=train.ids,
         names=train.names,
@@ -242,6 +245,30 @@ def screen(
         grids=grids,
         rejected=rejected,
     )
+
+
+def reselected(stage1: Screening, options: ScreenOptions) -> Screening:
+    """What other options keep, from the score matrix of a screening with as many subsets and partitions.
+
+    Equal to a `screen` of its own, whose sub-models would be the same; `divergence_weight` must be 0.
+    """
+    own = own_mask(stage1.subset_of, options["n_subsets"])
+    scores = normalize_scores(stage1.score_matrix, own, options["normalize"])
+    voted = combine(scores, own, options["consensus"], exclude_own=options["exclude_own"])
+    kept, rejected, estimate = _choose(stage1.ids, voted, stage1.grids, options["keep"], options["reject_patches"])
+    given = {**options, "seed": stage1.options["seed"], "keep_share": len(kept) / len(stage1.ids)}
+    return replace(stage1, consensus=voted, kept=kept, rejected=rejected, contamination=estimate, options=given)
+
+
+def _choose(
+    ids: Ids, voted: Floats, grids: npt.NDArray[np.float16] | None, keep: float | Literal["auto"], z: float
+) -> tuple[Ids, npt.NDArray[np.bool_] | None, Contamination | None]:
+    """Kept ids, (N, h, w) rejected patches and the estimate of the contamination."""
+    estimate = estimate_contamination(voted) if keep == "auto" else None
+    rejected = rejected_patches(grids, z) if grids is not None and z > 0 else None
+    if estimate is not None and rejected is not None:
+        return keep_unspoiled(ids, rejected), rejected, estimate
+    return keep_lowest(ids, voted, 1 - estimate.alpha_hat if estimate else float(keep)), rejected, estimate
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -387,6 +414,43 @@ class _Runs:
             on_submodel(model)
         return model
 
+    def fan_out(
+        self, executor: Executor, device: str, on_submodel: Callable[[Detector], None] | None, *, keep_models: bool
+    ) -> list[Detector]:
+        """As `all`, each sub-model by a task of its own; workers find a device behind "auto" themselves."""
+        models: list[Detector] = []
+        n_models = len(self.scores)
+        missing = [m for m in range(n_models) if keep_models or self._resume_scores(m) is None]
+        train, checkpoint = self.train, self.checkpoint
+        if not executor.shares_files:
+            train = loaded(train, self.detector.layers, self.detector.views, pixels=self.detector.reads_pixels)
+            checkpoint = None
+        task = _SubModel(
+            train,
+            self.detector,
+            self.subset_of,
+            self.n_subsets,
+            device,
+            checkpoint,
+            keep_models or on_submodel is not None,
+        )
+        results = executor.map(task, missing)
+        for m in range(n_models):  # in this order, like `all`: sums of maps depend on it
+            self.progress("sub-models", m, n_models)
+            if m not in missing:
+                stored = self._resume_scores(m)
+                assert stored is not None
+                self.scores[m], grids = stored
+            else:
+                self.scores[m], grids, model = next(results)
+                self._store_scores(m, self.scores[m], grids)
+                if model is not None and on_submodel is not None:
+                    on_submodel(model)
+                models += [model] if model is not None and keep_models else ()
+            self._add_grids(m, grids)
+        self.progress("sub-models", n_models, n_models)
+        return models
+
     def mean_grids(self) -> npt.NDArray[np.float16] | None:
         """(N, h, w) mean over the sub-models that did not see the image."""
         if self._grid_sum is None:
@@ -430,3 +494,24 @@ class _Runs:
             return None
         stored = load(path.read_bytes())
         return stored["scores"].numpy(), stored["grids"]
+
+
+@dataclass(frozen=True, eq=False)
+class _SubModel:
+    """What a worker needs to train any sub-model and to score all images with it."""
+
+    train: ImageSet
+    detector: Detector
+    subset_of: npt.NDArray[np.int64]
+    n_subsets: int
+    device: str
+    checkpoint: Path | None
+    wants_model: bool
+
+    def __call__(self, m: int) -> tuple[npt.NDArray[np.float32], Tensor, Detector | None]:
+        """Scores and grids of sub-model m, and the sub-model where it is wanted."""
+        device = resolve_device(self.device)
+        runs = _Runs(self.train, self.detector, self.subset_of, self.n_subsets, device, self.checkpoint, silent)
+        model = self.detector.clone().fit(runs._subset(m), device=device, watch=runs._watch(m))
+        ((scores, grids, _),) = score_together([model], self.train, device, 64, keep_grids=True)
+        return scores, grids, model if self.wants_model else None

@@ -1,7 +1,9 @@
 """Data sets: images under global ids and, apart from them, their labels and masks.
 
     folder          load_folder, load_labelled (normal, defect/TYPE, mask/TYPE), load_unlabelled
-    mvtec           load_mvtec: trees in the layout of MVTec AD, BTAD and MPDD
+    mvtec           load_mvtec: any tree in the layout of MVTec AD, BTAD and MPDD
+    published       load_mvtec_ad, load_btad, load_mpdd, load_visa: by category, with official splits
+    realiad         load_realiad: the four contaminated splits of Real-IAD (FUIAD)
     elpv            load_elpv: 2,624 solar cells from PyPI
     magnetic_tile   load_magnetic_tile: 1,344 tile surfaces in groups
     synthetic       synthetic.synthetic: procedural, in memory, any size; write_mvtec, write_folder
@@ -20,19 +22,27 @@ from flawsift.datasets.elpv import load_elpv
 from flawsift.datasets.folder import load_folder, load_labelled, load_prepared, load_unlabelled
 from flawsift.datasets.magnetic_tile import load_magnetic_tile
 from flawsift.datasets.mvtec import is_mvtec, load_mvtec
+from flawsift.datasets.published import CATEGORIES, load_btad, load_mpdd, load_mvtec_ad, load_visa
+from flawsift.datasets.realiad import load_realiad
 from flawsift.datasets.synthetic import synthetic as draw_synthetic  # the bare name is the module's
 from flawsift.datasets.synthetic import write_folder, write_mvtec
 from flawsift.errors import InputError, ParameterError, unknown_name
 
 __all__ = [
+    "CATEGORIES",
     "Dataset",
     "load",
+    "load_btad",
     "load_elpv",
     "load_folder",
     "load_labelled",
     "load_magnetic_tile",
+    "load_mpdd",
     "load_mvtec",
+    "load_mvtec_ad",
+    "load_realiad",
     "load_unlabelled",
+    "load_visa",
     "write_folder",
     "write_mvtec",
 ]
@@ -53,10 +63,15 @@ def load_cookie(root: str | Path | None = None) -> Dataset:
 
 
 _LOADERS: dict[str, Callable[..., Dataset]] = {
+    "btad": load_btad,
     "cookie": load_cookie,
     "elpv": load_elpv,
     "magnetic_tile": load_magnetic_tile,
+    "mpdd": load_mpdd,
+    "mvtec": load_mvtec_ad,
+    "realiad": load_realiad,
     "synthetic": draw_synthetic,
+    "visa": load_visa,
 }
 
 
@@ -68,7 +83,8 @@ def load(name_or_path: str | Path, **options: Any) -> Dataset:
     latter.
 
     Args:
-        name_or_path: "cookie", "elpv", "magnetic_tile", "synthetic" or a folder.
+        name_or_path: "cookie", "elpv", "magnetic_tile", "synthetic"; "btad", "mpdd", "mvtec", "realiad" or "visa",
+            which need a category; or a folder.
         **options: Passed to the loader: its parameters by name.
 
     Raises:
@@ -83,6 +99,11 @@ def load(name_or_path: str | Path, **options: Any) -> Dataset:
     for option in options:
         if option not in known:
             raise ParameterError(unknown_name(f"option of {label}", option, known))
+    category = known.get("category")
+    if category is not None and category.default is category.empty and "category" not in options:
+        raise ParameterError(
+            f"The data set {name_or_path} needs a category: {', '.join(CATEGORIES[str(name_or_path)])}."
+        )
     return loader(**options)
 
 

@@ -1,0 +1,545 @@
+"""A benchmark's rows as tables (Markdown, LaTeX), and as one HTML page with curves, example pictures and prices.
+
+Figures are means over categories, then mean and standard deviation over seeds. Figures that others published are shown
+beside ours and marked as quoted; they are never ranked.
+"""
+
+import base64
+import functools
+import html
+import io
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from flawsift.benchmark import MAPS, RESULTS
+from flawsift.datasets import load
+from flawsift.errors import FlawsiftError, InputError
+from flawsift.files import ensure_folder, write_text
+from flawsift.grid import ADDRESS, NONE, ORACLE, Config
+from flawsift.images import ImageSet, show
+from flawsift.maps import to_image_grid
+from flawsift.metrics import GroundTruth
+from flawsift.overlays import Scale, overlay, shrink
+from flawsift.rows import read_rows
+
+PAGE, MARKDOWN, LATEX = "report.html", "table.md", "table.tex"
+PRESET_NAMES = {NONE: "no screening", ORACLE: "oracle"}  # the others are called as they are
+EXAMPLE_ALPHA = 0.2  # the contamination of the example pictures, where the rows have it
+EXAMPLE_ROWS = 12  # pictures: a page of them
+THUMB = 180  # pixels of an example's long edge
+FIELD = (240, 130)  # width and height of a drawn curve's field
+
+Rows = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Mean and standard deviation over seeds; `complete` says whether every seed has every category of the line."""
+
+    mean: float
+    sd: float | None
+    n_seeds: int
+    complete: bool
+
+    def text(self, digits: int = 3) -> str:
+        """Such as "0.973 ± 0.012", with a dagger where it is incomplete."""
+        sd = "" if self.sd is None else f" ± {self.sd:.{digits}f}"
+        return f"{self.mean:.{digits}f}{sd}{'' if self.complete else ' †'}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method in one line of a table; `place` is 1 for the best of the line, 2 for the second, else 0."""
+
+    auroc: Figure | None
+    aupro: Figure | None
+    auroc_place: int = 0
+    aupro_place: int = 0
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table: where it was measured, and a cell per method."""
+
+    data: str
+    alpha: float
+    preset: str
+    cells: tuple[Cell, ...]
+    quoted: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """All lines of one protocol and k."""
+
+    title: str
+    methods: tuple[str, ...]
+    lines: tuple[Line, ...]
+    note: str = ""
+
+
+def write_benchmark_report(results: str | Path, folder: str | Path, *, config: Config | None = None) -> dict[str, Path]:
+    """Write table.md, table.tex and report.html.
+
+    Args:
+        results: results.csv of `flawsift.benchmark.run`, or its folder.
+        folder: For the report.
+        config: The grid, to find the pictures of its examples again. They are drawn into the report only.
+
+    Returns:
+        {what: path}.
+
+    Raises:
+        InputError: There are no rows.
+        OutputError: The folder cannot be written.
+    """
+    path = Path(results)
+    path = path / RESULTS if path.is_dir() else path
+    rows = read_rows(path)
+    if not rows:
+        raise InputError(f"'{show(path)}' has no rows. Run `flawsift benchmark` first.")
+    folder = ensure_folder(folder)
+    good, failed = newest(rows)
+    tables = [*measured_tables(good), *quoted_tables()]
+    written = {"Markdown": folder / MARKDOWN, "LaTeX": folder / LATEX, "HTML": folder / PAGE}
+    write_text(written["Markdown"], "\n".join(markdown(t) for t in tables))
+    write_text(written["LaTeX"], "\n".join(latex(t) for t in tables))
+    environment = Environment(
+        loader=PackageLoader("flawsift", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("benchmark.html").render(
+        tables=tables,
+        names=PRESET_NAMES,
+        curves=curves(good),
+        prices=prices(good),
+        examples=examples(good, path.parent / MAPS, config),
+        failures=failures(failed),
+        origin=origin(good),
+        n_rows=len(good),
+    )
+    write_text(written["HTML"], page)
+    return written
+
+
+def newest(rows: Rows) -> tuple[list[Mapping[str, str]], list[Mapping[str, str]]]:
+    """The last good row of each place, and the failed rows of places that have none."""
+    good = {tuple(r[key] for key in ADDRESS): r for r in rows if not r.get("error")}
+    failed = {tuple(r[key] for key in ADDRESS): r for r in rows if r.get("error")}
+    return list(good.values()), [row for place, row in failed.items() if place not in good]
+
+
+def figure(rows: Rows, column: str, expected: Rows | None = None) -> Figure | None:
+    """Mean over the categories of each seed, then mean and standard deviation over seeds.
+
+    Args:
+        rows: Of one method.
+        column: The metric.
+        expected: Rows of all methods; a seed or category that only others have makes the figure incomplete.
+    """
+    by_seed: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.get(column):
+            by_seed.setdefault(row["seed"], {})[row["category"]] = float(row[column])
+    if not by_seed:
+        return None
+    means = [statistics.fmean(found.values()) for found in by_seed.values()]
+    there = {(seed, category) for seed, found in by_seed.items() for category in found}
+    others = {(r["seed"], r["category"]) for r in expected or rows if r.get(column)}
+    categories = {category for _, category in others}
+    complete = there >= others and all(set(found) == categories for found in by_seed.values())
+    sd = statistics.stdev(means) if len(means) > 1 else None
+    return Figure(statistics.fmean(means), sd, len(means), complete)
+
+
+def measured_tables(rows: Rows) -> list[Table]:
+    """Table I of each protocol and k: a line per data set, contamination and preset, a column per method."""
+    tables = []
+    for (protocol, k), mine in _grouped(rows, "protocol", "n_subsets").items():
+        methods = tuple(dict.fromkeys(r["detector"] for r in mine))
+        registry = {r["detector"]: r.get("method", "") for r in mine}
+        lines = []
+        for (data, alpha), here in _sorted_by_alpha(_grouped(mine, "data", "alpha")):
+            for preset, some in _grouped(here, "preset").items():
+                by_method = _grouped(some, "detector")
+                cells = [_cell(by_method.get((m,), []), some) for m in methods]
+                lines.append(Line(data, alpha, preset[0], ranked(cells)))
+            if quoted := _quoted_line(data, alpha, protocol, [registry[m] for m in methods]):
+                lines.append(quoted)
+        subsets = f", k = {k}" if k else ""
+        title = f"Image AUROC / AUPRO, {protocol.replace('_', ' ')}{subsets}"
+        tables.append(Table(title, methods, tuple(lines)))
+    return tables
+
+
+def quoted_tables() -> list[Table]:
+    """Figures that others published, each in a table of its own."""
+    tables = []
+    for table in _quoted():
+        methods = {r["method"]: r["label"] for r in table["rows"]}
+        alphas = dict.fromkeys(r["alpha"] for r in table["rows"])
+        lines = [_quoted_line(table["data"], a, table["protocol"], list(methods)) for a in alphas]
+        note = f"Quoted from {table['source']}; not measured here. {table['note']}"
+        kept = tuple(line for line in lines if line is not None)
+        tables.append(Table(f"Quoted: {table['title']}", tuple(methods.values()), kept, note))
+    return tables
+
+
+def ranked(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """The same cells with the best and the second of each metric marked; equal figures share a place."""
+    places = []
+    for values in ([c.auroc for c in cells], [c.aupro for c in cells]):
+        known = sorted({round(v.mean, 6) for v in values if v is not None}, reverse=True)
+        enough = sum(v is not None for v in values) > 1
+        at = [known.index(round(v.mean, 6)) + 1 if v is not None and enough else 0 for v in values]
+        places.append([p if p <= 2 else 0 for p in at])
+    return tuple(Cell(c.auroc, c.aupro, a, p) for c, a, p in zip(cells, *places, strict=True))
+
+
+def markdown(table: Table) -> str:
+    """A table with the best in bold and the second underlined."""
+    header = ["set", "defective in training", "stage 1", *table.methods]
+    rule = ["---", "---:", "---", *["---:"] * len(table.methods)]
+    mark = {1: "**{}**".format, 2: "<u>{}</u>".format, 0: "{}".format}
+    body = [[*_head(line), *(_joined(c, mark) for c in line.cells)] for line in table.lines]
+    lines = ["| " + " | ".join(line) + " |" for line in [header, rule, *body]]
+    return f"### {table.title}\n\n" + "\n".join(lines) + "\n" + (f"\n{table.note}\n" if table.note else "")
+
+
+def latex(table: Table) -> str:
+    """A booktabs table with the best in bold and the second underlined."""
+    mark = {1: "\\textbf{{{}}}".format, 2: "\\underline{{{}}}".format, 0: "{}".format}
+    lines = [
+        "\\begin{table*}",
+        "\\centering",
+        f"\\caption{{{_tex(table.title)}.{' ' + _tex(table.note) if table.note else ''}}}",
+        f"\\begin{{tabular}}{{lrl{'c' * len(table.methods)}}}",
+        "\\toprule",
+        " & ".join(["set", "$\\alpha$", "stage 1", *map(_tex, table.methods)]) + " \\\\",
+        "\\midrule",
+    ]
+    for line in table.lines:
+        cells = [_joined(c, mark).replace("±", "$\\pm$").replace("†", "$\\dagger$") for c in line.cells]
+        lines.append(" & ".join([*map(_tex, _head(line)), *cells]) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table*}"]) + "\n"
+
+
+def _joined(cell: Cell, mark: Mapping[int, Callable[[str], str]]) -> str:
+    found = [
+        "-" if value is None else mark[place](value.text())
+        for value, place in ((cell.auroc, cell.auroc_place), (cell.aupro, cell.aupro_place))
+    ]
+    return "-" if found == ["-", "-"] else " / ".join(found)
+
+
+def _head(line: Line) -> list[str]:
+    preset = "quoted" if line.quoted else PRESET_NAMES.get(line.preset, line.preset)
+    return [line.data, f"{line.alpha:.0%}", preset]
+
+
+def _tex(text: str) -> str:
+    for character in "&%_#$":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def _cell(rows: Rows, expected: Rows) -> Cell:
+    return Cell(figure(rows, "image_auroc", expected), figure(rows, "aupro", expected))
+
+
+@functools.cache
+def _quoted() -> list[dict[str, Any]]:
+    text = resources.files("flawsift").joinpath("quoted.json").read_text("utf-8")
+    tables: list[dict[str, Any]] = json.loads(text)["tables"]
+    return tables
+
+
+def _quoted_line(data: str, alpha: float, protocol: str, methods: Sequence[str]) -> Line | None:
+    """What others published of these methods on this very split."""
+    for table in _quoted():
+        if (table["data"], table["protocol"]) == (data, protocol):
+            known = {r["method"]: r for r in table["rows"] if r["alpha"] == alpha}
+            figures = [known.get(m, {}) for m in methods]
+            cells = [Cell(_given(f.get("image_auroc")), _given(f.get("aupro"))) for f in figures]
+            if any(c.auroc or c.aupro for c in cells):
+                return Line(data, alpha, "quoted", tuple(cells), quoted=True)
+    return None
+
+
+def _given(value: float | None) -> Figure | None:
+    return None if value is None else Figure(value, None, 1, True)
+
+
+def _grouped(rows: Rows, *keys: str) -> dict[tuple[str, ...], list[Mapping[str, str]]]:
+    found: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(key, "") for key in keys), []).append(row)
+    return found
+
+
+def _sorted_by_alpha(
+    groups: Mapping[tuple[str, ...], list[Mapping[str, str]]],
+) -> list[tuple[tuple[str, float], list[Mapping[str, str]]]]:
+    order = list(dict.fromkeys(key[0] for key in groups))
+    found = [((key[0], float(key[1])), rows) for key, rows in groups.items()]
+    return sorted(found, key=lambda item: (order.index(item[0][0]), item[0][1]))
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Shares of the normal and of the anomalous images kept, by the consensus and by a sub-model alone.
+
+    Attributes:
+        title: What it is of.
+        svg: The drawing, inline.
+        table: (x, normal by consensus, normal alone, anomalous by consensus, anomalous alone) in percent, as texts.
+        axis: What x is.
+    """
+
+    title: str
+    svg: str
+    table: tuple[tuple[str, ...], ...]
+    axis: str
+
+
+SERIES = (
+    ("kept_normal", "normal", "consensus"),
+    ("alone_normal", "normal", "alone"),
+    ("kept_anomalous", "anomalous", "consensus"),
+    ("alone_anomalous", "anomalous", "alone"),
+)
+
+
+def curves(rows: Rows) -> list[Curve]:
+    """Over the contamination, and over k where several were run; one for each set, method and preset that selects."""
+    chosen = [r for r in rows if r.get("alone_normal") and r["preset"] not in (NONE, ORACLE)]
+    found = []
+    for axis, fixed, shown in (("alpha", "n_subsets", "defective in training, %"), ("n_subsets", "alpha", "subsets k")):
+        for (data, protocol, method, preset, other), mine in _grouped(
+            chosen, "data", "protocol", "detector", "preset", fixed
+        ).items():
+            points = sorted({float(r[axis]) for r in mine if r[axis]})
+            clean = axis == "n_subsets" and float(other) == 0  # nothing to keep apart
+            if len(points) < 2 or clean:
+                continue
+            at = {x: [r for r in mine if r[axis] and float(r[axis]) == x] for x in points}
+            values = [[_share(at[x], column, kind) for x in points] for column, kind, _ in SERIES]
+            held = (f"k = {other}" if other else "") if axis == "alpha" else f"{float(other):.0%} defective"
+            parts = [data, method, preset, protocol.replace("_", " ") if protocol != "no_overlap" else "", held]
+            scale = 100.0 if axis == "alpha" else 1.0
+            xs = [scale * x for x in points]
+            table = [(f"{x:g}", *("-" if v[i] is None else f"{v[i]:.0f}" for v in values)) for i, x in enumerate(xs)]
+            title = ", ".join(p for p in parts if p)
+            found.append(Curve(title, _draw(xs, values, shown, title), tuple(table), shown))
+    return found
+
+
+def _share(rows: Rows, column: str, kind: str) -> float | None:
+    """Percent of all normal or anomalous training images, averaged over categories and seeds."""
+    shares = []
+    for row in rows:
+        anomalous = float(row["n_train"]) * float(row["alpha_reached"])
+        of = anomalous if kind == "anomalous" else float(row["n_train"]) - anomalous
+        if round(of) and row.get(column):
+            shares.append(100 * float(row[column]) / of)
+    return statistics.fmean(shares) if shares else None
+
+
+def _draw(xs: Sequence[float], values: Sequence[Sequence[float | None]], axis: str, title: str) -> str:
+    """Four curves in a field of `FIELD` units; percent upwards."""
+    width, height = FIELD
+    low, high = min(xs), max(xs)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return width * (x - low) / (high - low), height * (1 - y / 100)
+
+    parts = []
+    for y in (0, 50, 100):
+        parts.append(f'<line class="grid" x1="0" x2="{width}" y1="{at(low, y)[1]:g}" y2="{at(low, y)[1]:g}"/>')
+        parts.append(f'<text x="-6" y="{at(low, y)[1] + 3.5:g}" text-anchor="end">{y}</text>')
+    for x in xs:
+        parts.append(f'<text x="{at(x, 0)[0]:g}" y="{height + 15}" text-anchor="middle">{x:g}</text>')
+    parts.append(f'<text x="{width / 2:g}" y="{height + 31}" text-anchor="middle">{html.escape(axis)}</text>')
+    for (_, kind, by), ys in zip(SERIES, values, strict=True):
+        points = [at(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline class="curve {kind} {by}" points="{line}"/>')
+        parts += [f'<circle class="dot {kind} {by}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
+    label = html.escape(f"Percent of images kept: {title}", quote=True)
+    return f'<svg viewBox="-34 -8 {width + 48} {height + 46}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+# ---- prices, failures, origin ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a method costs, as texts."""
+
+    method: str
+    data: str
+    images: str
+    stage1: str
+    stage2: str
+    per_image: str
+    size: str
+    memory: str
+
+
+def prices(rows: Rows) -> list[Price]:
+    """Mean seconds and bytes of each method on each set, at each preset's average."""
+    found = []
+    for (data, method), mine in _grouped(rows, "data", "detector").items():
+        mean = {c: _mean(mine, c) for c in ("seconds_stage1", "seconds_stage2", "model_bytes")}
+        tests = [1000 * float(r["seconds_evaluate"]) / float(r["n_test"]) for r in mine if r.get("seconds_evaluate")]
+        peak = max((float(r["peak_mb"]) for r in mine if r.get("peak_mb")), default=0.0)
+        found.append(
+            Price(
+                method,
+                data,
+                f"{_mean(mine, 'n_train'):,.0f}",
+                _short(mean["seconds_stage1"]),
+                _short(mean["seconds_stage2"]),
+                _short(statistics.fmean(tests)) if tests else "-",
+                _bytes(mean["model_bytes"]),
+                f"{peak:,.0f}",
+            )
+        )
+    return found
+
+
+def _mean(rows: Rows, column: str) -> float:
+    values = [float(r[column]) for r in rows if r.get(column)]
+    return statistics.fmean(values) if values else float("nan")
+
+
+def _short(value: float) -> str:
+    """Two digits at least, and no decimals that say nothing."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def _bytes(n: float) -> str:
+    return f"{n / 1e6:,.1f} MB" if n >= 1e5 else f"{n / 1e3:,.1f} kB"
+
+
+def failures(rows: Rows) -> list[tuple[str, int]]:
+    """(data, method and reason; how many cells) of what failed, presets of a cell counted once."""
+    cells = {tuple(r[key] for key in ADDRESS[:-1]): r for r in rows}
+    texts = [f"{r['data']} {r['category']}, {r['detector']}: {r['error']}".replace(" ,", ",") for r in cells.values()]
+    return [(text, texts.count(text)) for text in dict.fromkeys(texts)]
+
+
+def origin(rows: Rows) -> list[str]:
+    """One line for each commit, machine and set of versions behind the rows."""
+    found = []
+    for (commit, machine, versions), mine in _grouped(rows, "commit", "machine", "versions").items():
+        m = json.loads(machine or "{}")
+        v = ", ".join(f"{k} {n}" for k, n in json.loads(versions or "{}").items())
+        where = f"{m.get('cpu', '?')}, {m.get('cores', '?')} cores, {m.get('gib', '?')} GiB, {m.get('os', '?')}"
+        found.append(f"{len(mine)} rows: {f'commit {commit}; ' if commit else ''}{where}; {v}.")
+    return found
+
+
+# ---- example pictures ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures in lines: the image, its mask, and each method's map.
+
+    Attributes:
+        caption: What they are of.
+        methods: Names of the columns behind image and mask.
+        lines: (name, pictures as data URIs, "" where there is none).
+        problem: Why there are none.
+    """
+
+    caption: str = ""
+    methods: tuple[str, ...] = ()
+    lines: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    problem: str = ""
+
+
+def examples(rows: Rows, maps: Path, config: Config | None) -> Examples:
+    """Maps of all methods on the same images, of one contamination, preset and seed."""
+    with_maps = [r for r in rows if (maps / f"{r.get('key', '')}.npz").is_file()]
+    if not with_maps:
+        return Examples(problem="The rows have no anomaly maps beside them.")
+    if config is None:
+        return Examples(problem="Pictures need the grid's file: give it with --config.")
+    alpha = min({float(r["alpha"]) for r in with_maps}, key=lambda a: abs(a - EXAMPLE_ALPHA))
+    presets = list(dict.fromkeys(r["preset"] for r in with_maps))
+    preset = "default" if "default" in presets else presets[0]
+    first = with_maps[0]
+    mine = [
+        r
+        for r in with_maps
+        if (float(r["alpha"]), r["preset"], r["protocol"], r["n_subsets"])
+        == (alpha, preset, first["protocol"], first["n_subsets"])
+    ]
+    methods = tuple(dict.fromkeys(r["detector"] for r in mine))
+    lines: list[tuple[str, tuple[str, ...]]] = []
+    groups = _grouped(mine, "data", "category")
+    per_set = max(1, EXAMPLE_ROWS // max(1, len(groups)))
+    for (data, category), here in groups.items():
+        spec = next((d for d in config.data if d.name == data), None)
+        if spec is None:
+            continue
+        try:
+            options = {**dict(spec.options), **({"category": category} if category else {})}
+            if data == "realiad":
+                options["alpha"] = alpha if first["protocol"] == "official" else 0.0
+            loaded = load(data, **options)
+            lines += _example_lines(loaded.images, loaded.truth, here, methods, maps, per_set)
+        except FlawsiftError as error:
+            return Examples(problem=f"The pictures of {data} cannot be drawn: {error}")
+    name = PRESET_NAMES.get(preset, preset)
+    return Examples(f"{alpha:.0%} of the training images defective; stage 1: {name}.", methods, tuple(lines))
+
+
+def _example_lines(
+    images: ImageSet, truth: GroundTruth, rows: Rows, methods: Sequence[str], maps: Path, n: int
+) -> Iterable[tuple[str, tuple[str, ...]]]:
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        with np.load(maps / f"{row['key']}.npz", allow_pickle=False) as content:
+            found[row["detector"]] = dict(content)
+    ids = next(iter(found.values()))["ids"][:n].tolist()
+    for id_ in ids:
+        picture = shrink(images.image(id_), THUMB)
+        mask = truth.mask(id_, (picture.height, picture.width))
+        drawn = [_uri(picture), "" if mask is None else _uri(Image.fromarray(mask).convert("RGB"))]
+        for method in methods:
+            arrays = found.get(method)
+            place = [] if arrays is None else np.flatnonzero(arrays["ids"] == id_).tolist()
+            drawn.append("" if arrays is None or not place else _uri(_heatmap(picture, arrays, place[0])))
+        kind = truth.select([id_]).defect_types[0]
+        yield f"{' '.join(filter(None, (rows[0]['data'], rows[0]['category'])))}, {kind}", tuple(drawn)
+
+
+def _heatmap(picture: Image.Image, arrays: Mapping[str, Any], at: int) -> Image.Image:
+    """A method's map over a picture; its colours are the same on all pictures of a set."""
+    low, threshold = arrays["scale"].tolist()
+    middle = float(np.median(arrays["scores"]))  # a threshold that no picture reaches would leave them all blank
+    scale = Scale.of([low], min(middle, threshold) if np.isfinite(threshold) else middle)
+    found = to_image_grid(torch.from_numpy(arrays["grids"][at : at + 1].astype(np.float32)), THUMB)[0]
+    peak = float(found.max())  # smoothing lowers it below the score
+    return overlay(picture, found * (float(arrays["scores"][at]) / peak) if peak > 0 else found, scale, max_edge=THUMB)
+
+
+def _uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

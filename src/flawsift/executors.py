@@ -1,0 +1,334 @@
+"""Fan-out of independent tasks: one after the other, over processes of this machine, or over a Ray cluster.
+
+A task is a function of its item and gives the same result wherever it runs, so a task whose worker was killed is simply
+run again. Workers take as many torch threads as the caller has: the number of threads decides in which order sums are
+taken, and equal orders are what makes all executors agree bit for bit on machines of one kind.
+
+>>> list(SERIAL.map(abs, [-1, 2, -3]))
+[1, 2, 3]
+"""
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import pickle
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, ClassVar, TypeVar
+
+from flawsift.errors import ExecutorError, ParameterError, unknown_name
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+RETRIES = 3  # further attempts: enough for lost nodes, few enough that a task that kills its worker soon gives up
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a task raised, or that its workers were lost.
+
+    Attributes:
+        error: The exception.
+    """
+
+    error: Exception
+
+
+class Executor(ABC):
+    """Runs a function over items. Functions, items and results are pickled unless the executor is `SERIAL`."""
+
+    shares_files: ClassVar[bool] = True  # whether workers see the caller's file system
+
+    @abstractmethod
+    def completed(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[int, R | Failure]]:
+        """(position of the item, result or failure) of each item, as they are done."""
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """The results in the order of the items.
+
+        Raises:
+            ExecutorError: The workers of a task were lost more often than it is retried.
+            Exception: What a task raised.
+        """
+        waiting: dict[int, R | Failure] = {}
+        following = 0
+        for position, outcome in self.completed(function, list(items)):
+            waiting[position] = outcome
+            while following in waiting:
+                result = waiting.pop(following)
+                if isinstance(result, Failure):
+                    raise result.error
+                yield result
+                following += 1
+
+
+@dataclass(frozen=True)
+class Serial(Executor):
+    """One after the other, in this process."""
+
+    def completed(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[int, R | Failure]]:
+        for position, item in enumerate(items):
+            try:
+                yield position, function(item)
+            except Exception as error:  # noqa: BLE001 - handed to the caller
+                yield position, Failure(error)
+
+
+SERIAL = Serial()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes(Executor):
+    """Over processes of this machine; a script that uses it needs `if __name__ == "__main__":`.
+
+    Attributes:
+        workers: Processes at a time; None takes one per core.
+        retries: Further attempts of a task whose worker was killed.
+    """
+
+    workers: int | None = None
+    retries: int = RETRIES
+
+    def __post_init__(self) -> None:
+        _require("Processes.workers", self.workers is None or self.workers >= 1, "be at least 1", self.workers)
+        _require("Processes.retries", self.retries >= 0, "not be negative", self.retries)
+
+    def completed(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[int, R | Failure]]:
+        pool = _Pool(pickle.dumps(function), min(self.workers or os.cpu_count() or 1, len(items)))
+        queue = list(reversed(range(len(items))))
+        lost = dict.fromkeys(queue, 0)
+        try:
+            while queue or pool.busy:
+                while queue and pool.has_room:
+                    position = queue.pop()
+                    pool.start(position, pickle.dumps(items[position]))
+                for position, answer in pool.answers():
+                    if answer is not None:
+                        yield position, pickle.loads(answer)
+                        continue
+                    lost[position] += 1
+                    if lost[position] <= self.retries:
+                        queue.append(position)
+                    else:
+                        yield position, Failure(_lost(lost[position]))
+        finally:
+            pool.close()
+
+
+@dataclass(eq=False)
+class _Pool:
+    """Worker processes with one task each; one that dies takes no other down."""
+
+    function: bytes
+    size: int
+    idle: list[tuple[BaseProcess, Connection]] = field(default_factory=list)
+    busy: dict[Connection, tuple[BaseProcess, int]] = field(default_factory=dict)
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.busy) < self.size
+
+    def start(self, position: int, item: bytes) -> None:
+        process, pipe = self.idle.pop() if self.idle else self._spawn()
+        self.busy[pipe] = (process, position)
+        with contextlib.suppress(OSError):  # it died while idle: `answers` sees the end of its pipe
+            pipe.send_bytes(item)
+
+    def answers(self) -> Iterator[tuple[int, bytes | None]]:
+        """(position, pickled outcome, or None if its worker died) of the tasks that ended; waits for one at least."""
+        for pipe in wait(list(self.busy)):
+            assert isinstance(pipe, Connection)
+            process, position = self.busy.pop(pipe)
+            try:
+                answer = pipe.recv_bytes()
+            except (EOFError, OSError):
+                pipe.close()
+                process.join()
+                yield position, None
+            else:
+                self.idle.append((process, pipe))
+                yield position, answer
+
+    def close(self) -> None:
+        """End all workers; those amid a task, which nobody wants any more, at once."""
+        for process, _ in self.busy.values():
+            process.terminate()
+        for pipe in [*self.busy, *(pipe for _, pipe in self.idle)]:
+            pipe.close()  # an idle worker ends when its pipe does
+        for process in [*(p for p, _ in self.busy.values()), *(p for p, _ in self.idle)]:
+            process.join()
+
+    def _spawn(self) -> tuple[BaseProcess, Connection]:
+        # spawned, not forked: a fork copies the locks of torch's threads in whatever state they are
+        context = multiprocessing.get_context("spawn")
+        mine, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self.function, _threads()), daemon=True)
+        process.start()
+        theirs.close()
+        return process, mine
+
+
+def _serve(pipe: Connection, function: bytes, n_threads: int) -> None:
+    """A worker's life: tasks come through the pipe until it closes."""
+    while True:
+        try:
+            item = pipe.recv_bytes()
+            pipe.send_bytes(_call(function, item, n_threads))
+        except (EOFError, OSError):
+            return
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ray(Executor):
+    """Over the nodes of a Ray cluster; see docs/cluster.md.
+
+    Attributes:
+        address: Of the cluster, as for `ray.init`: "auto" for the one this machine belongs to, "host:port", or
+            "local" for a new one on this machine.
+        cpus: Cores that a task takes.
+        gpus: GPUs that a task takes; 0.25 puts four tasks on each.
+        retries: Further attempts of a task whose worker or node was lost.
+        sees_files: Whether all nodes see the caller's files under the same paths. If not, features and pixels travel
+            with the tasks.
+    """
+
+    address: str = "auto"
+    cpus: float = 1.0
+    gpus: float = 0.0
+    retries: int = RETRIES
+    sees_files: bool = True
+
+    def __post_init__(self) -> None:
+        _require("Ray.cpus", self.cpus >= 0, "not be negative", self.cpus)
+        _require("Ray.gpus", self.gpus >= 0, "not be negative", self.gpus)
+        _require("Ray.retries", self.retries >= 0, "not be negative", self.retries)
+
+    @property
+    def shares_files(self) -> bool:  # type: ignore[override]  # here it is the user's to say
+        return self.sees_files
+
+    def completed(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[int, R | Failure]]:
+        ray = _ray()
+        if not ray.is_initialized():
+            self._connect(ray)
+        task = ray.remote(_call).options(
+            num_cpus=self.cpus, num_gpus=self.gpus, max_retries=self.retries, retry_exceptions=False
+        )
+        shared = ray.put(pickle.dumps(function))  # once, however many tasks
+        n_threads = _threads()
+        pending = {task.remote(shared, pickle.dumps(item), n_threads): p for p, item in enumerate(items)}
+        try:
+            while pending:
+                (done, *_), _ = ray.wait(list(pending), num_returns=1)
+                position = pending.pop(done)
+                try:
+                    outcome = pickle.loads(ray.get(done))
+                except ray.exceptions.RayError as error:
+                    outcome = Failure(_lost(self.retries + 1, f" ({type(error).__name__})"))
+                yield position, outcome
+        finally:
+            for unwanted in pending:
+                ray.cancel(unwanted, force=True)
+
+    def _connect(self, ray: Any) -> None:
+        try:
+            ray.init(address=self.address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            line = " ".join(str(error).split())
+            raise ExecutorError(f"No Ray cluster at '{self.address}': {line} Start one: ray start --head.") from error
+
+
+def _ray() -> Any:
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise ExecutorError("The executor ray needs the package ray: pip install 'flawsift[ray]'.") from error
+
+
+def _call(function: bytes, item: bytes, n_threads: int) -> bytes:
+    """Run one pickled task; its pickled result or failure. Bytes in and out: no shared memory outlives a worker."""
+    # for a torch that the task imports itself
+    os.environ |= {"OMP_NUM_THREADS": str(n_threads), "MKL_NUM_THREADS": str(n_threads)}
+    try:
+        task, argument = pickle.loads(function), pickle.loads(item)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(n_threads)
+        return pickle.dumps(task(argument))
+    except Exception as error:  # noqa: BLE001 - handed to the caller
+        return _packed(error)
+
+
+def _threads() -> int:
+    """The caller's torch threads; torch is imported here, so that tasks without it start at once."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _packed(error: Exception) -> bytes:
+    try:
+        packed = pickle.dumps(Failure(error))
+        pickle.loads(packed)  # some exceptions can be pickled and not be read again
+    except Exception:  # noqa: BLE001 - whatever it is, its text can travel
+        return pickle.dumps(Failure(ExecutorError(f"A task failed: {type(error).__name__}: {error}")))
+    return packed
+
+
+def _lost(attempts: int, why: str = "") -> ExecutorError:
+    return ExecutorError(
+        f"The worker of a task was killed {attempts} times{why}, perhaps for want of memory. Use fewer workers."
+    )
+
+
+def _require(name: str, holds: bool, constraint: str, got: object) -> None:
+    if not holds:
+        raise ParameterError(f"{name} must {constraint}, got {got}.")
+
+
+KINDS: dict[str, type[Executor]] = {"serial": Serial, "process": Processes, "ray": Ray}
+
+
+def make_executor(text: str) -> Executor:
+    """An executor from a line: "serial", "process", "process:4", "ray", "ray:host:6379,gpus=0.25,sees_files=false".
+
+    Raises:
+        ParameterError: Unknown kind or option, or a value that is out of range.
+
+    >>> make_executor("process:4")
+    Processes(workers=4, retries=3)
+    """
+    head, *options = text.split(",")
+    kind, _, argument = head.partition(":")
+    if kind not in KINDS:
+        raise ParameterError(unknown_name("executor", kind, KINDS))
+    given = {key: value for key, _, value in (option.partition("=") for option in options)}
+    if argument:
+        given["workers" if kind == "process" else "address"] = argument
+    cls, readers = KINDS[kind], _READERS[kind]
+    for key in given:
+        if key not in readers:
+            raise ParameterError(unknown_name(f"option of the executor {kind}", key, readers))
+    try:
+        values = {key: readers[key](value) for key, value in given.items()}
+    except (ValueError, KeyError) as error:
+        raise ParameterError(f"The executor '{text}' has an option that cannot be read: {error}.") from None
+    return cls(**values)
+
+
+_READERS: dict[str, dict[str, Callable[[str], object]]] = {
+    "serial": {},
+    "process": {"workers": int, "retries": int},
+    "ray": {
+        "address": str,
+        "cpus": float,
+        "gpus": float,
+        "retries": int,
+        "sees_files": {"true": True, "false": False}.__getitem__,
+    },
+}

@@ -1,0 +1,256 @@
+"""Executors: the same results in the same order, whatever fails, and equal stage 1 bit for bit."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flawsift import pipeline
+from flawsift.backbones import Backbone
+from flawsift.datasets import Dataset
+from flawsift.detector import Detector, make_detector
+from flawsift.errors import ExecutorError, ParameterError
+from flawsift.executors import SERIAL, Executor, Failure, Processes, Ray, make_executor
+from flawsift.features import FeatureStore, attach, loaded
+from flawsift.images import ImageSet
+from flawsift.screening import Screening, screen
+
+TASKS = '''
+import os, signal, time
+from pathlib import Path
+
+class Odd(Exception):
+    def __init__(self, a, b):  # cannot be read back from its pickle
+        super().__init__(f"{a} and {b}")
+
+def square(x):
+    return x * x
+
+def slow_first(x):
+    time.sleep(0.3 if x == 0 else 0)
+    return x
+
+def fails_at_two(x):
+    if x == 2:
+        raise ValueError("two")
+    return x
+
+def odd(x):
+    raise Odd(1, x)
+
+def cannot_travel(x):
+    return lambda: x
+
+def killed_once(path):
+    """Its worker is killed the first time it gets this item."""
+    if not Path(path).exists():
+        Path(path).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Path(path).name
+
+def always_killed(x):
+    if x == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x
+
+def threads(_):
+    import torch
+    return torch.get_num_threads()
+
+def process(_):
+    time.sleep(0.2)
+    return os.getpid()
+'''
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A module that workers can import."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "executor_tasks.py").write_text(TASKS)
+    sys.path.insert(0, str(folder))
+    import executor_tasks  # type: ignore[import-not-found]
+
+    yield executor_tasks
+    sys.path.remove(str(folder))
+    del sys.modules["executor_tasks"]
+
+
+@settings(max_examples=20)
+@given(st.permutations(range(6)))
+def test_map_puts_results_in_order_whenever_they_come(order: list[int]) -> None:
+    class Shuffled(Executor):
+        def completed(self, function: Any, items: Any) -> Iterator[tuple[int, Any]]:
+            yield from ((p, function(items[p])) for p in order)
+
+    assert list(Shuffled().map(str, range(6))) == ["0", "1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("executor", [SERIAL, Processes(workers=2)])
+def test_failures_do_not_stop_the_rest(tasks: Any, executor: Executor) -> None:
+    found = dict(executor.completed(tasks.fails_at_two, [0, 1, 2, 3]))
+    failure = found.pop(2)
+    assert isinstance(failure, Failure)
+    assert (type(failure.error), str(failure.error)) == (ValueError, "two")
+    assert found == {0: 0, 1: 1, 3: 3}
+    with pytest.raises(ValueError, match="two"):
+        list(executor.map(tasks.fails_at_two, [0, 1, 2, 3]))
+
+
+def test_processes_keep_order_threads_and_workers(tasks: Any) -> None:
+    import torch
+
+    pool = Processes(workers=2)
+    assert list(pool.map(tasks.slow_first, [0, 1, 2])) == [0, 1, 2]
+    assert [p for p, _ in pool.completed(tasks.slow_first, [0, 1, 2])][-1] == 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert list(pool.map(tasks.threads, [0])) == [1]
+    finally:
+        torch.set_num_threads(before)
+    seen = list(pool.map(tasks.process, range(4)))
+    assert len(set(seen)) == 2
+    assert os.getpid() not in seen
+
+
+def test_no_items(tasks: Any) -> None:
+    assert list(Processes().map(tasks.square, [])) == []
+
+
+def test_odd_exceptions_and_results_travel_as_text(tasks: Any) -> None:
+    for task, text in ((tasks.odd, "Odd: 1 and 5"), (tasks.cannot_travel, "pickle")):
+        ((_, failure),) = Processes(workers=1).completed(task, [5])
+        assert isinstance(failure, Failure)
+        assert text in str(failure.error)
+
+
+def test_a_killed_worker_costs_a_retry_of_its_task_only(tasks: Any, tmp_path: Path) -> None:
+    items = [str(tmp_path / name) for name in "abc"]
+    assert list(Processes(workers=2).map(tasks.killed_once, items)) == ["a", "b", "c"]
+    found = dict(Processes(workers=2, retries=1).completed(tasks.always_killed, [0, 1, 2, 3]))
+    lost = found.pop(1)
+    assert isinstance(lost, Failure)
+    assert isinstance(lost.error, ExecutorError)
+    assert "killed 2 times" in str(lost.error)
+    assert found == {0: 0, 2: 2, 3: 3}
+
+
+def test_executors_by_a_line() -> None:
+    assert make_executor("serial") == SERIAL
+    assert make_executor("process:3,retries=0") == Processes(workers=3, retries=0)
+    assert make_executor("ray:h:6379,gpus=0.25,sees_files=false") == Ray(address="h:6379", gpus=0.25, sees_files=False)
+    assert not make_executor("ray:auto,sees_files=false").shares_files
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("proces", "Unknown executor 'proces'. Did you mean 'process'"),
+        ("process:0", "Processes.workers must be at least 1, got 0"),
+        ("process:many", "cannot be read"),
+        ("ray,gpu=1", "Did you mean 'gpus'"),
+        ("ray,gpus=-1", "Ray.gpus must not be negative"),
+        ("ray,sees_files=maybe", "cannot be read"),
+        ("serial:2", "Unknown option of the executor serial"),
+    ],
+)
+def test_bad_lines_are_told(line: str, text: str) -> None:
+    with pytest.raises(ParameterError, match=text):
+        make_executor(line)
+
+
+# ---- stage 1 ---------------------------------------------------------------------------------------------------------
+
+
+def equal(a: Screening, b: Screening) -> None:
+    """Bit for bit."""
+    np.testing.assert_array_equal(a.score_matrix, b.score_matrix)
+    np.testing.assert_array_equal(a.consensus, b.consensus)
+    np.testing.assert_array_equal(a.kept, b.kept)
+    assert a.grids is not None
+    assert b.grids is not None
+    np.testing.assert_array_equal(a.grids.view(np.uint16), b.grids.view(np.uint16))
+
+
+def stored(easy: Dataset, tiny: Backbone, detector: Detector, tmp_path: Path) -> ImageSet:
+    """The easy set with its features in a store."""
+    return attach(easy.images, tiny, detector.layers, views=detector.views, store=FeatureStore(tmp_path / "c"))[0]
+
+
+@pytest.mark.parametrize("name", ["padim", "patchcore"])
+def test_processes_equal_serial_bit_for_bit(easy: Dataset, tiny: Backbone, tmp_path: Path, name: str) -> None:
+    params: dict[str, dict[str, Any]] = {"padim": {"n_features": 20}, "patchcore": {"coreset_ratio": 0.05}}
+    detector = make_detector(name, **params[name])
+    data = stored(easy, tiny, detector, tmp_path)
+    alone = screen(data, detector, n_subsets=3, divergence_weight=0.5)
+    spread: list[Any] = []
+    together = screen(
+        data,
+        detector,
+        n_subsets=3,
+        divergence_weight=0.5,
+        executor=Processes(workers=2),
+        on_submodel=spread.append,
+    )
+    equal(alone, together)
+    assert len(spread) == 3
+    assert all(model.fitted for model in spread)
+
+
+def test_fan_out_goes_on_where_it_was(easy: Dataset, tiny: Backbone, tmp_path: Path) -> None:
+    detector = make_detector("padim", n_features=20)
+    data = stored(easy, tiny, detector, tmp_path)
+    first = screen(data, detector, n_subsets=3, checkpoint=tmp_path / "p", executor=Processes(workers=1))
+    (tmp_path / "p" / "scores-1.safetensors").unlink()
+    trained: list[Detector] = []
+    again = screen(
+        data,
+        detector,
+        n_subsets=3,
+        checkpoint=tmp_path / "p",
+        executor=Processes(workers=1),
+        on_submodel=trained.append,
+    )
+    assert len(trained) == 1
+    equal(first, again)
+
+
+def test_the_pipeline_fans_out(easy_folder: Path, tiny: Backbone, tmp_path: Path) -> None:
+    models = [
+        pipeline.fit(
+            easy_folder,
+            make_detector("padim", n_features=20),
+            tiny,
+            store=FeatureStore(tmp_path / "c"),
+            out=tmp_path / str(number),
+            executor=executor,
+        )
+        for number, executor in enumerate((SERIAL, Processes(workers=2)))
+    ]
+    assert models[0].training["kept_digest"] == models[1].training["kept_digest"]
+    np.testing.assert_array_equal(models[0].calibration.scores, models[1].calibration.scores)
+
+
+def test_a_set_can_travel_without_its_files(easy_folder: Path, tiny: Backbone, tmp_path: Path) -> None:
+    images = ImageSet.from_folder(easy_folder)
+    data, _ = attach(
+        images, tiny, ("stride8",), views=("rotate:90",), store=FeatureStore(tmp_path / "c", dtype="float32")
+    )
+    part = data.select(data.ids[[7, 3, 40]])
+    alone = loaded(part, ("stride8",), ("rotate:90",), pixels=True)
+    for view in ("", "rotate:90"):
+        seen, travelled = part.view(view), alone.view(view)
+        first = next(seen.batches(("stride8",), pixels=True))
+        second = next(travelled.batches(("stride8",), pixels=True))
+        assert first.ids.tolist() == second.ids.tolist() == [7, 3, 40]
+        assert (first.features["stride8"] == second.features["stride8"]).all()
+        assert first.pixels is not None
+        assert second.pixels is not None
+        assert (first.pixels == second.pixels).all()
