@@ -27,15 +27,6 @@ CHROMIUM = Path(os.environ.get("FLAWSIFT_CHROMIUM", "/usr/bin/chromium"))
 AXE = Path(os.environ.get("FLAWSIFT_AXE", "axe.min.js"))
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 MARKUP = "<img src=x onerror=alert(1)>.png"
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
