@@ -137,6 +137,17 @@ def test_review_prints_its_address_first(easy_folder: Path, tmp_path: Path, run:
         assert server.wait(20) == 130
 
 
+def test_review_without_its_extra_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['uvicorn'] = None\n"
+        f"from flawsift.cli import main; main(['review', {str(tmp_path)!r}, '--no-browser'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'flawsift[review]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_options_reach_the_work(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     flags = ["--subsets", 3, "--partitions", 2, "--keep", 0.7, "--consensus", "median", "--normalize", "rank"]
     flags += ["--include-own", "--divergence-weight", 0.5, "--set", "coreset_ratio=0.05", "--set", "coreset=random"]

@@ -133,7 +133,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text[self._section] = f"{self.text.get(self._section, '')} {' '.join(data.split())}"
-        if "li" in self.open and self._section in ("suspects", "borderline"):
+        if "li" in self.open and self._section in self.cards:
             card = self.cards[self._section][-1]
             card["text"] += f" {' '.join(data.split())}"
             if self._in_name:
