@@ -3,8 +3,12 @@
 import csv
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +82,7 @@ def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     assert measured.code == 0, measured.err
     keys = {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"}
     assert keys <= set(measured.json)
+    assert Path(measured.json["report"]).read_text("utf-8").count("<h2") == 6
     written = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert written["image_auroc"] > 0.8
     assert written == {k: measured.json[k] for k in written}
@@ -91,6 +96,56 @@ def test_fit_screens_and_reports(run: Any, easy_folder: Path, tmp_path: Path) ->
     assert (tmp_path / "m" / "screening" / "report.html").exists()
     options = json.loads((tmp_path / "m" / "screening" / "screening.json").read_text())["options"]
     assert (options["keep"], options["exclude_own"], options["seed"]) == (0.4, False, 3)
+
+
+def test_decisions_reach_fit_and_export(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    screened = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, "--keep", 0.8, "--json")
+    assert screened.code == 0, screened.err
+    removed = [row["path"] for row in table(tmp_path / "s" / "screening.csv") if row["kept"] == "0"]
+    (tmp_path / "s" / "decisions.csv").write_text(f"path,decision\n{removed[0]},keep\n")
+    decided = ["--decisions", tmp_path / "s" / "decisions.csv"]
+    fitted = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, "--screening", tmp_path / "s", *decided, "--json")
+    assert fitted.code == 0, fitted.err
+    assert fitted.json["n_kept"] == 41
+    assert fitted.json["decisions"]["keep"] == 1
+    assert "to keep 1 and to remove 0" in Path(fitted.json["report"]).read_text("utf-8")
+    anew = run("fit", easy_folder, "--out", tmp_path / "n", *TINY, "--keep", 0.8, *decided, "--json")
+    assert anew.json["n_kept"] == 41
+    out = run(
+        "export", tmp_path / "s", "--to", "csv", "--out", tmp_path / "x", "--json"
+    )  # takes decisions.csv by itself
+    assert out.code == 0, out.err
+    assert (out.json["kept"], out.json["removed"]) == (41, 9)
+    model = run("export", tmp_path / "n", "--to", "folder", "--out", tmp_path / "y", "--json")
+    assert (model.json["kept"], model.json["decisions"]) == (40, None)
+    assert len(list((tmp_path / "y" / "removed").iterdir())) == 10
+    assert "fiftyone.Dataset.from_dir" in run("export", tmp_path / "s", "--to", "fiftyone", "--out", tmp_path / "z").out
+
+
+def test_review_prints_its_address_first(easy_folder: Path, tmp_path: Path, run: Any) -> None:
+    run("screen", easy_folder, "--out", tmp_path / "s", *TINY)
+    command = [sys.executable, "-m", "flawsift.cli", "review", str(tmp_path / "s"), "--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        address = server.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{32}/", address)
+        with urllib.request.urlopen(address) as answer:
+            assert "flawsift review" in answer.read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(address.rpartition("/")[0][:-1] + "/")
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 130
+
+
+def test_review_without_its_extra_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['uvicorn'] = None\n"
+        f"from flawsift.cli import main; main(['review', {str(tmp_path)!r}, '--no-browser'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'flawsift[review]'" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_options_reach_the_work(run: Any, easy_folder: Path, tmp_path: Path) -> None:
@@ -159,6 +214,10 @@ def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) ->
         (["screen", "{images}"], "Missing option '--out'"),
         (["fit", "{images}", "--out", "{out}", "--false-alarm-rate", "7"], "false_alarm_rate must be in"),
         (["predict", "{images}", "{images}", "--out", "{out}"], "is not a model folder"),
+        (["fit", "{images}", "--out", "{out}", "--decisions", "{missing}"], "cannot be read"),
+        (["review", "{empty}", "--no-browser"], "holds no screening"),
+        (["export", "{empty}", "--to", "csv", "--out", "{out}"], "holds no screening"),
+        (["export", "{empty}", "--to", "tar", "--out", "{out}"], "'tar' is not one of"),
         (["nonsense"], "No such command"),
     ],
 )

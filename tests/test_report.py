@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,12 +15,27 @@ import pytest
 import torch
 from PIL import Image
 
+from flawsift.calibration import Calibration
 from flawsift.consensus import Contamination
+from flawsift.datasets import Dataset
+from flawsift.detector import make_detector
 from flawsift.errors import InputError, OutputError
+from flawsift.evaluation import write_evaluation_report
 from flawsift.images import ImageSet
+from flawsift.lookalikes import describe, nearest
 from flawsift.overlays import Scale, overlay, save_overlay
-from flawsift.report import Histogram, agreement, map_scale, screening_report, write_screening_report
+from flawsift.pipeline import Model, evaluate
+from flawsift.report import (
+    Histogram,
+    agreement,
+    map_scale,
+    screening_report,
+    write_fit_report,
+    write_screening_report,
+)
+from flawsift.results import Predictions, save_screening
 from flawsift.screening import Screening
+from flawsift.testing import easy_set, tiny_backbone, with_features
 
 N, K = 40, 5
 ESTIMATE = Contamination(0.2, "Gumbel tail excess", {"observed": 0.25})
@@ -52,6 +67,7 @@ def make_screening(images: ImageSet, n_removed: int = 8, **changes: Any) -> Scre
         contamination=ESTIMATE,
         options={"n_subsets": K, "keep": "auto", "normalize": "robust"},
         grids=generator.uniform(0, 1, (n, 4, 6)).astype(np.float16),
+        descriptions=generator.normal(size=(n, 5)).astype(np.float16),
         provenance={"detector": {"name": "patchcore", "params": {"coreset_ratio": 0.1, "layers": ["a", "b"]}}},
     )
     return replace(made, **changes)
@@ -98,9 +114,10 @@ class Page(HTMLParser):
         if tag == "section":
             self._section = values["id"]
         elif values.get("class") == "card":
-            self.cards.setdefault(self._section, []).append({"images": [], "name": "", "text": ""})
+            self.cards.setdefault(self._section, []).append({"images": [], "alike": [], "name": "", "text": ""})
         elif tag == "img":
-            self.cards[self._section][-1]["images"].append(values)
+            kind = "alike" if values["alt"].startswith("Typical") else "images"
+            self.cards[self._section][-1][kind].append(values)
         elif tag == "h3":
             self._in_name = True
 
@@ -116,7 +133,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text[self._section] = f"{self.text.get(self._section, '')} {' '.join(data.split())}"
-        if "li" in self.open and self._section in ("suspects", "borderline"):
+        if "li" in self.open and self._section in self.cards:
             card = self.cards[self._section][-1]
             card["text"] += f" {' '.join(data.split())}"
             if self._in_name:
@@ -313,7 +330,7 @@ def test_size_is_bounded_with_thousands_of_large_images(tmp_path: Path) -> None:
     path = write_screening_report(make_screening(large, 300), large, tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "report.html"
     page = Page(path.read_text("utf-8"))
-    assert len(page.tags("img")) == 2 * (24 + 8)
+    assert len(page.tags("img")) == 2 * (24 + 8) + 3 * 24
     assert picture(page.tags("img")[0]["src"]).size == (320, 320)
     assert path.stat().st_size < 15e6
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
@@ -333,6 +350,112 @@ def test_tiny_and_constant_sets(n: int) -> None:
     page = render(screening, tiny)
     assert len(page.names("suspects")) == n
     assert "could not be estimated (too few or constant scores)" in page.text[""]
+
+
+def test_typical_look_alikes_stand_beside_each_suspect(images: ImageSet) -> None:
+    screening = make_screening(images)
+    order = np.argsort(-screening.consensus)
+    suspect, ordinary = int(order[0]), order[-16:]  # half of the 32 kept ones
+    descriptions = np.zeros((N, 5), np.float16)
+    descriptions[suspect] = descriptions[order[1]] = descriptions[order[9]] = 9  # a suspect, and a kept but unusual one
+    descriptions[ordinary[5]], descriptions[ordinary[3]], descriptions[ordinary[8]] = 3, 2, 1
+    page = render(replace(screening, descriptions=descriptions), images)
+    shown = [values["alt"] for values in page.cards["suspects"][0]["alike"]]
+    assert shown == [f"Typical image {screening.names[p]}" for p in (ordinary[5], ordinary[3], ordinary[8])]
+    assert not any(card["alike"] for card in page.cards["borderline"])
+    without = render(replace(screening, descriptions=None), images)
+    assert not any(card["alike"] for card in without.cards["suspects"])
+
+
+class Given:
+    """Features that are given: {layer: (N, C, h, w)}."""
+
+    size, key = 64, "given"
+
+    def __init__(self, features: dict[str, torch.Tensor]) -> None:
+        self.features = features
+
+    def read(self, images: ImageSet, layers: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {layer: self.features[layer][torch.from_numpy(images.ids)] for layer in layers}
+
+
+def test_descriptions_are_standardised_means_and_bounded() -> None:
+    features = {
+        "a": 5 * torch.randn(90, 600, 3, 3, generator=torch.Generator().manual_seed(0)),
+        "b": torch.ones(90, 3, 2, 2),
+    }
+    images = replace(ImageSet.from_arrays(noise(90, edge=2)), reader=Given(features))
+    found = describe(images, ["a", "b"])
+    assert found is not None
+    assert found.shape == (90, 302)  # every second of 603 channels
+    means = features["a"].mean((2, 3))
+    expected = (means - means.mean(0)) / means.std(0, correction=0)
+    np.testing.assert_allclose(found[:, :300], expected[:, ::2], atol=5e-3)
+    assert (found[:, 300:] == 0).all()  # constant channels say nothing
+    assert describe(images, []) is None
+    like = nearest(found, 4, np.arange(90) > 2, 5)
+    distances = ((found.astype(np.float32) - found[4].astype(np.float32)) ** 2).sum(1)
+    assert like == [p for p in np.argsort(distances, kind="stable").tolist() if p > 2 and p != 4][:5]
+
+
+def test_the_report_of_a_fit_names_its_threshold_and_decisions(folder: Path, tmp_path: Path) -> None:
+    files = ImageSet.from_folder(folder)
+    screening = make_screening(files, provenance={"images_root": str(folder)})
+    save_screening(screening, tmp_path / "s")
+    names = dict(zip(screening.ids.tolist(), screening.names, strict=True))
+    back = names[int(screening.removed[0])]
+    training = {"n_kept": 33, "decisions": {"keep": 1, "remove": 0, "unsure": 0, "elsewhere": 0}, "seed": 7}
+    model = Model(make_detector("padim"), tiny_backbone(), Calibration.of([100.0, 101.0, 123.5]), training)
+    path = write_fit_report(model, tmp_path / "s", tmp_path / "m", choices={back: "keep"})
+    page = Page(path.read_text("utf-8"))
+    text = words(page.text["model"])
+    assert "Trained on 33 of 40 images; a person decided to keep 1 and to remove 0" in text
+    assert "above 123.5" in text
+    assert "threshold 123.5" in text
+    assert "training.seed 7" in words(page.text["details"])
+    assert "kept" in page.cards["suspects"][0]["text"]
+    assert page.names("suspects")[0] == back
+    assert [values["href"] for values in page.tags("a")].count("#model") == 1
+    assert "model" not in Page(screening_report(screening, files)).text
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def evaluated(folder: Path, threshold: bool = True) -> tuple[Page, Predictions, Dataset]:
+    data = easy_set()
+    detector = make_detector("padim").fit(with_features(data.images.select(range(30)), make_detector("padim")))
+    scores = detector.predict(with_features(data.images.select(range(30)), detector)).scores
+    model = Model(detector, tiny_backbone(), Calibration.of(scores if threshold else []), {"seed": 0})
+    test = data.images.select(range(30, 50))
+    metrics, found = evaluate(model, test, data.truth)
+    path = write_evaluation_report(model, metrics, found, test, data.truth, folder)
+    return Page(path.read_text("utf-8")), found, data
+
+
+def test_the_report_of_an_evaluation_shows_the_worst_errors(tmp_path: Path) -> None:
+    page, found, _ = evaluated(tmp_path)
+    assert found.threshold is not None
+    cut = found.threshold.value
+    scores = dict(zip(found.names, found.scores.tolist(), strict=True))
+    good, bad = list(scores)[:10], list(scores)[10:]
+    alarms = sorted((n for n in good if scores[n] > cut), key=lambda n: -scores[n])
+    missed = sorted((n for n in bad if scores[n] <= cut), key=lambda n: scores[n])
+    assert page.names("false-alarms") == (alarms or sorted(good, key=lambda n: -scores[n]))
+    assert page.names("missed") == (missed or sorted(bad, key=lambda n: scores[n]))
+    assert "20 test images, 10 of them defective" in page.text[""]
+    assert "Image AUROC" in page.text["metrics"]
+    assert {len(card["images"]) for card in page.cards["missed"]} == {2}
+    assert all(values["alt"] for values in page.tags("img"))
+    assert not {"script", "link"} & {tag for tag, _ in page.elements}
+    assert "All files could be read" in page.text["unreadable"]
+
+
+def test_an_evaluation_without_a_threshold(tmp_path: Path) -> None:
+    page, found, _ = evaluated(tmp_path, threshold=False)
+    assert found.threshold is None
+    assert len(page.names("false-alarms")) == len(page.names("missed")) == 10
+    assert "The model has no threshold" in page.text["missed"]
 
 
 # ---- numbers behind the page ---------------------------------------------------------------------------------------
@@ -371,6 +494,17 @@ def test_histogram_counts_everybody_and_cuts_between_the_sides() -> None:
     tallest = max(found.bars, key=lambda bar: bar[3])
     assert tallest[3] <= Histogram.HEIGHT + 1e-6
     assert int(tallest[5].split()[0]) == max(max(kept, removed) for _, _, kept, removed in found.table)
+
+
+def test_histogram_with_a_given_line_has_it_on_the_axis() -> None:
+    scores, first = np.arange(40.0), np.arange(40) % 2 == 0
+    for cut in (-7.0, 12.5, 55.0):
+        found = Histogram.of(scores, first, cut=cut, sides=("good", "defective"))
+        assert found.cut is not None
+        assert -1e-6 <= found.cut <= Histogram.WIDTH + 1e-6
+        assert found.totals == (20, 20)
+        assert {bar[5].split()[1].rstrip(",") for bar in found.bars} == {"good", "defective"}
+        assert sum(row[2] + row[3] for row in found.table) == 40
 
 
 def test_histogram_of_an_edited_selection_has_no_cut() -> None:

@@ -245,7 +245,7 @@ def _safe(name: str) -> str:
 
 
 def _rejected(grids: npt.NDArray[np.float16] | None, options: Mapping[str, Any]) -> npt.NDArray[np.bool_] | None:
-    z = options["reject_patches"]
+    z = options.get("reject_patches", 0.0)  # absent in screenings of versions that rejected whole images only
     return rejected_patches(grids, z) if grids is not None and z > 0 else None
 
 

@@ -103,6 +103,7 @@
   }
 
   async function send(steps, before, undoing) {
+    let told;
     try {
       const changes = steps.map(([id, choice]) => ({ id, decision: choice, version: before.get(id)[1] }));
       for (const change of changes) change.version = Math.max(change.version, (sentVersions.get(change.id) || 0));
@@ -122,14 +123,15 @@
       } else if ($("alert").dataset.kind !== "lost") {
         alarm("");
       }
-      $("saved").textContent = refused.length ? "Not all saved" : "Saved";
+      told = refused.length ? "Not all saved" : "Saved";
     } catch (error) {
       for (const [id] of steps) decisions.set(id, before.get(id));
       if (!undoing) forget(new Set(steps.map(([id]) => id)));
       alarm(`Not saved: ${error.message}`);
-      $("saved").textContent = "Not saved";
+      told = "Not saved";
     }
     waiting -= 1;
+    $("saved").textContent = waiting ? "Saving…" : told;
     refresh();
   }
   const sentVersions = new Map(); // id -> version that the server answered last
@@ -275,10 +277,12 @@
     button.type = "button";
     const shown = make("span", "shown");
     const line = make("span", "line");
-    line.append(make("span", "rank", `${data.rank[p].toLocaleString("en")}`), make("span", "badge"));
+    const rank = make("span", "rank");
+    rank.append(make("span", "unseen", "Rank "), data.rank[p].toLocaleString("en"));
+    line.append(rank, " ", make("span", "badge"));
     const name = make("bdi", "name", data.names[p]);
     button.title = data.names[p];
-    button.append(shown, line, name);
+    button.append(shown, line, " ", name, " ", make("span", "unseen verdict"));
     button.addEventListener("click", (event) => {
       if (event.shiftKey) { moveTo(index, { extend: true }); return; }
       moveTo(index);
@@ -329,8 +333,7 @@
     const [low, high] = anchor < current ? [anchor, current] : [current, anchor];
     if (low !== high && index >= low && index <= high) button.setAttribute("aria-pressed", "true");
     else button.removeAttribute("aria-pressed");
-    button.setAttribute("aria-label", `Rank ${data.rank[p]}, ${data.names[p]}, ${state} by the screening, `
-      + (choice ? `decided: ${choice}` : "undecided"));
+    button.querySelector(".verdict").textContent = choice ? `decided by hand, ${state} by the screening` : "undecided";
   }
   function markAll() { for (const [index, li] of tiles) mark(index, li); }
 
