@@ -82,11 +82,18 @@ def screened(easy_folder: Path, tiny: Backbone, tmp_path_factory: pytest.TempPat
     return root
 
 
-@pytest.fixture
-def server(screened: Path, tmp_path: Path) -> Iterator[Server]:
-    made = Server(Path(shutil.copytree(screened / "s", tmp_path / "s")))
+@pytest.fixture(scope="module")
+def running(screened: Path) -> Iterator[Server]:
+    made = Server(screened / "s")
     yield made
     made.kill()
+
+
+@pytest.fixture
+def server(running: Server) -> Server:
+    """One server for all tests, since starting one takes seconds; nothing is decided yet."""
+    (running.folder / "decisions.csv").unlink(missing_ok=True)
+    return running
 
 
 class Errors(list[str]):
@@ -286,7 +293,7 @@ def test_the_review_page_is_accessible(browser: Any, errors: Errors, server: Ser
         assert violations(page) == []
         press(page, "Escape")
     page.set_viewport_size({"width": 360, "height": 740})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.wait_for_function("document.documentElement.scrollWidth <= 360")  # laid out anew at the next frame
     assert violations(page) == []
 
 

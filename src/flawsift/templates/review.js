@@ -375,7 +375,9 @@
     showSingle();
   }
 
+  let inSingle = 0; // index of the image in the large view
   function showSingle() {
+    inSingle = current;
     const p = view[current];
     const id = data.ids[p];
     $("single-place").textContent = `${(current + 1).toLocaleString("en")} of ${view.length.toLocaleString("en")}`;
@@ -561,7 +563,8 @@
       button.addEventListener("click", () => button.closest("dialog").close());
     }
     $("close-single").addEventListener("click", () => $("single").close());
-    $("single").addEventListener("close", () => moveTo(current));
+    // the browser gives the focus back to where it was before, which may be another image by now
+    $("single").addEventListener("close", () => moveTo(inSingle));
     $("previous").addEventListener("click", () => moveTo(current - 1));
     $("next").addEventListener("click", () => moveTo(current + 1));
     $("open-help").addEventListener("click", () => $("help").showModal());
