@@ -1,6 +1,8 @@
 """RD: its student's size, losses and maps against plain re-derivations; the teacher is only read."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,13 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flawsift.detector import make_detector
-from flawsift.detectors.rd import RD, Kind, Student, distances, flattened_loss, position_loss
+from flawsift.detectors.rd import LOSSES, RD, Kind, Student, distances, flattened_loss, position_loss
 from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures
 from flawsift.images import ImageSet
 from flawsift.testing import easy_set, tiny_backbone, with_features
+from flawsift.training import Watch
 
-SHORT = {"n_blocks": (1, 1, 1, 1), "epochs": 2, "batch_size": 4}
+SHORT: dict[str, Any] = {"n_blocks": (1, 1, 1, 1), "epochs": 2, "batch_size": 4}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -75,7 +78,7 @@ def test_the_paper_preset_is_that_student() -> None:
 
 def test_everything_is_used() -> None:
     student = Student((3, 4, 5), "basic", (1, 2, 1, 1), final_relu=False)
-    sum(x.square().sum() for x in student(taps())).backward()  # type: ignore[union-attr]
+    torch.stack([x.square().sum() for x in student(taps())]).sum().backward()  # type: ignore[no-untyped-call]
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
@@ -189,24 +192,19 @@ def test_the_teacher_is_only_read() -> None:
 def test_loss_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
 
-    def spy(name: str) -> None:
-        def loss(t: Sequence[Tensor], s: Sequence[Tensor]) -> Tensor:
-            called.append(name)
-            return flattened_loss(t, s)
+    def spy(name: str, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+        called.append(name)
+        return flattened_loss(teacher, student)
 
-        monkeypatch.setitem(RD_LOSSES, name, loss)
-
-    from flawsift.detectors.rd import LOSSES as RD_LOSSES
-
-    spy("flattened"), spy("position")
-    for name in ("flattened", "position"):
+    names: tuple[Literal["flattened", "position"], ...] = ("flattened", "position")
+    for name in names:
+        monkeypatch.setitem(LOSSES, name, partial(spy, name))
+    for name in names:
         RD(**{**SHORT, "epochs": 1}, loss=name).fit(easy(4))
     assert called == ["flattened", "position"]
 
 
 def test_epochs_become_steps() -> None:
-    from flawsift.training import Watch
-
     seen: list[int] = []
     RD(**{**SHORT, "epochs": 3}).fit(easy(9), watch=Watch(lambda _, done, total: seen.append(total)))
     assert seen == [6] * 6  # two batches of four per epoch
@@ -219,7 +217,7 @@ def test_presets_are_valid(preset: str) -> None:
 
 
 def test_bad_use_is_told() -> None:
-    for params, text in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"block": "dense"}, "block must be 'basic', 'bottleneck' or 'wide', got 'dense'"),
         ({"n_blocks": (2, 2, 2)}, "n_blocks must have a positive number for the embedding and for each layer"),
         ({"n_blocks": (2, 2, 2, 0)}, "n_blocks must have a positive number"),
@@ -228,9 +226,10 @@ def test_bad_use_is_told() -> None:
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
-    ):
+    )
+    for params, text in cases:
         with pytest.raises(ParameterError, match=f"RD.{text}"):
-            make_detector("rd", **params)  # type: ignore[arg-type]
+            make_detector("rd", **params)
     with pytest.raises(InputError, match="at least one image"):
         RD().fit(easy(3).select([]))
     with pytest.raises(InputError, match=r"half the grid of the one before, got 8 x 8, 2 x 2\."):

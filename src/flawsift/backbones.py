@@ -153,7 +153,7 @@ class Backbone:
         taps = sorted({tap for of_layer in members.values() for tap in of_layer})
         step = MEAN_BATCH if any(len(of_layer) > 1 for of_layer in members.values()) else len(pixels)
         found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-        for part in pixels.cpu().split(step):
+        for part in torch.split(pixels.cpu(), step):
             outputs = dict(zip(taps, self._engine.run(part, taps), strict=True))
             for layer, of_layer in members.items():
                 several = [outputs[tap] for tap in of_layer]

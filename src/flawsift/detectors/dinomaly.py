@@ -32,32 +32,21 @@ LLBNAD = {**PAPER, "steps": 1000, "optimizer": "adam", "learning_rate": 5e-3, "w
 LLBNAD |= {"weight_decay": 0.0, "clip_norm": 5.0, "init_std": None, "easy_ramp": 0, "easy_gradient": 0.0}
 
 
-class LinearAttention(nn.Module):
-    """Linear self-attention in heads of 64 channels, or the next larger number that divides the width."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = next(n for n in range(max(1, width // HEAD_DIM), 0, -1) if width % n == 0)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, p, c = x.shape
-        q, k, v = self.qkv(x).view(b, p, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, P, c)
-        return cast(Tensor, self.project(linear_attention(q, k, v).transpose(1, 2).reshape(b, p, c)))
-
-
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block with linear attention, in heads of 64 channels or the next number that fits."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.n_heads = next(n for n in range(max(1, width // HEAD_DIM), 0, -1) if width % n == 0)
         self.norm1, self.norm2 = (nn.LayerNorm(width, eps=LAYER_NORM_EPS) for _ in range(2))
-        self.attention = LinearAttention(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
+        b, p, c = x.shape
+        joined = self.qkv(self.norm1(x)).view(b, p, 3, self.n_heads, c // self.n_heads)
+        attended = linear_attention(*joined.permute(2, 0, 3, 1, 4))  # (B, heads, P, c)
+        x = x + self.project(attended.transpose(1, 2).reshape(b, p, c))
         return cast(Tensor, x + self.mlp(self.norm2(x)))
 
 
@@ -72,14 +61,9 @@ class Reconstruction(nn.Module):
         self.alike = len(set(channels)) == 1
         n_in = channels[0] if self.alike else sum(channels)
         width = width or n_in
-        self.bottleneck = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(n_in, 4 * width),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(4 * width, width),
-            nn.Dropout(dropout),
-        )
+        noise = [nn.Dropout(dropout) for _ in range(3)]
+        parts = noise[0], nn.Linear(n_in, 4 * width), nn.GELU(), noise[1], nn.Linear(4 * width, width), noise[2]
+        self.bottleneck = nn.Sequential(*parts)
         self.blocks = nn.ModuleList(Block(width) for _ in range(n_blocks))
         self.heads = nn.ModuleList(nn.Identity() if c == width else nn.Linear(width, c) for c in channels)
 
@@ -87,17 +71,13 @@ class Reconstruction(nn.Module):
         joined = torch.stack(list(groups)).mean(0) if self.alike else torch.cat(list(groups), 1)
         b, _, h, w = joined.shape
         x = self.bottleneck(joined.flatten(2).transpose(1, 2))  # (B, P, width)
-        outputs = []
+        outputs: list[Tensor] = []
         for block in self.blocks:
-            x = block(x)
-            outputs.append(x)
+            outputs.insert(0, block(outputs[0] if outputs else x))  # the last blocks answer for the shallowest group
         n = len(outputs) // len(groups)
-        found = []
-        for g, head in enumerate(self.heads):  # the last blocks answer for the shallowest group
-            stop = len(outputs) - g * n
-            tokens = head(torch.stack(outputs[stop - n : stop]).mean(0))
-            found.append(tokens.transpose(1, 2).reshape(b, -1, h, w))
-        return found
+        means = [torch.stack(outputs[g * n : (g + 1) * n]).mean(0) for g in range(len(groups))]
+        tokens = [head(mean) for head, mean in zip(self.heads, means, strict=True)]
+        return [t.transpose(1, 2).reshape(b, -1, h, w) for t in tokens]
 
 
 def initialise(module: nn.Module, std: float) -> None:
@@ -126,7 +106,7 @@ def mined_loss(
         factor = torch.where(flat < ordered.values[n_hard - 1], easy_gradient, 1.0)
         factor[ordered.indices[:n_trim]] = 0
         if d.requires_grad:
-            d.register_hook(partial(torch.mul, factor.view_as(distance).unsqueeze(1)))
+            d.register_hook(partial(torch.mul, factor.view_as(distance).unsqueeze(1)))  # type: ignore[no-untyped-call]
         losses.append((1 - F.cosine_similarity(e.flatten(1), d.flatten(1))).mean())
     return torch.stack(losses).mean()
 
@@ -201,11 +181,9 @@ class Dinomaly(Detector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        n = len(self.layers)
         self._require("width", self.width is None or self.width >= 1, "be at least 1, or None")
-        self._require(
-            "n_blocks", self.n_blocks >= 1 and self.n_blocks % n == 0, "be a multiple of the number of layers"
-        )
+        fits = self.n_blocks >= 1 and self.n_blocks % len(self.layers) == 0
+        self._require("n_blocks", fits, "be a multiple of the number of layers")
         self._require("grid", self.grid in ("finest", "coarsest"), "be 'finest' or 'coarsest'")
         self._require("optimizer", self.optimizer in ("stable_adamw", "adam"), "be 'stable_adamw' or 'adam'")
         self._require("init_std", self.init_std is None or self.init_std > 0, "be positive, or None")
@@ -214,14 +192,14 @@ class Dinomaly(Detector):
         self._require("top_share", 0 < self.top_share <= 1, "be in (0, 1]")
         hard = 1 - self.easy_share
         self._require("upper_trim", 0 <= self.upper_trim < hard, "be at least 0 and below the share of hard points")
-        for name in ("steps", "batch_size"):
-            self._require(name, getattr(self, name) >= 1, "be at least 1")
-        for name in ("learning_rate", "clip_norm"):
-            self._require(name, getattr(self, name) > 0, "be positive")
+        self._require("steps", self.steps >= 1, "be at least 1")
+        self._require("batch_size", self.batch_size >= 1, "be at least 1")
+        self._require("learning_rate", self.learning_rate > 0, "be positive")
+        self._require("clip_norm", self.clip_norm > 0, "be positive")
         for name in ("warmup", "easy_ramp", "weight_decay"):
             self._require(name, getattr(self, name) >= 0, "not be negative")
-        for name in ("final_rate", "easy_gradient"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "be in [0, 1]")
+        self._require("final_rate", 0 <= self.final_rate <= 1, "be in [0, 1]")
+        self._require("easy_gradient", 0 <= self.easy_gradient <= 1, "be in [0, 1]")
 
     def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
         """See `Detector.fit`."""
@@ -238,12 +216,9 @@ class Dinomaly(Detector):
             if self.init_std is not None:
                 initialise(module, self.init_std)
         module.to(target).train()
+        schedule = warmup_cosine(self.warmup, self.steps, self.final_rate)
         recipe = training.Recipe(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            clip_norm=self.clip_norm,
-            schedule=warmup_cosine(self.warmup, self.steps, self.final_rate),
+            steps=self.steps, batch_size=self.batch_size, seed=self.seed, clip_norm=self.clip_norm, schedule=schedule
         )
 
         def loss_of(batch: Batch, step: int) -> Tensor:
