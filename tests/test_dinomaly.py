@@ -250,7 +250,7 @@ def test_cached_and_direct_features_give_the_same_model(vit: Backbone, tmp_path:
     images = easy_set().images.select(np.arange(6))
     stored, _ = attach(images, vit, VIT_GROUPS, store=FeatureStore(tmp_path, dtype="float32"))
     direct = replace(images, reader=Direct(vit))
-    models = [Dinomaly(layers=VIT_GROUPS, **SHORT, standardize=False).fit(data) for data in (stored, direct)]
+    models = [Dinomaly(layers=VIT_GROUPS, **SHORT, scale=False).fit(data) for data in (stored, direct)]
     for name, value in models[0].weights_.items():
         assert torch.equal(value, models[1].weights_[name]), name
     assert (models[0].predict(stored).scores == models[1].predict(direct).scores).all()

@@ -221,7 +221,6 @@ def test_bad_use_is_told() -> None:
         ({"block": "dense"}, "block must be 'basic', 'bottleneck' or 'wide', got 'dense'"),
         ({"n_blocks": (2, 2, 2)}, "n_blocks must have a positive number for the embedding and for each layer"),
         ({"n_blocks": (2, 2, 2, 0)}, "n_blocks must have a positive number"),
-        ({"final_relu": True}, "final_relu must be False for standardized taps, which are signed, got True"),
         ({"loss": "l2"}, "loss must be 'flattened' or 'position', got 'l2'"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
@@ -234,5 +233,7 @@ def test_bad_use_is_told() -> None:
         RD().fit(easy(3).select([]))
     with pytest.raises(InputError, match=r"half the grid of the one before, got 8 x 8, 2 x 2\."):
         RD(layers=("0", "2"), n_blocks=(1, 1, 1)).fit(feature_set(taps(3)))
+    with pytest.raises(InputError, match="final_relu must be False for these layers"):
+        RD(layers=("0", "1", "2"), final_relu=True).fit(feature_set(taps(3)))
     with pytest.raises(InputError, match="one image on so small a grid"):
         RD(layers=("0", "1", "2"), n_blocks=(1, 1, 1, 1)).fit(feature_set(taps(1)))

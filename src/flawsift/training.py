@@ -253,6 +253,12 @@ def standardized(features: Tensor, statistics: Tensor) -> Tensor:
     return scaled
 
 
+def scaled(features: Tensor, statistics: Tensor) -> Tensor:
+    """(B, C, h, w) with each channel at standard deviation 1 by (2, C) statistics, its mean kept: angles need one."""
+    divided: Tensor = features / statistics[1].to(features.device)[:, None, None]
+    return divided
+
+
 def _mix(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
 

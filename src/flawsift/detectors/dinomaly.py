@@ -15,7 +15,7 @@ from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
 from flawsift.maps import on_one_grid, smooth, top_mean, upsample
 from flawsift.nn import linear_attention
-from flawsift.training import UNWATCHED, StableAdamW, Watch, standardized, warmup_cosine
+from flawsift.training import UNWATCHED, StableAdamW, Watch, scaled, warmup_cosine
 
 HEAD_DIM = 64  # channels per attention head, as in all ViTs of the paper
 # The published map is smoothed at 256 px by a 5 x 5 cut of a Gaussian of sigma 4: nearly a box.
@@ -25,7 +25,7 @@ ADAM_BETAS = (0.5, 0.999)  # of the two-stage paper's code
 # groups of ViT-S and ViT-B; a ViT-L has them at 4+6+8+10 and 12+14+16+18
 VIT_GROUPS = ("blocks.2+3+4+5", "blocks.6+7+8+9")
 # sections 3 and 4.1 with the class-separated schedule of the authors' code; for vit_base_patch14_reg4_dinov2 at 392 px
-PAPER = {"layers": VIT_GROUPS, "width": None, "n_blocks": 8, "standardize": False, "steps": 5000, "warmup": 100}
+PAPER = {"layers": VIT_GROUPS, "width": None, "n_blocks": 8, "scale": False, "steps": 5000, "warmup": 100}
 PAPER |= {"easy_ramp": 1000}
 # the sub-models of arXiv 2508.07441 as its code trains them: 1000 steps, within which its rate does not decay
 LLBNAD = {**PAPER, "steps": 1000, "optimizer": "adam", "learning_rate": 5e-3, "warmup": 0, "final_rate": 1.0}
@@ -106,7 +106,8 @@ def mined_loss(
         factor = torch.where(flat < ordered.values[n_hard - 1], easy_gradient, 1.0)
         factor[ordered.indices[:n_trim]] = 0
         if d.requires_grad:
-            d.register_hook(partial(torch.mul, factor.view_as(distance).unsqueeze(1)))  # type: ignore[no-untyped-call]
+            weight = factor.view_as(distance).unsqueeze(1)
+            d.register_hook(partial(torch.mul, weight))  # type: ignore[no-untyped-call]
         losses.append((1 - F.cosine_similarity(e.flatten(1), d.flatten(1))).mean())
     return torch.stack(losses).mean()
 
@@ -124,12 +125,12 @@ class Dinomaly(Detector):
         GFLOP per image and step.
     Contamination: Hard points keep their gradient, and defects are hard points: the loss seeks what it should leave.
         `upper_trim` drops the gradient of the hardest points.
-    Differs from the paper: class and register tokens do not enter the decoder; images are resized to the square input
-        (the paper: to 448 px, of which the central 392 px are seen); borders of the smoothed map are reflected instead
-        of darkened, and its upsampling does not align corners; pixel maps have the Gaussian of all detectors; the
-        denominator of the attention is guarded; a batch-wide threshold of the loss is kept. On networks whose layers
-        differ in shape (the default), features are standardised per channel, brought to one grid and concatenated,
-        the decoder is narrower, and linear heads lead back to each group's channels.
+    Differs from the paper: Class and register tokens do not enter the decoder. Images are resized to the square input;
+        the paper sees the central 392 of 448 px. The smoothed map reflects at its borders, where the paper's fades,
+        upsampling does not align corners, and pixel maps have the Gaussian of all detectors. The attention's
+        denominator is guarded. Where layers differ in shape (the default), channels are divided by their standard
+        deviations, groups are brought to one grid and concatenated, and a linear head leads back to each group's
+        channels; the default decoder is small.
     Reference: Guo et al., "Dinomaly: The Less Is More Philosophy in Multi-Class Unsupervised Anomaly Detection", CVPR
         2025, arXiv 2405.14325, section 3. The preset "llbnad" is what the code of arXiv 2508.07441 trains.
 
@@ -137,7 +138,7 @@ class Dinomaly(Detector):
         width: Channels of the decoder; None takes those of its input.
         n_blocks: Blocks of the decoder, a multiple of the number of layers.
         grid: Which layer's grid the groups are brought to, "finest" or "coarsest".
-        standardize: Bring each channel to mean 0 and standard deviation 1 first.
+        scale: Divide each channel by its standard deviation first.
         dropout: Of the bottleneck.
         steps: Gradient steps.
         batch_size: Images in a step.
@@ -162,7 +163,7 @@ class Dinomaly(Detector):
     width: int | None = 128
     n_blocks: int = 4
     grid: Literal["finest", "coarsest"] = "coarsest"
-    standardize: bool = True
+    scale: bool = True
     dropout: float = 0.2
     steps: int = 300
     batch_size: int = 16
@@ -207,7 +208,7 @@ class Dinomaly(Detector):
         if not len(data):
             raise InputError("Dinomaly.fit needs at least one image, got an empty set.")
         target = resolve_device(device)
-        if self.standardize:
+        if self.scale:
             self.statistics_ = training.channel_statistics(data, self.layers)
         first = next(data.select(data.ids[:1]).batches(self.layers))
         self.channels_ = [first.features[layer].shape[1] for layer in self.layers]
@@ -243,8 +244,8 @@ class Dinomaly(Detector):
     def _groups(self, batch: Batch, device: str) -> list[Tensor]:
         """G groups (B, C_g, h, w) on one grid."""
         taps = [batch.features[layer].to(device) for layer in self.layers]
-        if self.standardize:
-            taps = [standardized(tap, self.statistics_[layer]) for tap, layer in zip(taps, self.layers, strict=True)]
+        if self.scale:
+            taps = [scaled(tap, self.statistics_[layer]) for tap, layer in zip(taps, self.layers, strict=True)]
         return on_one_grid(taps, finest=self.grid == "finest")
 
     def _maps(self, batch: Batch, device: str) -> Tensor:

@@ -14,7 +14,7 @@ from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
 from flawsift.maps import SIGMA_PER_PIXEL, on_one_grid, smooth
-from flawsift.training import UNWATCHED, Watch, standardized
+from flawsift.training import UNWATCHED, Watch, scaled
 
 BETAS = (0.5, 0.999)  # of Adam, the authors'
 EXPANSION = 4  # a ResNet's bottleneck block is a quarter as wide inside; twice that in a wide one
@@ -135,12 +135,12 @@ class RD(Detector):
         the default taps. The features are read, not computed again.
     Contamination: Mild: rare defects are reconstructed badly as long as training is short; long training on few images
         learns them by heart.
-    Differs from the paper: `loss` is that of the authors' code, which is the more stable one ("position" is the
-        paper's); the default standardises the taps of the embedded network, which are signed, so that no ReLU ends a
-        decoder stage, trains for fewer epochs with a smaller rate; upsampling does not align corners; smoothing before
-        the image score is done on the patch grid with the same Gaussian in image units; a position where teacher and
-        student are both silent counts as equal. The authors' module keeps a convolution that nothing uses; here
-        there is none.
+    Differs from the paper: `loss` is by default that of the authors' code, which is the more stable one. The default
+        divides channels by their standard deviations, ends no decoder stage with a ReLU, since the taps of the
+        embedded network are signed, and trains for fewer epochs. Upsampling does not align corners. Smoothing before
+        the image score is done on the patch grid with the same Gaussian in image units. A position where teacher and
+        student are both silent counts as equal. A convolution that the authors' module holds but never uses is left
+        out.
     Reference: Deng & Li, "Anomaly Detection via Reverse Distillation from One-Class Embedding", CVPR 2022, arXiv
         2201.10703, section 3.
 
@@ -149,7 +149,7 @@ class RD(Detector):
             WideResNet-50.
         n_blocks: Blocks of the embedding's stage, then of the decoder's stages from the deepest tap to the finest.
         final_relu: End each decoder stage with a ReLU, for taps that come from one.
-        standardize: Bring each channel to mean 0 and standard deviation 1 first.
+        scale: Divide each channel by its standard deviation first.
         loss: "flattened" or "position".
         epochs: Passes over the training set.
         batch_size: Images in a step.
@@ -164,7 +164,7 @@ class RD(Detector):
             "block": "wide",
             "n_blocks": (3, 3, 4, 6),
             "final_relu": True,
-            "standardize": False,
+            "scale": False,
             "loss": "position",
             "epochs": 200,
         },
@@ -175,7 +175,7 @@ class RD(Detector):
     block: Kind = "basic"
     n_blocks: Sequence[int] = (2, 2, 2, 2)
     final_relu: bool = False
-    standardize: bool = True
+    scale: bool = True
     loss: Literal["flattened", "position"] = "flattened"
     epochs: int = 40
     batch_size: int = 16
@@ -187,8 +187,6 @@ class RD(Detector):
         self._require("block", self.block in ("basic", "bottleneck", "wide"), "be 'basic', 'bottleneck' or 'wide'")
         fits = len(self.n_blocks) == len(self.layers) + 1 and all(type(n) is int and n >= 1 for n in self.n_blocks)
         self._require("n_blocks", fits, "have a positive number for the embedding and for each layer")
-        consistent = not (self.final_relu and self.standardize)
-        self._require("final_relu", consistent, "be False for standardized taps, which are signed")
         self._require("loss", self.loss in LOSSES, "be 'flattened' or 'position'")
         self._require("epochs", self.epochs >= 1, "be at least 1")
         self._require("batch_size", self.batch_size >= 1, "be at least 1")
@@ -200,7 +198,7 @@ class RD(Detector):
         if not len(data):
             raise InputError("RD.fit needs at least one image, got an empty set.")
         target = resolve_device(device)
-        if self.standardize:
+        if self.scale:
             self.statistics_ = training.channel_statistics(data, self.layers)
         size = min(self.batch_size, len(data))
         self.channels_ = self._checked_channels(data, size)
@@ -225,6 +223,8 @@ class RD(Detector):
             if coarse != [-(-n // 2) for n in fine]:
                 grids = ", ".join(f"{h} x {w}" for _, h, w in shapes)
                 raise InputError(f"RD.layers must each have half the grid of the one before, got {grids}.")
+        if self.final_relu and any(first.features[layer].min() < 0 for layer in self.layers):
+            raise InputError("RD.final_relu must be False for these layers: they have negative values.")
         if batch_size == 1 and max(shapes[-1][1:]) <= 2:
             raise InputError("RD cannot normalise one image on so small a grid. Add images, or use a larger size.")
         return [c for c, _, _ in shapes]
@@ -234,8 +234,8 @@ class RD(Detector):
 
     def _taps(self, batch: Batch, device: str) -> list[Tensor]:
         taps = [batch.features[layer].to(device) for layer in self.layers]
-        if self.standardize:
-            taps = [standardized(tap, self.statistics_[layer]) for tap, layer in zip(taps, self.layers, strict=True)]
+        if self.scale:
+            taps = [scaled(tap, self.statistics_[layer]) for tap, layer in zip(taps, self.layers, strict=True)]
         return taps
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
