@@ -94,7 +94,7 @@ def share_outside(detector: Any, data: Any) -> float:
 def network_of(detector: Any, channels: Sequence[int]) -> Callable[[], nn.Module]:
     """Makes untrained networks of a detector."""
     if isinstance(detector, Dinomaly):
-        options: dict[str, Any] = {"n_blocks": detector.n_blocks, "dropout": detector.dropout}
+        options: dict[str, Any] = {"n_blocks": detector.n_blocks, "dropout": detector.dropout, "init_std": None}
         return lambda: Reconstruction(channels, width=detector.width, **options)
     assert isinstance(detector, RD)
     return lambda: Student(channels, detector.block, detector.n_blocks, final_relu=detector.final_relu)

@@ -20,7 +20,6 @@ from flawsift.detectors.dinomaly import (
     Block,
     Dinomaly,
     Reconstruction,
-    initialise,
     mined_loss,
 )
 from flawsift.errors import InputError, ParameterError
@@ -50,7 +49,7 @@ def easy(n: int) -> ImageSet:
 
 def test_parameters_of_the_paper_at_vit_b() -> None:
     with torch.device("meta"):
-        module = Reconstruction((768, 768), width=None, n_blocks=8, dropout=0.2)
+        module = Reconstruction((768, 768), width=None, n_blocks=8, dropout=0.2, init_std=None)
     per_block = 768 * 2304 + 2304 + 768 * 768 + 768 + 2 * 4 * 768 * 768 + 4 * 768 + 768 + 4 * 768
     assert count(module.bottleneck) == 2 * 4 * 768 * 768 + 4 * 768 + 768 == 4_722_432
     assert count(module) == 8 * per_block + 4_722_432 == 61_425_408
@@ -75,7 +74,7 @@ def test_attention_without_weight_is_no_nan() -> None:
 
 
 def test_the_decoder_sees_the_mean_of_the_groups_and_answers_in_reverse() -> None:
-    module = Reconstruction((6, 6), width=None, n_blocks=4, dropout=0.0)
+    module = Reconstruction((6, 6), width=None, n_blocks=4, dropout=0.0, init_std=None)
     a, b = normal(2, 6, 3, 5), normal(2, 6, 3, 5, seed=1)
     x = module.bottleneck(((a + b) / 2).permute(0, 2, 3, 1).reshape(2, 15, 6))
     outputs = []
@@ -88,7 +87,7 @@ def test_the_decoder_sees_the_mean_of_the_groups_and_answers_in_reverse() -> Non
 
 
 def test_groups_of_other_widths_keep_their_channels() -> None:
-    module = Reconstruction((6, 10), width=12, n_blocks=2, dropout=0.0)
+    module = Reconstruction((6, 10), width=12, n_blocks=2, dropout=0.0, init_std=None)
     assert [d.shape[1] for d in module([normal(1, 6, 4, 4), normal(1, 10, 4, 4)])] == [6, 10]
     a, b = normal(1, 6, 4, 4), normal(1, 10, 4, 4)
     moved = module([a, b + 1])  # both groups feed both estimates
@@ -96,7 +95,7 @@ def test_groups_of_other_widths_keep_their_channels() -> None:
 
 
 def test_dropout_is_noise_in_training_only() -> None:
-    module = Reconstruction((6, 6), width=None, n_blocks=2, dropout=0.5)
+    module = Reconstruction((6, 6), width=None, n_blocks=2, dropout=0.5, init_std=None)
     groups = [normal(1, 6, 4, 4), normal(1, 6, 4, 4)]
     assert not torch.equal(module(groups)[0], module(groups)[0])
     module.eval()
@@ -104,8 +103,7 @@ def test_dropout_is_noise_in_training_only() -> None:
 
 
 def test_initial_weights_are_cut_at_three_deviations() -> None:
-    module = Reconstruction((64, 64), width=None, n_blocks=2, dropout=0.0)
-    initialise(module, 0.01)
+    module = Reconstruction((64, 64), width=None, n_blocks=2, dropout=0.0, init_std=0.01)
     for name, value in module.named_parameters():
         if "norm" in name:
             assert torch.equal(value, torch.full_like(value, float("weight" in name)))

@@ -56,7 +56,9 @@ class Reconstruction(nn.Module):
     Groups of one width enter as their mean; others are concatenated, and their estimates pass a linear map each.
     """
 
-    def __init__(self, channels: Sequence[int], *, width: int | None, n_blocks: int, dropout: float) -> None:
+    def __init__(
+        self, channels: Sequence[int], *, width: int | None, n_blocks: int, dropout: float, init_std: float | None
+    ) -> None:
         super().__init__()
         self.alike = len(set(channels)) == 1
         n_in = channels[0] if self.alike else sum(channels)
@@ -66,6 +68,10 @@ class Reconstruction(nn.Module):
         self.bottleneck = nn.Sequential(*parts)
         self.blocks = nn.ModuleList(Block(width) for _ in range(n_blocks))
         self.heads = nn.ModuleList(nn.Identity() if c == width else nn.Linear(width, c) for c in channels)
+        for part in self.modules():
+            if init_std is not None and isinstance(part, nn.Linear):
+                nn.init.trunc_normal_(part.weight, std=init_std, a=-3 * init_std, b=3 * init_std)
+                nn.init.zeros_(part.bias)
 
     def forward(self, groups: Sequence[Tensor]) -> list[Tensor]:
         joined = torch.stack(list(groups)).mean(0) if self.alike else torch.cat(list(groups), 1)
@@ -78,14 +84,6 @@ class Reconstruction(nn.Module):
         means = [torch.stack(outputs[g * n : (g + 1) * n]).mean(0) for g in range(len(groups))]
         tokens = [head(mean) for head, mean in zip(self.heads, means, strict=True)]
         return [t.transpose(1, 2).reshape(b, -1, h, w) for t in tokens]
-
-
-def initialise(module: nn.Module, std: float) -> None:
-    """Weights from a normal distribution cut at three standard deviations, biases 0."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.trunc_normal_(part.weight, std=std, a=-3 * std, b=3 * std)
-            nn.init.zeros_(part.bias)
 
 
 def mined_loss(
@@ -214,9 +212,11 @@ class Dinomaly(Detector):
         self.channels_ = [first.features[layer].shape[1] for layer in self.layers]
         with training.seeded(self.seed, target):
             module = self._module()
-            if self.init_std is not None:
-                initialise(module, self.init_std)
         module.to(target).train()
+        rate, decay = self.learning_rate, self.weight_decay
+        optimizer: torch.optim.Optimizer = StableAdamW(module.parameters(), lr=rate, eps=1e-10, weight_decay=decay)
+        if self.optimizer == "adam":
+            optimizer = torch.optim.Adam(module.parameters(), lr=rate, betas=ADAM_BETAS, weight_decay=decay)
         schedule = warmup_cosine(self.warmup, self.steps, self.final_rate)
         recipe = training.Recipe(
             steps=self.steps, batch_size=self.batch_size, seed=self.seed, clip_norm=self.clip_norm, schedule=schedule
@@ -228,18 +228,14 @@ class Dinomaly(Detector):
             easy = self.easy_share * min(1.0, step / self.easy_ramp) if self.easy_ramp else self.easy_share
             return mined_loss(groups, found, easy=easy, easy_gradient=self.easy_gradient, upper_trim=self.upper_trim)
 
-        training.train(module, self._optimizer(module), data, self.layers, loss_of, recipe, device=target, watch=watch)
+        training.train(module, optimizer, data, self.layers, loss_of, recipe, device=target, watch=watch)
         self.weights_ = training.weights_of(module)
         return self
 
-    def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        rate, decay = self.learning_rate, self.weight_decay
-        if self.optimizer == "adam":
-            return torch.optim.Adam(module.parameters(), lr=rate, betas=ADAM_BETAS, weight_decay=decay)
-        return StableAdamW(module.parameters(), lr=rate, eps=1e-10, weight_decay=decay)
-
     def _module(self) -> Reconstruction:
-        return Reconstruction(self.channels_, width=self.width, n_blocks=self.n_blocks, dropout=self.dropout)
+        return Reconstruction(
+            self.channels_, width=self.width, n_blocks=self.n_blocks, dropout=self.dropout, init_std=self.init_std
+        )
 
     def _groups(self, batch: Batch, device: str) -> list[Tensor]:
         """G groups (B, C_g, h, w) on one grid."""

@@ -20,21 +20,19 @@ BETAS = (0.5, 0.999)  # of Adam, the authors'
 EXPANSION = 4  # a ResNet's bottleneck block is a quarter as wide inside; twice that in a wide one
 INSIDE = {"bottleneck": 1, "wide": 2}
 Kind = Literal["basic", "bottleneck", "wide"]
-
-
-def unit(module: nn.Module, n_out: int) -> nn.Sequential:
-    """A convolution and its batch norm."""
-    return nn.Sequential(module, nn.BatchNorm2d(n_out))
+# section 4.1, for wide_resnet50_2 at 256 px, whose taps end with a ReLU
+PAPER = {"block": "wide", "n_blocks": (3, 3, 4, 6), "final_relu": True, "scale": False, "loss": "position"}
+PAPER |= {"layers": ("stride4", "stride8", "stride16"), "epochs": 200}
 
 
 def conv(n_in: int, n_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
     """A convolution without bias, and batch norm."""
-    return unit(nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False), n_out)
+    return nn.Sequential(nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(n_out))
 
 
 def up(n_in: int, n_out: int) -> nn.Sequential:
     """A 2 x 2 transposed convolution that doubles the grid, and batch norm."""
-    return unit(nn.ConvTranspose2d(n_in, n_out, 2, 2, bias=False), n_out)
+    return nn.Sequential(nn.ConvTranspose2d(n_in, n_out, 2, 2, bias=False), nn.BatchNorm2d(n_out))
 
 
 class Residual(nn.Module):
@@ -159,15 +157,7 @@ class RD(Detector):
     name: ClassVar[str] = "rd"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
-        # section 4.1 for wide_resnet50_2 at 256 px, whose taps end with a ReLU
-        "paper": {
-            "block": "wide",
-            "n_blocks": (3, 3, 4, 6),
-            "final_relu": True,
-            "scale": False,
-            "loss": "position",
-            "epochs": 200,
-        },
+        "paper": PAPER,
         "budget": {},
     }
 
