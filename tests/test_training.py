@@ -17,6 +17,7 @@ from flawsift.training import (
     Watch,
     channel_statistics,
     restored,
+    scaled,
     seeded,
     standardized,
     train,
@@ -191,8 +192,9 @@ def test_channel_statistics_equal_those_of_all_at_once(data: ImageSet) -> None:
     mean, deviation = channel_statistics(data, (LAYER,))[LAYER]
     torch.testing.assert_close(mean, x.mean((0, 2, 3)))
     torch.testing.assert_close(deviation, x.std((0, 2, 3), correction=0), rtol=1e-4, atol=1e-5)
-    scaled = standardized(x, torch.stack([mean, deviation]))
-    assert scaled.mean((0, 2, 3)).abs().max() < 1e-4
+    unit = standardized(x, torch.stack([mean, deviation]))
+    assert unit.mean((0, 2, 3)).abs().max() < 1e-4
+    torch.testing.assert_close(scaled(x, torch.stack([mean, deviation])), unit + (mean / deviation)[:, None, None])
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -22,7 +22,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, cast, get_args
 
@@ -55,6 +55,8 @@ HUB_TIMEOUT = 5.0
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm itself looks for, in its order
 SAFETENSORS, PICKLES = (".safetensors",), (".pth", ".pt", ".bin")
 MAX_NAMED = 5  # an error names at most this many offenders, and the total
+# Images at a time where layers are averaged: the eight blocks that Dinomaly averages are 20 MB per image at ViT-B.
+MEAN_BATCH = 8
 
 log = logging.getLogger("flawsift")
 
@@ -110,9 +112,17 @@ class Backbone:
     def resolve(self, layer: str) -> LayerInfo:
         """The layer of a name such as "blocks.2", or of "stride8": the deepest layer with that stride.
 
+        "blocks.2+3+4+5" is the mean of these layers, which must have one shape.
+
         Raises:
             ParameterError: There is no such layer.
         """
+        prefix, _, numbers = layer.rpartition(".")
+        if "+" in numbers:
+            parts = [self.resolve(f"{prefix}.{number}") for number in numbers.split("+")]
+            if len({(part.channels, part.stride) for part in parts}) > 1:
+                raise ParameterError(f"The layers of '{layer}' have different shapes, so they have no mean.")
+            return replace(parts[0], name=layer)
         for info in reversed(self.layers):
             if layer in (info.name, f"stride{info.stride}"):
                 return info
@@ -134,15 +144,28 @@ class Backbone:
             ParameterError: There is no such layer, or none is asked for.
             InputError: The pixels have another shape or type.
         """
-        infos = {layer: self.resolve(layer) for layer in layers}
-        if not infos:
+        members = {layer: self._members(layer) for layer in layers}
+        if not members:
             raise ParameterError("layers must name at least one layer, got none.")
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, self.size, self.size) or not len(pixels):
             want = f"(B, 3, {self.size}, {self.size}) uint8 with B >= 1"
             raise InputError(f"pixels must be {want}, got {tuple(pixels.shape)} {pixels.dtype}.")
-        taps = sorted({self.layers.index(info) for info in infos.values()})
-        outputs = dict(zip(taps, self._engine.run(pixels.cpu(), taps), strict=True))
-        return {layer: outputs[self.layers.index(info)] for layer, info in infos.items()}
+        taps = sorted({tap for of_layer in members.values() for tap in of_layer})
+        step = MEAN_BATCH if any(len(of_layer) > 1 for of_layer in members.values()) else len(pixels)
+        found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+        for part in torch.split(pixels.cpu(), step):
+            outputs = dict(zip(taps, self._engine.run(part, taps), strict=True))
+            for layer, of_layer in members.items():
+                several = [outputs[tap] for tap in of_layer]
+                found[layer].append(several[0] if len(several) == 1 else torch.stack(several).mean(0))
+        return {layer: parts[0] if len(parts) == 1 else torch.cat(parts) for layer, parts in found.items()}
+
+    def _members(self, layer: str) -> list[int]:
+        """Positions in `layers` of those whose mean a name stands for: mostly one."""
+        prefix, _, numbers = self.resolve(layer).name.rpartition(".")
+        names = [f"{prefix}.{number}" for number in numbers.split("+")] if prefix else [numbers]
+        known = [info.name for info in self.layers]
+        return [known.index(name) for name in names]
 
     def parameters_digest(self) -> str:
         """`weights_digest` computed again now: equal, or something has trained the frozen network."""

@@ -1,5 +1,7 @@
 """Anomaly maps: the only upsampling and smoothing code, on patch grids and image grids alike."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,19 +11,20 @@ SIGMA_PER_PIXEL = 4.0 / 256
 TRUNCATE = 4.0  # scipy's default: kernel radius in sigmas, so that maps match `scipy.ndimage.gaussian_filter`
 
 
-def smooth(maps: Tensor, sigma: float) -> Tensor:
+def smooth(maps: Tensor, sigma: float, *, radius: int | None = None) -> Tensor:
     """Gaussian smoothing with reflected borders, equal to `scipy.ndimage.gaussian_filter(mode="reflect")`.
 
     Args:
         maps: (B, h, w).
         sigma: In cells of the map; 0 returns the maps as they are.
+        radius: Of the kernel in cells; None takes four sigmas, as scipy does.
 
     Returns:
         (B, h, w).
     """
     if sigma <= 0:
         return maps
-    radius = int(TRUNCATE * sigma + 0.5)
+    radius = int(TRUNCATE * sigma + 0.5) if radius is None else radius
     offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = kernel / kernel.sum()
@@ -41,6 +44,21 @@ def _reflect_ids(n: int, radius: int, device: torch.device) -> Tensor:
 def upsample(maps: Tensor, size: int) -> Tensor:
     """Bilinear upsampling of (B, h, w) to (B, size, size), corners not aligned."""
     return F.interpolate(maps.unsqueeze(1), (size, size), mode="bilinear", align_corners=False).squeeze(1)
+
+
+def on_one_grid(features: Sequence[Tensor], *, finest: bool = True) -> list[Tensor]:
+    """Several (B, C, h, w) on the finest grid among them, bilinearly, or on the coarsest, as means over its cells."""
+    choose = max if finest else min
+    size = choose((tuple(f.shape[2:]) for f in features), key=lambda grid: grid[0] * grid[1])
+    found = []
+    for f in features:
+        if tuple(f.shape[2:]) == size:
+            found.append(f)
+        elif finest:
+            found.append(F.interpolate(f, size=size, mode="bilinear", align_corners=False))
+        else:
+            found.append(F.adaptive_avg_pool2d(f, size))
+    return found
 
 
 def to_image_grid(maps: Tensor, size: int, *, sigma: float | None = None) -> Tensor:

@@ -7,7 +7,7 @@ training leaves torch's and numpy's global generators as they were.
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -160,14 +160,63 @@ def warmup_cosine(warmup: int, total: int, floor: float) -> Callable[[int], floa
     return factor
 
 
+class StableAdamW(torch.optim.Optimizer):
+    """AdamW with AMSGrad whose step shrinks, parameter tensor by tensor, when gradients outgrow their history.
+
+    With u = g / (sqrt(v_max) / sqrt(1 - beta2^t) + eps), a tensor's step is divided by max(1, RMS(u)). Weight decay
+    acts on every parameter.
+
+    Reference: Wortsman et al., "Stable and low-precision training for large-scale vision-language models", NeurIPS
+    2023, arXiv 2304.13013, Algorithm 2; with the AMSGrad of Reddi et al., ICLR 2018.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step on all parameters that have a gradient."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                g, state = parameter.grad, self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros(())  # a tensor, since checkpoints hold tensors
+                    state |= {name: torch.zeros_like(parameter) for name in ("mean", "square", "largest")}
+                state["step"] += 1
+                t = float(state["step"])
+                mean, square, largest = state["mean"], state["square"], state["largest"]
+                mean.lerp_(g, 1 - beta1)
+                square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                torch.maximum(largest, square, out=largest)
+                scale = (largest / (1 - beta2**t)).sqrt_().add_(group["eps"])
+                rms = (g / scale).square_().mean().sqrt_()
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                # a tensor all along: reading the RMS as a number would wait for a GPU once per parameter
+                parameter.sub_(mean / scale * (group["lr"] / (1 - beta1**t) / rms.clamp_min(1)))
+
+
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers on the CPU, as a detector's learned state keeps them."""
     return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
 
 def restored(weights: Mapping[str, Tensor], module: M, device: str) -> M:
-    """A module with these weights, in eval mode, on a device, without gradients."""
-    module.load_state_dict(weights)
+    """A module with these weights, in eval mode, on a device, without gradients.
+
+    Build the module under `torch.device("meta")`: its own weights are not drawn, so no generator is touched.
+    """
+    module.load_state_dict(weights, assign=True)
     return module.to(device).eval().requires_grad_(False)
 
 
@@ -202,6 +251,12 @@ def standardized(features: Tensor, statistics: Tensor) -> Tensor:
     mean, deviation = statistics.to(features.device)[:, None, :, None, None]
     scaled: Tensor = (features - mean) / deviation
     return scaled
+
+
+def scaled(features: Tensor, statistics: Tensor) -> Tensor:
+    """(B, C, h, w) with each channel at standard deviation 1 by (2, C) statistics, its mean kept: angles need one."""
+    divided: Tensor = features / statistics[1].to(features.device)[:, None, None]
+    return divided
 
 
 def _mix(seed: int, step: int) -> int:

@@ -1,0 +1,173 @@
+"""What the detectors that train by gradient steps cost on this machine's CPU, with their budget presets.
+
+Per detector, in a process of its own: a fit on synthetic images whose features come from a cold cache (seconds,
+seconds per step, how often an image passed the backbone), a short fit under torch's profiler (the share of time that
+is not spent in matrix products and convolutions), and whether k networks are cheaper in one batched call than one by
+one (torch.func's stacked state under vmap against a loop; forward and backward, dropout and batch norm included).
+Goal: a fit within 180 s.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import _rows
+from flawsift.detectors.dinomaly import Dinomaly, Reconstruction
+from flawsift.detectors.rd import RD, Student
+
+DETECTORS = ("dinomaly", "rd")
+GOAL = 180.0  # seconds of a fit on two cores
+PROFILED_STEPS, PROFILED_BATCHES = 10, 2  # a profile holds every operation of every step
+MATRIX = ("mm", "conv")  # parts of the names of operations that multiply matrices: addmm, bmm, mkldnn_convolution, ...
+
+
+def child(name: str, n: int, size: int, n_models: int, repeats: int) -> _rows.Row:
+    """All figures of one detector."""
+    from flawsift import pipeline
+    from flawsift.backbones import load_backbone
+    from flawsift.datasets.synthetic import synthetic
+    from flawsift.detector import make_detector
+    from flawsift.features import FeatureStore, attach
+    from flawsift.training import Watch
+
+    images = synthetic(n, 0, size=size, seed=0).images
+    backbone, detector = load_backbone(size=size), make_detector(name, "budget")
+    passes, steps = 0, 0
+    extract = backbone.extract
+
+    def counted(pixels: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        nonlocal passes
+        passes += len(pixels)
+        return extract(pixels, layers)
+
+    def progress(_stage: str, done: int, _total: int) -> None:
+        nonlocal steps
+        steps = done
+
+    backbone.extract = counted  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory(prefix="flawsift-bench-") as cache:
+        data, _ = attach(images, backbone, detector.layers, store=FeatureStore(Path(cache)))
+        started = time.perf_counter()
+        detector.fit(data, watch=Watch(progress))
+        seconds = time.perf_counter() - started
+        share = share_outside(detector, data)
+        first = next(data.batches(detector.layers, batch_size=1)).features
+        digest = pipeline.set_digest(data)
+    shapes = [(first[layer].shape[1], first[layer].shape[2]) for layer in detector.layers]
+    return {
+        "seconds": seconds,
+        "steps": steps,
+        "seconds_per_step": seconds / steps,
+        "passes_per_image": passes / n,
+        "share_outside_products": share,
+        "batched_ratio": batched_ratio(network_of(detector, [c for c, _ in shapes]), shapes, n_models, repeats),
+        "peak_mb": _rows.peak_mb(),
+        "params": detector.params(),
+        "weights_digest": backbone.weights_digest,
+        "data_digest": digest,
+    }
+
+
+def share_outside(detector: Any, data: Any) -> float:
+    """Share of a short fit's time that is not spent in matrix products and convolutions."""
+    few = data.select(data.ids[: PROFILED_BATCHES * detector.batch_size])
+    steps = {"epochs": PROFILED_STEPS // PROFILED_BATCHES} if isinstance(detector, RD) else {"steps": PROFILED_STEPS}
+    brief = detector.clone(**steps)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        started = time.perf_counter()
+        brief.fit(few)
+        seconds = time.perf_counter() - started
+    own = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    products = sum(value for key, value in own.items() if any(part in key for part in MATRIX))
+    return float(1 - products / 1e6 / seconds)
+
+
+def network_of(detector: Any, channels: Sequence[int]) -> Callable[[], nn.Module]:
+    """Makes untrained networks of a detector."""
+    if isinstance(detector, Dinomaly):
+        options: dict[str, Any] = {"n_blocks": detector.n_blocks, "dropout": detector.dropout, "init_std": None}
+        return lambda: Reconstruction(channels, width=detector.width, **options)
+    assert isinstance(detector, RD)
+    return lambda: Student(channels, detector.block, detector.n_blocks, final_relu=detector.final_relu)
+
+
+def batched_ratio(
+    make: Callable[[], nn.Module], shapes: Sequence[tuple[int, int]], n_models: int, repeats: int, batch: int = 16
+) -> float:
+    """Seconds of a step of k networks in one call by the seconds of k calls; the two in turn, medians."""
+    torch.manual_seed(0)
+    networks = [make().train() for _ in range(n_models)]
+    if isinstance(networks[0], Reconstruction):  # its groups are on one grid, the coarsest
+        shapes = [(c, min(edge for _, edge in shapes)) for c, _ in shapes]
+    given = [torch.randn(n_models, batch, c, edge, edge) for c, edge in shapes]
+    stacked, buffers = torch.func.stack_module_state(networks)
+    template = make().to("meta").train()
+
+    def loss_of(found: Sequence[Tensor], taps: Sequence[Tensor]) -> Tensor:
+        pairs = zip(found, taps, strict=True)
+        return torch.stack([(1 - F.cosine_similarity(f.flatten(1), t.flatten(1))).mean() for f, t in pairs]).sum()
+
+    def one(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], taps: Sequence[Tensor]) -> Tensor:
+        return loss_of(torch.func.functional_call(template, (dict(weights), dict(state)), (taps,)), taps)
+
+    def together() -> None:
+        losses: Tensor = torch.vmap(one, randomness="different")(stacked, buffers, given)
+        losses.sum().backward()
+
+    def in_turn() -> None:
+        for m, network in enumerate(networks):
+            taps = [tap[m] for tap in given]
+            loss_of(network(taps), taps).backward()
+
+    seconds: dict[Callable[[], None], list[float]] = {together: [], in_turn: []}
+    for repeat in range(repeats + 1):  # the first round warms up
+        for way, found in seconds.items():
+            started = time.perf_counter()
+            way()
+            if repeat:
+                found.append(time.perf_counter() - started)
+    return statistics.median(seconds[together]) / statistics.median(seconds[in_turn])
+
+
+def main() -> None:
+    """Run each detector in its own process and append its row."""
+    parser = _rows.common_flags(argparse.ArgumentParser(description=__doc__))
+    parser.add_argument("--n", type=int, default=200, help="training images")
+    parser.add_argument("--size", type=int, default=256, help="edge length of the network input")
+    parser.add_argument("--models", type=int, default=5, help="networks in the batched call")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of the batched comparison")
+    parser.add_argument("--detectors", nargs="+", default=list(DETECTORS), choices=DETECTORS)
+    parser.add_argument("--child", choices=DETECTORS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child(args.child, args.n, args.size, args.models, args.repeats)))
+        return
+    figures: dict[str, Any] = {}
+    for name in args.detectors:
+        flags = ("--n", args.n, "--size", args.size, "--models", args.models, "--repeats", args.repeats)
+        found = _rows.run_json(__file__, *flags, "--child", name)
+        protocol = f"synthetic {args.n} x {args.size}, budget preset, cold cache, k={args.models}"
+        row = {**_rows.provenance(), "detector": name, "seed": 0, "protocol": protocol, **found}
+        _rows.append_rows(args.results / "training.csv", [row])
+        kept = ("seconds", "seconds_per_step", "passes_per_image", "share_outside_products", "batched_ratio")
+        figures |= {f"{name}_{key}": found[key] for key in kept}
+        _rows.say(
+            f"{name}: {found['seconds']:.1f} s (goal: at most {GOAL:g}), {found['seconds_per_step']:.3f} s per step"
+        )
+        _rows.say(
+            f"  {found['share_outside_products']:.0%} outside products; batched by in turn {found['batched_ratio']:.2f}"
+        )
+    _rows.finish("training", figures, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""RD: its student's size, losses and maps against plain re-derivations; the teacher is only read."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from flawsift.detector import make_detector
+from flawsift.detectors.rd import LOSSES, RD, Kind, Student, distances, flattened_loss, position_loss
+from flawsift.errors import InputError, ParameterError
+from flawsift.features import MemoryFeatures
+from flawsift.images import ImageSet
+from flawsift.testing import easy_set, tiny_backbone, with_features
+from flawsift.training import Watch
+
+SHORT: dict[str, Any] = {"n_blocks": (1, 1, 1, 1), "epochs": 2, "batch_size": 4}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def taps(n: int = 2, seed: int = 0) -> list[Tensor]:
+    return [normal(n, c, s, s, seed=seed + s) for c, s in ((3, 8), (4, 4), (5, 2))]
+
+
+def count(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def feature_set(features: Sequence[Tensor]) -> ImageSet:
+    """Taps as a set with ids 0..N-1 and layers "0", "1", ..."""
+    n = len(features[0])
+    images = ImageSet.from_arrays([np.zeros((2, 2), np.uint8)] * n)
+    arrays = {str(i): tap.numpy() for i, tap in enumerate(features)}
+    return ImageSet(images.ids, images.source, {}, MemoryFeatures(32, "test", {("", i): i for i in range(n)}, arrays))
+
+
+def easy(n: int) -> ImageSet:
+    return with_features(easy_set().images.select(np.arange(n)), RD())
+
+
+# ---- the student
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "n_blocks", "bottleneck", "decoder"),
+    [
+        # the published modules less what they never use: 12,205,312 - 525,312, and 8.39 M of the larger ones
+        ("basic", (64, 128, 256), (2, 2, 2, 2), 11_680_000, 3_703_168),
+        ("wide", (256, 512, 1024), (3, 3, 4, 6), 58_885_120, 24_917_504),
+        ("bottleneck", (256, 512, 1024), (3, 3, 4, 6), 30_829_568, 15_821_824),
+    ],
+)
+def test_parameters_of_the_paper(
+    kind: Kind, channels: tuple[int, ...], n_blocks: tuple[int, ...], bottleneck: int, decoder: int
+) -> None:
+    with torch.device("meta"):
+        student = Student(channels, kind, n_blocks, final_relu=True)
+        found = student([torch.empty(2, c, s, s) for c, s in zip(channels, (64, 32, 16), strict=True)])
+    assert count(student.fuse, student.embed) == bottleneck
+    assert count(student.decode) == decoder
+    assert [tuple(f.shape) for f in found] == [(2, c, s, s) for c, s in zip(channels, (64, 32, 16), strict=True)]
+
+
+def test_the_paper_preset_is_that_student() -> None:
+    paper = make_detector("rd", "paper")
+    assert isinstance(paper, RD)
+    assert (paper.block, paper.n_blocks) == ("wide", (3, 3, 4, 6))
+
+
+def test_everything_is_used() -> None:
+    student = Student((3, 4, 5), "basic", (1, 2, 1, 1), final_relu=False)
+    torch.stack([x.square().sum() for x in student(taps())]).sum().backward()  # type: ignore[no-untyped-call]
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_only_a_final_relu_forbids_negative_estimates() -> None:
+    for final_relu in (True, False):
+        torch.manual_seed(0)
+        student = Student((3, 4, 5), "basic", (1, 1, 1, 1), final_relu=final_relu)
+        for found in student(taps()):
+            assert bool((found < 0).any()) != final_relu
+
+
+@pytest.mark.parametrize("edges", [(15, 8, 4), (9, 5, 3), (7, 4, 2)])
+def test_odd_grids_come_back(edges: tuple[int, ...]) -> None:
+    student = Student((3, 4, 5), "basic", (1, 1, 1, 1), final_relu=False)
+    teacher = [normal(2, c, s, s + 2 * s) for c, s in zip((3, 4, 5), edges, strict=True)]
+    teacher = [t[..., : -(-3 * edges[0] // 2**i)] for i, t in enumerate(teacher)]
+    assert [f.shape for f in student(teacher)] == [t.shape for t in teacher]
+
+
+# ---- losses and maps
+
+
+@given(seed=st.integers(0, 99))
+def test_losses_equal_loops(seed: int) -> None:
+    t, s = taps(2, seed), taps(2, seed + 100)
+    flat = per_position = 0.0
+    for a, b in zip(t, s, strict=True):
+        for i in range(2):
+            flat += 1 - float((a[i] * b[i]).sum() / (a[i].norm() * b[i].norm()))
+        cosines = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+        per_position += float((1 - cosines).mean())
+    assert float(flattened_loss(t, s)) == pytest.approx(flat / 2, abs=1e-4)
+    assert float(position_loss(t, s)) == pytest.approx(per_position, abs=1e-4)
+
+
+def test_losses_agree_where_positions_are_alike_and_differ_where_not() -> None:
+    e = normal(1, 4, 3, 3)
+    t, s = e / e.norm(dim=1, keepdim=True), None
+    turned = normal(1, 4, 3, 3, seed=1)
+    turned = turned - (turned * t).sum(1, keepdim=True) * t
+    s = 0.6 * t + 0.8 * turned / turned.norm(dim=1, keepdim=True)  # norm 1 and cosine 0.6 everywhere
+    assert float(flattened_loss([t], [s])) == pytest.approx(0.4, abs=1e-5)
+    assert float(position_loss([t], [s])) == pytest.approx(0.4, abs=1e-5)
+    t, s = torch.zeros(1, 2, 1, 2), torch.zeros(1, 2, 1, 2)
+    t[0, :, 0, 0], s[0, :, 0, 0] = torch.tensor([10.0, 0]), torch.tensor([10.0, 0])  # strong and right
+    t[0, :, 0, 1], s[0, :, 0, 1] = torch.tensor([1.0, 0]), torch.tensor([0, 1.0])  # weak and wrong
+    assert float(position_loss([t], [s])) == pytest.approx(0.5)
+    assert float(flattened_loss([t], [s])) == pytest.approx(1 - 100 / 101)
+
+
+def test_a_perfect_student_has_no_loss_and_no_map() -> None:
+    t = [tap.relu() for tap in taps()]
+    t[0][:, :, 2, 2] = 0  # silent in teacher and student
+    for scale in (1.0, 3.0):
+        s = [scale * tap for tap in t]
+        for loss in (flattened_loss, position_loss):
+            assert float(loss(t, s)) == pytest.approx(0, abs=1e-6)
+        assert all(d.abs().max() < 1e-6 for d in distances(t, s))
+    assert distances([t[0]], [t[0] + 1])[0][0, 2, 2] == pytest.approx(1), "silent in one only"
+
+
+class Echo(nn.Module):
+    """A student that returns what it is given."""
+
+    def forward(self, given: Sequence[Tensor]) -> list[Tensor]:
+        return [2 * tap for tap in given]
+
+
+def test_the_map_is_the_sum_over_taps(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = easy(6)
+    fitted = RD(**SHORT).fit(data)
+    batch = next(data.batches(fitted.layers))
+    with torch.inference_mode():
+        teacher = fitted._taps(batch, "cpu")
+        student = fitted._net("cpu")(teacher)
+    size = tuple(teacher[0].shape[2:])
+    by_hand = torch.zeros(6, *size)
+    for t, s in zip(teacher, student, strict=True):
+        by_hand += F.interpolate((1 - F.cosine_similarity(t, s, dim=1))[:, None], size, mode="bilinear")[:, 0]
+    found = fitted.predict_grids(data)[1]
+    torch.testing.assert_close(found, by_hand)
+    assert 0 <= found.min() <= found.max() <= 6
+    monkeypatch.setattr(fitted, "_net", lambda _: Echo())
+    assert fitted.predict_grids(data)[1].abs().max() < 1e-5, "a student equal to its teacher has a map"
+
+
+# ---- the detector
+
+
+def test_training_learns_one_image_and_not_another() -> None:
+    data = easy(2)
+    fitted = RD(**{**SHORT, "epochs": 120}).fit(data.select([0, 1]))
+    odd = with_features(ImageSet.from_arrays([np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)]), RD())
+    learned = fitted.predict(data, maps=False).scores
+    assert learned.max() < 0.3 * fitted.predict(odd, maps=False).scores[0]
+
+
+def test_the_teacher_is_only_read() -> None:
+    features = [t.clone() for t in taps(6)]
+    before = [t.clone() for t in features]
+    detector = RD(layers=("0", "1", "2"), **SHORT).fit(feature_set(features))
+    assert all(torch.equal(a, b) for a, b in zip(features, before, strict=True))
+    backbone = tiny_backbone()
+    assert backbone.parameters_digest() == backbone.weights_digest
+    student = Student((3, 4, 5), "basic", (1, 1, 1, 1), final_relu=False)
+    assert set(detector.weights_) == set(student.state_dict()), "the state holds more than the student"
+
+
+def test_loss_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def spy(name: str, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+        called.append(name)
+        return flattened_loss(teacher, student)
+
+    names: tuple[Literal["flattened", "position"], ...] = ("flattened", "position")
+    for name in names:
+        monkeypatch.setitem(LOSSES, name, partial(spy, name))
+    for name in names:
+        RD(**{**SHORT, "epochs": 1}, loss=name).fit(easy(4))
+    assert called == ["flattened", "position"]
+
+
+def test_epochs_become_steps() -> None:
+    seen: list[int] = []
+    RD(**{**SHORT, "epochs": 3}).fit(easy(9), watch=Watch(lambda _, done, total: seen.append(total)))
+    assert seen == [6] * 6  # two batches of four per epoch
+
+
+@pytest.mark.parametrize("preset", ["default", "paper", "budget"])
+def test_presets_are_valid(preset: str) -> None:
+    detector = make_detector("rd", preset)
+    assert make_detector("rd", **detector.params()).params() == detector.params()
+
+
+def test_bad_use_is_told() -> None:
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"block": "dense"}, "block must be 'basic', 'bottleneck' or 'wide', got 'dense'"),
+        ({"n_blocks": (2, 2, 2)}, "n_blocks must have a positive number for the embedding and for each layer"),
+        ({"n_blocks": (2, 2, 2, 0)}, "n_blocks must have a positive number"),
+        ({"loss": "l2"}, "loss must be 'flattened' or 'position', got 'l2'"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+    )
+    for params, text in cases:
+        with pytest.raises(ParameterError, match=f"RD.{text}"):
+            make_detector("rd", **params)
+    with pytest.raises(InputError, match="at least one image"):
+        RD().fit(easy(3).select([]))
+    with pytest.raises(InputError, match=r"half the grid of the one before, got 8 x 8, 2 x 2\."):
+        RD(layers=("0", "2"), n_blocks=(1, 1, 1)).fit(feature_set(taps(3)))
+    with pytest.raises(InputError, match="final_relu must be False for these layers"):
+        RD(layers=("0", "1", "2"), final_relu=True).fit(feature_set(taps(3)))
+    with pytest.raises(InputError, match="one image on so small a grid"):
+        RD(layers=("0", "1", "2"), n_blocks=(1, 1, 1, 1)).fit(feature_set(taps(1)))
