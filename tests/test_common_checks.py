@@ -9,7 +9,12 @@ from flawsift.detector import DETECTORS, Detector, make_detector
 from flawsift.testing import CHECKS
 
 # smaller than the defaults, so that a check takes a second
-SMALL: dict[str, dict[str, Any]] = {"padim": {"n_features": 30}, "patchcore": {"coreset_ratio": 0.05}}
+SMALL: dict[str, dict[str, Any]] = {
+    "inreach": {"n_seeds": 4, "coreset_ratio": 0.2},
+    "padim": {"n_features": 30},
+    "patchcore": {"coreset_ratio": 0.05},
+    "softpatch": {"coreset_ratio": 0.05},
+}
 
 
 def test_every_detector_has_a_small_form() -> None:

@@ -28,8 +28,10 @@ from flawsift.training import UNWATCHED, Watch
 
 # registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
 DETECTORS: Mapping[str, tuple[str, str]] = {
+    "inreach": ("flawsift.detectors.inreach", "InReaCh"),
     "padim": ("flawsift.detectors.padim", "PaDiM"),
     "patchcore": ("flawsift.detectors.patchcore", "PatchCore"),
+    "softpatch": ("flawsift.detectors.softpatch", "SoftPatch"),
 }
 
 
