@@ -414,3 +414,12 @@ def test_a_grid_is_searched_cell_by_cell(k: int) -> None:
         expected = nearest(grid[b, :, y, x][None], bank, k=k)
         assert torch.equal(distances[b, y, x], expected[0][0])
         assert torch.equal(rows[b, y, x], expected[1][0])
+
+
+@EXAMPLES
+@given(members=st.lists(st.tuples(st.integers(0, 4), st.floats(-5, 5)), max_size=30))
+def test_group_medians_are_medians(members: list[tuple[int, float]]) -> None:
+    groups = np.array([g for g, _ in members], np.int64)
+    values = np.array([v for _, v in members], np.float64)
+    expected = [np.median(values[groups == g]) if (groups == g).any() else 0.0 for g in range(6)]
+    np.testing.assert_array_equal(nn.group_medians(groups, values, 6), expected)

@@ -285,6 +285,15 @@ def local_outlier_factor(points: Tensor, k: int) -> Tensor:
     return of_neighbors(density).mean(2) / density
 
 
+def group_medians(groups: _Ints, values: NDArray[np.float64], n_groups: int) -> NDArray[np.float64]:
+    """(n_groups,) medians of (N,) values by the group that each is of; 0 for a group without values."""
+    counts = np.bincount(groups, minlength=n_groups)
+    ordered = np.append(values[np.lexsort((values, groups))], 0.0)  # one more, for empty groups at the end
+    starts = np.cumsum(counts) - counts
+    lower, upper = starts + np.maximum(counts - 1, 0) // 2, starts + counts // 2
+    return np.where(counts > 0, (ordered[lower] + ordered[upper]) / 2, 0.0)
+
+
 def _blocks(n: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most `size` that cover range(n)."""
     return (slice(start, min(start + size, n)) for start in range(0, n, size))

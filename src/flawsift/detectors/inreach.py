@@ -16,59 +16,56 @@ from flawsift.images import Batch, Ids, ImageSet
 from flawsift.maps import SIGMA_PER_PIXEL, embed_patches, smooth
 from flawsift.training import UNWATCHED, Watch
 
-# Of a mean map to its transpose, in units of what two unrelated patches have. Textures are below 0.02, laid-out parts
-# above 0.2.
+# From here on a layout counts: how far the mean map is from its transpose, where two unrelated patches are 1 apart.
+# On drawn textures that lie anyhow it was TTT at most, on three kinds of real photographs of parts 0.26 at least.
 ASYMMETRY = 0.1
 MAD = 1.4826  # times the median absolute deviation of a Gaussian is its standard deviation
+PROJECTION_DIM = 128  # of the random projection for the coreset, as PatchCore's
+
+
+Ints, Floats, Bools = npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.bool_]
 
 
 @dataclass(kw_only=True, eq=False)
 class InReaCh(Detector):
     """Distance of each patch to its nearest neighbour among the training patches that recur across images.
 
-    Patches are embedded as in PatchCore. `n_seeds` images are drawn; every patch of theirs heads a channel. A patch of
-    another image joins the channel of the seed patch with which it is mutually nearest; if it is with patches of
-    several seeds, that of the nearest. Channels of fewer than `min_span` patches are dropped, then patches far from the
-    mean of their channel, then channels that have become too short. All that is left is nominal; the bank is a
-    farthest-first coreset of it. The image score is the maximum of the smoothed map.
+    Patches are embedded as in PatchCore. Every patch of `n_seeds` drawn images heads a channel. A patch of another
+    image joins the channel of a seed patch to which it is mutually nearest: of several, the nearest. Channels of fewer
+    than `min_span` patches are dropped, then patches far from the mean of their channel, then channels that became too
+    short. The rest is nominal, and the bank a farthest-first coreset of it. The image score is the maximum of the
+    smoothed map. Where the mean embedding is not symmetric about the diagonal, parts are laid out: then a patch's row
+    and column are two more channels of its embedding.
 
-    Where the mean patch embedding is not symmetric about the diagonal, parts are laid out: then a patch's row and
-    column are two more channels of its embedding.
+    Few images: seeds are as many as leave twice the span of images to a channel on average, but at least 2; the span is
+    half of the images where that is less than `min_span`, but at least 2. So a single image is refused.
 
-    With fewer images than seeds, every image is one; with fewer than twice `min_span`, half of them are span enough,
-    but at least two. A single image is refused: nothing recurs in it.
-
-    Cost: 2 A N P^2 C flops for A seeds and N images of P patches, and four passes over the features; memory for the
-        embedded seeds and at most `max_patches` patches. Scoring as PatchCore.
-    Contamination: Resisted: a defect that no other image has joins no channel. One that recurs at least `min_span`
-        times, in a seed, is nominal; so is none of a rare normal look. Seeds may themselves be defective: the others
-        then carry the bank, so few seeds are a risk.
-    Differs from the paper: Seeds are drawn, the code takes the first images, which are clean in its experiments; every
-        image is matched with every seed but itself, not with earlier seeds only. A patch that is mutual with some seed
-        is not lost because another seed is nearer (it is with assignment="nearest"). A member must be within
-        median + `spread` times the scaled median absolute deviation of its channel's distances; the code's rule ("std",
-        below `spread` times the standard deviation of the distances) empties every channel whose members scatter
-        alike in many dimensions. The image score's smoothing is that of the other detectors (the code: sigma 13 at
-        224 px). These three are in the paper preset as published. A coreset (1 in the paper preset); plain, not
-        squared, distances; layout is judged, and the position weighed, by embeddings instead of grey values, which
-        a detector here does not see; taps are pooled as PatchCore's and not brought to 1024 channels; statistics of
-        batch norm stay frozen (the code's follow each image); channels hold the pairs as intended (the code swaps their
-        ends).
+    Cost: 2 A N P^2 C flops for A seeds and N images of P patches, in four passes over the features. Memory: the seeds
+        and at most `max_patches` patches. Scoring as PatchCore.
+    Contamination: Resisted: what only one image has joins no channel, be it a defect or a rare normal look. A defect
+        is nominal if it recurs `min_span` times and a seed has it. Where a seed is defective, the others must do.
+    Differs from the paper: Seeds are drawn (its code takes the first images, which are clean in its experiments) and
+        matched with every image but themselves, not only with later ones. Three things are as published in the paper
+        preset only: a patch whose nearest seed patch is not mutual is lost ("nearest"); a member must be within
+        `spread` standard deviations of the distances ("std"), which empties channels whose members scatter alike in
+        many dimensions, where "mad" keeps those within median + `spread` scaled median absolute deviations; sigma is
+        13 of 224 px. Ours alone: a coreset (of all patches in the paper preset); plain, not squared, distances; layout
+        is judged by embeddings, as grey values are not seen here; embeddings are PatchCore's; batch norm is frozen
+        (the code's follows each image); pairs are as intended (the code swaps their ends).
     Reference: McIntosh & Albu, "Inter-Realization Channels: Unsupervised Anomaly Detection Beyond One-Class
         Classification", ICCV 2023.
 
     Attributes:
-        n_seeds: Images whose patches head the channels.
+        n_seeds: Most images whose patches head channels (A).
         min_span: Fewest patches of a channel, the seed's included.
-        assignment: "mutual": the nearest of the seed patches that a patch is mutual with; "nearest": the nearest of
-            all seeds' patches, if it is mutual with that one.
-        spread: Most that a member may be off the mean of its channel, in deviations.
-        spread_rule: "mad" or "std": which deviations.
+        assignment: Whether a patch belongs to the nearest of the seed patches that it is mutual with ("mutual"), or to
+            the nearest of all, if it is mutual with that one ("nearest").
+        spread: Most that a member may be off, in deviations.
+        spread_rule: Which deviations, "mad" or "std".
         position: Whether row and column count: "auto", "always" or "never".
-        position_weight: What the edge of the image weighs, in root mean square distances of a patch to the mean patch.
+        position_weight: What the image's edge weighs, in root mean square distances of a patch from the mean patch.
         coreset_ratio: Share of the pooled nominal patches kept in the bank; 1 for all.
-        max_patches: Most nominal patches in the pool that the coreset is chosen from; None for all.
-        projection_dim: Dimension of the random projection for the coreset.
+        max_patches: Most nominal patches pooled; None for all.
         smoothing: Sigma of the map's Gaussian before its maximum is taken, as a share of the image's edge.
     """
 
@@ -95,7 +92,6 @@ class InReaCh(Detector):
     position_weight: float = 1.0
     coreset_ratio: float = 0.05
     max_patches: int | None = 100_000
-    projection_dim: int = 128
     smoothing: float = SIGMA_PER_PIXEL
 
     def __post_init__(self) -> None:
@@ -109,7 +105,6 @@ class InReaCh(Detector):
         self._require("position_weight", self.position_weight > 0, "be positive")
         self._require("coreset_ratio", 0 < self.coreset_ratio <= 1, "be in (0, 1]")
         self._require("max_patches", self.max_patches is None or self.max_patches >= 1, "be at least 1, or None")
-        self._require("projection_dim", self.projection_dim >= 1, "be at least 1")
         self._require("smoothing", self.smoothing >= 0, "not be negative")
 
     def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
@@ -120,28 +115,24 @@ class InReaCh(Detector):
         target = resolve_device(device)
         generator = torch.Generator().manual_seed(self.seed)
         scale = self._position_scale(data)
-        seeds = data.ids[torch.randperm(len(data), generator=generator)[: self.n_seeds].numpy()]
-        nominal = self._nominal(data, seeds, scale, target)  # (N, P)
+        span = max(2, min(self.min_span, len(data) // 2))
+        n_seeds = min(self.n_seeds, max(2, len(data) // (2 * span)))
+        seeds = data.ids[torch.randperm(len(data), generator=generator)[:n_seeds].numpy()]
+        nominal = self._nominal(data, seeds, span, scale, target)  # (N, P)
         if not nominal.any():
             raise InputError(
-                f"No patch recurs in {self._span(len(data))} of these {len(data)} images, so InReaCh has nothing to "
-                "learn from. Give more images."
+                f"InReaCh.fit found no patch that recurs in {span} of these {len(data)} images. Give more images."
             )
         pool, owners = self._pool(data, nominal, scale, generator)
-        projected = nn.project(pool, self.projection_dim, generator).to(target)
+        projected = nn.project(pool, PROJECTION_DIM, generator).to(target)
         chosen = nn.k_center_greedy(projected, max(1, int(self.coreset_ratio * len(pool))), generator).cpu()
         self.memory_bank_ = pool[chosen]  # (M, C), or (M, C + 2) with position
         self.owner_ = owners[chosen]  # (M,) id of the image that each entry comes from
         self.position_scale_ = scale
         return self
 
-    def _span(self, n_images: int) -> int:
-        return max(2, min(self.min_span, n_images // 2))
-
     def _position_scale(self, data: ImageSet) -> float:
-        """What the edge of the image adds to an embedding; 0 where position does not count."""
-        if self.position == "never":
-            return 0.0
+        """What the image's edge adds to an embedding; 0 where position does not count."""
         total, square = torch.zeros(()), torch.zeros(())
         for batch in data.batches(self.layers):
             x = self._embed(batch, 0.0).double()
@@ -149,54 +140,42 @@ class InReaCh(Detector):
         mean = total / len(data)
         h, w = mean.shape[1:]
         variance = float(square / (len(data) * h * w) - mean.mean((1, 2)).square().sum())
-        if self.position == "auto":
-            # unrelated patches are twice the variance apart
-            asymmetry = float((mean - mean.mT).square().sum()) / (h * w) / 2 if h == w else np.inf
-            if asymmetry <= ASYMMETRY * variance:
-                return 0.0
-        return self.position_weight * max(variance, 0.0) ** 0.5
+        counts = self.position == "always"
+        if self.position == "auto" and h == w:
+            asymmetry = float((mean - mean.mT).square().sum()) / (2 * h * w)
+            counts = asymmetry > (ASYMMETRY + 1 / len(data)) * variance  # 1 / N is what chance leaves of it
+        return float(self.position_weight * max(variance, 0.0) ** 0.5) if counts else 0.0
 
-    def _nominal(self, data: ImageSet, seeds: Ids, scale: float, device: str) -> Tensor:
+    def _nominal(self, data: ImageSet, seeds: Ids, span: int, scale: float, device: str) -> Tensor:
         """(N, P) whether a patch is nominal: it heads, or belongs to, a channel that is long and tight."""
         heads = torch.cat([patches for _, patches in self._patches(data.select(seeds), scale)]).to(device)  # (A, P, C)
-        n_patches = heads.shape[1]
-        sums, members = heads.flatten(0, 1).double(), []
+        sums, joined = heads.flatten(0, 1).double(), []
         counts = sums.new_ones(len(sums))
         for ids, patches in self._patches(data, scale):
             for id_, own in zip(ids, patches.to(device), strict=True):
                 keys = self._channels(own, heads, torch.from_numpy(seeds == id_).to(device))  # (P,)
                 sums.index_add_(0, keys[keys >= 0], own[keys >= 0].double())
                 counts += torch.bincount(keys[keys >= 0], minlength=len(counts))
-                members.append(keys.cpu())
-        channels = torch.stack(members)  # (N, P)
+                joined.append(keys.cpu())
         means = (sums / counts[:, None]).float()
-        distances, start = torch.empty(channels.shape), 0
+        channels, distances, start = torch.stack(joined), [], 0  # (N, P)
         for ids, patches in self._patches(data, scale):
             keys = channels[start : start + len(ids)].clamp_min(0).to(device)
-            distances[start : start + len(ids)] = (patches.to(device) - means[keys]).norm(dim=2).cpu()
+            distances.append((patches.to(device) - means[keys]).norm(dim=2).flatten().cpu())
             start += len(ids)
-        own_distances = (heads.flatten(0, 1) - means).norm(dim=1).cpu()
-        survives = prune(
-            torch.cat([channels.flatten(), torch.arange(len(sums))]).numpy(),
-            torch.cat([distances.flatten(), own_distances]).numpy(),
-            min_span=self._span(len(data)),
-            spread=self.spread,
-            rule=self.spread_rule,
-        )
-        nominal = torch.from_numpy(survives[: channels.numel()]).view_as(channels)
-        where = {int(id_): row for row, id_ in enumerate(data.ids)}
-        nominal[[where[int(id_)] for id_ in seeds]] |= torch.from_numpy(survives[channels.numel() :]).view(
-            -1, n_patches
-        )
+        distances.append((heads.flatten(0, 1) - means).norm(dim=1).cpu())  # last, the heads: each in its own channel
+        keys = torch.cat([channels.flatten(), torch.arange(len(means))])
+        found = prune(keys.numpy(), torch.cat(distances).numpy(), span, self.spread, self.spread_rule)
+        survives = torch.from_numpy(found)
+        nominal = survives[: channels.numel()].view_as(channels)
+        row_of = {int(id_): row for row, id_ in enumerate(data.ids)}
+        nominal[[row_of[int(id_)] for id_ in seeds]] |= survives[channels.numel() :].view(len(seeds), -1)
         return nominal
 
     def _channels(self, own: Tensor, heads: Tensor, is_own: Tensor) -> Tensor:
-        """(P,) channel of each patch of an image, -1 for none: a P + q for patch q of seed a.
+        """(P,) channel of each of an image's patches (P, C), -1 for none: a P + q for patch q of seed a.
 
-        Args:
-            own: (P, C).
-            heads: (A, P, C).
-            is_own: (A,) whether the image is that seed: it does not join itself.
+        `heads` are the seeds' patches (A, P, C); `is_own` (A,) is whether the image is that seed, which it cannot join.
         """
         found = [nn.mutual_nearest(own, head) for head in heads]
         rows, distances, mutual = (torch.stack(part) for part in zip(*found, strict=True))  # each (A, P)
@@ -225,17 +204,18 @@ class InReaCh(Detector):
             yield batch.ids, self._embed(batch, scale).flatten(2).transpose(1, 2).contiguous()
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
-        distances, _ = nn.query_grid(self._neighbors(device), self._embed(batch, self.position_scale_).to(device))
+        distances, _ = self._search(batch, device)
         return smooth(distances[..., 0], self.smoothing * distances.shape[2])
 
     def _expected(self, batch: Batch, device: str) -> Tensor:
-        _, entries = nn.query_grid(self._neighbors(device), self._embed(batch, self.position_scale_).to(device))
+        _, entries = self._search(batch, device)
         found = self.memory_bank_.to(device)[entries[..., 0]].permute(0, 3, 1, 2)
         return found[:, :-2] if self.position_scale_ else found  # what is seen, not where
 
-    def _neighbors(self, device: str) -> nn.NearestNeighbors:
-        """The search structure for a device. Made once, never saved."""
-        return nn.device_search(vars(self).setdefault("_searches", {}), self.memory_bank_, device)
+    def _search(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
+        """(B, h, w, 1) distances and entries of the bank. The search structure is made once and never saved."""
+        search = nn.device_search(vars(self).setdefault("_searches", {}), self.memory_bank_, device)
+        return nn.query_grid(search, self._embed(batch, self.position_scale_).to(device))
 
     def _embed(self, batch: Batch, scale: float) -> Tensor:
         """(B, C, h, w), or (B, C + 2, h, w) with rows and columns when the scale is not 0."""
@@ -247,51 +227,29 @@ class InReaCh(Detector):
         return torch.cat([x, scale * places.expand(b, -1, -1, -1)], 1)
 
 
-def prune(
-    keys: npt.NDArray[np.int64],
-    distances: npt.NDArray[np.float32],
-    *,
-    min_span: int,
-    spread: float,
-    rule: Literal["mad", "std"],
-) -> npt.NDArray[np.bool_]:
-    """Which members survive: those near the mean of a channel that is long enough before and after the others go.
+def prune(keys: Ints, distances: Floats, min_span: int, spread: float, rule: Literal["mad", "std"]) -> Bools:
+    """(E,) members that survive: those near the mean of a channel that is long enough before and after others go.
 
     Args:
         keys: (E,) channel of each member, -1 for none.
         distances: (E,) of each member to the mean of its channel.
         min_span: Fewest members of a channel.
-        spread: Most that a member may be off, in deviations.
-        rule: "mad": at most `spread` scaled median absolute deviations above the median distance. "std": less than
-            `spread` standard deviations of the distances from the mean of the channel.
-
-    Returns:
-        (E,) bool.
+        spread: Most deviations: above the channel's median distance ("mad"), or as such, excluded ("std").
+        rule: Whether a deviation is the scaled median absolute one or the standard deviation of the distances.
     """
     n_keys = int(keys.max(initial=-1)) + 1
 
-    def long_enough(alive: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    def long_enough(alive: Bools) -> Bools:  # the last bin, which -1 finds, is of no channel: 0
         return alive & (np.bincount(keys[alive], minlength=n_keys + 1)[keys] >= min_span)
 
     alive = long_enough(keys >= 0)
     k, d = keys[alive], distances[alive].astype(np.float64)
     if rule == "mad":
-        center = _medians(k, d, n_keys)[k]
-        tight = d <= center + spread * MAD * _medians(k, np.abs(d - center), n_keys)[k]
+        median = nn.group_medians(k, d, n_keys)[k]
+        tight = d <= median + spread * MAD * nn.group_medians(k, np.abs(d - median), n_keys)[k]
     else:
         counts = np.maximum(np.bincount(k, minlength=n_keys), 1)
         mean = np.bincount(k, d, n_keys) / counts
         tight = d < spread * np.sqrt(np.bincount(k, (d - mean[k]) ** 2, n_keys) / counts)[k]
     alive[alive] = tight
     return long_enough(alive)
-
-
-def _medians(keys: npt.NDArray[np.int64], values: npt.NDArray[np.float64], n_keys: int) -> npt.NDArray[np.float64]:
-    """(n_keys,) median of the values of each key; 0 for keys that are not there."""
-    counts = np.bincount(keys, minlength=n_keys)
-    ordered = np.append(values[np.lexsort((values, keys))], 0.0)
-    starts = np.cumsum(counts) - counts
-    middle = (
-        ordered[starts + np.maximum(counts - 1, 0) // 2] + ordered[np.minimum(starts + counts // 2, len(values))]
-    ) / 2
-    return np.where(counts > 0, middle, 0.0)

@@ -62,7 +62,7 @@ class SoftPatch(Detector):
     name: ClassVar[str] = "softpatch"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
-        # section 4.1: LOF, tau 0.15, a 10 % coreset
+        # the authors' code: tau 0.15, a 10 % coreset
         "paper": {"coreset_ratio": 0.1, "max_patches": None, "max_weight": None},
     }
 
@@ -150,16 +150,17 @@ class SoftPatch(Detector):
         return (1 + values / torch.where(scale > 0, scale, 1)).T.cpu()
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
-        distances, entries = nn.query_grid(self._neighbors(device), self._embed(batch).to(device))
+        distances, entries = self._search(batch, device)
         return distances[..., 0] * self.weight_.to(device)[entries[..., 0]]
 
     def _expected(self, batch: Batch, device: str) -> Tensor:
-        _, entries = nn.query_grid(self._neighbors(device), self._embed(batch).to(device))
+        _, entries = self._search(batch, device)
         return self.memory_bank_.to(device)[entries[..., 0]].permute(0, 3, 1, 2)
 
-    def _neighbors(self, device: str) -> nn.NearestNeighbors:
-        """The search structure for a device. Made once, never saved."""
-        return nn.device_search(vars(self).setdefault("_searches", {}), self.memory_bank_, device)
+    def _search(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
+        """(B, h, w, 1) distances and entries of the bank. The search structure is made once and never saved."""
+        search = nn.device_search(vars(self).setdefault("_searches", {}), self.memory_bank_, device)
+        return nn.query_grid(search, self._embed(batch).to(device))
 
     def _embed(self, batch: Batch) -> Tensor:
         """(B, C, h, w)."""
@@ -182,7 +183,7 @@ def mahalanobis(points: Tensor) -> Tensor:
     variance = x.square().mean()
     ridge = RIDGE * torch.where(variance > 0, variance, 1) * torch.eye(x.shape[2], device=x.device)
     found = []
-    for part in x.split(CHUNK):
+    for part in torch.split(x, CHUNK):
         factor = torch.linalg.cholesky(part.mT @ part / (x.shape[1] - 1) + ridge)
         found.append(torch.linalg.solve_triangular(factor, part.mT, upper=False).norm(dim=1))
     return torch.cat(found)
