@@ -11,9 +11,11 @@ from flawsift.testing import CHECKS
 # smaller than the defaults, so that a check takes a second
 SMALL: dict[str, dict[str, Any]] = {
     "dinomaly": {"width": 32, "n_blocks": 2, "steps": 60, "batch_size": 8, "warmup": 5, "easy_ramp": 30},
+    "inreach": {"n_seeds": 4, "coreset_ratio": 0.2},
     "padim": {"n_features": 30},
     "patchcore": {"coreset_ratio": 0.05},
     "rd": {"n_blocks": (1, 1, 1, 1), "epochs": 20, "batch_size": 8},
+    "softpatch": {"coreset_ratio": 0.05},
 }
 
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
-from flawsift.maps import smooth, to_image_grid, top_mean, upsample
+from flawsift.maps import embed_patches, smooth, to_image_grid, top_mean, upsample
 
 
 @pytest.mark.parametrize("sigma", [0.6, 1.0, 4.0])
@@ -41,3 +42,14 @@ def test_top_mean_by_sorting() -> None:
     maps = torch.arange(100.0).flip(0).reshape(1, 10, 10)
     assert top_mean(maps, 0.05).item() == pytest.approx((99 + 98 + 97 + 96 + 95) / 5)
     assert top_mean(maps, 1e-9).item() == 99
+
+
+def test_embedding_is_the_mean_of_unfolded_neighbourhoods() -> None:
+    generator = torch.Generator().manual_seed(0)
+    fine, coarse = torch.randn(2, 3, 8, 6, generator=generator), torch.randn(2, 5, 4, 3, generator=generator)
+    parts = []
+    for tap in (fine, coarse):
+        unfolded = F.unfold(tap, 3, padding=1).view(2, tap.shape[1], 9, *tap.shape[2:])
+        parts.append(F.interpolate(unfolded.mean(2), (8, 6), mode="bilinear", align_corners=False))
+    torch.testing.assert_close(embed_patches([fine, coarse]), torch.cat(parts, 1))
+    assert embed_patches([coarse, fine]).shape == (2, 8, 8, 6)

@@ -8,11 +8,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sklearn.neighbors import LocalOutlierFactor
 from torch import Tensor
 
 from flawsift import nn
 from flawsift.errors import ParameterError
-from flawsift.nn import NearestNeighbors, k_center_greedy, nearest, project, random_projection
+from flawsift.nn import (
+    NearestNeighbors,
+    k_center_greedy,
+    local_outlier_factor,
+    mutual_nearest,
+    nearest,
+    nearest_others,
+    project,
+    random_projection,
+)
 
 EXAMPLES = settings(max_examples=60, deadline=None)
 
@@ -321,3 +331,95 @@ def test_errors_of_greedy() -> None:
     for start in (-1, 6):
         with pytest.raises(ParameterError, match=rf"start must be in \[0, 5\], got {start}"):
             k_center_greedy(features, 2, rng(), start=start)
+
+
+@pytest.mark.parametrize(("n", "k"), [(10, 5), (60, 5), (60, 6), (60, 20), (230, 6), (230, 20)])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_outlier_factors_equal_scikit_learn(n: int, k: int, offset: float) -> None:
+    points = normal(3, n, 16, seed=n + k)
+    points[:, :2] *= 4  # outliers
+    points += offset
+    expected = torch.stack(
+        [
+            torch.from_numpy(-LocalOutlierFactor(n_neighbors=k).fit(group).negative_outlier_factor_)
+            for group in points.double().numpy()
+        ]
+    )
+    torch.testing.assert_close(local_outlier_factor(points, k).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_outlier_factors_of_copies_are_finite() -> None:
+    points = torch.cat([torch.ones(1, 9, 3), normal(1, 6, 3)], 1)  # 9 copies, k = 5
+    found = local_outlier_factor(points, 5)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[0, :9], torch.ones(9))
+    torch.testing.assert_close(local_outlier_factor(torch.ones(2, 4, 3), 3), torch.ones(2, 4))
+
+
+@EXAMPLES
+@given(g=st.integers(1, 4), n=st.integers(2, 12), high=st.integers(1, 4), seed=st.integers(0, 99), data=st.data())
+def test_nearest_others_are_brute_force(g: int, n: int, high: int, seed: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, n - 1))
+    points = integers(g, n, 3, high=high, seed=seed)
+    distances, ids = nearest_others(points, k)
+    for group, found, others in zip(points, distances, ids, strict=True):
+        every = torch.cdist(group, group, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+        torch.testing.assert_close(found, every.sort(1).values[:, :k])
+        torch.testing.assert_close(every.gather(1, others), found)
+        assert all(len(set(row)) == k for row in others.tolist())
+
+
+def test_groups_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = normal(5, 9, 4)
+    whole = nearest_others(points, 3)
+    monkeypatch.setattr(nn, "_BLOCK_FLOATS", 1)
+    parts = nearest_others(points, 3)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    with pytest.raises(ParameterError, match=r"k must be in \[1, 8\], the number of other points, got 9"):
+        nearest_others(points, 9)
+
+
+@EXAMPLES
+@given(q=st.integers(1, 20), m=st.integers(1, 20), seed=st.integers(0, 999))
+def test_mutual_neighbours_are_mutual(q: int, m: int, seed: int) -> None:
+    queries, bank = normal(q, 3, seed=seed), normal(m, 3, seed=seed + 1000)
+    rows, distances, mutual = mutual_nearest(queries, bank)
+    every = torch.cdist(queries, bank, compute_mode="donot_use_mm_for_euclid_dist")
+    assert torch.equal(rows, every.argmin(1))
+    torch.testing.assert_close(distances, every.amin(1))
+    assert mutual.tolist() == [int(every[:, row].argmin()) == i for i, row in enumerate(rows.tolist())]
+
+
+@EXAMPLES
+@given(q=st.integers(1, 20), m=st.integers(1, 20), high=st.integers(1, 3), seed=st.integers(0, 999))
+def test_of_equal_queries_the_first_is_mutual(q: int, m: int, high: int, seed: int) -> None:
+    queries, bank = integers(q, 2, high=high, seed=seed), integers(m, 2, high=high, seed=seed + 1000)
+    rows, _, mutual = mutual_nearest(queries, bank)
+    every = torch.cdist(queries, bank, compute_mode="donot_use_mm_for_euclid_dist")
+    partners = rows[mutual].tolist()
+    assert partners
+    assert len(set(partners)) == len(partners), "two queries share a mutual neighbour"
+    for i in mutual.nonzero()[:, 0].tolist():
+        assert every[i, rows[i]] == every[i].min() == every[:, rows[i]].min()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_grid_is_searched_cell_by_cell(k: int) -> None:
+    bank, grid = normal(9, 4), normal(2, 4, 3, 5, seed=1)
+    cache: dict[str, NearestNeighbors] = {}
+    search = nn.device_search(cache, bank, "cpu")
+    assert nn.device_search(cache, bank, "cpu") is search
+    distances, rows = nn.query_grid(search, grid, k=k)
+    for b, y, x in itertools.product(range(2), range(3), range(5)):
+        expected = nearest(grid[b, :, y, x][None], bank, k=k)
+        assert torch.equal(distances[b, y, x], expected[0][0])
+        assert torch.equal(rows[b, y, x], expected[1][0])
+
+
+@EXAMPLES
+@given(members=st.lists(st.tuples(st.integers(0, 4), st.floats(-5, 5)), max_size=30))
+def test_group_medians_are_medians(members: list[tuple[int, float]]) -> None:
+    groups = np.array([g for g, _ in members], np.int64)
+    values = np.array([v for _, v in members], np.float64)
+    expected = [np.median(values[groups == g]) if (groups == g).any() else 0.0 for g in range(6)]
+    np.testing.assert_array_equal(nn.group_medians(groups, values, 6), expected)

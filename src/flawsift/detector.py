@@ -29,9 +29,11 @@ from flawsift.training import UNWATCHED, Watch
 # registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
 DETECTORS: Mapping[str, tuple[str, str]] = {
     "dinomaly": ("flawsift.detectors.dinomaly", "Dinomaly"),
+    "inreach": ("flawsift.detectors.inreach", "InReaCh"),
     "padim": ("flawsift.detectors.padim", "PaDiM"),
     "patchcore": ("flawsift.detectors.patchcore", "PatchCore"),
     "rd": ("flawsift.detectors.rd", "RD"),
+    "softpatch": ("flawsift.detectors.softpatch", "SoftPatch"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Anomaly maps: the only upsampling and smoothing code, on patch grids and image grids alike."""
+"""Maps: the only upsampling and smoothing code, of taps, patch grids and image grids alike."""
 
 from collections.abc import Sequence
 
@@ -76,3 +76,21 @@ def top_mean(maps: Tensor, share: float) -> Tensor:
     """(B,) mean of the highest `share` of the cells of (B, h, w) maps, at least one cell."""
     flat = maps.flatten(1)
     return flat.topk(max(1, int(share * flat.shape[1])), dim=1).values.mean(1)
+
+
+def embed_patches(taps: Sequence[Tensor]) -> Tensor:
+    """Patch embeddings as PatchCore has them: 3 x 3 means (zero padding counted), on the largest grid, concatenated.
+
+    Args:
+        taps: Of one or more layers, each (B, C_l, h_l, w_l).
+
+    Returns:
+        (B, C, h, w), C the sum of all C_l, channels last in memory, which is how patches are compared.
+    """
+    means = [F.avg_pool2d(tap.contiguous(memory_format=torch.channels_last), 3, 1, 1) for tap in taps]
+    grid = max((mean.shape[2:] for mean in means), key=lambda s: s[0] * s[1])
+    same = [
+        mean if mean.shape[2:] == grid else F.interpolate(mean, tuple(grid), mode="bilinear", align_corners=False)
+        for mean in means
+    ]
+    return torch.cat(same, 1)

@@ -1,8 +1,8 @@
-"""Numeric code that detectors share: exact nearest neighbours, linear attention, random projection, k-center
-greedy selection.
+"""Numeric code that detectors share: exact nearest neighbours, outlier factors, linear attention, random projection,
+k-center greedy selection.
 
 Everything here works on plain tensors of feature vectors, one row per vector: images and their ids are unknown to it.
-Letters: Q queries, M bank rows, N rows to select from, C channels, k neighbours.
+Letters: Q queries, M bank rows, N rows to select from, C channels, k neighbours, G groups.
 """
 
 import functools
@@ -192,6 +192,112 @@ def nearest(queries: Tensor, bank: Tensor, *, k: int = 1, chunk: int | None = No
     (tensor([[0., 5.]]), tensor([[0, 1]]))
     """
     return NearestNeighbors(bank).query(queries, k=k, chunk=chunk)
+
+
+def device_search(cache: dict[str, NearestNeighbors], bank: Tensor, device: str) -> NearestNeighbors:
+    """The search structure of a bank on a device: from the cache, or made and put there."""
+    if device not in cache:
+        cache[device] = NearestNeighbors(bank.to(device))
+    return cache[device]
+
+
+def query_grid(search: NearestNeighbors, embedding: Tensor, *, k: int = 1) -> tuple[Tensor, Tensor]:
+    """`search.query` for each cell of a (B, C, h, w) grid: (B, h, w, k) distances and bank rows."""
+    b, c, h, w = embedding.shape
+    distances, rows = search.query(embedding.permute(0, 2, 3, 1).reshape(-1, c), k=k)
+    return distances.view(b, h, w, k), rows.view(b, h, w, k)
+
+
+def mutual_nearest(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows of two sets are each other's nearest neighbour.
+
+    A bank row is the mutual neighbour of one query at most: of equal ones the first. One matrix product serves both
+    directions, so near ties are decided within float32 rounding of |q - mean|^2.
+
+    Args:
+        queries: (Q, C).
+        bank: (M, C), M >= 1, on the same device.
+
+    Returns:
+        (Q,) nearest bank row, (Q,) distance to it, and (Q,) True where the query is that bank row's nearest, too.
+
+    >>> mutual_nearest(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.1], [5.0]]))[2].tolist()
+    [False, True]
+    """
+    mean = bank.mean(0)
+    scores = _with_one(queries, mean) @ _with_norm(bank, mean).T  # q.b - |b|^2 / 2
+    scores -= (queries - mean).square_().sum(1, keepdim=True) / 2  # -|q - b|^2 / 2
+    rows = _argmax(scores)
+    mutual = scores.gather(1, rows[:, None])[:, 0] >= scores.amax(0)[rows]
+    numbers = torch.arange(len(queries), device=queries.device)
+    first = numbers.new_full((len(bank),), len(queries)).scatter_reduce(0, rows[mutual], numbers[mutual], "amin")
+    return rows, (queries - bank[rows]).norm(dim=1), mutual & (first[rows] == numbers)
+
+
+def nearest_others(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest others of each point within its group.
+
+    Winners are found by float64 products and their distances computed anew, so copies are at distance exactly 0.
+
+    Cost: 2 G N^2 C flops. Memory: N^2 float64 numbers, or 32 MB of several groups.
+
+    Args:
+        points: (G, N, C).
+        k: In [1, N - 1].
+
+    Returns:
+        (G, N, k) distances, ascending, and (G, N, k) positions of the others in the group.
+
+    Raises:
+        ParameterError: k is out of range.
+    """
+    n_groups, n, channels = points.shape
+    if not 1 <= k < n:
+        raise ParameterError(f"k must be in [1, {n - 1}], the number of other points, got {k}.")
+    distances, ids = points.new_empty(n_groups, n, k), torch.empty(n_groups, n, k, dtype=torch.int64)
+    ids = ids.to(points.device)
+    for part in _blocks(n_groups, max(1, _BLOCK_FLOATS // max(n * n, n * k * channels))):
+        own = points[part]  # (g, N, C)
+        x = (own - own.mean(1, keepdim=True)).double()
+        squares = x.square().sum(2)
+        scores = torch.baddbmm(squares[:, None, :], x, x.mT, beta=-0.5)  # x.y - |y|^2 / 2
+        scores.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        found = scores.topk(k, dim=2).indices
+        group = torch.arange(len(own), device=points.device)[:, None, None]
+        exact, order = (own[:, :, None] - own[group, found]).norm(dim=3).sort(dim=2, stable=True)
+        distances[part], ids[part] = exact, found.gather(2, order)
+    return distances, ids
+
+
+def local_outlier_factor(points: Tensor, k: int) -> Tensor:
+    """(G, N) local outlier factors of (G, N, C) points among the points of their group; about 1 for inliers.
+
+    Density of a point: the inverse of the mean of max(distance, k-distance of the neighbour) over its k neighbours.
+    Its factor: the mean density of its neighbours by its own. More than k copies of a point are infinitely dense: the
+    factor of a point beside them is bounded by 1e-10 only, so clip it.
+
+    Raises:
+        ParameterError: k is not in [1, N - 1].
+
+    Reference: Breunig et al., "LOF: Identifying Density-Based Local Outliers", SIGMOD 2000.
+    """
+    distances, ids = nearest_others(points, k)
+
+    def of_neighbors(values: Tensor) -> Tensor:  # (G, N) -> (G, N, k)
+        return values.gather(1, ids.flatten(1)).view_as(distances)
+
+    reach = torch.maximum(distances, of_neighbors(distances[:, :, -1]))
+    density = 1 / (reach.mean(2) + 1e-10)  # scikit-learn's constant: copies have a density, not infinity
+    return of_neighbors(density).mean(2) / density
+
+
+def group_medians(groups: _Ints, values: NDArray[np.float64], n_groups: int) -> NDArray[np.float64]:
+    """(n_groups,) medians of (N,) values by the group that each is of; 0 for a group without values."""
+    counts = np.bincount(groups, minlength=n_groups)
+    ordered = np.append(values[np.lexsort((values, groups))], 0.0)  # one more, for empty groups at the end
+    starts = np.cumsum(counts) - counts
+    lower, upper = starts + np.maximum(counts - 1, 0) // 2, starts + counts // 2
+    return np.where(counts > 0, (ordered[lower] + ordered[upper]) / 2, 0.0)
 
 
 def _blocks(n: int, size: int) -> Iterator[slice]:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flawsift import nn
 from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
+from flawsift.maps import embed_patches
 from flawsift.training import UNWATCHED, Watch
 
 
@@ -87,7 +87,9 @@ class PatchCore(Detector):
         """(R, C) patches that the bank is chosen from, and (R,) ids of their images."""
         rows, owners = [], []
         for batch in data.batches(self.layers):
-            patches, (h, w) = self._patches(batch)  # (B, P, C)
+            embedding = self._embed(batch)
+            h, w = embedding.shape[2:]
+            patches = embedding.flatten(2).transpose(1, 2)  # (B, P, C)
             accepted, n_patches = batch.accepted(h, w), h * w
             quota = n_patches if self.max_patches is None else max(1, self.max_patches // len(data))
             for j, id_ in enumerate(batch.ids.tolist()):
@@ -105,68 +107,48 @@ class PatchCore(Detector):
         return self._search_batch(batch, device)[0]
 
     def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
-        maps, nearest, patches = self._search_batch(batch, device)
+        maps, entries, embedding = self._search_batch(batch, device)
         scores = self._image_scores(maps)
         if not self.reweight_neighbors:
             return maps, scores
         worst = maps.flatten(1).argmax(1, keepdim=True)  # (B, 1)
-        entries = nearest.gather(1, worst).squeeze(1)
-        queries = patches.gather(1, worst.unsqueeze(2).expand(-1, -1, patches.shape[2])).squeeze(1)
-        return maps, scores * self._weights(queries, entries, device)
+        queries = embedding.flatten(2).gather(2, worst.unsqueeze(1).expand(-1, embedding.shape[1], -1)).squeeze(2)
+        return maps, scores * self._weights(queries, entries.flatten(1).gather(1, worst).squeeze(1), device)
 
     def _weights(self, queries: Tensor, entries: Tensor, device: str) -> Tensor:
         """(B,) weights of equation 7: 1 - exp(|p - m|) / sum over the b neighbours n of m of exp(|p - n|).
 
         In log-sum-exp form, since exp of a raw distance overflows. Between 0 and 1 - 1/b.
         """
-        search = self._neighbors(device)
         bank = self.memory_bank_.to(device)
-        _, around = search.query(bank[entries], k=min(self.reweight_neighbors, len(bank)))  # (B, b), m among them
+        k = min(self.reweight_neighbors, len(bank))
+        _, around = self._neighbors(device).query(bank[entries], k=k)  # (B, b), m among them
         distances = (bank[around] - queries.unsqueeze(1)).norm(dim=2)
         own = (bank[entries] - queries).norm(dim=1)
         return 1 - torch.exp(own - distances.logsumexp(1))
 
     def _expected(self, batch: Batch, device: str) -> Tensor:
-        maps, nearest, _ = self._search_batch(batch, device)
-        found = self.memory_bank_.to(device)[nearest]  # (B, P, C)
-        return found.transpose(1, 2).reshape(*found.shape[::2], *maps.shape[1:])
+        _, entries, _ = self._search_batch(batch, device)
+        return self.memory_bank_.to(device)[entries].permute(0, 3, 1, 2)
 
     def _search_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, h, w) maps, (B, P) nearest entries and the (B, P, C) patches that they answer."""
-        patches, (h, w) = self._patches(batch)
-        patches = patches.to(device)
-        b, _, c = patches.shape
+        """(B, h, w) maps, (B, h, w) nearest entries and the (B, C, h, w) embedding that they answer."""
+        embedding = self._embed(batch).to(device)
         k = min(self.n_neighbors, len(self.memory_bank_))
-        distances, entries = self._neighbors(device).query(patches.view(-1, c), k=k)
-        return distances.mean(1).view(b, h, w), entries[:, 0].view(b, h * w), patches
-
-    def _patches(self, batch: Batch) -> tuple[Tensor, tuple[int, int]]:
-        """(B, P, C) patches and their grid (h, w). Sub-models that look at one batch share them."""
-        key = (self.name, self.layers)
-        if key not in batch.memo:
-            embedding = self._embed(batch)
-            h, w = embedding.shape[2:]
-            batch.memo[key] = embedding.flatten(2).transpose(1, 2).contiguous(), (h, w)
-        found: tuple[Tensor, tuple[int, int]] = batch.memo[key]
-        return found
+        distances, entries = nn.query_grid(self._neighbors(device), embedding, k=k)
+        return distances.mean(3), entries[..., 0], embedding
 
     def _neighbors(self, device: str) -> nn.NearestNeighbors:
         """The search structure for a device. Made once, never saved."""
-        made: dict[str, nn.NearestNeighbors] = vars(self).setdefault("_searches", {})
-        if device not in made:
-            made[device] = nn.NearestNeighbors(self.memory_bank_.to(device))
-        return made[device]
+        return nn.device_search(vars(self).setdefault("_searches", {}), self.memory_bank_, device)
 
     def _embed(self, batch: Batch) -> Tensor:
         """(B, C, h, w): locally averaged taps on the largest grid (section 3.1, patch size 3, stride 1).
 
-        Channels last in memory, which is how patches are compared.
+        Sub-models that look at one batch share it.
         """
-        last = [batch.features[layer].contiguous(memory_format=torch.channels_last) for layer in self.layers]
-        taps = [F.avg_pool2d(tap, 3, 1, 1) for tap in last]
-        grid = max((tap.shape[2:] for tap in taps), key=lambda s: s[0] * s[1])
-        same = [
-            tap if tap.shape[2:] == grid else F.interpolate(tap, size=tuple(grid), mode="bilinear", align_corners=False)
-            for tap in taps
-        ]
-        return torch.cat(same, 1)
+        key = (self.name, self.layers)
+        if key not in batch.memo:
+            batch.memo[key] = embed_patches([batch.features[layer] for layer in self.layers])
+        found: Tensor = batch.memo[key]
+        return found
