@@ -28,6 +28,7 @@ from flawsift.training import UNWATCHED, Watch
 
 # registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
 DETECTORS: Mapping[str, tuple[str, str]] = {
+    "funad": ("flawsift.detectors.funad", "FUNAD"),
     "padim": ("flawsift.detectors.padim", "PaDiM"),
     "patchcore": ("flawsift.detectors.patchcore", "PatchCore"),
 }

@@ -188,6 +188,36 @@ def nearest(queries: Tensor, bank: Tensor, *, k: int = 1, chunk: int | None = No
     return NearestNeighbors(bank).query(queries, k=k, chunk=chunk)
 
 
+def mutual_pairs(features: Tensor, *, k: int = 1) -> Tensor:
+    """Pairs of rows that are among each other's k nearest rows, themselves left out.
+
+    Args:
+        features: (N, C) vectors.
+        k: neighbours of each row; N - 1 if that is less.
+
+    Returns:
+        (M, 2) int64 rows, each pair once, the lower row first, in ascending order. No row is paired with itself,
+        copies or not; of equally near rows the lowest count as nearest.
+
+    >>> mutual_pairs(torch.tensor([[0.0], [1.0], [3.0], [3.5]]))
+    tensor([[0, 1],
+            [2, 3]])
+    """
+    n = features.shape[0]
+    k = min(k, n - 1)
+    if k < 1:
+        return torch.empty((0, 2), dtype=torch.int64, device=features.device)
+    found = nearest(features, features, k=k + 1)[1]
+    rows = torch.arange(n, device=found.device)
+    # the row itself goes last; among more than k copies it may be absent, and then the last one found is left out
+    itself = (found == rows[:, None]).to(torch.int8)
+    others = found.gather(1, itself.sort(dim=1, stable=True).indices[:, :k])
+    low, high = rows.repeat_interleave(k), others.flatten()
+    mutual = torch.isin(high * n + low, low * n + high) & (low < high)
+    keys = (low * n + high)[mutual].sort().values
+    return torch.stack([keys // n, keys % n], dim=1)
+
+
 def _blocks(n: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most `size` that cover range(n)."""
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
