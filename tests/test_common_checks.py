@@ -9,7 +9,11 @@ from flawsift.detector import DETECTORS, Detector, make_detector
 from flawsift.testing import CHECKS
 
 # smaller than the defaults, so that a check takes a second
-SMALL: dict[str, dict[str, Any]] = {"padim": {"n_features": 30}, "patchcore": {"coreset_ratio": 0.05}}
+SMALL: dict[str, dict[str, Any]] = {
+    "funad": {"layers": ("stride8",), "steps": 60, "hidden": (64, 32), "bank_size": 500},
+    "padim": {"n_features": 30},
+    "patchcore": {"coreset_ratio": 0.05},
+}
 
 
 def test_every_detector_has_a_small_form() -> None:

@@ -188,16 +188,20 @@ def nearest(queries: Tensor, bank: Tensor, *, k: int = 1, chunk: int | None = No
     return NearestNeighbors(bank).query(queries, k=k, chunk=chunk)
 
 
-def mutual_pairs(features: Tensor, *, k: int = 1) -> Tensor:
+def mutual_pairs(features: Tensor, *, k: int = 1, owners: Tensor | None = None) -> Tensor:
     """Pairs of rows that are among each other's k nearest rows, themselves left out.
 
     Args:
         features: (N, C) vectors.
         k: neighbours of each row; N - 1 if that is less.
+        owners: (N,) integers: rows of the same owner are no neighbours, as for patches of one image.
 
     Returns:
         (M, 2) int64 rows, each pair once, the lower row first, in ascending order. No row is paired with itself,
         copies or not; of equally near rows the lowest count as nearest.
+
+    Raises:
+        ParameterError: if `owners` leave a row fewer than k others.
 
     >>> mutual_pairs(torch.tensor([[0.0], [1.0], [3.0], [3.5]]))
     tensor([[0, 1],
@@ -207,11 +211,14 @@ def mutual_pairs(features: Tensor, *, k: int = 1) -> Tensor:
     k = min(k, n - 1)
     if k < 1:
         return torch.empty((0, 2), dtype=torch.int64, device=features.device)
-    found = nearest(features, features, k=k + 1)[1]
-    rows = torch.arange(n, device=found.device)
-    # the row itself goes last; among more than k copies it may be absent, and then the last one found is left out
-    itself = (found == rows[:, None]).to(torch.int8)
-    others = found.gather(1, itself.sort(dim=1, stable=True).indices[:, :k])
+    rows = torch.arange(n, device=features.device)
+    if owners is None:
+        found = nearest(features, features, k=k + 1)[1]
+        # the row itself goes last; among more than k copies it may be absent, and then the last one found is left out
+        itself = (found == rows[:, None]).to(torch.int8)
+        others = found.gather(1, itself.sort(dim=1, stable=True).indices[:, :k])
+    else:
+        others = NearestNeighbors(features, owners=owners).query(features, k=k, owners=owners)[1]
     low, high = rows.repeat_interleave(k), others.flatten()
     mutual = torch.isin(high * n + low, low * n + high) & (low < high)
     keys = (low * n + high)[mutual].sort().values
