@@ -11,6 +11,7 @@ from flawsift.testing import CHECKS
 # smaller than the defaults, so that a check takes a second
 SMALL: dict[str, dict[str, Any]] = {
     "dinomaly": {"width": 32, "n_blocks": 2, "steps": 60, "batch_size": 8, "warmup": 5, "easy_ramp": 30},
+    "funad": {"layers": ("stride8",), "steps": 60, "hidden": (64, 32), "bank_size": 500},
     "inreach": {"n_seeds": 4, "coreset_ratio": 0.2},
     "padim": {"n_features": 30},
     "patchcore": {"coreset_ratio": 0.05},

@@ -419,6 +419,43 @@ def export(
 
 
 @app.command()
+def diagnose(
+    images: Images,
+    out: Out,
+    labels: Annotated[Path | None, typer.Option("--labels", help="CSV with columns file, label (0 or 1).")] = None,
+    layer: Annotated[str, typer.Option("--layer", help="Backbone layer that is looked at.")] = "stride16",
+    backbone: BackboneName = "efficientnet_lite0",
+    weights: Weights = None,
+    size: Size = 256,
+    runtime: RuntimeOption = Runtime.auto,
+    seed: Seed = 0,
+    device: Device = "auto",
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whether defects vary more than good patches, as methods for contaminated sets assume: OUT/diagnose.html."""
+    from flawsift import diagnostics
+    from flawsift.features import attach
+    from flawsift.files import ensure_folder
+
+    ensure_folder(out)
+    found = _images(images, None)
+    truth = None if labels is None else diagnostics.read_labels(labels, found)
+    chosen = found if truth is None else found.select(truth.ids)
+    network = _backbone(backbone, weights, size, runtime, device)
+    with _progress() as progress:
+        data, failed = attach(chosen, network, (layer,), store=_store(cache), progress=progress)
+    result = diagnostics.diagnose(data, layer, truth=truth, seed=seed)
+    page = diagnostics.write_diagnosis(result, out)
+    counts = {**result.counts, "unlabelled": len(found) - len(chosen), "unreadable": len(failed)}
+    lines = [f"{counts['images']} images looked at, {counts['unlabelled']} without a label, {len(failed)} unreadable."]
+    lines += [f"Warning: {warning}" for warning in result.warnings] or ["No warning."]
+    lines += [f"Page: {page}   Data: {out / diagnostics.DATA}"]
+    summary = {"warnings": list(result.warnings), "counts": counts, "twins": list(result.twins)}
+    _say(as_json, {**summary, "page": str(page), "data": str(out / diagnostics.DATA)}, lines)
+
+
+@app.command()
 def demo(
     out: Out,
     seed: Seed = 0,

@@ -29,6 +29,7 @@ from flawsift.training import UNWATCHED, Watch
 # registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
 DETECTORS: Mapping[str, tuple[str, str]] = {
     "dinomaly": ("flawsift.detectors.dinomaly", "Dinomaly"),
+    "funad": ("flawsift.detectors.funad", "FUNAD"),
     "inreach": ("flawsift.detectors.inreach", "InReaCh"),
     "padim": ("flawsift.detectors.padim", "PaDiM"),
     "patchcore": ("flawsift.detectors.patchcore", "PatchCore"),

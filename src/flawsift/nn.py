@@ -298,6 +298,41 @@ def group_medians(groups: _Ints, values: NDArray[np.float64], n_groups: int) -> 
     starts = np.cumsum(counts) - counts
     lower, upper = starts + np.maximum(counts - 1, 0) // 2, starts + counts // 2
     return np.where(counts > 0, (ordered[lower] + ordered[upper]) / 2, 0.0)
+def mutual_pairs(features: Tensor, *, k: int = 1, owners: Tensor | None = None) -> Tensor:
+    """Pairs of rows that are among each other's k nearest rows, themselves left out.
+
+    Args:
+        features: (N, C) vectors.
+        k: neighbours of each row; N - 1 if that is less.
+        owners: (N,) integers: rows of the same owner are no neighbours, as for patches of one image.
+
+    Returns:
+        (M, 2) int64 rows, each pair once, the lower row first, in ascending order. No row is paired with itself,
+        copies or not; of equally near rows the lowest count as nearest.
+
+    Raises:
+        ParameterError: if `owners` leave a row fewer than k others.
+
+    >>> mutual_pairs(torch.tensor([[0.0], [1.0], [3.0], [3.5]]))
+    tensor([[0, 1],
+            [2, 3]])
+    """
+    n = features.shape[0]
+    k = min(k, n - 1)
+    if k < 1:
+        return torch.empty((0, 2), dtype=torch.int64, device=features.device)
+    rows = torch.arange(n, device=features.device)
+    if owners is None:
+        found = nearest(features, features, k=k + 1)[1]
+        # the row itself goes last; among more than k copies it may be absent, and then the last one found is left out
+        itself = (found == rows[:, None]).to(torch.int8)
+        others = found.gather(1, itself.sort(dim=1, stable=True).indices[:, :k])
+    else:
+        others = NearestNeighbors(features, owners=owners).query(features, k=k, owners=owners)[1]
+    low, high = rows.repeat_interleave(k), others.flatten()
+    mutual = torch.isin(high * n + low, low * n + high) & (low < high)
+    keys = (low * n + high)[mutual].sort().values
+    return torch.stack([keys // n, keys % n], dim=1)
 
 
 def _blocks(n: int, size: int) -> Iterator[slice]:

@@ -1,0 +1,362 @@
+"""FUN-AD against closed forms, brute force and planted defects."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flawsift.detectors import funad
+from flawsift.detectors.funad import FUNAD, Head, Memory, balanced_loss, smoothness_loss, spread
+from flawsift.errors import InputError, ParameterError
+from flawsift.features import MemoryFeatures
+from flawsift.images import Batch, ImageSet
+from flawsift.metrics import image_auroc
+from flawsift.nn import mutual_pairs
+from flawsift.training import Watch, seeded
+
+Array = npt.NDArray[np.float32]
+
+
+def image_set(**layers: Array) -> ImageSet:
+    """N images with these (N, C, h, w) features."""
+    n = len(next(iter(layers.values())))
+    images = ImageSet.from_arrays([np.zeros((2, 2), np.uint8)] * n)
+    rows = {("", i): i for i in range(n)}
+    return ImageSet(images.ids, images.source, {}, MemoryFeatures(32, "test", rows, layers))
+
+
+def random_set(n: int, seed: int = 0, channels: int = 6, edge: int = 4) -> ImageSet:
+    features = np.random.default_rng(seed).normal(size=(n, channels, edge, edge)).astype(np.float32)
+    return image_set(a=features)
+
+
+def batch_of(data: ImageSet, layers: tuple[str, ...] = ("a",)) -> Batch:
+    return next(data.batches(layers, batch_size=len(data)))
+
+
+def small(**changes: Any) -> FUNAD:
+    found: dict[str, Any] = {"layers": ("a",), "hidden": (16, 8), "steps": 10, "batch_size": 8, "bank_size": 100}
+    return FUNAD(**{**found, **changes})
+
+
+def test_the_papers_head_has_its_number_of_parameters() -> None:
+    head = Head(768, 768, FUNAD(**FUNAD.presets["paper"]).hidden)
+    assert sum(p.numel() for p in head.parameters()) == 4_066_049
+
+
+def test_the_image_branch_is_the_plain_head_on_concatenated_vectors() -> None:
+    with seeded(0, "cpu"):
+        head = Head(3, 5, (7, 4))
+    image, patches = torch.randn(2, 3), torch.randn(2, 6, 5)
+    x = torch.cat([image.unsqueeze(1).expand(-1, 6, -1), patches], 2)
+    plain = F.leaky_relu(head.adaptor(x), 0.2)
+    for layer in (head.discriminator[0], head.discriminator[2]):
+        plain = F.leaky_relu(layer(plain), 0.2)
+    torch.testing.assert_close(head(image, patches), head.discriminator[4](plain).squeeze(2))
+
+
+@given(st.integers(2, 30), st.integers(0, 10_000), st.integers(1, 4), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_mutual_pairs_equal_the_definition(n: int, seed: int, k: int, copies: bool) -> None:
+    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
+    if copies:
+        x[n // 2 :] = x[0]
+    pairs = mutual_pairs(x, k=k)
+    found = {(i, j) for i, j in pairs.tolist()}
+    assert len(found) == len(pairs)
+    assert all(i < j for i, j in found), "a pair is there twice, or a row is its own partner"
+    assert pairs.tolist() == sorted(pairs.tolist())
+    gaps = torch.tensor([[float((a - b).norm()) for b in x] for a in x]).fill_diagonal_(torch.inf)
+    if not copies:
+        near = [set(row.argsort()[: min(k, n - 1)].tolist()) for row in gaps]
+        assert found == {(i, j) for i in range(n) for j in near[i] if i < j and i in near[j]}
+    for i, j in found:  # among copies too: no row is nearer than the k-th nearest
+        limit = min(k, n - 1) - 1
+        assert gaps[i, j] <= min(gaps[i].sort().values[limit], gaps[j].sort().values[limit]) + 1e-5
+
+
+def test_mutual_pairs_of_one_row_and_within_owners() -> None:
+    assert mutual_pairs(torch.ones(1, 2)).shape == (0, 2)
+    x = torch.tensor([[0.0], [1.0], [5.0], [6.0]])
+    assert mutual_pairs(x).tolist() == [[0, 1], [2, 3]]
+    assert mutual_pairs(x, owners=torch.tensor([0, 0, 1, 1])).tolist() == [[1, 2]]
+
+
+def test_smoothness_loss_equals_the_papers_formula_with_symmetric_gradients() -> None:
+    scores = torch.rand(20, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    pairs = torch.tensor([[0, 3], [4, 9], [1, 2]])
+    i, j = scores[pairs[:, 0]], scores[pairs[:, 1]]
+    middle = (i + j) / 2
+    paper = 0.5 * ((i - middle).abs().mean() + (j - middle).abs().mean())
+    loss = smoothness_loss(scores, pairs)
+    torch.testing.assert_close(loss, paper)
+    (gradient,) = torch.autograd.grad(loss, scores)
+    torch.testing.assert_close(gradient[pairs[:, 0]], -gradient[pairs[:, 1]])
+    assert gradient.abs().sum() == pytest.approx(0.5 * 2)
+    assert smoothness_loss(scores, torch.empty(0, 2, dtype=torch.int64)) == 0
+
+
+def test_the_balanced_loss_averages_each_class_and_survives_an_empty_one() -> None:
+    logits, labels = torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.arange(50) < 3
+    s = logits.sigmoid()
+    torch.testing.assert_close(balanced_loss(logits, labels), -s[:3].log().mean() - (1 - s[3:]).log().mean())
+    for only in (torch.zeros(50).bool(), torch.ones(50).bool()):
+        expected = F.binary_cross_entropy(s, only.float())
+        torch.testing.assert_close(balanced_loss(logits, only), expected)
+
+
+def test_a_constant_batch_spreads_to_zero() -> None:
+    assert spread(torch.ones(3), torch.tensor(1.0), torch.tensor(1.0)).tolist() == [0, 0, 0]
+    assert spread(torch.tensor([1.0, 2.0, 5.0]), torch.tensor(1.0), torch.tensor(3.0)).tolist() == [0, 0.5, 2]
+
+
+def filled(bank: Tensor, owners: Tensor) -> Memory:
+    memory = Memory(len(bank) + 2, bank.shape[1], keep=True)  # two places are empty
+    memory.bank[:-2], memory.owners[:-2] = bank, owners
+    return memory
+
+
+def test_distances_leave_out_the_own_image_and_empty_places() -> None:
+    data = random_set(3)
+    patches = batch_of(data).features["a"].flatten(2).transpose(1, 2).reshape(-1, 6)  # 16 of each image
+    memory = filled(patches, torch.arange(3).repeat_interleave(16))
+    found = small(image_branch=False)._distances(memory, memory.bank, patches, batch_of(data))
+    gaps = torch.cdist(patches, patches).square()
+    for image in range(3):
+        gaps[image * 16 : (image + 1) * 16, image * 16 : (image + 1) * 16] = torch.inf
+    torch.testing.assert_close(found, gaps.amin(1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_papers_distance_takes_the_second_neighbour_of_a_copy() -> None:
+    data = random_set(2)
+    patches = batch_of(data).features["a"].flatten(2).transpose(1, 2).reshape(-1, 6)
+    memory = filled(patches[:16], torch.zeros(16))
+    detector = small(exclude_own=False)
+    found = detector._distances(memory, memory.bank, patches, batch_of(data))
+    gaps = torch.cdist(patches, patches[:16]).square().sort(dim=1).values
+    expected = torch.cat([gaps[:16, 1], gaps[16:, 0]])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    same = filled(patches[:1].expand(3, -1), torch.zeros(3))
+    assert detector._distances(same, same.bank, patches[:1], batch_of(data.select([0])))[0] == 0
+
+
+def test_robust_scaling_follows_quantiles_and_is_not_ruled_by_one_outlier() -> None:
+    detector, memory = small(), Memory(1, 1, keep=True)
+    distances = torch.linspace(0, 1, 2001)
+    scaled = detector._scaled(memory, distances)
+    torch.testing.assert_close(scaled, (distances - 0.5) / 0.499)
+    detector._scaled(memory, 2 * distances)  # a tenth of the way to the new batch
+    torch.testing.assert_close(memory.scale, 0.9 * torch.tensor([0.5, 0.999]) + 0.1 * torch.tensor([1, 1.998]))
+    outlier = torch.cat([distances, torch.tensor([1000.0])])
+    assert (detector._scaled(Memory(1, 1, keep=True), outlier) > detector.tau).sum() > 100
+    assert (small(scaling="minmax")._scaled(memory, outlier) > detector.tau).sum() == 1
+
+
+def test_bank_candidates() -> None:
+    logits = torch.linspace(-4, 4, 100)
+    with seeded(0, "cpu"):
+        ranked = small()._candidates(logits)
+        paper = small(scaling="minmax")._candidates(logits)
+        one_low = small(scaling="minmax")._candidates(torch.cat([torch.full((1,), -9.0), torch.full((99,), 9.0)]))
+        constant = small(scaling="minmax")._candidates(torch.zeros(100))
+    assert len(set(ranked.tolist())) == 30
+    assert ranked.max() < 60
+    s = logits.sigmoid()
+    n_low = int((s < (s.max() + s.min()) / 2).sum())
+    assert len(set(paper.tolist())) == n_low // 2
+    assert paper.max() < n_low
+    assert len(set(one_low.tolist())) == 10, "an all but empty set of candidates is filled up"
+    assert 0 in one_low
+    assert len(set(constant.tolist())) == 50
+
+
+def test_the_bank_holds_patches_of_low_images_evenly() -> None:
+    data = random_set(20)
+    detector = small(bank_size=40, image_branch=True, patch_size=1)
+    detector.fit(data)
+    head = Head(*detector.widths_, hidden=detector.hidden)  # type: ignore[misc]
+    memory = Memory(41, 12, keep=True)
+    with seeded(0, "cpu"):
+        detector._rebuild(head, memory, data, "cpu")
+    image, patches, _ = detector._embed(batch_of(data), "cpu")
+    counts = np.bincount(memory.owners[memory.owners >= 0].numpy(), minlength=20)
+    assert sorted(set(counts.tolist())) == [0, 41 // 8]
+    assert (memory.owners == -1).sum() == 41 - 8 * (41 // 8)
+    with torch.no_grad():
+        order = head(image, patches).amax(1).argsort()
+    assert set(np.flatnonzero(counts)) <= set(order[:12].tolist())
+    for entry, owner in zip(memory.bank, memory.owners.tolist(), strict=True):
+        if owner >= 0:
+            assert torch.equal(entry[:6], image[owner])
+            assert (patches[owner] - entry[6:]).abs().sum(1).min() == 0
+
+
+def test_a_layer_of_one_cell_is_the_image_vector() -> None:
+    generator = np.random.default_rng(0)
+    token = generator.normal(size=(9, 5, 1, 1)).astype(np.float32)
+    grid = generator.normal(size=(9, 6, 4, 4)).astype(np.float32)
+    data = image_set(a=grid, token=token)
+    detector = small(layers=("a", "token"), patch_size=1).fit(data)
+    image, patches, size = detector._embed(batch_of(data, ("a", "token")), "cpu")
+    scaled = (token[:, :, 0, 0] - token.mean(0)[:, 0, 0]) / token.std(0)[:, 0, 0]
+    torch.testing.assert_close(image, torch.from_numpy(scaled), rtol=1e-4, atol=1e-4)
+    assert (patches.shape, size) == ((9, 16, 6), (4, 4))
+    mean, _, _ = small(patch_size=1).fit(data)._embed(batch_of(data), "cpu")
+    torch.testing.assert_close(mean, small(patch_size=1).fit(data)._embed(batch_of(data), "cpu")[1].mean(1))
+    alone = small(layers=("token",), image_branch=False).fit(image_set(token=token))
+    assert alone.widths_ == [0, 5]
+    assert alone.predict_grids(image_set(token=token))[1].shape == (9, 1, 1)
+
+
+def test_patches_are_means_of_cells_without_the_border() -> None:
+    data = random_set(4)
+    detector = small().fit(data)
+    _, patches, _ = detector._embed(batch_of(data), "cpu")
+    mean, deviation = detector.statistics_["a"]
+    x = (batch_of(data).features["a"] - mean[:, None, None]) / deviation[:, None, None]
+    torch.testing.assert_close(patches[:, 0], x[:, :, :2, :2].mean((2, 3)))
+    torch.testing.assert_close(patches[:, 5], x[:, :, :3, :3].mean((2, 3)))
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_noise_reaches_the_smoothness_loss_only_if_asked(noisy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random_set(8)
+    seen: list[Tensor] = []
+
+    def watch(scores: Tensor, pairs: Tensor) -> Tensor:
+        seen.append(scores.detach())
+        return smoothness_loss(scores, pairs)
+
+    monkeypatch.setattr(funad, "smoothness_loss", watch)
+    detector = small(steps=1, smooth_noisy=noisy, tau=0.01, tau_sure=1e9, patches_per_image=None)  # all are unsure
+    detector.statistics_ = {"a": torch.stack([torch.zeros(6), torch.ones(6)])}
+    head, memory = Head(6, 6, (16, 8)), filled(torch.randn(50, 12), torch.full((50,), 99))
+    detector._loss(head, memory, batch_of(data), "cpu")
+    with seeded(0, "cpu"), torch.no_grad():
+        image, patches, _ = detector._embed(batch_of(data), "cpu")
+        clean = head(image, patches).sigmoid().flatten().sort().values
+    assert torch.allclose(seen[0].sort().values, clean, atol=1e-5) != noisy
+
+
+def planted(n: int = 60, n_defective: int = 6, channels: int = 64, edge: int = 8) -> tuple[ImageSet, npt.NDArray[Any]]:
+    """Aligned images: each place has a pattern of its own; the last images have a 2 x 2 defect of their own kind."""
+    generator = np.random.default_rng(0)
+    pattern = generator.normal(size=(channels, edge, edge))
+    features = pattern + 0.5 * generator.normal(size=(n, channels, edge, edge))
+    places = np.zeros((n, edge, edge), bool)
+    for i in range(n - n_defective, n):
+        row, column = generator.integers(0, edge - 1, 2)
+        places[i, row : row + 2, column : column + 2] = True
+        features[i, :, row : row + 2, column : column + 2] += 2 * generator.normal(size=(channels, 1, 1))
+    return image_set(a=features.astype(np.float32)), places
+
+
+def test_pseudo_labels_and_maps_find_planted_defects(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, places = planted()
+    seen: list[tuple[Tensor, npt.NDArray[Any]]] = []
+    scaled = FUNAD._scaled
+
+    def watch(self: FUNAD, memory: Memory, distances: Tensor) -> Tensor:
+        found = scaled(self, memory, distances)
+        seen.append((found.detach() > self.tau, np.array(batches.pop())))
+        return found
+
+    batches: list[Any] = []
+    distances_of = FUNAD._distances
+
+    def note(self: FUNAD, memory: Memory, bank: Tensor, keys: Tensor, batch: Batch) -> Tensor:
+        batches.append(batch.ids)
+        return distances_of(self, memory, bank, keys, batch)
+
+    monkeypatch.setattr(FUNAD, "_scaled", watch)
+    monkeypatch.setattr(FUNAD, "_distances", note)
+    detector = FUNAD(layers=("a",), patch_size=1, steps=200, hidden=(64, 32), patches_per_image=None).fit(data)
+    hits = positives = there = 0
+    for labels, ids in seen[-20:]:
+        truth = torch.zeros(0, dtype=torch.bool)
+        truth = torch.cat([truth, *(torch.from_numpy(places[i].flatten()) for i in ids)])
+        hits, positives, there = (
+            hits + int((labels & truth).sum()),
+            positives + int(labels.sum()),
+            there + int(truth.sum()),
+        )
+    assert hits / positives > 0.9
+    assert hits / there > 0.9
+    assert detector.positive_share_ == pytest.approx(positives / (20 * 32 * 64), rel=0.3)
+    scores, maps = detector.predict_grids(data)
+    assert image_auroc(scores, places.any((1, 2)).astype(np.int8)) > 0.99
+    assert image_auroc(maps.flatten().numpy(), places.flatten().astype(np.int8)) > 0.99
+
+
+def test_a_set_without_anomalies_reports_what_it_takes_for_them() -> None:
+    found = small(steps=30).fit(random_set(30))
+    assert 0 < found.positive_share_ < 0.2
+
+
+@pytest.mark.parametrize("preset", ["default", "paper", "budget"])
+def test_identical_images_give_finite_equal_scores(preset: str) -> None:
+    one = np.random.default_rng(0).normal(size=(1, 6, 4, 4)).astype(np.float32)
+    data = image_set(a=one.repeat(4, 0))
+    params = {**FUNAD.presets[preset], "layers": ("a",), "steps": 3, "hidden": (8,)}
+    found = FUNAD(**params).fit(data)
+    scores = found.predict_grids(data)[0]
+    assert np.isfinite(scores).all()
+    assert np.ptp(scores) < 1e-5
+
+
+def test_one_image_is_refused_or_compared_with_itself() -> None:
+    with pytest.raises(InputError, match="needs at least 2 images to compare patches, got 1"):
+        small().fit(random_set(1))
+    with pytest.raises(InputError, match="at least 1 images"):
+        small(exclude_own=False).fit(random_set(1).select([]))
+    assert np.isfinite(small(exclude_own=False).fit(random_set(1)).predict_grids(random_set(1))[0]).all()
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)  # a checkpoint after every step
+    data, detector = random_set(12), small(rebuild_every=4)
+    expected = detector.clone().fit(data)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 7:  # amid two rebuilds
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        detector.clone().fit(data, watch=Watch(stop, tmp_path / "state"))
+    again = detector.clone().fit(data, watch=Watch(checkpoint=tmp_path / "state"))
+    assert all(torch.equal(again.weights_[k], expected.weights_[k]) for k in expected.weights_)
+    assert again.positive_share_ == expected.positive_share_
+
+
+def test_the_papers_mode_does_not_checkpoint_its_bank() -> None:
+    assert "bank" in Memory(5, 2, keep=True).state_dict()
+    assert set(Memory(5, 2, keep=False).state_dict()) == {"scale", "positive"}
+
+
+def test_bad_use_is_told() -> None:
+    bad: list[tuple[dict[str, object], str]] = [
+        ({"patch_size": 2}, r"FUNAD.patch_size must be odd and at least 1, got 2\."),
+        ({"hidden": (8, 0)}, "hidden must be widths of at least 1"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"rebuild_every": 0}, "rebuild_every must be at least 1"),
+        ({"patches_per_image": 0}, "patches_per_image must be at least 1, or None"),
+        ({"bank_size": 0}, "bank_size must be at least 1, or None"),
+        ({"projection_dim": 0}, "projection_dim must be at least 1, or None"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"search": "both"}, "search must be 'input' or 'adapted', got 'both'"),
+        ({"scaling": "max"}, "scaling must be 'robust' or 'minmax'"),
+        ({"tau": 0.0}, "tau must be positive"),
+        ({"tau_sure": 0.4}, "tau_sure must not be below tau"),
+        ({"smoothness": -1.0}, "smoothness must not be negative"),
+    ]
+    for params, text in bad:
+        with pytest.raises(ParameterError, match=text):
+            FUNAD(**params)  # type: ignore[arg-type]
