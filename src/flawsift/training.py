@@ -171,17 +171,27 @@ def restored(weights: Mapping[str, Tensor], module: M, device: str) -> M:
     return module.to(device).eval().requires_grad_(False)
 
 
-def channel_statistics(data: ImageSet, layers: Sequence[str]) -> dict[str, Tensor]:
+def channel_statistics(
+    data: ImageSet, layers: Sequence[str], features_of: Callable[[Batch], Mapping[str, Tensor]] | None = None
+) -> dict[str, Tensor]:
     """{layer: (2, C)} mean and standard deviation of each channel over all images and positions.
 
     Constants of published recipes assume the scale of ResNet taps; features are divided by this first. Constant
     channels get a standard deviation of 1.
+
+    Args:
+        data: N images with features attached.
+        layers: Layers to read.
+        features_of: What a detector makes of a batch, {name: (B, C, h, w)}; None for the layers themselves.
+
+    Raises:
+        InputError: The set is empty.
     """
     count: dict[str, float] = {}
     sums: dict[str, Tensor] = {}
     for batch in data.batches(layers):
-        for layer in layers:
-            x = batch.features[layer].double().transpose(0, 1).flatten(1)  # (C, B h w)
+        for layer, features in (features_of(batch) if features_of else batch.features).items():
+            x = features.double().transpose(0, 1).flatten(1)  # (C, B h w)
             part = torch.stack([x.sum(1), x.square().sum(1)])
             sums[layer] = sums[layer] + part if layer in sums else part
             count[layer] = count.get(layer, 0) + x.shape[1]
