@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from flawsift.backbones import Backbone
 from flawsift.datasets import Dataset
-from flawsift.detectors.cflow import CFlow, Coupling, Flow, position_code
+from flawsift.detectors.cflow import CFlow
 from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures, attach
+from flawsift.flows import Coupling, Flow, position_code
 from flawsift.images import ImageSet
 from flawsift.screening import screen
 from flawsift.training import seeded
@@ -40,7 +42,7 @@ def perturbed(channels: int, n_blocks: int, *, code_size: int = 8, seed: int = 0
     with seeded(seed, "cpu"):
         flow = Flow(channels, code_size, n_blocks).double()
         for parameter in flow.parameters():
-            parameter.data += 0.5 * torch.randn_like(parameter)
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.5)
     return flow.requires_grad_(False)
 
 
@@ -71,8 +73,8 @@ def test_the_log_determinant_is_that_of_the_jacobian(channels: int, seed: int) -
 def test_a_coupling_equals_the_paper_written_out() -> None:
     with seeded(0, "cpu"):
         block = Coupling(5, 4).double().requires_grad_(False)
-        block.gamma += torch.randn(5)
-        block.offset += torch.randn(5)
+        block.gamma.data.add_(torch.randn(5))
+        block.offset.data.add_(torch.randn(5))
     x, code = draw(7, 5), draw(7, 4, seed=1)
     found, log_det = block(x, code)
     subnet = torch.nn.Sequential(block.hidden, torch.nn.ReLU(), block.out)  # on the stacked input, in one piece
@@ -121,9 +123,7 @@ def test_position_codes_are_distinct_and_as_the_paper_has_them() -> None:
 
 @pytest.mark.parametrize("sigma", [1.0, 3.0])
 def test_likelihood_of_normal_data_reaches_its_entropy(sigma: float) -> None:
-    flow = CFlow(
-        layers=("a",), n_blocks=2, position_dim=4, steps=250, fibres=1024, learning_rate=0.02, standardize=False
-    )
+    flow = CFlow(layers=("a",), n_blocks=2, position_dim=4, steps=250, fibres=1024, learning_rate=0.02, whiten=False)
     flow.fit(feature_set(a=sigma * normal(128)))
     new = next(feature_set(a=sigma * normal(128, seed=1)).batches(("a",), batch_size=128))
     mean = float(flow._log_likelihoods(new, "cpu")[0].mean())
@@ -164,7 +164,7 @@ def test_maps_are_sums_on_a_scale_of_the_training_set(scale: str) -> None:
 def test_the_log_scale_ranks_what_the_likelihood_cannot() -> None:
     data = feature_set(a=normal(16))
     far = feature_set(a=np.stack([20 * normal(1)[0], 40 * normal(1)[0], 80 * normal(1)[0]]))
-    small = {"layers": ("a",), "n_blocks": 2, "position_dim": 4, "steps": 20}
+    small: dict[str, Any] = {"layers": ("a",), "n_blocks": 2, "position_dim": 4, "steps": 20}
     ties = CFlow(**small, scale="likelihood").fit(data).predict(far, maps=False).scores
     assert ties.tolist() == [1, 1, 1]
     assert np.diff(CFlow(**small, scale="log").fit(data).predict(far, maps=False).scores).min() > 1
@@ -172,12 +172,23 @@ def test_the_log_scale_ranks_what_the_likelihood_cannot() -> None:
 
 def test_what_is_expected_is_the_patch_itself_unless_it_is_strange() -> None:
     data = feature_set(a=normal(32, 8))
-    flow = CFlow(layers=("a",), n_blocks=2, position_dim=4, steps=50, standardize=False).fit(data)
+    flow = CFlow(layers=("a",), n_blocks=2, position_dim=4, steps=50, whiten=False).fit(data)
     usual, strange = 0.1 * normal(1, 8), 5 * normal(1, 8)
     batch = next(feature_set(a=np.concatenate([usual, strange])).batches(("a",)))
     expected = flow._expected(batch, "cpu")
     torch.testing.assert_close(expected[0], torch.from_numpy(usual[0]), rtol=1e-3, atol=1e-3)
     assert expected[1].norm(dim=0).max() < 0.5 * torch.from_numpy(strange[0]).norm(dim=0).median()
+
+
+def test_expected_patches_are_in_units_of_the_backbone() -> None:
+    mixed = np.einsum("cd,ndhw->nchw", np.random.default_rng(3).normal(size=(6, 6)), normal(32, 6)) + 5
+    data = feature_set(a=mixed.astype(np.float32), b=normal(32, 3, 2))
+    flow = CFlow(layers=("a", "b"), n_blocks=2, position_dim=4, steps=5).fit(data)
+    batch = next(data.batches(("a", "b"), batch_size=4))
+    expected = flow._expected(batch, "cpu")
+    assert expected.shape == (4, 9, 4, 4)
+    cells = (expected[:, :6] - batch.features["a"]).abs().amax(1)
+    assert (cells < 1e-2).float().mean() > 0.2, "no usual patch comes back"
 
 
 def test_rotations_are_trained_on(tiny: Backbone, easy: Dataset) -> None:
@@ -195,7 +206,7 @@ def test_rotations_are_trained_on(tiny: Backbone, easy: Dataset) -> None:
 def test_every_grid_gives_the_same_share() -> None:
     flow = CFlow(layers=("a", "b"), position_dim=4, fibres=32)
     data = feature_set(a=normal(8), b=normal(8, 6, 2))
-    flow.statistics_ = {"a": torch.ones(2, 4), "b": torch.ones(2, 6)}
+    flow.whitening_ = {"a": torch.ones(5, 4), "b": torch.ones(7, 6)}
     batch = next(data.batches(("a", "b")))
     with seeded(0, "cpu"):
         shapes = [(tuple(x.shape), tuple(code.shape)) for x, code in flow._fibres(batch, "cpu", share=True)]

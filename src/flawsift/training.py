@@ -214,6 +214,32 @@ def standardized(features: Tensor, statistics: Tensor) -> Tensor:
     return scaled
 
 
+def whitening(data: ImageSet, layers: Sequence[str], ridge: float) -> dict[str, Tensor]:
+    """{layer: (1 + C, C)} the mean m of all fibres x, and below it a matrix W: (x - m) W has nearly covariance I.
+
+    Args:
+        data: N images with features attached.
+        layers: Layers to read.
+        ridge: Added to the eigenvalues of the correlation matrix: directions without variance are not magnified.
+
+    Raises:
+        InputError: The set is empty.
+    """
+    statistics = channel_statistics(data, layers)
+    scatter, count = {layer: torch.zeros((), dtype=torch.float64) for layer in layers}, dict.fromkeys(layers, 0)
+    for batch in data.batches(layers):
+        for layer in layers:
+            x = standardized(batch.features[layer], statistics[layer]).double().transpose(0, 1).flatten(1)
+            scatter[layer] = scatter[layer] + x @ x.T
+            count[layer] += x.shape[1]
+    found = {}
+    for layer, (mean, deviation) in statistics.items():
+        values, vectors = torch.linalg.eigh(scatter[layer] / count[layer])
+        root = vectors * (values.clamp_min(0) + ridge).rsqrt() @ vectors.T
+        found[layer] = torch.cat([mean[None], (root / deviation[:, None]).float()])
+    return found
+
+
 def _mix(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
 

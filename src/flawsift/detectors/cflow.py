@@ -3,112 +3,33 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flawsift import training
 from flawsift.detector import Detector, resolve_device
+from flawsift.flows import Flow, position_code
 from flawsift.images import Batch, ImageSet
 from flawsift.maps import upsample
-from flawsift.training import UNWATCHED, Recipe, Watch, restored, seeded, standardized, warmup_cosine, weights_of
+from flawsift.training import (
+    UNWATCHED,
+    Recipe,
+    Watch,
+    channel_statistics,
+    restored,
+    seeded,
+    train,
+    warmup_cosine,
+    weights_of,
+    whitening,
+)
 
-# The published code's numbers of one coupling: it starts near the identity, and its scales stay within e^-1.9 to e^1.9.
-CLAMP = 1.9  # bound of a log scale
-DAMPING = 0.1  # factor on what the subnet says
-GAIN, SHARPNESS = 0.1, 0.5  # a channel's gain is 0.1 softplus(gamma), of sharpness 0.5
-GAMMA_START = 2 * math.log(math.exp(5) - 1)  # where that gain is 1
+# The published code's schedule.
 WARMUP = 0.08  # of the steps: the first 2 of the paper's 25 meta epochs
-FLOOR = 1e-3  # of the learning rate, at the last step, as in the published code
-
-
-class Coupling(nn.Module):
-    """One invertible block on fibres: the C channels of a tap at one place, whose code it is told.
-
-    Half of the channels stay, and say together with the code how the other half is scaled and shifted. Then each
-    channel has a gain and an offset, and a fixed permutation mixes them for the next block.
-    """
-
-    def __init__(self, channels: int, code_size: int) -> None:
-        super().__init__()
-        self.sizes = [channels - channels // 2, channels // 2]  # channels that stay, channels that move
-        width = self.sizes[0] + code_size
-        self.hidden = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(2 * width, 2 * self.sizes[1])
-        self.gamma = nn.Parameter(torch.full((channels,), GAMMA_START))
-        self.offset = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("order", torch.randperm(channels))
-
-    def forward(self, x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., C) images and (...) log |det J| of (..., C) fibres; (..., E) codes are broadcast against them."""
-        stay, move = x.split(self.sizes, -1)
-        log_scale, shift = self._steer(stay, code)
-        gain = self._gain()
-        y = torch.cat([stay, move * log_scale.exp() + shift], -1) * gain + self.offset
-        return y[..., self.order], log_scale.sum(-1) + gain.log().sum()
-
-    def inverse(self, y: Tensor, code: Tensor) -> Tensor:
-        """(..., C) fibres whose image is y."""
-        x = (y[..., self.order.argsort()] - self.offset) / self._gain()
-        stay, move = x.split(self.sizes, -1)
-        log_scale, shift = self._steer(stay, code)
-        return torch.cat([stay, (move - shift) * (-log_scale).exp()], -1)
-
-    def _steer(self, stay: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-        # a Linear on [stay, code], in two parts: that of the code is computed per place instead of per fibre
-        of_stay, of_code = self.hidden.weight.split([stay.shape[-1], code.shape[-1]], 1)
-        hidden = F.relu(F.linear(stay, of_stay) + F.linear(code, of_code, self.hidden.bias))
-        log_scale, shift = (DAMPING * self.out(hidden)).chunk(2, -1)
-        return CLAMP * log_scale.tanh(), shift
-
-    def _gain(self) -> Tensor:
-        return GAIN * F.softplus(self.gamma, beta=SHARPNESS)
-
-
-class Flow(nn.Module):
-    """Couplings that turn the fibres of one tap into a standard normal."""
-
-    def __init__(self, channels: int, code_size: int, n_blocks: int) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*(Coupling(channels, code_size) for _ in range(n_blocks)))
-
-    def forward(self, x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., C) latents and (...) log |det J|."""
-        total = x.new_zeros(())
-        for block in self.blocks:
-            x, log_det = block(x, code)
-            total = total + log_det
-        return x, total
-
-    def inverse(self, z: Tensor, code: Tensor) -> Tensor:
-        """(..., C) fibres of (..., C) latents."""
-        for block in reversed(self.blocks):
-            assert isinstance(block, Coupling)
-            z = block.inverse(z, code)
-        return z
-
-    def log_likelihood(self, x: Tensor, code: Tensor) -> Tensor:
-        """(...) log p(x | code) / C."""
-        z, log_det = self(x, code)
-        return (log_det - z.square().sum(-1) / 2) / x.shape[-1] - math.log(2 * math.pi) / 2
-
-
-def position_code(h: int, w: int, size: int) -> Tensor:
-    """(h w, size) sinusoidal codes, row by row: the first half tells the column, the second half the row.
-
-    Of a half, entry 2 j is sin(t w_j) and entry 2 j + 1 is cos(t w_j), with w_j = 10000^(-2 j / (size / 2)).
-    """
-    half = size // 2
-    rates = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)
-
-    def along(n: int) -> Tensor:
-        angles = torch.arange(n, dtype=torch.float64)[:, None] * rates
-        return torch.stack([angles.sin(), angles.cos()], 2).flatten(1)  # (n, half)
-
-    columns, rows = along(w).expand(h, w, half), along(h)[:, None].expand(h, w, half)
-    return torch.cat([columns, rows], 2).flatten(0, 1).float()
+FLOOR = 1e-3  # of the learning rate, at the last step
+RIDGE = 0.01  # of the whitening, in variances of a channel: PaDiM's epsilon
 
 
 @dataclass(kw_only=True, eq=False)
@@ -141,9 +62,9 @@ class CFlow(Detector):
         learning_rate: Of Adam, after a linear warm-up and before a cosine decay.
         scale: How taps are added: "log" in standard deviations of the log likelihood, "likelihood" as likelihood
             missing to the training set's best patch, which is bounded and has ties.
-        standardize: Whether features are divided by each channel's training statistics first.
+        whiten: Whether the fibres of a tap are brought to mean 0 and covariance I first, over all places.
         rotations: Angles in degrees of the views that are trained on beside the images.
-        statistics_: {layer: (2, C)} mean and standard deviation by which features are standardised.
+        whitening_: {layer: (1 + C, C)} a mean, and a matrix that the difference to it is multiplied with.
         scale_: (taps, 3) maximum, mean and standard deviation of l over the training set.
         weights_: Parameters and permutations of the flows.
     """
@@ -163,7 +84,7 @@ class CFlow(Detector):
             "fibres": 256,
             "learning_rate": 2e-4,
             "scale": "likelihood",
-            "standardize": False,
+            "whiten": False,
             "rotations": (-5.0, -2.5, 2.5, 5.0),
         },
     }
@@ -175,18 +96,16 @@ class CFlow(Detector):
     fibres: int = 512
     learning_rate: float = 1e-3
     scale: Literal["log", "likelihood"] = "log"
-    standardize: bool = True
+    whiten: bool = True
     rotations: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.rotations = tuple(self.rotations)  # JSON has lists only
-        self._require("n_blocks", self.n_blocks >= 1, "be at least 1")
+        for parameter in ("n_blocks", "steps", "batch_size", "fibres"):
+            self._require(parameter, getattr(self, parameter) >= 1, "be at least 1")
         code_fits = self.position_dim >= 4 and self.position_dim % 4 == 0
         self._require("position_dim", code_fits, "be a positive multiple of 4")
-        self._require("steps", self.steps >= 1, "be at least 1")
-        self._require("batch_size", self.batch_size >= 1, "be at least 1")
-        self._require("fibres", self.fibres >= 1, "be at least 1")
         self._require("learning_rate", self.learning_rate > 0, "be positive")
         self._require("scale", self.scale in ("log", "likelihood"), "be 'log' or 'likelihood'")
         angles = all(type(angle) in (int, float) and math.isfinite(angle) for angle in self.rotations)
@@ -201,25 +120,23 @@ class CFlow(Detector):
         """See `Detector.fit`."""
         self._forget()
         target = resolve_device(device)
-        found = training.channel_statistics(data, self.layers)
-        unit = torch.tensor([[0.0], [1.0]])
-        self.statistics_ = {k: v if self.standardize else unit.expand_as(v).clone() for k, v in found.items()}
+        self.whitening_ = whitening(data, self.layers, RIDGE) if self.whiten else _unchanged(data, self.layers)
         flows = self._build().to(target)
+        taps = [cast(Flow, flow) for flow in flows]
         views = ("", *self.views)
 
         def loss_of(batch: Batch, step: int) -> Tensor:
             view = views[int(torch.randint(len(views), ()))]
             seen = next(data.select(batch.ids).view(view).batches(self.layers, batch_size=len(batch)))
-            losses = []
-            for flow, (fibres, code) in zip(flows, self._fibres(seen, target, share=True), strict=True):
-                losses.append(-F.logsigmoid(flow.log_likelihood(fibres, code)).mean())
-            return torch.stack(losses).sum()  # flows share nothing: each has the gradient of its own loss
+            pairs = zip(taps, self._fibres(seen, target, share=True), strict=True)
+            # flows share nothing: each has the gradient of its own loss
+            return torch.stack([-F.logsigmoid(flow.log_likelihood(*fibres)).mean() for flow, fibres in pairs]).sum()
 
         rate = warmup_cosine(int(WARMUP * self.steps), self.steps, FLOOR)
         recipe = Recipe(steps=self.steps, batch_size=self.batch_size, seed=self.seed, schedule=rate)
         optimizer = torch.optim.Adam(flows.parameters(), lr=self.learning_rate)
         # batches come without features: `loss_of` reads those of the view that it draws
-        training.train(flows, optimizer, data, (), loss_of, recipe, device=target, watch=watch)
+        train(flows, optimizer, data, (), loss_of, recipe, device=target, watch=watch)
         self.weights_ = weights_of(flows)
         self.scale_ = self._measure(data, target)
         return self
@@ -245,15 +162,17 @@ class CFlow(Detector):
         return torch.stack(parts).sum(0)
 
     def _expected(self, batch: Batch, device: str) -> Tensor:
-        """The nearest patch as likely as a usual one: latents are drawn in to the radius sqrt(C), where most lie."""
+        """The patch that is as likely as a usual one: latents are drawn in to the radius sqrt(C), where most lie."""
         parts = []
         for layer, flow, (x, code) in zip(self.layers, self._flows(device), self._fibres(batch, device), strict=True):
             z, _ = flow(x, code)
             radius = math.sqrt(z.shape[-1])
-            z = z * (radius / z.norm(dim=-1, keepdim=True).clamp_min(radius))
-            parts.append(flow.inverse(z, code).transpose(1, 2).reshape(batch.features[layer].shape))
+            x = flow.inverse(z * (radius / z.norm(dim=-1, keepdim=True).clamp_min(radius)), code).cpu()
+            mean, matrix = self.whitening_[layer][0], self.whitening_[layer][1:]
+            features = torch.linalg.solve(matrix, x, left=False) + mean  # of the backbone, as other models see them
+            parts.append(features.transpose(1, 2).reshape(batch.features[layer].shape))
         grid = max(part.shape[2] for part in parts)
-        return torch.cat([upsample(p.flatten(0, 1), grid).unflatten(0, p.shape[:2]) for p in parts], 1)
+        return torch.cat([torch.stack([upsample(image, grid) for image in part]) for part in parts], 1)
 
     def _log_likelihoods(self, batch: Batch, device: str) -> list[Tensor]:
         """(B, h, w) of each tap."""
@@ -273,22 +192,28 @@ class CFlow(Detector):
         found = []
         for layer, n in zip(self.layers, cells, strict=True):
             tap = batch.features[layer]
-            code = position_code(*tap.shape[2:], self.position_dim)
-            fibres = standardized(tap, self.statistics_[layer]).flatten(2)
+            code, fibres = position_code(tap.shape[2], tap.shape[3], self.position_dim), tap.flatten(2)
             if share:
                 places = torch.randperm(n)[: max(1, round(wanted * n))]
                 fibres, code = fibres[:, :, places], code[places]
-            found.append((fibres.transpose(1, 2).contiguous().to(device), code.to(device)))
+            whitened = (fibres.transpose(1, 2) - self.whitening_[layer][0]) @ self.whitening_[layer][1:]
+            found.append((whitened.to(device), code.to(device)))
         return found
 
     def _build(self) -> nn.ModuleList:
-        sizes = [self.statistics_[layer].shape[1] for layer in self.layers]
+        sizes = [self.whitening_[layer].shape[1] for layer in self.layers]
         with seeded(self.seed, "cpu"):
             return nn.ModuleList(Flow(channels, self.position_dim, self.n_blocks) for channels in sizes)
 
-    def _flows(self, device: str) -> nn.ModuleList:
-        """The flows on a device. Made once, never saved."""
-        made: dict[str, nn.ModuleList] = vars(self).setdefault("_nets", {})
+    def _flows(self, device: str) -> list[Flow]:
+        """The flow of each tap on a device. Made once, never saved."""
+        made: dict[str, list[Flow]] = vars(self).setdefault("_nets", {})
         if device not in made:
-            made[device] = restored(self.weights_, self._build(), device)
+            made[device] = [cast(Flow, flow) for flow in restored(self.weights_, self._build(), device)]
         return made[device]
+
+
+def _unchanged(data: ImageSet, layers: Sequence[str]) -> dict[str, Tensor]:
+    """The `whitening` that leaves fibres as they are: mean 0 above the unit matrix."""
+    sizes = {layer: found.shape[1] for layer, found in channel_statistics(data, layers).items()}
+    return {layer: torch.cat([torch.zeros(1, size), torch.eye(size)]) for layer, size in sizes.items()}

@@ -189,7 +189,8 @@ class SimpleNet(Detector):
 
     def _pooled(self, tap: Tensor, grid: tuple[int, ...]) -> Tensor:
         """(B, D, *grid): 3 x 3 neighbourhoods of (B, C, h, w), channel by channel, averaged down to D numbers."""
-        around = F.unfold(tap, 3, padding=1).unflatten(2, tap.shape[2:])  # (B, 9 C, h, w), zeros beyond the border
+        # (B, 9 C, h, w), zeros beyond the border
+        around = F.unfold(tap, 3, padding=1).view(len(tap), -1, *tap.shape[2:])
         pooled = _averaged(around, self.embedding_dim)
         same = pooled.shape[2:] == grid
         return pooled if same else F.interpolate(pooled, size=grid, mode="bilinear", align_corners=False)
@@ -198,4 +199,5 @@ class SimpleNet(Detector):
 def _averaged(x: Tensor, size: int) -> Tensor:
     """(B, K, h, w) to (B, size, h, w): means of neighbouring channels, as adaptive pooling takes them."""
     rows = x.flatten(2).transpose(1, 2)  # (B, h w, K)
-    return F.adaptive_avg_pool1d(rows, size).transpose(1, 2).unflatten(2, x.shape[2:])
+    averaged: Tensor = F.adaptive_avg_pool1d(rows, size)
+    return averaged.transpose(1, 2).reshape(len(x), size, *x.shape[2:])
