@@ -256,7 +256,7 @@ def test_cache_commands(run: Any, easy_folder: Path, tmp_path: Path) -> None:
 
 def test_detectors_are_listed(run: Any) -> None:
     listed = run("detectors", "--json").json
-    assert set(listed) == {"padim", "patchcore"}
+    assert set(listed) == {"cflow", "padim", "patchcore", "simplenet"}
     assert listed["patchcore"]["params"]["coreset_ratio"] > 0
     assert listed["padim"]["presets"] == ["default", "paper"]
 

@@ -1,5 +1,6 @@
 """The training loop against plain re-derivations; resumption; derived views."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from flawsift.training import (
     train,
     warmup_cosine,
     weights_of,
+    whitening,
 )
 from flawsift.views import derive
 
@@ -195,6 +197,32 @@ def test_channel_statistics_equal_those_of_all_at_once(data: ImageSet) -> None:
     unit = standardized(x, torch.stack([mean, deviation]))
     assert unit.mean((0, 2, 3)).abs().max() < 1e-4
     torch.testing.assert_close(scaled(x, torch.stack([mean, deviation])), unit + (mean / deviation)[:, None, None])
+
+
+def test_statistics_of_what_a_detector_makes_of_a_batch(data: ImageSet) -> None:
+    found = channel_statistics(data, (LAYER,), lambda batch: {"twice": 2 * batch.features[LAYER]})
+    torch.testing.assert_close(found["twice"], 2 * channel_statistics(data, (LAYER,))[LAYER])
+
+
+def test_whitened_fibres_have_covariance_1(data: ImageSet) -> None:
+    x = next(data.batches((LAYER,), batch_size=10)).features[LAYER].transpose(0, 1).flatten(1).T.double()
+    found = whitening(data, (LAYER,), 1e-9)[LAYER].double()
+    white = (x - found[0]) @ found[1:]
+    torch.testing.assert_close(white.T @ white / len(x), torch.eye(x.shape[1]).double(), rtol=0, atol=0.02)
+    held = whitening(data, (LAYER,), 1e9)[LAYER][1:]  # a large ridge holds everything down
+    assert held.abs().max() < 1e-3
+
+
+def test_directions_without_variance_are_not_magnified() -> None:
+    from flawsift.features import MemoryFeatures
+
+    x = np.random.default_rng(0).normal(size=(9, 3, 2, 2)).astype(np.float32)
+    x[:, 1], x[:, 2] = 2 * x[:, 0], 7  # a copy, and a constant
+    images = ImageSet.from_arrays([np.zeros((2, 2), np.uint8)] * 9)
+    data = replace(images, reader=MemoryFeatures(32, "test", {("", i): i for i in range(9)}, {"a": x}))
+    found = whitening(data, ("a",), 0.01)["a"]
+    assert torch.isfinite(found).all()
+    assert found[1:].abs().max() < 11  # 1 / sqrt(ridge), over a deviation of about 1
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -28,12 +28,14 @@ from flawsift.training import UNWATCHED, Watch
 
 # registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
 DETECTORS: Mapping[str, tuple[str, str]] = {
+    "cflow": ("flawsift.detectors.cflow", "CFlow"),
     "dinomaly": ("flawsift.detectors.dinomaly", "Dinomaly"),
     "funad": ("flawsift.detectors.funad", "FUNAD"),
     "inreach": ("flawsift.detectors.inreach", "InReaCh"),
     "padim": ("flawsift.detectors.padim", "PaDiM"),
     "patchcore": ("flawsift.detectors.patchcore", "PatchCore"),
     "rd": ("flawsift.detectors.rd", "RD"),
+    "simplenet": ("flawsift.detectors.simplenet", "SimpleNet"),
     "softpatch": ("flawsift.detectors.softpatch", "SoftPatch"),
 }
 

@@ -298,6 +298,8 @@ def group_medians(groups: _Ints, values: NDArray[np.float64], n_groups: int) -> 
     starts = np.cumsum(counts) - counts
     lower, upper = starts + np.maximum(counts - 1, 0) // 2, starts + counts // 2
     return np.where(counts > 0, (ordered[lower] + ordered[upper]) / 2, 0.0)
+
+
 def mutual_pairs(features: Tensor, *, k: int = 1, owners: Tensor | None = None) -> Tensor:
     """Pairs of rows that are among each other's k nearest rows, themselves left out.
 
