@@ -9,7 +9,19 @@ from flawsift.detector import DETECTORS, Detector, make_detector
 from flawsift.testing import CHECKS
 
 # smaller than the defaults, so that a check takes a second
-SMALL: dict[str, dict[str, Any]] = {"padim": {"n_features": 30}, "patchcore": {"coreset_ratio": 0.05}}
+SMALL: dict[str, dict[str, Any]] = {
+    "destseg": {
+        "student_size": None,
+        "student_width": 8,
+        "head_width": 16,
+        "n_copies": 2,
+        "student_steps": 60,
+        "head_steps": 100,
+    },
+    "padim": {"n_features": 30},
+    "patchcore": {"coreset_ratio": 0.05},
+    "uniad": {"patch": 8, "width": 32, "epochs": 12, "batch_size": 4},
+}
 
 
 def test_every_detector_has_a_small_form() -> None:

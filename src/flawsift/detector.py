@@ -28,8 +28,10 @@ from flawsift.training import UNWATCHED, Watch
 
 # registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
 DETECTORS: Mapping[str, tuple[str, str]] = {
+    "destseg": ("flawsift.detectors.destseg", "DeSTSeg"),
     "padim": ("flawsift.detectors.padim", "PaDiM"),
     "patchcore": ("flawsift.detectors.patchcore", "PatchCore"),
+    "uniad": ("flawsift.detectors.uniad", "UniAD"),
 }
 
 
