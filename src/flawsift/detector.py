@@ -29,6 +29,7 @@ from flawsift.training import UNWATCHED, Watch
 # registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
 DETECTORS: Mapping[str, tuple[str, str]] = {
     "cflow": ("flawsift.detectors.cflow", "CFlow"),
+    "destseg": ("flawsift.detectors.destseg", "DeSTSeg"),
     "dinomaly": ("flawsift.detectors.dinomaly", "Dinomaly"),
     "funad": ("flawsift.detectors.funad", "FUNAD"),
     "inreach": ("flawsift.detectors.inreach", "InReaCh"),
@@ -37,6 +38,7 @@ DETECTORS: Mapping[str, tuple[str, str]] = {
     "rd": ("flawsift.detectors.rd", "RD"),
     "simplenet": ("flawsift.detectors.simplenet", "SimpleNet"),
     "softpatch": ("flawsift.detectors.softpatch", "SoftPatch"),
+    "uniad": ("flawsift.detectors.uniad", "UniAD"),
 }
 
 

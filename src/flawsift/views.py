@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flawsift.corruption import corrupted
 from flawsift.errors import ParameterError, unknown_name
 
 
@@ -47,4 +48,13 @@ def rotated(pixels: Tensor, degrees: str) -> Tensor:
     return turned[0].round().clamp(0, 255).to(torch.uint8)
 
 
-_KINDS: Mapping[str, Callable[[Tensor, str], Tensor]] = {"rotate": rotated}
+def perlin(pixels: Tensor, key: str) -> Tensor:
+    """With a drawn defect; a key is any text, and every key draws another. See `flawsift.corruption`.
+
+    `corrupted(pixels, "perlin:" + key)` gives the mask too. Cached features know a view by its name only, so a change
+    of the drawing needs another name.
+    """
+    return corrupted(pixels, f"perlin:{key}").image
+
+
+_KINDS: Mapping[str, Callable[[Tensor, str], Tensor]] = {"perlin": perlin, "rotate": rotated}

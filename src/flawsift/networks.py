@@ -1,0 +1,133 @@
+"""Networks that detectors train: attention layers, residual blocks, and what is built of them."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EXPANSION = 4  # hidden channels of a feed-forward part per channel, as everywhere in the field
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which a student's pixels are normalised by
+STRIDES = (4, 8, 16, 32)  # of the four stages of a ResNet-18
+MULTIPLE = 32  # of its input's edge, so that every stage halves exactly
+DILATIONS = (6 / 64, 12 / 64, 18 / 64)  # of the pyramid, in sides of its grid: DeSTSeg's 6, 12, 18 at 64
+
+Levels = Mapping[int, Tensor]  # {stride: (B, C, h, w)}
+
+
+class AttentionLayer(nn.Module):
+    """Attentions, then a feed-forward part, each added to its input and normalised (post-norm)."""
+
+    def __init__(self, width: int, heads: int, dropout: float, attention_dropout: float, *, n_attentions: int) -> None:
+        super().__init__()
+        make = partial(nn.MultiheadAttention, width, heads, attention_dropout, batch_first=True)
+        self.attentions = nn.ModuleList(make() for _ in range(n_attentions))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(n_attentions + 1))
+        self.drop = nn.Dropout(dropout)
+        up, down = nn.Linear(width, EXPANSION * width), nn.Linear(EXPANSION * width, width)
+        self.feed = nn.Sequential(up, nn.ReLU(), nn.Dropout(dropout), down)
+
+    def forward(self, x: Tensor, sources: Sequence[Tensor], place: Tensor, mask: Tensor) -> Tensor:
+        """(B, P, D) from a stream x and the (B, P, D) source that each attention looks at.
+
+        Args:
+            x: What the layer adds to; its queries.
+            sources: Keys and values of each attention in turn.
+            place: (P, D), added to queries and keys, never to values.
+            mask: (P, P) bool, True where a query (row) may not see a key (column).
+        """
+        for attend, norm, source in zip(self.attentions, self.norms[:-1], sources, strict=True):
+            seen, _ = attend(x + place, source + place, source, attn_mask=mask, need_weights=False)
+            x = norm(x + self.drop(seen))
+        found: Tensor = self.norms[-1](x + self.drop(self.feed(x)))
+        return found
+
+
+def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    """A convolution without bias, then batch norm."""
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(layer, nn.BatchNorm2d(outputs))
+
+
+class Residual(nn.Module):
+    """The basic block of a ResNet."""
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int = 1, silent: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv(inputs, outputs, 3, stride=stride), nn.ReLU(), last := conv(outputs, outputs, 3))
+        if silent:  # starts as its shortcut
+            nn.init.zeros_(last[1].weight)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Identity() if same else conv(inputs, outputs, 1, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class Student(nn.Module):
+    """ResNet-18 of a width, and a decoder back to each asked stride, without skip connections."""
+
+    def __init__(self, width: int, channels: Mapping[int, int], *, linear: bool) -> None:
+        super().__init__()
+        widths = {stride: width * 2**k for k, stride in enumerate(STRIDES)}
+        self.stem = nn.Sequential(conv(3, width, 7, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        blocks, n = [], width
+        for stride, w in widths.items():
+            blocks += [Residual(n, w, stride=1 if stride == 4 else 2, silent=True), Residual(w, w, silent=True)]
+            n = w
+        self.encoder = nn.Sequential(*blocks)
+        self.decoder, self.heads = nn.ModuleDict(), nn.ModuleDict()
+        for stride in (s for s in reversed(widths) if s >= min(channels)):
+            self.decoder[str(stride)] = nn.Sequential(
+                Residual(n, widths[stride]), Residual(widths[stride], widths[stride])
+            )
+            n = widths[stride]
+            if stride in channels:
+                exact = channels[stride] == n and not linear
+                self.heads[str(stride)] = nn.Identity() if exact else nn.Conv2d(n, channels[stride], 1)
+
+    def forward(self, pixels: Tensor) -> dict[int, Tensor]:
+        """{stride: (B, C, h, w)} of (B, 3, H, W) pixels in [0, 1]."""
+        mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        x = self.encoder(self.stem((pixels - mean) / std))
+        found = {}
+        for stride, group in self.decoder.items():
+            if stride != "32":
+                x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+            x = group(x)
+            if stride in self.heads:
+                found[int(stride)] = self.heads[stride](x)
+        return found
+
+
+class Segmenter(nn.Module):
+    """From (B, C, h, w) products of teacher and student to (B, h, w) logits of a defect."""
+
+    def __init__(self, channels: int, width: int, side: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(Residual(channels, width), Residual(width, width))
+        self.whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(width, width, 1), nn.ReLU())
+        reaches = [max(1, round(share * side)) for share in DILATIONS]
+        self.pyramid = nn.ModuleList(nn.Sequential(conv(width, width, 3, dilation=d), nn.ReLU()) for d in reaches)
+        joined = (1 + len(reaches)) * width
+        self.out = nn.Sequential(
+            conv(joined, width, 3), nn.ReLU(), conv(width, width, 3), nn.ReLU(), nn.Conv2d(width, 1, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.residual(x)
+        views = [self.whole(x).expand_as(x), *(branch(x) for branch in self.pyramid)]
+        logits: Tensor = self.out(torch.cat(views, 1)).squeeze(1)
+        return logits
+
+
+def on_finest(levels: Levels) -> Tensor:
+    """(B, C, h, w): all levels on the grid of the finest, one after the other."""
+    grid = levels[min(levels)].shape[2:]
+    same = [
+        level if level.shape[2:] == grid else F.interpolate(level, grid, mode="bilinear", align_corners=False)
+        for _, level in sorted(levels.items())
+    ]
+    return torch.cat(same, 1)
