@@ -23,7 +23,9 @@ MAD = 1.4826  # times the median absolute deviation of a Gaussian is its standar
 PROJECTION_DIM = 128  # of the random projection for the coreset, as PatchCore's
 
 
-Ints, Floats, Bools = npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(kw_only=True, eq=False)
