@@ -86,8 +86,8 @@ class Recurrence:
     """The sign of recurring defects that is seen without labels.
 
     An image is unusual when the patch of it that is farthest from most reference images stands out among those of all
-    images (`fence`). It has a twin when that patch is nevertheless nearer to some other image than an ordinary patch is
-    to its nearest.
+    images (`fence`). It has a twin when a patch of it beyond the fence is nevertheless nearer to some other image than
+    an ordinary patch is to its nearest.
 
     Attributes:
         unusual: (U,) positions of unusual images.
@@ -295,7 +295,7 @@ def reference_distances(patches: Tensor, references: Tensor) -> tuple[Tensor, Te
     flat = patches.reshape(-1, channels)
     rounding = COPY * flat.norm(dim=1).view(n, p, 1)
     parts = []
-    for part in references.split(max(1, BLOCK_FLOATS // (n * p * p))):
+    for part in torch.split(references, max(1, BLOCK_FLOATS // (n * p * p))):
         near = torch.cdist(flat, patches[part].reshape(-1, channels)).view(n, p, len(part), p).amin(3)
         near = near.masked_fill(near < rounding, 0.0)
         own = torch.arange(n)[:, None] == part  # an image says nothing of itself
@@ -306,12 +306,12 @@ def reference_distances(patches: Tensor, references: Tensor) -> tuple[Tensor, Te
 
 def find_recurrence(near: Tensor, typical: Tensor) -> Recurrence:
     """From (N, P) distances to the nearest and to the median reference image; see `Recurrence`."""
-    worst, place = typical.max(dim=1)
+    worst = typical.amax(1)
     middle = worst.median()
     fence = float(middle + FENCE * MAD_TO_SIGMA * (worst - middle).abs().median())
     ordinary = float(near.median())
     unusual = worst > fence
-    twins = unusual & (near.gather(1, place[:, None])[:, 0] < ordinary)
+    twins = ((typical > fence) & (near < ordinary)).any(1)
     return Recurrence(unusual.nonzero()[:, 0].tolist(), twins.nonzero()[:, 0].tolist(), fence, ordinary)
 
 

@@ -61,13 +61,11 @@ class Head(nn.Module):
 
 
 class Memory(nn.Module):
-    """What training remembers between steps; in buffers, so that a checkpoint has it.
+    """What training remembers between steps, in buffers, so that a checkpoint has it.
 
-    Attributes:
-        bank: (M, D) image vector and patch of each entry, not adapted, since the adaptor moves on.
-        owners: (M,) id of the image that each comes from; -1 where there is no entry.
-        scale: (2,) running typical and extreme squared distance; nan before the first batch.
-        positive: Running share of patches that are taken for anomalous; nan before the first batch.
+    `bank`: (M, D) image vector and patch of each entry, before the adaptor, which moves on; `owners`: (M,) ids of their
+    images, -1 where there is no entry; `scale`: (2,) running typical and extreme squared distance; `positive`: running
+    share of patches that are taken for anomalous.
     """
 
     bank: Tensor
@@ -84,7 +82,7 @@ class Memory(nn.Module):
 
 
 def follow(running: Tensor, value: Tensor) -> Tensor:
-    """Moves a running value in place towards that of a batch; returns it."""
+    """Moves a running value, nan before the first, in place towards that of a batch; returns it."""
     return running.copy_(torch.where(running.isnan(), value, MEMORY * running + (1 - MEMORY) * value))
 
 
@@ -191,10 +189,10 @@ class FUNAD(Detector):
             self._require(name, getattr(self, name) >= 1, "be at least 1")
         for name in ("patches_per_image", "bank_size", "projection_dim"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "be at least 1, or None")
-        self._require("learning_rate", self.learning_rate > 0, "be positive")
+        for name in ("learning_rate", "tau"):
+            self._require(name, getattr(self, name) > 0, "be positive")
         self._require("search", self.search in ("input", "adapted"), "be 'input' or 'adapted'")
         self._require("scaling", self.scaling in ("robust", "minmax"), "be 'robust' or 'minmax'")
-        self._require("tau", self.tau > 0, "be positive")
         self._require("tau_sure", self.tau_sure >= self.tau, "not be below tau")
         self._require("smoothness", self.smoothness >= 0, "not be negative")
 
@@ -229,8 +227,9 @@ class FUNAD(Detector):
     def _maps(self, batch: Batch, device: str) -> Tensor:
         made: dict[str, Head] = vars(self).setdefault("_nets", {})
         if device not in made:
-            n_image, n_patch = self.widths_
-            made[device] = training.restored(self.weights_, Head(n_image, n_patch, self.hidden), device)
+            with training.seeded(self.seed, "cpu"):  # building it draws weights, which are then replaced
+                head = Head(*self.widths_, self.hidden)
+            made[device] = training.restored(self.weights_, head, device)
         image, patches, grid = self._embed(batch, device)
         logits: Tensor = made[device](image, patches)
         return logits.view(-1, *grid)
@@ -275,7 +274,8 @@ class FUNAD(Detector):
 
     def _loss(self, head: Head, memory: Memory, batch: Batch, device: str) -> Tensor:
         image, patches, _ = self._embed(batch, device)
-        patches = patches[:, torch.randperm(patches.shape[1], device=patches.device)[: self.patches_per_image]]
+        if self.patches_per_image is not None:
+            patches = patches[:, torch.randperm(patches.shape[1], device=patches.device)[: self.patches_per_image]]
         clean = head.adapt(image, patches).flatten(0, 1)  # (B P, D)
         x = torch.cat([image.unsqueeze(1).expand(-1, patches.shape[1], -1), patches], 2)  # (B, P, D)
         keys, bank = (x.flatten(0, 1), memory.bank) if self.search == "input" else (clean, head.adaptor(memory.bank))
