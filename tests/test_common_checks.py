@@ -10,30 +10,24 @@ from flawsift.testing import CHECKS
 
 # smaller than the defaults, so that a check takes a second
 SMALL: dict[str, dict[str, Any]] = {
-    "head_steps": 100,
-    "head_width": 16,
-    "n_copies": 2,
-    "student_size": None,
-    "student_steps": 60,
-    "student_width": 8,
     "cflow": {"n_blocks": 2, "position_dim": 8, "steps": 40, "learning_rate": 0.01},
     "destseg": {
-        "dinomaly": {"width": 32, "n_blocks": 2, "steps": 60, "batch_size": 8, "warmup": 5, "easy_ramp": 30},
-        "funad": {"layers": ("stride8",), "steps": 60, "hidden": (64, 32), "bank_size": 500},
-        "inreach": {"n_seeds": 4, "coreset_ratio": 0.2},
-        "padim": {"n_features": 30},
-        "patchcore": {"coreset_ratio": 0.05},
-        "rd": {"n_blocks": (1, 1, 1, 1), "epochs": 20, "batch_size": 8},
-        "simplenet": {
-            "embedding_dim": 32,
-            "hidden_dim": 32,
-            "steps": 60,
-            "adaptor_rate": 1e-3,
-            "discriminator_rate": 1e-2,
-        },
-        "softpatch": {"coreset_ratio": 0.05},
-        "uniad": {"patch": 8, "width": 32, "epochs": 12, "batch_size": 4},
+        "student_size": None,
+        "student_width": 8,
+        "head_width": 16,
+        "n_copies": 2,
+        "student_steps": 60,
+        "head_steps": 100,
     },
+    "dinomaly": {"width": 32, "n_blocks": 2, "steps": 60, "batch_size": 8, "warmup": 5, "easy_ramp": 30},
+    "funad": {"layers": ("stride8",), "steps": 60, "hidden": (64, 32), "bank_size": 500},
+    "inreach": {"n_seeds": 4, "coreset_ratio": 0.2},
+    "padim": {"n_features": 30},
+    "patchcore": {"coreset_ratio": 0.05},
+    "rd": {"n_blocks": (1, 1, 1, 1), "epochs": 20, "batch_size": 8},
+    "simplenet": {"embedding_dim": 32, "hidden_dim": 32, "steps": 60, "adaptor_rate": 1e-3, "discriminator_rate": 1e-2},
+    "softpatch": {"coreset_ratio": 0.05},
+    "uniad": {"patch": 8, "width": 32, "epochs": 12, "batch_size": 4},
 }
 
 

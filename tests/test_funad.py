@@ -181,7 +181,7 @@ def test_the_bank_holds_patches_of_low_images_evenly() -> None:
     data = random_set(20)
     detector = small(bank_size=40, image_branch=True, patch_size=1)
     detector.fit(data)
-    head = Head(*detector.widths_, hidden=detector.hidden)  # type: ignore[misc]
+    head = Head(detector.widths_[0], detector.widths_[1], detector.hidden)
     memory = Memory(41, 12, keep=True)
     with seeded(0, "cpu"):
         detector._rebuild(head, memory, data, "cpu")

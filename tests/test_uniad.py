@@ -78,7 +78,7 @@ def test_mask_equals_a_loop_and_leaves_a_key(h: int, w: int, share: float) -> No
 def jacobian(module: Transformer, side: int) -> Tensor:
     """(P, P) size of the derivative of each patch's output (row) by each patch's input (column)."""
     x = torch.randn(1, 5, side, side, generator=torch.Generator().manual_seed(1))
-    found: Tensor = torch.autograd.functional.jacobian(module, x)  # (1, C, h, w, 1, C, h, w)
+    found: Tensor = torch.autograd.functional.jacobian(module, x)  # type: ignore[no-untyped-call]  # (1, C, h, w, 1, C, h, w)
     return found.abs().sum((0, 1, 4, 5)).reshape(side**2, side**2)
 
 
@@ -204,7 +204,7 @@ def batch_of(features: npt.NDArray[np.float32], size: int) -> Batch:
 
 def test_patches_are_averages_or_samples() -> None:
     x = random_features(2, side=8)
-    plain = {"layers": ("a",), "patch": 4, "standardize": False}
+    plain: dict[str, Any] = {"layers": ("a",), "patch": 4, "standardize": False}
     average = UniAD(**plain)._embed(batch_of(x, 16))
     np.testing.assert_allclose(average, x.reshape(2, 6, 4, 2, 4, 2).mean((3, 5)), rtol=1e-5)
     sampled = UniAD(**plain, pooling="subsample")._embed(batch_of(x, 16))

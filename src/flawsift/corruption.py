@@ -109,7 +109,10 @@ def _from_itself(pixels: npt.NDArray[np.uint8], generator: np.random.Generator) 
     # a contrast below 0 is a negative; colours shift together by up to a quarter of the range, apart by a tenth
     contrast = generator.choice([-1, 1], p=[0.25, 0.75]) * generator.uniform(0.5, 1.5)
     shift = generator.uniform(-64, 64) + generator.uniform(-26, 26, (3, 1, 1))
-    return np.clip(np.rint((part - middle) * contrast + middle + shift), 0, 255).astype(np.uint8)
+    drawn: npt.NDArray[np.uint8] = np.clip(np.rint((part - middle) * contrast + middle + shift), 0, 255).astype(
+        np.uint8
+    )
+    return drawn
 
 
 def _drawn(size: int, generator: np.random.Generator) -> npt.NDArray[np.uint8]:
@@ -128,7 +131,8 @@ def _coloured(level: Floats, generator: np.random.Generator) -> npt.NDArray[np.u
     if generator.random() < 0.3:
         at = np.rint(at)
     channels = [np.interp(at, np.arange(len(palette)), palette[:, c]) for c in range(3)]
-    return np.rint(np.stack(channels)).astype(np.uint8)
+    drawn: npt.NDArray[np.uint8] = np.rint(np.stack(channels)).astype(np.uint8)
+    return drawn
 
 
 def _noise(size: int, generator: np.random.Generator) -> Floats:
@@ -162,7 +166,8 @@ def _waves(size: int, generator: np.random.Generator) -> Floats:
     across = np.cos(angle) * axis - np.sin(angle) * axis[:, None]
     bend = generator.uniform(0, 0.5) * np.sin(2 * np.pi * (generator.uniform(0, 3) * across + generator.uniform()))
     wave = np.sin(2 * np.pi * (periods * along + bend + generator.uniform()))
-    return 0.5 + 0.5 * np.tanh(generator.uniform(0.5, 8) * wave)
+    drawn: npt.NDArray[np.float64] = 0.5 + 0.5 * np.tanh(generator.uniform(0.5, 8) * wave)
+    return drawn
 
 
 def _lattice(size: int, generator: np.random.Generator) -> Floats:
@@ -178,7 +183,8 @@ def _marble(size: int, generator: np.random.Generator) -> Floats:
 
 def _spread(field: Floats) -> Floats:
     """Two standard deviations about the mean on [0, 1]."""
-    return np.clip(0.5 + (field - field.mean()) / (4 * max(float(field.std()), 1e-12)), 0, 1)
+    drawn: npt.NDArray[np.float64] = np.clip(0.5 + (field - field.mean()) / (4 * max(float(field.std()), 1e-12)), 0, 1)
+    return drawn
 
 
 FIELDS: tuple[Field, ...] = (_noise, _cells, _waves, _lattice, _marble)

@@ -57,7 +57,7 @@ def on_one_grid(features: Sequence[Tensor], *, finest: bool = True) -> list[Tens
         elif finest:
             found.append(F.interpolate(f, size=size, mode="bilinear", align_corners=False))
         else:
-            found.append(F.adaptive_avg_pool2d(f, size))
+            found.append(F.adaptive_avg_pool2d(f, (size[0], size[1])))
     return found
 
 

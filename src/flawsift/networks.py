@@ -58,7 +58,7 @@ class Residual(nn.Module):
         super().__init__()
         self.body = nn.Sequential(conv(inputs, outputs, 3, stride=stride), nn.ReLU(), last := conv(outputs, outputs, 3))
         if silent:  # starts as its shortcut
-            nn.init.zeros_(last[1].weight)
+            nn.init.zeros_(last.get_parameter("1.weight"))
         same = stride == 1 and inputs == outputs
         self.shortcut = nn.Identity() if same else conv(inputs, outputs, 1, stride=stride)
 

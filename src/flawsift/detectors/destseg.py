@@ -205,7 +205,8 @@ class DeSTSeg(Detector):
         return 0.5 + 0.5 * math.cos(math.pi * done)
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
-        return self._net(device)(self._pixels(batch, device), self._levels(batch, device)).sigmoid()
+        shares: Tensor = self._net(device)(self._pixels(batch, device), self._levels(batch, device)).sigmoid()
+        return shares
 
     def _image_scores(self, maps: Tensor) -> Tensor:
         return top_mean(upsample(maps, PIXELS_PER_CELL * maps.shape[1]), TOP_SHARE)
@@ -249,7 +250,7 @@ class DeSTSeg(Detector):
         return torch.stack([p for p, _ in found]).float() / 255, torch.stack([m for _, m in found]).float()
 
     def _build(self) -> Networks:
-        channels = dict(self.taps_)
+        channels: dict[int, int] = {int(stride): int(width) for stride, width in self.taps_}
         student = Student(self.student_width, channels, linear=self.standardize)
         return Networks(student, Segmenter(sum(channels.values()), self.head_width, self.size_ // min(channels)))
 

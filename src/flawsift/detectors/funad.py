@@ -228,7 +228,7 @@ class FUNAD(Detector):
         made: dict[str, Head] = vars(self).setdefault("_nets", {})
         if device not in made:
             with training.seeded(self.seed, "cpu"):  # building it draws weights, which are then replaced
-                head = Head(*self.widths_, self.hidden)
+                head = Head(self.widths_[0], self.widths_[1], self.hidden)
             made[device] = training.restored(self.weights_, head, device)
         image, patches, grid = self._embed(batch, device)
         logits: Tensor = made[device](image, patches)

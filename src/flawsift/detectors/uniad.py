@@ -41,7 +41,8 @@ def jittered(features: Tensor, scale: float) -> Tensor:
     The paper's alpha is scale * sqrt(C): the same noise for any number of channels.
     """
     length = features.norm(dim=1, keepdim=True)
-    return features + torch.randn_like(features) * (scale / features.shape[1] ** 0.5 * length)
+    jittered: Tensor = features + torch.randn_like(features) * (scale / features.shape[1] ** 0.5 * length)
+    return jittered
 
 
 class Transformer(nn.Module):
@@ -210,7 +211,8 @@ class UniAD(Detector):
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
         clean, found = self._reconstruct(batch, device)
-        return (found - clean).norm(dim=1)
+        distances: Tensor = (found - clean).norm(dim=1)
+        return distances
 
     def _image_scores(self, maps: Tensor) -> Tensor:
         fine = upsample(maps, FINE * maps.shape[1])
