@@ -18,6 +18,7 @@ from PIL import Image
 from flawsift import __version__
 from flawsift.cli import main
 from flawsift.datasets import write_mvtec
+from flawsift.detector import DETECTORS
 from flawsift.testing import easy_set
 
 TINY = ["--backbone", "tiny", "--size", "64"]
@@ -256,7 +257,7 @@ def test_cache_commands(run: Any, easy_folder: Path, tmp_path: Path) -> None:
 
 def test_detectors_are_listed(run: Any) -> None:
     listed = run("detectors", "--json").json
-    assert set(listed) == {"cflow", "padim", "patchcore", "simplenet"}
+    assert set(listed) == set(DETECTORS)
     assert listed["patchcore"]["params"]["coreset_ratio"] > 0
     assert listed["padim"]["presets"] == ["default", "paper"]
 

@@ -148,7 +148,7 @@ def _select(
             normal = train.ids[truth.select(train.ids).labels == 0]
             selection = Selection(train if preset == NONE else train.select(normal), None, None)
         else:
-            found = reselected(stage1, options) if plain else stage1
+            found = reselected(stage1, options, detector) if plain else stage1
             selection = Selection(found.purified(train), found.consensus, found.contamination)
         chosen[preset] = selection, stage1, seconds
     return chosen

@@ -23,7 +23,6 @@ TRIM = 0.25  # share cut off at each end by the trimmed mean: the lowest and hig
 FIT_QUANTILES = (0.1, 0.5)  # the fit sees no score above the median: half the set may be anomalous
 TAIL_CUT = 3.0  # in Gumbel scales above the location: 5 % of normal images lie there
 TAIL_SIGMAS = 2.0  # the excess must exceed this many binomial standard errors to count
-REJECT_Z = 3.0  # robust deviations: one normal patch in 740 would lie above, were patch scores normal
 DILATION_GRID = 8  # a rejected patch takes its eight neighbours along, unless the grid is so coarse that these are much
 MAX_REJECTED = 0.2  # share of an image's patches; an image that loses more is removed whole: good images rarely do
 MIN_FOR_ESTIMATE = 20  # quantiles of fewer scores say nothing

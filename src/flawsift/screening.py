@@ -20,7 +20,6 @@ from torch import Tensor
 
 from flawsift.consensus import (
     COMBINE,
-    REJECT_Z,
     Consensus,
     Contamination,
     Floats,
@@ -58,7 +57,7 @@ class ScreenOptions(TypedDict, total=False):
     normalize: Normalize
     exclude_own: bool
     divergence_weight: float
-    reject_patches: float
+    reject_patches: float | None
 
 
 PRESETS: Mapping[str, ScreenOptions] = {
@@ -73,7 +72,7 @@ PRESETS: Mapping[str, ScreenOptions] = {
         "divergence_weight": 0.0,
         "reject_patches": 0.0,
     },
-    # held-out scores only, on one scale; defective patches go, and only images that are full of them
+    # held-out scores only, on one scale; where the detector can, defective patches go instead of whole images
     "default": {
         "n_subsets": 5,
         "n_partitions": 1,
@@ -82,7 +81,7 @@ PRESETS: Mapping[str, ScreenOptions] = {
         "normalize": "robust",
         "exclude_own": True,
         "divergence_weight": 0.0,
-        "reject_patches": REJECT_Z,
+        "reject_patches": None,
     },
 }
 
@@ -167,7 +166,7 @@ def screen(
     normalize: Normalize = "robust",
     exclude_own: bool = True,
     divergence_weight: float = 0.0,
-    reject_patches: float = REJECT_Z,
+    reject_patches: float | None = None,
     seed: int = 0,
     device: str = "auto",
     checkpoint: Path | None = None,
@@ -191,7 +190,8 @@ def screen(
             own images near zero.
         divergence_weight: Weight of the divergence of equation 2 beside the consensus, both in robust units.
         reject_patches: Patches whose mean held-out score lies so many robust deviations above the set's median are not
-            learned from in stage 2, by detectors that can leave out patches; 0 rejects none.
+            learned from in stage 2, by detectors that can leave out patches; 0 rejects none, None takes the
+            detector's own `patch_rejection`.
         seed: Of the partitions. Sub-models use the detector's own seed.
         device: Where sub-models run.
         checkpoint: A folder for finished sub-models' scores, so that a killed run goes on where it was.
@@ -204,6 +204,7 @@ def screen(
         InputError: Fewer images (or groups) than subsets.
         ExecutorError: Workers were lost more often than a task is retried.
     """
+    reject_patches = detector.patch_rejection if reject_patches is None else reject_patches
     options = {
         "n_subsets": n_subsets,
         "n_partitions": n_partitions,
@@ -247,7 +248,7 @@ def screen(
     )
 
 
-def reselected(stage1: Screening, options: ScreenOptions) -> Screening:
+def reselected(stage1: Screening, options: ScreenOptions, detector: Detector) -> Screening:
     """What other options keep, from the score matrix of a screening with as many subsets and partitions.
 
     Equal to a `screen` of its own, whose sub-models would be the same; `divergence_weight` must be 0.
@@ -255,9 +256,11 @@ def reselected(stage1: Screening, options: ScreenOptions) -> Screening:
     own = own_mask(stage1.subset_of, options["n_subsets"])
     scores = normalize_scores(stage1.score_matrix, own, options["normalize"])
     voted = combine(scores, own, options["consensus"], exclude_own=options["exclude_own"])
-    kept, rejected, estimate = _choose(stage1.ids, voted, stage1.grids, options["keep"], options["reject_patches"])
-    given = {**options, "seed": stage1.options["seed"], "keep_share": len(kept) / len(stage1.ids)}
-    return replace(stage1, consensus=voted, kept=kept, rejected=rejected, contamination=estimate, options=given)
+    given = options["reject_patches"]
+    z = detector.patch_rejection if given is None else given
+    kept, rejected, estimate = _choose(stage1.ids, voted, stage1.grids, options["keep"], z)
+    used = {**options, "reject_patches": z, "seed": stage1.options["seed"], "keep_share": len(kept) / len(stage1.ids)}
+    return replace(stage1, consensus=voted, kept=kept, rejected=rejected, contamination=estimate, options=used)
 
 
 def _choose(
@@ -282,7 +285,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         "consensus": (options["consensus"] in COMBINE, f"be one of {sorted(COMBINE)}"),
         "normalize": (options["normalize"] in ("none", "robust", "rank"), "be 'none', 'robust' or 'rank'"),
         "divergence_weight": (options["divergence_weight"] >= 0, "not be negative"),
-        "reject_patches": (options["reject_patches"] >= 0, "not be negative"),
+        "reject_patches": ((options["reject_patches"] or 0) >= 0, "not be negative"),
     }
     if options["divergence_weight"] > 0 and k < 2:
         checks["n_subsets"] = (False, "be at least 2 for a divergence")
