@@ -30,6 +30,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "uniad": {"patch": 8, "width": 32, "epochs": 12, "batch_size": 4},
 }
 
+# what cannot hold, and why
+UNMET = {
+    (
+        "funad",
+        "check_easy_defects_are_found",
+    ): "it learns from the anomalies in training, and this check trains on none",
+}
+
 
 def test_every_detector_has_a_small_form() -> None:
     assert set(SMALL) == set(DETECTORS)
@@ -37,5 +45,7 @@ def test_every_detector_has_a_small_form() -> None:
 
 @pytest.mark.parametrize("name", sorted(DETECTORS))
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_detector(name: str, check: Callable[[Detector], None]) -> None:
+def test_detector(name: str, check: Callable[[Detector], None], request: pytest.FixtureRequest) -> None:
+    if reason := UNMET.get((name, check.__name__)):
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
     check(make_detector(name, **SMALL[name]))

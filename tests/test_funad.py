@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flawsift.detectors import funad
-from flawsift.detectors.funad import FUNAD, Head, Memory, balanced_loss, smoothness_loss, spread
+from flawsift.detectors._funad_net import Head, Memory, balanced_loss, smoothness_loss, spread
+from flawsift.detectors.funad import FUNAD
 from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures
 from flawsift.images import Batch, ImageSet
 from flawsift.metrics import image_auroc
 from flawsift.nn import mutual_pairs
+from flawsift.testing import easy_set, with_features
 from flawsift.training import Watch, seeded
 
 Array = npt.NDArray[np.float32]
@@ -291,6 +293,15 @@ def test_pseudo_labels_and_maps_find_planted_defects(monkeypatch: pytest.MonkeyP
     assert image_auroc(maps.flatten().numpy(), places.flatten().astype(np.int8)) > 0.99
 
 
+def test_easy_defects_are_found_when_some_are_in_training() -> None:
+    data = easy_set()
+    detector = FUNAD(layers=("stride8",), steps=80, hidden=(64, 32), bank_size=500, learning_rate=3e-3)
+    train, test = np.r_[0:28, 40:45], np.r_[28:40, 45:50]  # of 40 normal and 10 defective images
+    detector.fit(with_features(data.images.select(train), detector))
+    found = detector.predict(with_features(data.images.select(test), detector), maps=False)
+    assert image_auroc(found.scores, data.truth.select(test).labels) > 0.85
+
+
 def test_a_set_without_anomalies_reports_what_it_takes_for_them() -> None:
     found = small(steps=30).fit(random_set(30))
     assert 0 < found.positive_share_ < 0.2
@@ -347,7 +358,7 @@ def test_bad_use_is_told() -> None:
         ({"bank_size": 0}, "bank_size must be at least 1, or None"),
         ({"projection_dim": 0}, "projection_dim must be at least 1, or None"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"search": "both"}, "search must be 'input' or 'adapted', got 'both'"),
+        ({"search": "both"}, "search must be 'patch' or 'adapted', got 'both'"),
         ({"scaling": "max"}, "scaling must be 'robust' or 'minmax'"),
         ({"tau": 0.0}, "tau must be positive"),
         ({"tau_sure": 0.4}, "tau_sure must not be below tau"),

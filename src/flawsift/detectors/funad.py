@@ -1,6 +1,5 @@
 """FUN-AD: a patch classifier that is taught by distances to a memory bank which it purifies itself."""
 
-import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,94 +11,20 @@ from torch import Tensor, nn
 
 from flawsift import training
 from flawsift.detector import Detector, resolve_device
+from flawsift.detectors._funad_net import SLOPE, Head, Memory, balanced_loss, follow, smoothness_loss, spread
 from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
 from flawsift.nn import NearestNeighbors, mutual_pairs, random_projection
 from flawsift.training import UNWATCHED, Watch
 
-SLOPE = 0.2  # of all LeakyReLUs, as the authors have it
 MOMENTUM = 0.2  # of RMSprop, as the authors have it
 COPY = 1e-2  # squared distances below it are copies, the patch itself among them: the authors' constant
 DRAWN = 0.5  # share of the candidate images that enter the bank, as the authors have it
 CANDIDATE = 0.5  # images below this place between the lowest and the highest image score are candidates ("minmax")
-RANKED = (
-    0.6  # or this share, by rank ("robust"): stage 1 keeps 40 % at least, so more than 60 % are never good for sure
-)
+RANKED = 0.6  # or this share, by rank ("robust"): at higher contamination no method here is of use
 MIN_IMAGES, MIN_SHARE = 8, 0.1  # the bank has images enough, whatever the scores
-MEMORY = 0.9  # of the running scale of distances: about the last ten batches, 320 images
 TYPICAL, EXTREME = 0.5, 0.999  # quantiles of a batch's distances that the running scale rests on
 WARMUP = 20  # steps: RMSprop's first steps are ten times the learning rate, as its averages start at 0
-
-
-class Head(nn.Module):
-    """Adaptor and discriminator: image vectors and patches to logits.
-
-    The image vector meets its weights once per image: W [image; patch] = W_i image + W_p patch.
-    """
-
-    def __init__(self, n_image: int, n_patch: int, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.n_image, sizes = n_image, [n_image + n_patch, *hidden]
-        self.adaptor = nn.Linear(sizes[0], sizes[0])
-        pairs = [(nn.Linear(a, b), nn.LeakyReLU(SLOPE)) for a, b in itertools.pairwise(sizes)]
-        self.discriminator = nn.Sequential(*(layer for pair in pairs for layer in pair), nn.Linear(sizes[-1], 1))
-
-    def adapt(self, image: Tensor, patches: Tensor) -> Tensor:
-        """(B, P, D) adapted features before their LeakyReLU, from (B, I) and (B, P, C) with D = I + C."""
-        weight = self.adaptor.weight
-        whole = F.linear(image, weight[:, : self.n_image], self.adaptor.bias)
-        return whole.unsqueeze(1) + F.linear(patches, weight[:, self.n_image :])
-
-    def judge(self, adapted: Tensor) -> Tensor:
-        """(...) logits of (..., D) adapted features before their LeakyReLU."""
-        found: Tensor = self.discriminator(F.leaky_relu(adapted, SLOPE))
-        return found.squeeze(-1)
-
-    def forward(self, image: Tensor, patches: Tensor) -> Tensor:
-        """(B, P) logits."""
-        return self.judge(self.adapt(image, patches))
-
-
-class Memory(nn.Module):
-    """What training remembers between steps, in buffers, so that a checkpoint has it.
-
-    `bank`: (M, D) image vector and patch of each entry, before the adaptor, which moves on; `owners`: (M,) ids of their
-    images, -1 where there is no entry; `scale`: (2,) running typical and extreme squared distance; `positive`: running
-    share of patches that are taken for anomalous.
-    """
-
-    bank: Tensor
-    owners: Tensor
-    scale: Tensor
-    positive: Tensor
-
-    def __init__(self, size: int, width: int, *, keep: bool) -> None:
-        super().__init__()
-        self.register_buffer("bank", torch.zeros(size, width), persistent=keep)
-        self.register_buffer("owners", torch.full((size,), -1), persistent=keep)
-        self.register_buffer("scale", torch.full((2,), torch.nan))
-        self.register_buffer("positive", torch.tensor(torch.nan))
-
-
-def follow(running: Tensor, value: Tensor) -> Tensor:
-    """Moves a running value, nan before the first, in place towards that of a batch; returns it."""
-    return running.copy_(torch.where(running.isnan(), value, MEMORY * running + (1 - MEMORY) * value))
-
-
-def spread(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Values on a scale with `low` at 0 and `high` at 1; all 0 where the two are equal."""
-    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
-
-
-def balanced_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of the anomalous patches plus that of the normal ones; a class without patches adds 0."""
-    each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
-    return each[labels].sum() / labels.sum().clamp_min(1) + each[~labels].sum() / (~labels).sum().clamp_min(1)
-
-
-def smoothness_loss(scores: Tensor, pairs: Tensor) -> Tensor:
-    """0.5 mean |s_i - s_j| over (M, 2) mutual pairs, each once; 0 without pairs."""
-    return 0.5 * (scores[pairs[:, 0]] - scores[pairs[:, 1]]).abs().sum() / max(1, len(pairs))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -140,7 +65,7 @@ class FUNAD(Detector):
         rebuild_every: Steps between two choices of the bank.
         bank_size: Most patches in the bank, evenly from its images; None for all.
         projection_dim: Of a random projection for the searches; None for none.
-        search: Whether "input" or "adapted" features are searched.
+        search: What is searched: "patch" without the image's vector, or "adapted" features.
         exclude_own: Whether patches of the same image are left out of the search in the bank.
         scaling: "robust" or "minmax": how distances come to the scale of `tau`, and image scores to a choice.
         tau, tau_sure: Scaled distances above which a patch counts as anomalous, and surely does.
@@ -172,7 +97,7 @@ class FUNAD(Detector):
     rebuild_every: int = 50
     bank_size: int | None = 3000
     projection_dim: int | None = 128
-    search: Literal["input", "adapted"] = "input"
+    search: Literal["patch", "adapted"] = "patch"
     exclude_own: bool = True
     scaling: Literal["robust", "minmax"] = "robust"
     tau: float = 0.5
@@ -191,7 +116,7 @@ class FUNAD(Detector):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "be at least 1, or None")
         for name in ("learning_rate", "tau"):
             self._require(name, getattr(self, name) > 0, "be positive")
-        self._require("search", self.search in ("input", "adapted"), "be 'input' or 'adapted'")
+        self._require("search", self.search in ("patch", "adapted"), "be 'patch' or 'adapted'")
         self._require("scaling", self.scaling in ("robust", "minmax"), "be 'robust' or 'minmax'")
         self._require("tau_sure", self.tau_sure >= self.tau, "not be below tau")
         self._require("smoothness", self.smoothness >= 0, "not be negative")
@@ -278,7 +203,9 @@ class FUNAD(Detector):
             patches = patches[:, torch.randperm(patches.shape[1], device=patches.device)[: self.patches_per_image]]
         clean = head.adapt(image, patches).flatten(0, 1)  # (B P, D)
         x = torch.cat([image.unsqueeze(1).expand(-1, patches.shape[1], -1), patches], 2)  # (B, P, D)
-        keys, bank = (x.flatten(0, 1), memory.bank) if self.search == "input" else (clean, head.adaptor(memory.bank))
+        keys, bank = clean, head.adaptor(memory.bank)
+        if self.search == "patch":
+            keys, bank = patches.flatten(0, 1), memory.bank[:, image.shape[1] :]
         keys, bank = self._searchable(keys), self._searchable(bank)
         scaled = self._scaled(memory, self._distances(memory, bank, keys, batch))
         labels = scaled > self.tau
@@ -296,7 +223,7 @@ class FUNAD(Detector):
 
     def _searchable(self, features: Tensor) -> Tensor:
         """(N, d) what distances are between, from (N, D) features or adapted ones before their LeakyReLU."""
-        found = features.detach() if self.search == "input" else F.leaky_relu(features.detach(), SLOPE)
+        found = features.detach() if self.search == "patch" else F.leaky_relu(features.detach(), SLOPE)
         if self.projection_dim is None or self.projection_dim >= found.shape[1]:
             return found
         generator = torch.Generator().manual_seed(self.seed)
