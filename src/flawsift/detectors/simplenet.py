@@ -67,13 +67,16 @@ class SimpleNet(Detector):
     into q, and D(q) is pushed above the margin, D(q + noise) below minus the margin. The map is -D(q), the image score
     its maximum.
 
-    Cost: Per step, `patches` rows through two matrices, D x D and D x `hidden_dim`. The default takes COST.
-    Contamination: CONTAMINATION
-    Differs from the paper: noise is in units of the embedding's standard deviation per dimension (`standardize`; the
-        published 0.015 assumes pooled taps of a WideResNet-50); a step sees `patches` random patches of its images,
-        not all; training is counted in steps instead of epochs, so small sets get as many; the weights of the last
-        half of the steps are averaged (`average`), as accuracy goes up and down from step to step, while the published
-        code keeps those of the best test result; no centre crop.
+    Cost: Per step, the embedding of `batch_size` images and `patches` rows through matrices of D x D and D x
+        `hidden_dim`. With the embedded backbone at 256 px and one core, a fit takes about 30 s whatever the size of the
+        set, and prediction 25 ms per image; the budget preset a third of that. The state does not grow with the set.
+    Contamination: Sensitive. Defective patches are trained as normal ones, against noise around them: a fifth of
+        defective images cost 0.05 to 0.09 of image AUROC on the two sets that were looked at.
+    Differs from the paper: Noise is in units of the embedding's standard deviation per dimension (`standardize`); the
+        published 0.015 assumes pooled taps of a WideResNet-50. A step sees `patches` random patches of its images, not
+        all. Training is counted in steps, not epochs, so small sets get as many. Weights are averaged over the last
+        half of the steps (`average`), as accuracy goes up and down from step to step; the published code keeps those
+        of the best test result. No centre crop.
     Reference: Liu et al., "SimpleNet: A Simple Network for Image Anomaly Detection and Localization", CVPR 2023,
         arXiv 2303.15140, section 3.
 
