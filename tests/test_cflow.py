@@ -146,7 +146,8 @@ def test_maps_are_sums_on_a_scale_of_the_training_set(scale: str) -> None:
     a, b = normal(9), normal(9, 6, 2, seed=1)
     data = feature_set(a=a, b=b)
     flow = CFlow(layers=("a", "b"), n_blocks=1, position_dim=4, steps=3, scale=scale).fit(data)  # type: ignore[arg-type]
-    new = feature_set(a=3 * normal(2, seed=5), b=3 * normal(2, 6, 2, seed=6))
+    stretch = np.array([3, 0], np.float32)[:, None, None, None]  # the second image is likelier than all of training
+    new = feature_set(a=stretch * normal(2, seed=5), b=stretch * normal(2, 6, 2, seed=6))
     mine = flow._log_likelihoods(next(data.batches(("a", "b"))), "cpu")
     theirs = flow._log_likelihoods(next(new.batches(("a", "b"))), "cpu")
     expected = torch.zeros(2, 4, 4)
@@ -156,6 +157,7 @@ def test_maps_are_sums_on_a_scale_of_the_training_set(scale: str) -> None:
         else:
             missing = 1 - torch.exp((values - known.max()).clamp(max=0))
         expected += torch.nn.functional.interpolate(missing[:, None], (4, 4), mode="bilinear")[:, 0]
+    assert theirs[0][1].min() > mine[0].max()
     scores, maps = flow.predict_grids(new)
     torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(scores, expected.amax((1, 2)), rtol=1e-4)

@@ -1,6 +1,7 @@
 """SimpleNet against loops written out, the published parameter counts, and the equations of its loss."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,19 @@ from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures, attach
 from flawsift.images import Batch, ImageSet
 from flawsift.screening import screen
-from flawsift.training import Recipe, seeded
+from flawsift.training import Recipe, Watch, seeded, weights_of
 
 SMALL: dict[str, Any] = {"layers": ("a",), "embedding_dim": 8, "hidden_dim": 8}
-# noise above the spread of the patches, which fill their few dimensions: below it there is nothing to tell apart
-FAST: dict[str, Any] = {**SMALL, "noise": 2.0, "adaptor_rate": 1e-3, "discriminator_rate": 1e-2, "steps": 150}
+# noise above the spread of the patches, which fill their few dimensions: below it there is nothing to tell apart; and
+# more hidden units than dimensions, to surround them
+FAST: dict[str, Any] = {
+    **SMALL,
+    "hidden_dim": 64,
+    "noise": 2.0,
+    "adaptor_rate": 1e-3,
+    "discriminator_rate": 1e-2,
+    "steps": 150,
+}
 
 
 def feature_set(**features: npt.NDArray[np.floating]) -> ImageSet:
@@ -149,13 +158,17 @@ def test_noise_follows_the_scale_of_the_features() -> None:
     assert torch.equal(plain.statistics_, torch.tensor([[0.0], [1.0]]).expand(2, 8))
 
 
-def test_training_is_that_of_two_optimisers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("average", "last"), [(0.0, 1), (0.4, 2), (1.0, 5)])
+def test_training_is_that_of_two_optimisers_and_weights_are_averaged(
+    average: float, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
     data = feature_set(a=normal(6))
-    detector = SimpleNet(**{**FAST, "steps": 5}, patches=None, batch_size=4).fit(data)
+    detector = SimpleNet(**{**FAST, "steps": 5, "average": average}, patches=None, batch_size=4).fit(data)
     net = detector._build()
     adaptor = torch.optim.AdamW(net.adaptor.parameters(), lr=1e-3, weight_decay=0.01)
     discriminator = torch.optim.Adam(net.discriminator.parameters(), lr=1e-2, weight_decay=1e-5)
+    path = []
     for step in range(5):
         ids = Recipe(steps=5, batch_size=4).ids_at(data.ids, step)
         adaptor.zero_grad()
@@ -164,8 +177,26 @@ def test_training_is_that_of_two_optimisers(monkeypatch: pytest.MonkeyPatch) -> 
         loss.backward()  # type: ignore[no-untyped-call]
         adaptor.step()
         discriminator.step()
-    for name, value in net.state_dict().items():
-        torch.testing.assert_close(detector.weights_[name], value, rtol=1e-4, atol=1e-5)
+        path.append(weights_of(net))
+    for name in path[0]:
+        if path[0][name].is_floating_point():
+            expected = torch.stack([weights[name] for weights in path[-last:]]).mean(0)
+            torch.testing.assert_close(detector.weights_[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_killed_training_goes_on_to_the_same_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)  # a checkpoint after every step
+    data, detector = feature_set(a=normal(6)), SimpleNet(**{**SMALL, "steps": 8})
+    expected = detector.clone().fit(data)
+
+    def killed(stage: str, done: int, total: int) -> None:
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        detector.clone().fit(data, watch=Watch(killed, tmp_path / "state"))
+    again = detector.clone().fit(data, watch=Watch(checkpoint=tmp_path / "state"))
+    assert all(torch.equal(again.weights_[name], value) for name, value in expected.weights_.items())
 
 
 def test_far_patches_score_above_all_of_training() -> None:
@@ -240,6 +271,7 @@ def test_it_is_a_sub_model_and_a_final_detector(tiny: Backbone, easy: Dataset) -
         ({"margin": -1.0}, "SimpleNet.margin must be positive, got -1.0."),
         ({"adaptor_rate": 0.0}, "SimpleNet.adaptor_rate must be positive, got 0.0."),
         ({"discriminator_rate": 0.0}, "SimpleNet.discriminator_rate must be positive, got 0.0."),
+        ({"average": 1.5}, "SimpleNet.average must be in [0, 1], got 1.5."),
         ({"patches": 0}, "SimpleNet.patches must be at least 1, or None, got 0."),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from flawsift.detector import Detector, resolve_device
 from flawsift.images import Batch, ImageSet
@@ -66,12 +67,16 @@ class SimpleNet(Detector):
     into q, and D(q) is pushed above the margin, D(q + noise) below minus the margin. The map is -D(q), the image score
     its maximum.
 
-    Cost: Per step, `patches` rows through two matrices, D x D and D x `hidden_dim`. The default takes COST.
-    Contamination: CONTAMINATION
-    Differs from the paper: noise is in units of the embedding's standard deviation per dimension (`standardize`; the
-        published 0.015 assumes pooled taps of a WideResNet-50); a step sees `patches` random patches of its images,
-        not all; training is counted in steps instead of epochs, so small sets get as many; the last step's weights
-        count, where the published code keeps those of the best test result; no centre crop.
+    Cost: Per step, the embedding of `batch_size` images and `patches` rows through matrices of D x D and D x
+        `hidden_dim`. With the embedded backbone at 256 px and one core, a fit takes about 30 s whatever the size of the
+        set, and prediction 25 ms per image; the budget preset a third of that. The state does not grow with the set.
+    Contamination: Sensitive. Defective patches are trained as normal ones, against noise around them: a fifth of
+        defective images cost 0.05 to 0.09 of image AUROC on the two sets that were looked at.
+    Differs from the paper: Noise is in units of the embedding's standard deviation per dimension (`standardize`); the
+        published 0.015 assumes pooled taps of a WideResNet-50. A step sees `patches` random patches of its images, not
+        all. Training is counted in steps, not epochs, so small sets get as many. Weights are averaged over the last
+        half of the steps (`average`), as accuracy goes up and down from step to step; the published code keeps those
+        of the best test result. No centre crop.
     Reference: Liu et al., "SimpleNet: A Simple Network for Image Anomaly Detection and Localization", CVPR 2023,
         arXiv 2303.15140, section 3.
 
@@ -85,6 +90,7 @@ class SimpleNet(Detector):
         patches: Most patches that a step sees; None for all of its images.
         adaptor_rate: Learning rate of the adaptor.
         discriminator_rate: Learning rate of the discriminator.
+        average: Share of the steps, the last ones, over which weights are averaged; 0 takes those of the last step.
         standardize: Whether embeddings are brought to mean 0 and standard deviation 1 in each dimension first.
         statistics_: (2, D) mean and standard deviation by which embeddings are standardised.
         weights_: Of adaptor and discriminator.
@@ -105,19 +111,21 @@ class SimpleNet(Detector):
             "patches": None,
             "adaptor_rate": 1e-4,
             "discriminator_rate": 2e-4,
+            "average": 0.0,
             "standardize": False,
         },
     }
 
     embedding_dim: int = 384
     hidden_dim: int = 256
-    noise: float = 0.2
+    noise: float = 0.5
     margin: float = 0.5
-    steps: int = 500
-    batch_size: int = 8
+    steps: int = 400
+    batch_size: int = 4
     patches: int | None = 2048
     adaptor_rate: float = 1e-4
     discriminator_rate: float = 2e-4
+    average: float = 0.5
     standardize: bool = True
 
     def __post_init__(self) -> None:
@@ -126,6 +134,7 @@ class SimpleNet(Detector):
             self._require(parameter, getattr(self, parameter) >= 1, "be at least 1")
         for parameter in ("noise", "margin", "adaptor_rate", "discriminator_rate"):
             self._require(parameter, getattr(self, parameter) > 0, "be positive")
+        self._require("average", 0 <= self.average <= 1, "be in [0, 1]")
         self._require("patches", self.patches is None or self.patches >= 1, "be at least 1, or None")
 
     def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
@@ -136,6 +145,8 @@ class SimpleNet(Detector):
         if not self.standardize:
             self.statistics_ = torch.stack([torch.zeros_like(row) + one for one, row in enumerate(self.statistics_)])
         net = self._build().to(target)
+        mean = AveragedModel(net, use_buffers=True)
+        first = self.steps - max(1, int(self.average * self.steps))
 
         def loss_of(batch: Batch, step: int) -> Tensor:
             patches = self._patches(batch)
@@ -146,12 +157,18 @@ class SimpleNet(Detector):
             penalty = torch.stack([p.square().sum() for p in net.discriminator.parameters()]).sum()
             return loss + DISCRIMINATOR_DECAY / 2 * penalty
 
+        def stop(step: int, loss: float) -> bool:
+            if step >= first:
+                mean.update_parameters(net)
+            return False
+
         adaptor = {"params": net.adaptor.parameters(), "lr": self.adaptor_rate, "weight_decay": ADAPTOR_DECAY}
         discriminator = {"params": net.discriminator.parameters(), "lr": self.discriminator_rate, "weight_decay": 0.0}
         optimizer = torch.optim.AdamW([adaptor, discriminator])
         recipe = Recipe(steps=self.steps, batch_size=self.batch_size, seed=self.seed)
-        train(net, optimizer, data, self.layers, loss_of, recipe, device=target, watch=watch)
-        self.weights_ = weights_of(net)
+        both = nn.ModuleList([net, mean])  # a checkpoint holds the mean so far, too
+        train(both, optimizer, data, self.layers, loss_of, recipe, device=target, watch=watch, stop=stop)
+        self.weights_ = weights_of(mean.module)
         return self
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
