@@ -37,7 +37,7 @@ CATEGORIES: Mapping[str, tuple[str, ...]] = {
 }
 SOURCES: Mapping[str, str] = {
     "mvtec": "https://www.mvtec.com/company/research/datasets/mvtec-ad (CC BY-NC-SA 4.0)",
-    "btad": "http://avires.dimi.uniud.it/papers/btad/btad.zip (CC BY-SA 4.0)",
+    "btad": "http://avires.dimi.uniud.it/papers/btad/btad.zip",
     "mpdd": "https://github.com/stepanje/MPDD (CC BY-NC-SA 4.0)",
     "visa": "https://github.com/amazon-science/spot-diff (CC BY 4.0)",
     "realiad": "https://realiad4ad.github.io/Real-IAD (CC BY-NC-SA 4.0)",
