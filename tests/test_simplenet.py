@@ -236,11 +236,10 @@ def test_a_step_sees_at_most_so_many_patches(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [5, 48, 48, 144], "a set smaller than a batch is one batch"
 
 
-def test_it_screens_where_sub_models_have_scales_of_their_own() -> None:
+def test_a_sub_model_with_a_scale_of_its_own_has_one_vote() -> None:
     x = 0.3 * normal(36) + 1
     x[30:, :, 1:3, 1:3] -= 4
     result = screen(feature_set(a=x), SimpleNet(**FAST), n_subsets=3, keep=0.8)
-    assert set(result.removed[:6].tolist()) == {30, 31, 32, 33, 34, 35}
     # one sub-model's logits magnified: the normaliser of stage 1 brings it back, a plain mean follows it alone
     scores = result.score_matrix.copy()
     own = own_mask(result.subset_of, 3)
