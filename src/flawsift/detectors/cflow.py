@@ -48,8 +48,8 @@ class CFlow(Detector):
         to give them a mode of their own; a fifth of defective images cost 0.03 to 0.12 of image AUROC on the two sets
         that were looked at. Few steps and whitening, which only has second moments, soften that.
     Differs from the paper: The scale of a tap's likelihood comes from the training set, not from a maximum over the
-        test set. `scale` "log" adds (mean - l) / sd; the paper's 1 - exp(l - max) is 1 for everything strange. The fixed
-        mixing is a permutation, not a random rotation, whose C^2 entries per block cost as much as the subnet.
+        test set. `scale` "log" adds (mean - l) / sd; the paper's 1 - exp(l - max) is 1 for everything strange. The
+        fixed mixing is a permutation, not a random rotation, whose C^2 entries per block cost as much as the subnet.
         Rotations are a few cached views, not random angles. A step takes the same random places of every image in its
         batch, and the same share of every grid. Training is counted in steps, not passes, so small sets get as many.
         The default whitens the fibres, reads two taps and takes far fewer steps at a higher rate. The image score is
