@@ -208,7 +208,7 @@ def test_pictures_need_maps_and_the_grid(tmp_path: Path) -> None:
     assert "--config" in examples(rows, tmp_path, None).problem
 
 
-@pytest.mark.parametrize("name", ["table1_quick.toml"])
+@pytest.mark.parametrize("name", ["table1.toml", "table1_quick.toml"])
 def test_the_grids_of_the_project_can_be_read(name: str) -> None:
     path = Path(__file__).parent.parent / "benchmarks" / name
     if not path.exists():
