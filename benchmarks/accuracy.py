@@ -103,7 +103,7 @@ def run_cell(
             "peak_mb": _rows.peak_mb(),
         }
         if arm in PRESETS:
-            row |= {"seconds_stage1": found["seconds_stage1"], "stage1_auroc": found["stage1_auroc"]}
+            row |= {key: found[key] for key in ("screener", "seconds_stage1", "stage1_auroc")}
         if arm == "default":
             row["alpha_hat"] = found["alpha_hat"]
         rows.append(row)

@@ -8,15 +8,10 @@ its share of the CPU is told. "torch eager" is what one would write first, the n
 of several batch sizes; "torch runtime" is flawsift's own (channels last, image by image). Goal: OpenVINO at least 4
 times torch eager. The share of the matmul rate says how much of what this machine can multiply at all is reached;
 2 FLOP per multiply-add.
-
-The table goes to stderr, all figures as one JSON line to stdout.
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import _rows
 from flawsift.backbones import Backbone, load_backbone
 
 GOAL = 4.0  # times torch eager
@@ -67,32 +63,6 @@ def gflop_per_image(backbone: Backbone, layers: list[str]) -> float:
     with FlopCounterMode(display=False) as counter:
         eager(backbone, torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), layers, 1)()
     return float(counter.get_total_flops()) / 1e9
-
-
-def commit() -> str | None:
-    """The checked-out commit, read from .git without running git."""
-    folder = Path(__file__).parents[1] / ".git"
-    try:
-        head = (folder / "HEAD").read_text().strip()
-        return (folder / head.removeprefix("ref: ")).read_text()[:12] if head.startswith("ref: ") else head[:12]
-    except OSError:
-        return None
-
-
-def machine() -> dict[str, object]:
-    """What the figures depend on, besides the code."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "timm", "openvino")}
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "commit": commit(),
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        **versions,
-    }
 
 
 def busy_seconds() -> tuple[float, float]:
@@ -154,35 +124,34 @@ def show(title: str, rates: dict[str, tuple[float, float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure both sets of layers and report."""
+    parser = _rows.common_flags(argparse.ArgumentParser(description=__doc__))
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
-    row: dict[str, object] = {"benchmark": "features", **machine(), "images": options.images, "size": SIZE}
+    args = parser.parse_args()
     backbones = {
         "openvino": load_backbone(size=SIZE, runtime="openvino", device="cpu"),
         "torch": load_backbone(size=SIZE, runtime="torch", device="cpu"),
         "eager": load_backbone(size=SIZE, runtime="torch", device="cpu"),
     }
     backbones["eager"]._trunk.to(memory_format=torch.contiguous_format)  # the runtime had made it channels last
-    row |= {"weights": backbones["openvino"].weights_digest[:16], "repeats": options.repeats}
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (options.images, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(0, 256, (args.images, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     before, start = busy_seconds(), time.perf_counter()
+    found: dict[str, float] = {}
     for name, layers in LAYERS.items():
-        rates = measure(backbones, pixels, layers, options.repeats)
+        rates = measure(backbones, pixels, layers, args.repeats)
         show(f"efficientnet_lite0, {SIZE} px, {' + '.join(layers)}", rates)
-        found = {key: round(value, 3) for key, value in figures(rates).items()}
-        row |= found if name == "s8_s16" else {f"{key}_{name}": value for key, value in found.items()}
+        found |= {key if name == "s8_s16" else f"{key}_{name}": value for key, value in figures(rates).items()}
     after, wall = busy_seconds(), time.perf_counter() - start
     others = (after[0] - before[0] - (after[1] - before[1])) / wall / (os.cpu_count() or 1)
-    row["others_cpu_share"] = round(max(others, 0.0), 3)
+    found["others_cpu_share"] = max(others, 0.0)
     if others > QUIET:  # torch's threads wait for each other at each layer, so a shared core hurts torch most
-        print(f"\nOther work took {others:.0%} of the CPU: the ratios flatter OpenVINO.", file=sys.stderr)
-    met = float(str(row["openvino_speedup"])) >= GOAL
-    verdict = f"{row['openvino_speedup']} x: {'met' if met else 'MISSED'}"
-    print(f"\nGoal: OpenVINO >= {GOAL:g} x torch eager at its best batch: {verdict}", file=sys.stderr)
-    print(json.dumps(row | {"goal_met": met, "load_after": round(os.getloadavg()[0], 2)}))
+        _rows.say(f"\nOther work took {others:.0%} of the CPU: the ratios flatter OpenVINO.")
+    speedup = found["openvino_speedup"]
+    verdict = f"{speedup:.2f} x: {'met' if speedup >= GOAL else 'MISSED'}"
+    _rows.say(f"\nGoal: OpenVINO >= {GOAL:g} x torch eager at its best batch: {verdict}")
+    _rows.finish("features", found, args)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,28 @@ def test_compare_trains_each_sub_model_and_each_selection_once(
     assert rows[0]["image_auroc"] == rows[1]["image_auroc"]
 
 
+def test_another_screener_leaves_thresholds_to_halves_of_what_is_kept(easy: Dataset, tiny: Backbone) -> None:
+    train, test = split(easy, tiny)
+    detector, presets = make_detector("padim", n_features=10), ["none", "default"]
+    none, default = compare(train, test, easy.truth, detector, tiny, presets, seed=0)
+    assert (none["screener"], default["screener"]) == (None, "patchcore")
+    stage1 = screen(train, make_detector("patchcore", seed=0), **PRESETS["default"], seed=0)
+    purified = stage1.purified(train)
+    scores = pipeline.cross_fitted_scores(purified, detector, seed=0)
+    assert len(scores) == len(purified)
+    model = pipeline.Model(detector.clone().fit(purified), tiny, Calibration.of(scores), {})
+    expected, _ = pipeline.evaluate(model, test, easy.truth)
+    assert {k: default[k] for k in ("image_auroc", "missed_per_100")} == {
+        k: expected[k] for k in ("image_auroc", "missed_per_100")
+    }
+    plain = compare(train, test, easy.truth, detector, tiny, presets, seed=0, calibrate=False)
+    assert [row["missed_per_100"] for row in plain] == [None, None]
+    assert [row["image_auroc"] for row in plain] == [none["image_auroc"], default["image_auroc"]]
+    own = compare(train, test, easy.truth, detector, tiny, presets, seed=0, screener="own", calibrate=False)
+    assert own[1]["screener"] == "padim"
+    assert own[0]["missed_per_100"] is not None, "the preset's sub-models have judged all images"
+
+
 def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> None:
     train, test = split(easy, tiny)
     detector = make_detector("padim", n_features=10)
@@ -192,6 +214,8 @@ def test_all_categories_by_name() -> None:
         ({"subsets": [1]}, "subsets must be whole numbers from 2"),
         ({"examples": "many"}, "examples must be a whole number"),
         ({"executor": "proces"}, "Unknown executor"),
+        ({"screener": "patchcor"}, "Unknown detector 'patchcor'"),
+        ({"calibrate": 1}, "calibrate must be a truth value"),
         ({"fan_out": "nodes"}, "fan_out must be 'cells' or 'submodels'"),
         ({"detectors": []}, r"at least one table \[\[detectors\]\]"),
         ({"detectors": [{"name": "padin"}]}, "Unknown detector 'padin'"),

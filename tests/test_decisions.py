@@ -160,7 +160,7 @@ def test_fit_trains_on_what_a_person_decided(easy_folder: Path, tiny: Backbone, 
     assert model.training["decisions"] == {"keep": 1, "remove": 1, "unsure": 1, "elsewhere": 0}
     held_out = found.held_out_scores[np.isin(found.ids, wanted)]
     np.testing.assert_allclose(model.calibration.scores, np.sort(held_out), rtol=1e-6)
-    anew = pipeline.fit(easy_folder, "padim", tiny, decisions={names[first_kept]: "remove"})
+    anew = pipeline.fit(easy_folder, "padim", tiny, screener="own", decisions={names[first_kept]: "remove"})
     assert anew.training["n_kept"] == len(found.kept) - 1
     with pytest.raises(InputError, match="None of the 1 decisions"):
         pipeline.fit(easy_folder, "padim", tiny, screening=tmp_path / "s", decisions={"x": "keep"})

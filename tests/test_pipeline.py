@@ -1,5 +1,6 @@
 """Both stages on folders: what is trained on, what is written, what is refused."""
 
+import copy
 import csv
 import json
 import shutil
@@ -21,6 +22,7 @@ from flawsift.errors import InputError, ModelError, OutputError, ParameterError
 from flawsift.features import FeatureStore, attach
 from flawsift.images import ImageSet
 from flawsift.results import load_screening, save_screening
+from flawsift.screening import screen as screen_features
 from flawsift.testing import SIZE
 
 SMALL: dict[str, Detector] = {
@@ -46,7 +48,7 @@ def test_stage_two_trains_on_exactly_what_was_kept(
 ) -> None:
     detector = SMALL[name]
     screening = pipeline.screen(easy.images, detector, tiny, store=store, keep=0.7)
-    model = pipeline.fit(easy.images, detector, tiny, store=store, keep=0.7)
+    model = pipeline.fit(easy.images, detector, tiny, store=store, keep=0.7, screener="own")
     data, _ = attach(easy.images, tiny, detector.layers, store=store)
     direct = detector.clone().fit(screening.purified(data))
     test = data.select(easy.truth.ids[::3])
@@ -64,7 +66,7 @@ def test_padim_reads_removed_images_only_for_stage_two(tiny: Backbone, easy: Dat
             fits.append(len(data))
             return super()._moments(data, device)
 
-    pipeline.fit(easy.images, Watched(n_features=30), tiny, store=store, keep=0.9, reject_patches=0.0)
+    pipeline.fit(easy.images, Watched(n_features=30), tiny, store=store, screener="own", keep=0.9, reject_patches=0.0)
     assert fits == [10, 10, 10, 10, 10, 5], "k sub-models, then the five removed images are taken out"
 
 
@@ -92,13 +94,47 @@ def test_defects_are_ranked_first_and_a_screening_can_be_edited(
     assert model.training["n_kept"] == 48
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_another_detector_screens_and_the_threshold_is_the_final_ones_own(
+    saved: bool, tiny: Backbone, easy: Dataset, easy_folder: Path, store: FeatureStore, tmp_path: Path
+) -> None:
+    final, first = SMALL["padim"], make_detector("patchcore")
+    stage1 = pipeline.screen(easy_folder, first, tiny, store=store, out=tmp_path / "s")
+    options: dict[str, Any] = {"screening": tmp_path / "s"} if saved else {"out": tmp_path / "m"}
+    model = pipeline.fit(easy_folder, final, tiny, store=store, **options)
+    data, _ = attach(ImageSet.from_folder(easy_folder), tiny, final.layers, store=store)
+    purified = stage1.purified(data)
+    assert model.training["kept_digest"] == pipeline.set_digest(purified)
+    halves = screen_features(purified, final, n_subsets=2, keep=1.0, reject_patches=0.0)
+    np.testing.assert_allclose(model.calibration.scores, np.sort(halves.held_out_scores), rtol=1e-6)
+    direct = final.clone().fit(purified)
+    test = data.select(easy.truth.ids[::3])
+    np.testing.assert_allclose(model.detector.predict(test).scores, direct.predict(test).scores, rtol=2e-3)
+    if not saved:
+        assert model.training["screener"] == "patchcore"
+        content = json.loads((tmp_path / "m" / "screening" / "screening.json").read_text())
+        assert content["detector"]["name"] == "patchcore", "the screening says who made it"
+        assert not (tmp_path / "m" / ".resume").exists()
+
+
+def test_the_screener_reads_the_layers_of_the_detector_where_its_own_are_missing(tiny: Backbone) -> None:
+    final = make_detector("padim", layers=("stride4", "stride8"), seed=3)
+    assert pipeline.resolve_screener("own", final, tiny, 3) is final
+    assert pipeline.resolve_screener("padim", final, tiny, 3) is final
+    assert pipeline.resolve_screener("patchcore", final, tiny, 3).layers == make_detector("patchcore").layers
+    assert pipeline.resolve_screener("patchcore", final, tiny, 3).seed == 3
+    shallow = copy.copy(tiny)
+    shallow.layers = tiny.layers[:2]
+    assert pipeline.resolve_screener("patchcore", final, shallow, 3).layers == ("stride4", "stride8")
+    with pytest.raises(ParameterError, match="patchcore"):
+        pipeline.resolve_screener("patchcor", final, tiny, 3)
+
+
 def test_a_screening_of_something_else_is_refused(
     tiny: Backbone, easy: Dataset, easy_folder: Path, store: FeatureStore, tmp_path: Path
 ) -> None:
     out = tmp_path / "s"
     pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, out=out, keep=0.8)
-    with pytest.raises(InputError, match="was made with detector 'patchcore', not 'padim'"):
-        pipeline.fit(easy_folder, SMALL["padim"], tiny, store=store, screening=out)
     with pytest.raises(InputError, match=r"40 images kept by the screening .* are not in the folder"):
         pipeline.fit(easy.images, SMALL["patchcore"], tiny, store=store, screening=out)
     with pytest.raises(InputError, match="either a screening or no_screen"):

@@ -7,6 +7,7 @@ has a `key` made of all that decides its figures (contents of images and labels,
 versions), so a run that was killed or extended goes on where it was. A cell that fails leaves a row that says why.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -23,13 +24,9 @@ import numpy.typing as npt
 import torch
 
 from flawsift import metrics, pipeline
-from flawsift.backbones import Backbone, load_backbone
+from flawsift.backbones import Backbone
 from flawsift.calibration import Calibration
-from flawsift.consensus import (
-    Contamination,
-    Floats,
-    keep_lowest,
-)
+from flawsift.consensus import Contamination, Floats, keep_lowest
 from flawsift.contamination import Split, contaminate, official
 from flawsift.datasets import Dataset, load
 from flawsift.detector import Detector
@@ -37,12 +34,12 @@ from flawsift.errors import FlawsiftError
 from flawsift.executors import SERIAL, Executor, Failure, Serial, make_executor
 from flawsift.features import FeatureStore, attach
 from flawsift.files import ensure_folder, write_bytes
-from flawsift.grid import NONE, ORACLE, BackboneSpec, Cell, Config, DataSpec, options_of, plan
+from flawsift.grid import BY_PRESET, NONE, ORACLE, BackboneSpec, Cell, Config, DataSpec, options_of, plan
 from flawsift.images import Ids, ImageSet
 from flawsift.metrics import GroundTruth
 from flawsift.progress import Progress, silent
 from flawsift.rows import Row, append_rows, machine, peak_mb, read_rows, source_commit
-from flawsift.screening import Screening, reselected, screen
+from flawsift.screening import SCREENERS, Screening, reselected, screen
 
 RESULTS = "results.csv"
 MAPS = "maps"  # folder of the examples' anomaly maps beside the rows; no picture is in it
@@ -78,15 +75,17 @@ def compare(
     *,
     seed: int,
     n_subsets: int | None = None,
+    screener: str = BY_PRESET,
+    calibrate: bool = True,
     device: str = "auto",
     executor: Executor = SERIAL,
     on_fitted: Callable[[str, pipeline.Model], object] | None = None,
 ) -> list[Row]:
     """Train a detector on what each preset of stage 1 keeps of a contaminated set, and measure it on a test set.
 
-    Presets with equal subsets and partitions share sub-models, which are trained once. All take their threshold from
-    those sub-models' held-out scores of the images that they train on. Presets that keep the same images share one
-    training.
+    Presets with equal screener, subsets and partitions share sub-models, which are trained once. Thresholds come from
+    held-out scores of the images that are trained on: those of sub-models of this detector, where a preset has them,
+    else of halves. Presets that keep the same images share one training.
 
     Args:
         train: Training images with features attached; its groups stay whole.
@@ -97,6 +96,9 @@ def compare(
         presets: "none", "oracle_clean" and names of `flawsift.screening.PRESETS`.
         seed: Of the partitions.
         n_subsets: k for all presets; None takes each preset's own.
+        screener: Detector of stage 1: "preset" for each preset's own, "own" for `detector`, or a name.
+        calibrate: Train sub-models on halves for thresholds, where no others are there; without, those rows have no
+            rates of false alarms and misses.
         device: Where detectors run.
         executor: Where sub-models run.
         on_fitted: Called with each preset and its model.
@@ -104,70 +106,98 @@ def compare(
     Returns:
         A row for each preset, in order.
     """
-    chosen = _select(train, truth, detector, presets, seed, n_subsets, device, executor)
+    chosen = _select(train, truth, detector, backbone, presets, seed, n_subsets, screener, device, executor)
+    own = next((s for _, s, _ in chosen.values() if s is not None and s.by_detector), None)
     alike: dict[str, list[str]] = {}
     for preset, (selection, _, _) in chosen.items():
         alike.setdefault(pipeline.set_digest(selection.purified), []).append(preset)
     figures: dict[str, Row] = {}
     for sharing in alike.values():  # one model at a time in memory
-        selection, stage1, _ = chosen[sharing[0]]
-        measured, model = _fit_and_measure(detector, selection.purified, train, test, truth, stage1, backbone, device)
+        purified = chosen[sharing[0]][0].purified
+        stages = [s for preset in sharing if (s := chosen[preset][1]) is not None and s.by_detector] or [own]
+        held_out = np.empty(0)
+        if stages[0] is not None:
+            held_out = stages[0].screening.held_out_scores[np.isin(train.ids, purified.ids)]
+        elif calibrate:
+            held_out = pipeline.cross_fitted_scores(purified, detector, seed=seed, device=device, executor=executor)
+        measured, model = _fit_and_measure(detector, purified, held_out, test, truth, backbone, device)
         for preset in sharing:
             figures[preset] = measured
             if on_fitted is not None:
                 on_fitted(preset, model)
     return [
-        {"preset": preset, "seconds_stage1": seconds, **figures[preset], **_describe(selection, stage1, truth)}
-        for preset, (selection, stage1, seconds) in chosen.items()
+        {
+            "preset": preset,
+            "screener": None if stage is None else stage.name,
+            "seconds_stage1": seconds,
+            **figures[preset],
+            **_describe(selection, train.ids, None if stage is None else stage.screening, truth),
+        }
+        for preset, (selection, stage, seconds) in chosen.items()
     ]
+
+
+class Stage(NamedTuple):
+    """A screening, the name of the detector that made it, and whether that is the final detector itself."""
+
+    screening: Screening
+    name: str
+    by_detector: bool
 
 
 def _select(
     train: ImageSet,
     truth: GroundTruth,
     detector: Detector,
+    backbone: Backbone,
     presets: Sequence[str],
     seed: int,
     n_subsets: int | None,
+    screener: str,
     device: str,
     executor: Executor,
-) -> dict[str, tuple[Selection, Screening, float]]:
-    """{preset: its selection, the screening behind it, seconds that one took}."""
-    stages: dict[tuple[object, ...], tuple[Screening, float]] = {}
-    chosen = {}
+) -> dict[str, tuple[Selection, Stage | None, float | None]]:
+    """{preset: its selection, the stage 1 behind it, seconds that one took}."""
+    stages: dict[tuple[object, ...], tuple[Stage, float]] = {}
+    chosen: dict[str, tuple[Selection, Stage | None, float | None]] = {}
     for preset in presets:
-        options = options_of(preset, n_subsets)
-        plain = options["divergence_weight"] == 0
-        shape = (options["n_subsets"], options["n_partitions"], plain or preset)
-        if shape not in stages:
-            started = time.perf_counter()
-            found = screen(train, detector, **options, seed=seed, device=device, executor=executor)
-            stages[shape] = found, time.perf_counter() - started
-        stage1, seconds = stages[shape]
         if preset in (NONE, ORACLE):
             normal = train.ids[truth.select(train.ids).labels == 0]
-            selection = Selection(train if preset == NONE else train.select(normal), None, None)
-        else:
-            found = reselected(stage1, options, detector) if plain else stage1
-            selection = Selection(found.purified(train), found.consensus, found.contamination)
-        chosen[preset] = selection, stage1, seconds
+            chosen[preset] = Selection(train if preset == NONE else train.select(normal), None, None), None, None
+            continue
+        options = options_of(preset, n_subsets)
+        first = screener_of(preset, screener, detector, backbone, seed)
+        plain = options["divergence_weight"] == 0
+        shape = (first.name, options["n_subsets"], options["n_partitions"], plain or preset)
+        if shape not in stages:
+            started = time.perf_counter()
+            found = screen(train, first, **options, seed=seed, device=device, executor=executor)
+            stages[shape] = Stage(found, first.name, first is detector), time.perf_counter() - started
+        stage, seconds = stages[shape]
+        found = reselected(stage.screening, options, first) if plain else stage.screening
+        selection = Selection(found.purified(train), found.consensus, found.contamination)
+        chosen[preset] = selection, stage, seconds
     return chosen
+
+
+def screener_of(preset: str, screener: str, detector: Detector, backbone: Backbone, seed: int) -> Detector:
+    """The detector of stage 1 of a preset, unfitted; `screener` as for `compare`."""
+    name = SCREENERS[preset] if screener == BY_PRESET else screener
+    return pipeline.resolve_screener(name, detector, backbone, seed)
 
 
 def _fit_and_measure(
     detector: Detector,
     purified: ImageSet,
-    train: ImageSet,
+    held_out: Floats,
     test: ImageSet,
     truth: GroundTruth,
-    stage1: Screening,
     backbone: Backbone,
     device: str,
 ) -> tuple[Row, pipeline.Model]:
     started = time.perf_counter()
     fitted = detector.clone().fit(purified, device=device)
     fitted_at = time.perf_counter()
-    held_out = stage1.held_out_scores[np.isin(train.ids, purified.ids)]
     model = pipeline.Model(fitted, backbone, Calibration.of(held_out), {})
     found, _ = pipeline.evaluate(model, test, truth, device=device, exact_pixels=EXACT_PIXELS)
     figures = {key: found.get(key) for key in (*METRICS, *RATES)}
@@ -178,24 +208,24 @@ def _fit_and_measure(
     return {**figures, **seconds, "model_bytes": n_bytes}, model
 
 
-def _describe(chosen: Selection, stage1: Screening, truth: GroundTruth) -> Row:
+def _describe(chosen: Selection, ids: Ids, stage1: Screening | None, truth: GroundTruth) -> Row:
     """How well the selection parts normal from anomalous images, and how well each sub-model alone would."""
-    anomalous = truth.select(stage1.ids).labels == 1
-    is_kept = np.isin(stage1.ids, chosen.purified.ids)
+    anomalous = truth.select(ids).labels == 1
+    is_kept = np.isin(ids, chosen.purified.ids)
+    share = len(chosen.purified) / len(ids)
     row: Row = {
-        "keep_share": len(chosen.purified) / len(stage1.ids),
+        "keep_share": share,
         "rejected_patches": chosen.purified.rejected_share,
         "alpha_kept": float(anomalous[is_kept].mean()),
         "kept_normal": int((is_kept & ~anomalous).sum()),
         "kept_anomalous": int((is_kept & anomalous).sum()),
         "alpha_hat": None if chosen.contamination is None else chosen.contamination.alpha_hat,
     }
-    if chosen.consensus is None:
+    if chosen.consensus is None or stage1 is None:
         return row
     mixed = 0 < anomalous.sum() < len(anomalous)
     row["stage1_auroc"] = metrics.image_auroc(chosen.consensus, anomalous.astype(np.int8)) if mixed else None
-    share = len(chosen.purified) / len(stage1.ids)
-    alone = [np.isin(stage1.ids, keep_lowest(stage1.ids, s.astype(np.float64), share)) for s in stage1.score_matrix]
+    alone = [np.isin(ids, keep_lowest(ids, s.astype(np.float64), share)) for s in stage1.score_matrix]
     row["alone_normal"] = float(np.mean([(a & ~anomalous).sum() for a in alone]))
     row["alone_anomalous"] = float(np.mean([(a & anomalous).sum() for a in alone]))
     return row
@@ -240,8 +270,7 @@ def prepare(source: Source) -> Prepared:
     if source.alpha is not None:
         options["alpha"] = source.alpha
     dataset = load(source.data.name, **options)
-    spec = source.backbone
-    backbone = load_backbone(spec.name, weights=spec.weights, size=spec.size, runtime=spec.runtime)  # type: ignore[arg-type]
+    backbone = source.backbone.load()
     truth = dataset.truth
     if truth.masks:
         truth = truth.select(truth.ids[(truth.labels == 0) | np.isin(truth.ids, list(truth.masks))])
@@ -289,6 +318,8 @@ class Runner:
         executor: Where sub-models run.
         examples: Images of each category whose maps are kept, of the first seed.
         first_seed: That seed.
+        screener: Detector of stage 1, as for `compare`.
+        calibrate: As for `compare`.
     """
 
     sources: Mapping[Cell, Source]
@@ -297,6 +328,8 @@ class Runner:
     executor: Executor
     examples: int
     first_seed: int
+    screener: str
+    calibrate: bool
 
     def warm(self, source: Source) -> None:
         """Compute the features of a source, so that no two cells do."""
@@ -310,7 +343,7 @@ class Runner:
         if detector.views:  # of the training images only: nothing else is augmented
             store = FeatureStore(self.sources[cell].store)
             train, _ = attach(train, ready.backbone, detector.layers, views=detector.views, store=store)
-        keys = {preset: _key(cell, preset, ready, detector) for preset in cell.presets}
+        keys = {preset: _key(cell, preset, ready, detector, self) for preset in cell.presets}
         missing = [preset for preset in cell.presets if keys[preset] not in self.done]
         if not missing:
             return Outcome([])
@@ -330,6 +363,8 @@ class Runner:
             missing,
             seed=cell.seed,
             n_subsets=cell.n_subsets,
+            screener=self.screener,
+            calibrate=self.calibrate,
             device=self.device,
             executor=self.executor,
             on_fitted=keep_maps,
@@ -370,8 +405,11 @@ def _split(cell: Cell, ready: Prepared) -> tuple[Split, ImageSet, ImageSet]:
     return split, ready.images.select(split.train_ids), ready.images.select(split.test_ids)
 
 
-def _key(cell: Cell, preset: str, ready: Prepared, detector: Detector) -> str:
+def _key(cell: Cell, preset: str, ready: Prepared, detector: Detector, runner: Runner) -> str:
     """All that decides the figures of a row, in 16 hex digits."""
+    first = None
+    if preset not in (NONE, ORACLE):
+        first = screener_of(preset, runner.screener, detector, ready.backbone, cell.seed)
     decides = [
         ready.data_digest,
         ready.truth_digest,
@@ -379,7 +417,7 @@ def _key(cell: Cell, preset: str, ready: Prepared, detector: Detector) -> str:
         ready.backbone.weights_digest,
         [detector.name, detector.params()],
         [cell.alpha, cell.protocol, cell.data.sizes if cell.protocol != "official" else None, cell.seed],
-        [preset, options_of(preset, cell.n_subsets)],
+        [preset, options_of(preset, cell.n_subsets), runner.calibrate, first and [first.name, first.params()]],
         pipeline.versions(),
     ]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
@@ -442,8 +480,17 @@ def run(
     rows = [] if fresh else read_rows(path)
     done = frozenset(r["key"] for r in rows if not r.get("error") and (any_commit or r.get("commit") == commit))
     by_cells = config.fan_out == "cells"
-    sources = _sources(cells, (store or FeatureStore()).root.resolve())
-    runner = Runner(sources, done, config.device, SERIAL if by_cells else executor, config.examples, config.seeds[0])
+    sources = _sources(config, cells, (store or FeatureStore()).root.resolve())
+    runner = Runner(
+        sources,
+        done,
+        config.device,
+        SERIAL if by_cells else executor,
+        config.examples,
+        config.seeds[0],
+        config.screener,
+        config.calibrate,
+    )
     outer = executor if by_cells else SERIAL
     if not isinstance(outer, Serial):  # a source that cannot be prepared fails again in its cells, which say so
         for _ in outer.completed(runner.warm, list(dict.fromkeys(sources.values()))):
@@ -473,11 +520,17 @@ def _rows_of(cell: Cell, outcome: Outcome | Failure) -> Outcome:
     return Outcome([{"preset": preset, "error": text} for preset in cell.presets])
 
 
-def _sources(cells: Sequence[Cell], store: Path) -> dict[Cell, Source]:
+def _sources(config: Config, cells: Sequence[Cell], store: Path) -> dict[Cell, Source]:
     """Where each cell's data come from; detectors on one backbone share one pass through it."""
     layers: dict[BackboneSpec, dict[str, None]] = {}
     for spec in dict.fromkeys(cell.detector for cell in cells):
-        layers.setdefault(spec.backbone, {}).update(dict.fromkeys(spec.make(0).layers))
+        known = layers.setdefault(spec.backbone, {})
+        known.update(dict.fromkeys(spec.make(0).layers))
+        with contextlib.suppress(FlawsiftError):  # a backbone that cannot be had: the cells say so
+            backbone = spec.backbone.load()
+            for preset in set(config.presets) - {NONE, ORACLE}:
+                first = screener_of(preset, config.screener, spec.make(0), backbone, 0)
+                known.update(dict.fromkeys(first.layers))
     return {
         cell: Source(
             data=cell.data,

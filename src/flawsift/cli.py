@@ -87,6 +87,9 @@ class Runtime(StrEnum):
 Images = Annotated[Path, typer.Argument(help="Folder of images, flat or nested.", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.", show_default=False)]
 DetectorName = Annotated[str, typer.Option("--detector", help="See `flawsift detectors`.")]
+ScreenerName = Annotated[
+    str | None, typer.Option("--screener", help="Detector of stage 1; 'own' for --detector. [preset: patchcore]")
+]
 DetectorPreset = Annotated[str, typer.Option("--detector-preset", help="'default', or 'paper' for its constants.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Detector parameter, such as coreset_ratio=0.1. Repeatable.")
@@ -241,6 +244,7 @@ def fit(
     device: Device = "auto",
     executor: ExecutorOption = "serial",
     cache: Cache = None,
+    screener: ScreenerName = None,
     screening: Annotated[Path | None, typer.Option("--screening", help="Use this stage 1, edited or not.")] = None,
     decisions: Decisions = None,
     no_screen: Annotated[bool, typer.Option("--no-screen", help="Train on every image.")] = False,
@@ -252,6 +256,7 @@ def fit(
     from flawsift.calibration import DEFAULT_RATE
     from flawsift.decisions import read_decisions
     from flawsift.executors import make_executor
+    from flawsift.screening import SCREENERS
 
     choices = None if decisions is None else read_decisions(decisions)
     options = _screen_options(
@@ -266,6 +271,7 @@ def fit(
             screening=screening,
             decisions=choices,
             no_screen=no_screen,
+            screener=SCREENERS[preset.value] if screener is None else screener,
             false_alarm_rate=DEFAULT_RATE if false_alarm_rate is None else false_alarm_rate,
             store=_store(cache),
             seed=seed,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from flawsift.backbones import Backbone, load_backbone
 from flawsift.datasets import CATEGORIES
 from flawsift.datasets.folder import DATA_VARIABLE
 from flawsift.datasets.realiad import ALPHAS as FUIAD_ALPHAS
@@ -22,8 +23,9 @@ from flawsift.errors import InputError, ParameterError, unknown_name
 from flawsift.executors import make_executor
 from flawsift.images import show
 from flawsift.rows import Row
-from flawsift.screening import PRESETS, ScreenOptions
+from flawsift.screening import OWN, PRESETS, ScreenOptions
 
+BY_PRESET = "preset"  # the screener that each preset of stage 1 has of its own
 NONE, ORACLE = "none", "oracle_clean"  # presets without a selection: all images, and all that are labelled normal
 PROTOCOLS = ("no_overlap", "overlap", "official")
 # a row's place in tables
@@ -32,7 +34,7 @@ SIZES = ("n_train", "test_normal", "test_anomalous")  # of `flawsift.contaminati
 
 
 def options_of(preset: str, n_subsets: int | None = None) -> ScreenOptions:
-    """The options of stage 1 of a preset; "none" and "oracle_clean" take thresholds from the default's sub-models.
+    """The options of stage 1 of a preset; "none" and "oracle_clean" have none and get the default's.
 
     Raises:
         ParameterError: There is no such preset.
@@ -51,6 +53,10 @@ class BackboneSpec:
     size: int = 256
     weights: str | None = None
     runtime: str = "auto"
+
+    def load(self) -> Backbone:
+        """The backbone; see `flawsift.backbones.load_backbone`."""
+        return load_backbone(self.name, weights=self.weights, size=self.size, runtime=self.runtime)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +117,8 @@ class Config:
     executor: str = "serial"
     fan_out: str = "cells"
     examples: int = 3
+    screener: str = BY_PRESET
+    calibrate: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +162,8 @@ def read_config(path: str | Path) -> Config:
 
     Top level: `alphas`, `seeds`, `presets` (none, oracle_clean, paper, default, ...), `protocols` (no_overlap, overlap,
     official), `subsets` (values of k; empty for the presets' own), `device`, `executor` (as for `--executor`),
-    `fan_out` ("cells" or "submodels": what the executor gets), `examples` (pictures per category in the report).
+    `fan_out` ("cells" or "submodels": what the executor gets), `examples` (pictures per category in the report),
+    `screener` and `calibrate` (as for `flawsift.benchmark.compare`).
     Tables: `backbone` (name, size, weights, runtime); `[[data]]` (name, categories, protocols, n_train, test_normal,
     test_anomalous, and options of its loader); `[[detectors]]` (name, label, preset, params, backbone).
 
@@ -209,6 +218,8 @@ def _check(config: Config) -> None:
             raise ParameterError(f"benchmark: {name} must be {what}, got {values}.")
         _distinct(name, [str(v) for v in values])
     make_executor(config.executor)
+    if config.screener not in (BY_PRESET, OWN):
+        detector_class(config.screener)
     for spec in config.detectors:
         spec.make(0)  # bad parameters are told now, not after hours
 
@@ -269,7 +280,7 @@ def _distinct(what: str, names: Sequence[str]) -> None:
 
 
 def _kind(value: object) -> str:
-    return {tuple: "list", str: "text", int: "whole number"}[type(value)]
+    return {tuple: "list", str: "text", int: "whole number", bool: "truth value"}[type(value)]
 
 
 def plan(config: Config) -> list[Cell]:

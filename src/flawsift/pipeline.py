@@ -24,7 +24,7 @@ from flawsift.backbones import Backbone, load_backbone
 from flawsift.calibration import DEFAULT_RATE, Calibration, Threshold
 from flawsift.decisions import decided, read_decisions
 from flawsift.detector import Additive, Detector, Prediction, load_detector, make_detector
-from flawsift.errors import InputError, ModelError
+from flawsift.errors import InputError, ModelError, ParameterError
 from flawsift.executors import SERIAL, Executor
 from flawsift.features import FeatureStore, StoredFeatures, attach, stream
 from flawsift.files import ensure_folder, write_json
@@ -33,11 +33,12 @@ from flawsift.lookalikes import describe
 from flawsift.metrics import GroundTruth, StreamingAUPRO
 from flawsift.progress import Progress, silent
 from flawsift.results import ROOT, Predictions, SavedScreening, load_screening, save_screening
-from flawsift.screening import PRESETS, Screening, ScreenOptions
+from flawsift.screening import OWN, PRESETS, SCREENERS, Screening, ScreenOptions
 from flawsift.screening import screen as screen_features
 from flawsift.training import Watch
 
 FORMAT = 1  # of the model folder
+CALIBRATION_SUBSETS = 2  # of the kept images, for a threshold where stage 1 had another detector: two trainings suffice
 VERSIONED = ("torch", "timm", "openvino", "numpy", "pillow")  # packages whose version can change a score
 
 
@@ -166,6 +167,7 @@ def fit(
     screening: str | Path | None = None,
     decisions: str | Path | Mapping[str, str] | None = None,
     no_screen: bool = False,
+    screener: Detector | str = SCREENERS["default"],
     false_alarm_rate: float = DEFAULT_RATE,
     store: FeatureStore | None = None,
     seed: int = 0,
@@ -178,12 +180,18 @@ def fit(
 ) -> Model:
     """Both stages: screen, then train the detector on what is kept, with a threshold from held-out scores.
 
+    Those are the scores of stage 1 where it had the same detector. Where it had another, two sub-models are trained on
+    halves of what is kept, and each scores the half that it has not seen.
+
     Args:
         images: As for `screen`, and so are detector, backbone, store, seed, device, progress, executor and options.
-        screening: A folder that `screen` wrote, its `kept` column perhaps edited, instead of a new stage 1.
+        screening: A folder that `screen` wrote, its `kept` column perhaps edited, instead of a new stage 1. Any
+            detector and backbone may have made it.
         decisions: What a person decided, from `flawsift review`: a CSV file with the columns path and decision, or
             {relative path: decision}. "keep" and "remove" override the screening; "unsure" leaves it.
         no_screen: Train on everything. Sub-models are trained all the same, for the threshold's held-out scores.
+        screener: The detector of stage 1, "own" for `detector` itself as in the paper. A name that is the detector's
+            own means the detector as it is given.
         false_alarm_rate: The share of good parts that the threshold may stop.
         out: The model folder; stage 1 is written to `out/screening`.
         on_screened: Called with the result of a new stage 1, before stage 2.
@@ -200,13 +208,15 @@ def fit(
     Calibration.of([]).threshold(false_alarm_rate)  # a bad rate is told now, not after the work
     choices = decisions if isinstance(decisions, Mapping) else read_decisions(decisions) if decisions else {}
     counts: dict[str, int] = {}
-    p = _prepare(images, detector, backbone, store, seed, progress)
+    own = no_screen or screening is not None  # no other detector's stage 1
+    p = _prepare(images, detector, backbone, store, seed, progress, OWN if own else screener)
     total: Detector | None = None
+    held_out: npt.NDArray[np.float64] | None  # None: to be had by sub-models of their own
     if screening is not None:
-        saved = load_screening(screening)
-        _check_same(saved, p)
-        saved, counts = saved.decided(choices)
+        saved, counts = load_screening(screening).decided(choices)
         purified, held_out = saved.match(p.data)
+        if not _same_scores(saved, p):
+            held_out = None
     elif no_screen and len(p.data) < 2:
         purified, held_out = p.data, np.empty(0)  # nothing to hold out: no threshold
     else:
@@ -224,10 +234,22 @@ def fit(
         if on_screened is not None and not no_screen:
             on_screened(done)
         is_kept, counts = decided(done.names, done.is_kept, choices)
-        purified, held_out = done.purified(p.data, done.ids[is_kept]), done.held_out_scores[is_kept]
-    progress("detector", 0, 1)
+        purified = done.purified(p.data, done.ids[is_kept])
+        held_out = done.held_out_scores[is_kept] if p.screener is p.detector else None
     resume = None if out is None else Path(out) / ".resume"
-    checkpoint = None if resume is None else _run_folder(resume, p, set_digest(purified)) / "training.safetensors"
+    run = None if resume is None else _run_folder(resume, p, set_digest(purified))
+    if held_out is None:
+        held_out = cross_fitted_scores(
+            purified,
+            p.detector,
+            seed=seed,
+            device=device,
+            checkpoint=None if run is None else run / "calibration",
+            progress=progress,
+            executor=executor,
+        )
+    progress("detector", 0, 1)
+    checkpoint = None if run is None else run / "training.safetensors"
     watch = Watch(lambda _, done, of: progress("detector", done, of), checkpoint)
     fitted = _fit_purified(p, purified, total, device, watch)
     progress("detector", 1, 1)
@@ -236,6 +258,7 @@ def fit(
         "n_kept": len(purified),
         "rejected_patches": purified.rejected_share,
         "screened": not no_screen,
+        "screener": None if no_screen or screening is not None else p.screener.name,
         **({"decisions": counts} if choices else {}),
         "false_alarm_rate": false_alarm_rate,
         "seed": seed,
@@ -256,6 +279,7 @@ class _Prepared:
 
     data: ImageSet  # readable, with features
     detector: Detector
+    screener: Detector  # of stage 1; may be the same object
     backbone: Backbone
     unreadable: Mapping[str, str]
 
@@ -267,14 +291,38 @@ def _prepare(
     store: FeatureStore | None,
     seed: int,
     progress: Progress,
+    screener: Detector | str = OWN,
 ) -> _Prepared:
     found = images if isinstance(images, ImageSet) else ImageSet.from_folder(images)
     made = make_detector(detector, seed=seed) if isinstance(detector, str) else detector
     loaded = load_backbone(backbone) if isinstance(backbone, str) else backbone
-    data, failed = attach(
-        found, loaded, made.layers, views=made.views, store=store or FeatureStore(), progress=progress
-    )
-    return _Prepared(data, made, loaded, {found.source.name(i): reason for i, reason in sorted(failed.items())})
+    first = resolve_screener(screener, made, loaded, seed)
+    layers = tuple(dict.fromkeys([*made.layers, *first.layers]))
+    views = tuple(dict.fromkeys([*made.views, *first.views]))
+    data, failed = attach(found, loaded, layers, views=views, store=store or FeatureStore(), progress=progress)
+    return _Prepared(data, made, first, loaded, {found.source.name(i): reason for i, reason in sorted(failed.items())})
+
+
+def resolve_screener(screener: Detector | str, detector: Detector, backbone: Backbone, seed: int) -> Detector:
+    """The detector of stage 1: `detector` itself for "own" and for its own name, else the one named, unfitted.
+
+    Where the backbone has not the layers that the one named would read, such as strides 8 and 16 of a transformer, it
+    reads those of `detector`.
+
+    Raises:
+        ParameterError: There is no such detector.
+    """
+    if not isinstance(screener, str):
+        return screener
+    if screener in (OWN, detector.name):
+        return detector
+    made = make_detector(screener, seed=seed)
+    try:
+        for layer in made.layers:
+            backbone.resolve(layer)
+    except ParameterError:
+        return make_detector(screener, seed=seed, layers=detector.layers)
+    return made
 
 
 def _screen_prepared(
@@ -289,27 +337,28 @@ def _screen_prepared(
 ) -> tuple[Screening, Detector | None]:
     """Stage 1, and the merged sub-models of the first partition where the detector's statistics are additive."""
     full: ScreenOptions = {**PRESETS["default"], **options}
-    provenance = _provenance(p)
+    provenance = _provenance(p, p.screener)
     checkpoint = None
     if out is not None:
-        checkpoint = _run_folder(ensure_folder(out) / ".resume", p, full, seed)
+        checkpoint = _run_folder(ensure_folder(out) / ".resume", p, p.screener.name, p.screener.params(), full, seed)
     merged = _Merger(full["n_subsets"])
+    additive = p.screener is p.detector and isinstance(p.detector, Additive)
     started = time.monotonic()
     found = screen_features(
         p.data,
-        p.detector,
+        p.screener,
         **full,
         seed=seed,
         device=device,
         checkpoint=checkpoint,
-        on_submodel=merged if isinstance(p.detector, Additive) else None,  # others need not travel back from workers
+        on_submodel=merged if additive else None,  # others need not travel back from workers
         progress=progress,
         executor=executor,
     )
     provenance |= {"seconds": round(time.monotonic() - started, 2), "images_digest": set_digest(p.data)}
     if isinstance(p.data.source, FileSource):
         provenance[ROOT] = os.path.abspath(p.data.source.root)
-    descriptions = describe(p.data, p.detector.layers)
+    descriptions = describe(p.data, p.screener.layers)
     found = replace(found, descriptions=descriptions, unreadable=p.unreadable, provenance=provenance)
     if out is not None:
         save_screening(found, out)
@@ -338,7 +387,7 @@ class _Merger:
 
 def _run_folder(root: Path, p: _Prepared, *settings: Any) -> Path:
     """Where the unfinished work of one run lies, found by everything that can change its result."""
-    key = json.dumps([_provenance(p), set_digest(p.data), *settings], sort_keys=True, default=str)
+    key = json.dumps([_provenance(p, p.detector), set_digest(p.data), *settings], sort_keys=True, default=str)
     return root / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -350,23 +399,56 @@ def _fit_purified(p: _Prepared, purified: ImageSet, total: Detector | None, devi
     return p.detector.clone().fit(purified, device=device, watch=watch)
 
 
-def _provenance(p: _Prepared) -> dict[str, Any]:
+def cross_fitted_scores(
+    purified: ImageSet,
+    detector: Detector,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+    executor: Executor = SERIAL,
+) -> npt.NDArray[np.float64]:
+    """Scores to calibrate a threshold with, where stage 1 had another detector: two halves judge each other.
+
+    Args:
+        purified: The m images that the detector learns from; groups stay whole.
+        detector: Unfitted.
+        seed, device, checkpoint, progress, executor: As for `flawsift.screening.screen`.
+
+    Returns:
+        (m,) score of each image by the sub-model that has not seen it; empty where there is only one group.
+    """
+    if len(set(purified.group_names)) < CALIBRATION_SUBSETS:
+        return np.empty(0)
+    found = screen_features(
+        purified,
+        detector,
+        n_subsets=CALIBRATION_SUBSETS,
+        keep=1.0,
+        reject_patches=0.0,
+        seed=seed,
+        device=device,
+        checkpoint=checkpoint,
+        progress=progress,
+        executor=executor,
+    )
+    return found.held_out_scores
+
+
+def _provenance(p: _Prepared, detector: Detector) -> dict[str, Any]:
     return {
-        "detector": {"name": p.detector.name, "params": p.detector.params()},
+        "detector": {"name": detector.name, "params": detector.params()},
         "backbone": {"spec": p.backbone.spec, "key": p.backbone.key, "weights_digest": p.backbone.weights_digest},
         "versions": versions(),
     }
 
 
-def _check_same(saved: SavedScreening, p: _Prepared) -> None:
-    """A threshold from another detector's scores would be nonsense."""
-    for what, mine in (("detector", p.detector.name), ("backbone", p.backbone.key)):
-        theirs = saved.content.get(what, {}).get("name" if what == "detector" else "key")
-        if theirs != mine:
-            raise InputError(
-                f"The screening in '{show(saved.folder)}' was made with {what} '{theirs}', not '{mine}'. "
-                "Use the same one, or screen again."
-            )
+def _same_scores(saved: SavedScreening, p: _Prepared) -> bool:
+    """Whether the scores of a screening are this detector's: a threshold from another's would be nonsense."""
+    mine = _provenance(p, p.detector)
+    keys = (("detector", "name"), ("detector", "params"), ("backbone", "key"), ("backbone", "weights_digest"))
+    return all(saved.content.get(part, {}).get(key) == mine[part][key] for part, key in keys)
 
 
 def versions() -> dict[str, str]:

@@ -25,7 +25,10 @@ def refit(
     cache: str | Path | None = None,
     progress: Any = None,
 ) -> dict[str, Any]:
-    """Train on what a screening keeps once a person has decided, with the detector and backbone of the screening.
+    """Train on what a screening keeps once a person has decided.
+
+    Detector, backbone and false-alarm rate are those of the model that is replaced; where there is none, the detector
+    and backbone of the screening.
 
     Args:
         screening: Its folder.
@@ -53,9 +56,12 @@ def refit(
 
     found = read_screening(screening)
     try:
-        detector, backbone = found.provenance["detector"], found.provenance["backbone"]
-        made = make_detector(detector["name"], **detector["params"])
-        loaded = load_backbone(**backbone["spec"])
+        detector, spec, rate = _replaced(Path(out)) or (
+            found.provenance["detector"],
+            found.provenance["backbone"]["spec"],
+            DEFAULT_RATE,
+        )
+        made, loaded = make_detector(detector["name"], **detector["params"]), load_backbone(**spec)
     except (KeyError, TypeError) as error:
         raise InputError(f"The screening does not say how it was made: {error!r}. Screen the folder again.") from error
     choices = read_decisions(decisions)
@@ -65,7 +71,7 @@ def refit(
         loaded,
         screening=screening,
         decisions=choices,
-        false_alarm_rate=_rate_of(Path(out), DEFAULT_RATE),
+        false_alarm_rate=rate,
         store=FeatureStore(Path(cache)) if cache is not None else FeatureStore(),
         seed=found.options.get("seed", 0),
         out=out,
@@ -84,12 +90,14 @@ def refit(
     }
 
 
-def _rate_of(out: Path, default: float) -> float:
-    """The false-alarm rate of the model that is replaced, if there is one."""
+def _replaced(out: Path) -> tuple[dict[str, Any], dict[str, Any], float] | None:
+    """(name and parameters of the detector, spec of the backbone, false-alarm rate) of a model folder, if it is one."""
     try:
-        return float(json.loads((out / "model.json").read_text("utf-8"))["training"]["false_alarm_rate"])
+        model = json.loads((out / "model.json").read_text("utf-8"))
+        detector = json.loads((out / "detector.json").read_text("utf-8"))
+        return detector, model["backbone"]["spec"], float(model["training"]["false_alarm_rate"])
     except (OSError, ValueError, KeyError, TypeError):
-        return default
+        return None
 
 
 def _say(**what: Any) -> None:

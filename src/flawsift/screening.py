@@ -85,6 +85,11 @@ PRESETS: Mapping[str, ScreenOptions] = {
     },
 }
 
+OWN = "own"  # the screener that is the final detector itself
+# Detector of stage 1 by preset. The paper trains sub-models of the final detector; a memory bank sees rare patches
+# better than the other detectors do, and k of them cost less than one training of most.
+SCREENERS: Mapping[str, str] = {"paper": OWN, "default": "patchcore"}
+
 
 @dataclass(frozen=True, eq=False)
 class Screening:
