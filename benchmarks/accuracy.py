@@ -105,7 +105,7 @@ def run_cell(
         if arm in PRESETS:
             row |= {key: found[key] for key in ("screener", "seconds_stage1", "stage1_auroc")}
         if arm == "default":
-            row["alpha_hat"] = found["alpha_hat"]
+            row |= {key: found[key] for key in ("alpha_hat", "alpha_low", "alpha_high")}
         rows.append(row)
     return rows
 

@@ -362,9 +362,8 @@ def test_an_image_that_a_person_keeps_has_all_its_patches(
 ) -> None:
     result = pipeline.screen(easy.images, SMALL["patchcore"], tiny, store=store, reject_patches=1.0)
     assert result.rejected is not None
-    spoiled = result.ids[result.rejected.mean((1, 2)) > 0.2]
-    assert set(result.removed) == set(spoiled)
-    assert len(spoiled)
+    assert len(result.removed)
+    removed = set(result.removed.tolist())
     save_screening(result, tmp_path)
     rows = table(tmp_path / "screening.csv")
     for row in rows:
@@ -375,7 +374,7 @@ def test_an_image_that_a_person_keeps_has_all_its_patches(
         writer.writerows(rows)
     purified, _ = load_screening(tmp_path).match(easy.images)
     assert len(purified) == 50
-    assert not set(purified.rejected) & set(spoiled.tolist())
+    assert not set(purified.rejected) & removed
     assert purified.rejected, "patches of other images are still rejected"
 
 

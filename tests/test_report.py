@@ -38,7 +38,7 @@ from flawsift.screening import Screening
 from flawsift.testing import easy_set, tiny_backbone, with_features
 
 N, K = 40, 5
-ESTIMATE = Contamination(0.2, "Gumbel tail excess", {"observed": 0.25})
+ESTIMATE = Contamination(0.2, "Gumbel tail excess", {"observed": 0.25}, (0.15, 0.26))
 MARKUP = "<img src=x onerror=alert(1)>.png"
 
 # ---- material ------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_borderline_shows_both_sides_of_the_cut(images: ImageSet) -> None:
 def test_headline_and_estimate(images: ImageSet) -> None:
     text = words(render(make_screening(images), images).text[""])
     assert "Of 40 images, 8 look defective and were set aside; 32 were kept." in text
-    assert "Estimated share of defective images: 20.0 % (Gumbel tail excess)" in text
+    assert "Estimated share of defective images, by the Gumbel tail excess: 20 % (15 to 26 % by chance alone)." in text
     one = words(render(make_screening(images, 1), images).text[""])
     assert "1 looks defective and was set aside; 39 were kept." in one
 

@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 from flawsift import pipeline
 from flawsift.backbones import Backbone
 from flawsift.decisions import read_decisions
+from flawsift.detector import make_detector
 from flawsift.errors import InputError
 from flawsift.refit import refit
 from flawsift.results import images_of, read_screening
@@ -269,6 +270,17 @@ def test_refit_trains_with_the_decisions_and_reports(folder: Path, tmp_path: Pat
     page = (out / "report.html").read_text("utf-8")
     assert "a person decided to keep 1 and to remove 0" in page
     assert pipeline.load_model(out).training["n_kept"] == len(screening.kept) + 1
+
+
+def test_a_refit_replaces_a_model_by_one_of_its_kind(folder: Path, screened: Path, tiny: Backbone) -> None:
+    out, common = folder / "model", {"screening": folder, "out": folder / "model"}
+    final = make_detector("patchcore", coreset_ratio=0.02)
+    pipeline.fit(screened / "parts", final, tiny, false_alarm_rate=0.07, **common)
+    (folder / "d.csv").write_text("path,decision\n")
+    refit(folder, out, decisions=folder / "d.csv")
+    model = pipeline.load_model(out)
+    assert (model.detector.name, model.detector.params()) == ("patchcore", final.params()), "the screening's is padim"
+    assert model.training["false_alarm_rate"] == 0.07
 
 
 def test_names_are_found_by_what_is_shown(screened: Path) -> None:

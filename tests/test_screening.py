@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flawsift.consensus import (
+    choose,
     combine,
     estimate_contamination,
     keep_lowest,
-    keep_unspoiled,
     normalize_scores,
     own_mask,
     rejected_patches,
@@ -236,6 +236,21 @@ def test_the_estimate_never_keeps_less_than_the_paper() -> None:
     assert estimate_contamination(np.arange(5.0)).alpha_hat == 0
 
 
+def test_the_interval_holds_the_estimate_and_shrinks_with_the_number_of_images() -> None:
+    widths = []
+    for n in (100, 1600):
+        scores = np.random.default_rng(0).gumbel(0, 1, n)
+        scores[: n // 5] += 9
+        found = estimate_contamination(scores)
+        assert found.interval is not None
+        low, high = found.interval
+        assert low <= found.alpha_hat <= high
+        assert found == estimate_contamination(scores), "no chance between two calls"
+        widths.append(high - low)
+    assert widths[1] < 0.4 * widths[0]  # a quarter, were it only for the number
+    assert estimate_contamination(np.zeros(50)).interval is None
+
+
 def test_a_defect_and_its_neighbours_are_rejected() -> None:
     grids = np.random.default_rng(0).normal(5, 1, (40, 16, 16))
     grids[7, 4:6, 9] += 50
@@ -267,14 +282,35 @@ def test_coarse_grids_and_constant_scores_lose_no_neighbours() -> None:
     assert not rejected_patches(np.ones((5, 9, 9)), 3.0).any()
 
 
-def test_images_full_of_rejected_patches_go_but_never_too_many() -> None:
-    rejected = np.zeros((10, 10, 10), bool)
-    rejected[4, :2] = True  # exactly a fifth stays
-    rejected[5, :2] = rejected[5, 2, 0] = True
-    ids = np.arange(100, 110)
-    assert keep_unspoiled(ids, rejected).tolist() == [100, 101, 102, 103, 104, 106, 107, 108, 109]
-    rejected[3:] = True
-    assert keep_unspoiled(ids, rejected).tolist() == [100, 101, 102, 103], "as many as the paper keeps"
+def gumbel_set(n: int, n_defective: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Consensus and maps of a set whose last images are defective in one patch."""
+    generator = np.random.default_rng(seed)
+    grids = generator.gumbel(10, 1, (n, 10, 10))
+    grids[n - n_defective :, 3, 4] += 40
+    return grids.max((1, 2)), grids
+
+
+def test_a_clean_set_loses_at_most_patches_of_the_few_images_that_stand_out() -> None:
+    consensus, grids = gumbel_set(300, 0)
+    estimate = estimate_contamination(consensus)
+    assert estimate.alpha_hat == 0
+    kept, rejected = choose(consensus, grids, 3.0, estimate)
+    assert kept.all()
+    losing = rejected.any((1, 2))
+    assert 0 < losing.sum() <= 12
+    assert consensus[losing].min() > np.median(consensus)
+    assert set(np.flatnonzero(losing)) <= set(np.argsort(-consensus)[:12].tolist())
+
+
+def test_a_contaminated_set_loses_images_and_patches() -> None:
+    consensus, grids = gumbel_set(300, 30)
+    estimate = estimate_contamination(consensus)
+    assert estimate.alpha_hat > 0.05
+    kept, rejected = choose(consensus, grids, 3.0, estimate)
+    assert not kept[270:].any()
+    assert kept[:270].mean() > 0.9
+    np.testing.assert_array_equal(rejected[kept], rejected_patches(grids, 3.0)[kept])
+    assert not rejected[~kept].any(), "who keeps an image by hand keeps all of it"
 
 
 def test_too_few_images_and_bad_options_are_told() -> None:

@@ -219,8 +219,10 @@ def _describe(chosen: Selection, ids: Ids, stage1: Screening | None, truth: Grou
         "alpha_kept": float(anomalous[is_kept].mean()),
         "kept_normal": int((is_kept & ~anomalous).sum()),
         "kept_anomalous": int((is_kept & anomalous).sum()),
-        "alpha_hat": None if chosen.contamination is None else chosen.contamination.alpha_hat,
     }
+    if chosen.contamination is not None:
+        low, high = chosen.contamination.interval or (None, None)
+        row |= {"alpha_hat": chosen.contamination.alpha_hat, "alpha_low": low, "alpha_high": high}
     if chosen.consensus is None or stage1 is None:
         return row
     mixed = 0 < anomalous.sum() < len(anomalous)

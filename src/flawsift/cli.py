@@ -212,7 +212,7 @@ def screen(
         share = 100 * float(result.rejected[result.is_kept].mean())
         lines.append(f"Of the kept images, the {share:.1f} % most unusual patches are not learned from.")
     if result.contamination is not None:
-        lines.append(f"Estimated share of defective images: {100 * result.contamination.alpha_hat:.0f} %.")
+        lines.append(f"Estimated share of defective images: {result.contamination.text}.")
     names = dict(zip(result.ids.tolist(), result.names, strict=True))
     lines += ["Most suspicious:", *(f"  {names[int(i)]}" for i in result.ranking[:5])]
     lines += [f"Table:  {out / 'screening.csv'}", f"Report: {page}", f"Decide: flawsift review {out}"]

@@ -22,9 +22,13 @@ MAD_TO_SIGMA = 1.4826  # median absolute deviation of a normal distribution in s
 TRIM = 0.25  # share cut off at each end by the trimmed mean: the lowest and highest of four held-out sub-models
 FIT_QUANTILES = (0.1, 0.5)  # the fit sees no score above the median: half the set may be anomalous
 TAIL_CUT = 3.0  # in Gumbel scales above the location: 5 % of normal images lie there
+EXPECTED_TAIL = float(1 - np.exp(-np.exp(-TAIL_CUT)))  # share of normal images above the cut
 TAIL_SIGMAS = 2.0  # the excess must exceed this many binomial standard errors to count
 DILATION_GRID = 8  # a rejected patch takes its eight neighbours along, unless the grid is so coarse that these are much
-MAX_REJECTED = 0.2  # share of an image's patches; an image that loses more is removed whole: good images rarely do
+SUSPECT = 2.0  # robust deviations of the consensus above which an image is set aside, where defects are in evidence
+OBVIOUS = 3.0  # above which an image loses its unusual patches even where they are not: 2 % of good images lie there
+OBVIOUS_PATCH = 2.0  # robust deviations above which those patches lie
+N_BOOTSTRAP, INTERVAL = 400, (0.05, 0.95)
 MIN_FOR_ESTIMATE = 20  # quantiles of fewer scores say nothing
 
 
@@ -35,12 +39,23 @@ class Contamination:
     Attributes:
         alpha_hat: The estimate in [0, 1 - MIN_KEEP].
         method: How it was made.
+        interval: 90 % interval of the estimate over bootstrap samples of the images. It says how far chance moves the
+            estimate, not how far the model behind it is from the truth; None where nothing was estimated.
         evidence: What it rests on, for the report.
     """
 
     alpha_hat: float
     method: str
     evidence: Mapping[str, float]
+    interval: tuple[float, float] | None = None
+
+    @property
+    def text(self) -> str:
+        """The estimate for people, in per cent."""
+        shown = f"{100 * self.alpha_hat:.0f} %"
+        if self.interval is None:
+            return shown
+        return f"{shown} ({100 * self.interval[0]:.0f} to {100 * self.interval[1]:.0f} % by chance alone)"
 
 
 def own_mask(subset_of: npt.NDArray[np.int64], n_subsets: int) -> npt.NDArray[np.bool_]:
@@ -148,13 +163,31 @@ def rejected_patches(grids: npt.NDArray[np.floating[Any]], z: float) -> npt.NDAr
     return found & (values > np.median(values, axis=0))
 
 
-def keep_unspoiled(ids: Ids, rejected: npt.NDArray[np.bool_]) -> Ids:
-    """The ids of images that lose at most `MAX_REJECTED` of their patches, and never fewer than `MIN_KEEP` of them."""
-    lost = rejected.mean((1, 2)) if len(ids) else np.empty(0)
-    unspoiled = lost <= MAX_REJECTED
-    if unspoiled.mean() < MIN_KEEP:
-        return keep_lowest(ids, lost, MIN_KEEP)
-    return ids[unspoiled]
+def choose(
+    consensus: Floats, grids: npt.NDArray[np.floating[Any]], z: float, estimate: "Contamination"
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """What stage 2 learns from when nobody says how much to keep: (N,) kept images, (N, h, w) rejected patches.
+
+    On a clean set the patches that lie farthest from all others are rare good ones, and leaving them out costs more
+    than anything can be won. So only where the consensus has more in its upper tail than chance explains, patches are
+    rejected everywhere (`rejected_patches`), and images more than `SUSPECT` robust deviations above the median are set
+    aside. Elsewhere all images stay, and only the few beyond `OBVIOUS` lose their unusual patches.
+
+    Args:
+        consensus: (N,) consensus of the images.
+        grids: (N, h, w) held-out maps.
+        z: Robust deviations above which a patch is rejected.
+        estimate: Of the contamination, by `estimate_contamination`.
+
+    Returns:
+        Half of the images stay at least: those up to the median. Images that are set aside have no rejected patch.
+    """
+    above = robust_units(consensus)
+    if estimate.alpha_hat <= 0:
+        obvious = (above > OBVIOUS)[:, None, None]
+        return np.ones(len(above), bool), obvious & rejected_patches(grids, OBVIOUS_PATCH)
+    kept = above <= SUSPECT
+    return kept, rejected_patches(grids, z) & kept[:, None, None]
 
 
 def estimate_contamination(consensus: Floats) -> Contamination:
@@ -165,18 +198,36 @@ def estimate_contamination(consensus: Floats) -> Contamination:
     expectation is counted as anomalous. It underestimates when anomalies score like normals, which is the safe side.
     """
     n = len(consensus)
+    location, scale = _gumbel(consensus) if n else (0.0, 0.0)
+    if n < MIN_FOR_ESTIMATE or scale <= 0:
+        return Contamination(0.0, "none: too few or constant scores", {"n": float(n)})
+    observed = float((consensus > location + scale * TAIL_CUT).mean())
+    generator = np.random.default_rng(0)  # the same scores have the same interval
+    samples = generator.choice(consensus, (N_BOOTSTRAP, n))
+    low, high = np.quantile([_tail_excess(sample) for sample in samples], INTERVAL)
+    evidence = {
+        "location": float(location),
+        "scale": float(scale),
+        "cut": TAIL_CUT,
+        "observed": observed,
+        "expected": EXPECTED_TAIL,
+    }
+    return Contamination(_tail_excess(consensus), "Gumbel tail excess", evidence, (float(low), float(high)))
+
+
+def _gumbel(consensus: Floats) -> tuple[float, float]:
+    """Location and scale of the Gumbel law with the quantiles `FIT_QUANTILES` of the scores."""
     low, high = np.quantile(consensus, FIT_QUANTILES)
     gumbel = -np.log(-np.log(np.asarray(FIT_QUANTILES)))
     scale = (high - low) / (gumbel[1] - gumbel[0])
-    if n < MIN_FOR_ESTIMATE or scale <= 0:
-        return Contamination(0.0, "none: too few or constant scores", {"n": float(n)})
-    location = low - scale * gumbel[0]
-    # of an anomaly-free set, this share lies above the cut
-    expected = 1 - np.exp(-np.exp(-TAIL_CUT))
-    observed = float((consensus > location + scale * TAIL_CUT).mean())
-    noise = np.sqrt(expected * (1 - expected) / n)
-    excess = max(0.0, observed - expected) / (1 - expected)
-    significant = observed - expected > TAIL_SIGMAS * noise
-    alpha = min(excess, 1 - MIN_KEEP) if significant else 0.0
-    evidence = {"location": location, "scale": scale, "cut": TAIL_CUT, "observed": observed, "expected": expected}
-    return Contamination(float(alpha), "Gumbel tail excess", {k: float(v) for k, v in evidence.items()})
+    return low - scale * gumbel[0], scale
+
+
+def _tail_excess(consensus: Floats) -> float:
+    """The share above the tail's cut beyond expectation; 0 where chance explains it."""
+    location, scale = _gumbel(consensus)
+    if scale <= 0:
+        return 0.0
+    excess = float((consensus > location + scale * TAIL_CUT).mean()) - EXPECTED_TAIL
+    noise = np.sqrt(EXPECTED_TAIL * (1 - EXPECTED_TAIL) / len(consensus))
+    return float(min(excess / (1 - EXPECTED_TAIL), 1 - MIN_KEEP)) if excess > TAIL_SIGMAS * noise else 0.0

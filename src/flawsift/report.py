@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 from torch import Tensor
 
-from flawsift.consensus import MAX_REJECTED, MIN_KEEP, own_mask
+from flawsift.consensus import MIN_KEEP, SUSPECT, own_mask
 from flawsift.decisions import decided
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_text
@@ -165,7 +165,7 @@ def histogram_of(screening: Screening) -> dict[str, Any]:
     drawn = Histogram.of(screening.consensus, screening.is_kept)
     cut_text, text = "cut", headline(screening)
     if screening.contamination is not None:
-        cut_text += f" (estimated share of defective images: {100 * screening.contamination.alpha_hat:.1f}\u00a0%)"
+        cut_text += f" (estimated share of defective images: {screening.contamination.text})"
     if drawn.cut is not None:
         text += " All images left of the cut were kept, all right of it set aside."
     return {"histogram": drawn, "cut_text": cut_text, "histogram_text": text}
@@ -255,7 +255,7 @@ def contamination_text(screening: Screening) -> str:
             "No more images score high than would in a set of good images. "
             "Defects that look ordinary can still be among the highest-ranked."
         )
-    text = f"Estimated share of defective images: {100 * found.alpha_hat:.1f}\u00a0% ({found.method}). "
+    text = f"Estimated share of defective images, by the {found.method}: {found.text}. "
     if found.alpha_hat >= 1 - MIN_KEEP - 1e-9:
         return text + "This is the largest share that the estimate can give; the true one may be higher."
     return text + "The estimate errs on the low side when defects score like good images."
@@ -274,7 +274,9 @@ def selection_text(screening: Screening) -> str:
     text = f"Of the kept images, the {share:.1f} % of the patches that look least like the others are not learned from."
     if screening.contamination is None:
         return text
-    return text + f" Images that would lose more than {100 * MAX_REJECTED:.0f} % of theirs were set aside."
+    if screening.contamination.alpha_hat <= 0:
+        return text + " They are in the few images that stand out most; no image was set aside."
+    return text + f" Images more than {SUSPECT:g} robust deviations above the median score were set aside."
 
 
 class _Cards:

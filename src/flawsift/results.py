@@ -3,17 +3,17 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from flawsift.calibration import Calibration, Threshold
-from flawsift.consensus import MAX_REJECTED, Contamination, rejected_patches
+from flawsift.consensus import Contamination
 from flawsift.decisions import decided
 from flawsift.detector import Prediction
 from flawsift.errors import InputError
@@ -23,8 +23,10 @@ from flawsift.metrics import GroundTruth
 from flawsift.overlays import Scale, save_overlay
 from flawsift.screening import Screening
 
-CSV, JSON, MAPS, DESCRIPTIONS = "screening.csv", "screening.json", "maps.npy", "descriptions.npy"
+CSV, JSON = "screening.csv", "screening.json"
+MAPS, REJECTED, DESCRIPTIONS = "maps.npy", "rejected.npy", "descriptions.npy"
 ROOT = "images_root"  # in screening.json: the folder that the paths are relative to
+Kind = TypeVar("Kind", bound=np.generic)
 YES = frozenset({"1", "true", "yes"})  # what counts as kept in an edited table
 NO = frozenset({"0", "false", "no", ""})
 
@@ -74,16 +76,17 @@ class SavedScreening:
         rejected = {
             i: self.rejected[name] for i, name in zip(ids.tolist(), wanted, strict=True) if name in self.rejected
         }
-        if self.content["options"]["keep"] == "auto":
-            rejected = {i: mask for i, mask in rejected.items() if mask.mean() <= MAX_REJECTED}
         return images.select(ids).without_patches(rejected), np.array([self.held_out[name] for name in wanted])
 
 
 def save_screening(screening: Screening, folder: str | Path) -> Path:
-    """Write screening.csv, screening.json, maps.npy and descriptions.npy; each file is whole or absent."""
+    """Write screening.csv, screening.json, maps.npy, rejected.npy and descriptions.npy; each is whole or absent."""
     folder = ensure_folder(folder)
-    for name, values in ((MAPS, screening.grids), (DESCRIPTIONS, screening.descriptions)):
-        if values is not None:
+    arrays = {MAPS: screening.grids, REJECTED: screening.rejected, DESCRIPTIONS: screening.descriptions}
+    for name, values in arrays.items():
+        if values is None:
+            (folder / name).unlink(missing_ok=True)  # of an earlier screening
+        else:
             buffer = io.BytesIO()
             np.save(buffer, values, allow_pickle=False)
             write_bytes(folder / name, buffer.getvalue())
@@ -100,9 +103,7 @@ def describe(screening: Screening) -> dict[str, Any]:
         "n_kept": len(screening.kept),
         "n_unreadable": len(screening.unreadable),
         "options": dict(screening.options),
-        "contamination": None
-        if estimate is None
-        else {"alpha_hat": estimate.alpha_hat, "method": estimate.method, "evidence": dict(estimate.evidence)},
+        "contamination": None if estimate is None else {**vars(estimate), "evidence": dict(estimate.evidence)},
         **screening.provenance,
         "unreadable": {show(name): reason for name, reason in screening.unreadable.items()},
     }
@@ -136,8 +137,9 @@ def load_screening(folder: str | Path) -> SavedScreening:
         rows, content = _read(folder)
         held_out = {row["path"]: float(row["held_out_score"]) for row in rows}
         kept = {row["path"]: _truth(row["kept"]) for row in rows}
-        masks = _rejected(_array(folder / MAPS, len(rows), 3), content["options"])
-        rejected = {} if masks is None else {row["path"]: mask for row, mask in zip(rows, masks, strict=True)}
+        masks = _array(folder / REJECTED, len(rows), 3, np.bool_)
+        named = [] if masks is None else list(zip(rows, masks, strict=True))
+        rejected = {row["path"]: mask for row, mask in named if mask.any()}
     return SavedScreening(folder, kept, held_out, rejected, content)
 
 
@@ -158,7 +160,6 @@ def read_screening(folder: str | Path) -> Screening:
         ids = np.array([int(row["id"]) for row in rows], np.int64)
         estimate = content.pop("contamination")
         divergence = [row["divergence"] for row in rows]
-        grids = _array(folder / MAPS, len(rows), 3)
         known = {"options", "unreadable", "n_images", "n_kept", "n_unreadable"}
         return Screening(
             ids=ids,
@@ -169,14 +170,19 @@ def read_screening(folder: str | Path) -> Screening:
             consensus=np.array([float(row["consensus"]) for row in rows]),
             divergence=np.array([float(d) for d in divergence]) if all(divergence) else None,
             kept=ids[[_truth(row["kept"]) for row in rows]],
-            contamination=None if estimate is None else Contamination(**estimate),
+            contamination=None if estimate is None else _estimate(**estimate),
             options=content["options"],
-            grids=grids,
-            rejected=_rejected(grids, content["options"]),
-            descriptions=_array(folder / DESCRIPTIONS, len(rows), 2),
+            grids=_array(folder / MAPS, len(rows), 3, np.float16),
+            rejected=_array(folder / REJECTED, len(rows), 3, np.bool_),
+            descriptions=_array(folder / DESCRIPTIONS, len(rows), 2, np.float16),
             unreadable=content["unreadable"],
             provenance={key: value for key, value in content.items() if key not in known},
         )
+
+
+def _estimate(interval: Sequence[float] | None = None, **fields: Any) -> Contamination:
+    """From JSON, which has no tuples; screenings of earlier versions have no interval."""
+    return Contamination(**fields, interval=None if interval is None else (float(interval[0]), float(interval[1])))
 
 
 def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:
@@ -244,18 +250,13 @@ def _safe(name: str) -> str:
     return name
 
 
-def _rejected(grids: npt.NDArray[np.float16] | None, options: Mapping[str, Any]) -> npt.NDArray[np.bool_] | None:
-    z = options.get("reject_patches", 0.0)  # absent in screenings of versions that rejected whole images only
-    return rejected_patches(grids, z) if grids is not None and z > 0 else None
-
-
-def _array(path: Path, n: int, n_dims: int) -> npt.NDArray[np.float16] | None:
+def _array(path: Path, n: int, n_dims: int, kind: type[Kind]) -> npt.NDArray[Kind] | None:
     if not path.exists():
         return None
     found = np.load(path, allow_pickle=False)
     if len(found) != n or found.ndim != n_dims:
         raise ValueError(f"{path.name} has the shape {found.shape}, {n} images are listed")
-    return np.asarray(found, np.float16)
+    return np.asarray(found, kind)
 
 
 def _truth(cell: str) -> bool:

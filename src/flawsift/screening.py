@@ -24,11 +24,11 @@ from flawsift.consensus import (
     Contamination,
     Floats,
     Normalize,
+    choose,
     combine,
     estimate_contamination,
     held_out_mean,
     keep_lowest,
-    keep_unspoiled,
     normalize_scores,
     own_mask,
     rejected_patches,
@@ -107,7 +107,7 @@ class Screening:
         contamination: The estimate behind keep="auto", else None.
         options: Every option of stage 1, defaults included.
         grids: (N, h, w) float16 mean held-out maps on the patch grid, or None.
-        rejected: (N, h, w) bool, patches that stage 2 does not learn from, or None.
+        rejected: (N, h, w) bool, patches of kept images that stage 2 does not learn from, or None.
         descriptions: (N, D) float16 of `flawsift.lookalikes.describe`, or None.
         unreadable: {relative path: reason} of images that could not be used.
         provenance: Detector, backbone, versions, digests: whatever the caller wants kept.
@@ -144,9 +144,9 @@ class Screening:
         chosen = train.select(self.kept if kept is None else kept)
         if self.rejected is None:
             return chosen
-        position = {int(i): p for p, i in enumerate(self.ids)}
-        spoiled = np.intersect1d(chosen.ids, self.kept)
-        return chosen.without_patches({int(i): self.rejected[position[int(i)]] for i in spoiled})
+        wanted = set(chosen.ids.tolist())
+        masks = zip(self.ids.tolist(), self.rejected, strict=True)
+        return chosen.without_patches({i: mask for i, mask in masks if i in wanted and mask.any()})
 
     @property
     def removed(self) -> Ids:
@@ -186,8 +186,8 @@ def screen(
         detector: Any unfitted detector; each sub-model is a clone of it.
         n_subsets: k, disjoint subsets of a random partition (equation 1).
         n_partitions: R, independent partitions; their R * k sub-models vote together.
-        keep: Share of the images kept, floor(keep * N) (equation 4), or "auto": those that do not lose too many
-            patches; without rejection of patches, as many as an estimate of the contamination says.
+        keep: Share of the images kept, floor(keep * N) (equation 4), or "auto": see `flawsift.consensus.choose`;
+            without rejection of patches, as many as an estimate of the contamination says.
         consensus: How an image's scores become one (equation 3 is the mean).
         normalize: How sub-models come on one scale first: "robust" by median and MAD of each one's held-out scores,
             "rank" by ranks among them, "none" as the paper.
@@ -195,8 +195,7 @@ def screen(
             own images near zero.
         divergence_weight: Weight of the divergence of equation 2 beside the consensus, both in robust units.
         reject_patches: Patches whose mean held-out score lies so many robust deviations above the set's median are not
-            learned from in stage 2, by detectors that can leave out patches; 0 rejects none, None takes the
-            detector's own `patch_rejection`.
+            learned from in stage 2; 0 rejects none, None takes the detector's own `patch_rejection`.
         seed: Of the partitions. Sub-models use the detector's own seed.
         device: Where sub-models run.
         checkpoint: A folder for finished sub-models' scores, so that a killed run goes on where it was.
@@ -271,12 +270,15 @@ def reselected(stage1: Screening, options: ScreenOptions, detector: Detector) ->
 def _choose(
     ids: Ids, voted: Floats, grids: npt.NDArray[np.float16] | None, keep: float | Literal["auto"], z: float
 ) -> tuple[Ids, npt.NDArray[np.bool_] | None, Contamination | None]:
-    """Kept ids, (N, h, w) rejected patches and the estimate of the contamination."""
+    """Kept ids, (N, h, w) rejected patches of the kept images and the estimate of the contamination."""
     estimate = estimate_contamination(voted) if keep == "auto" else None
-    rejected = rejected_patches(grids, z) if grids is not None and z > 0 else None
-    if estimate is not None and rejected is not None:
-        return keep_unspoiled(ids, rejected), rejected, estimate
-    return keep_lowest(ids, voted, 1 - estimate.alpha_hat if estimate else float(keep)), rejected, estimate
+    if grids is None or z <= 0:
+        return keep_lowest(ids, voted, 1 - estimate.alpha_hat if estimate else float(keep)), None, estimate
+    if estimate is not None:
+        is_kept, rejected = choose(voted, grids, z, estimate)
+        return ids[is_kept], rejected, estimate
+    kept = keep_lowest(ids, voted, float(keep))
+    return kept, rejected_patches(grids, z) & np.isin(ids, kept)[:, None, None], None
 
 
 def check_options(options: Mapping[str, Any]) -> None:
