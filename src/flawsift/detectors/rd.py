@@ -137,8 +137,8 @@ class RD(Detector):
         divides channels by their standard deviations, ends no decoder stage with a ReLU, since the taps of the
         embedded network are signed, and trains for fewer epochs. Upsampling does not align corners. Smoothing before
         the image score is done on the patch grid with the same Gaussian in image units. A position where teacher and
-        student are both silent counts as equal. A convolution that the authors' module holds but never uses is left
-        out.
+        student are both silent counts as equal. An epoch's incomplete last batch, and a convolution that the authors'
+        module holds but never uses, are left out.
     Reference: Deng & Li, "Anomaly Detection via Reverse Distillation from One-Class Embedding", CVPR 2022, arXiv
         2201.10703, section 3.
 
