@@ -178,6 +178,20 @@ def test_gradients_are_clipped(data: ImageSet) -> None:
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
+def test_each_group_s_rate_follows_the_schedule(data: ImageSet) -> None:
+    module = nn.ParameterList([nn.Parameter(torch.zeros(())) for _ in range(2)])
+    groups = [{"params": [weight], "lr": rate} for weight, rate in zip(module, (1.0, 10.0), strict=True)]
+    seen: list[list[float]] = []
+
+    def loss_of(batch: Batch, step: int) -> Tensor:
+        seen.append([float(weight.detach()) for weight in module])
+        return -torch.stack(list(module)).sum()  # a gradient of -1: weights move by their rates
+
+    recipe = Recipe(steps=4, batch_size=4, schedule=lambda step: step / 2)
+    train(module, torch.optim.SGD(groups), data, (LAYER,), loss_of, recipe, device="cpu")
+    assert seen == [[0, 0], [0, 0], [0.5, 5], [1.5, 15]]
+
+
 def test_stop_ends_it(data: ImageSet) -> None:
     module, optimizer = make(data)
     asked: list[int] = []
