@@ -121,7 +121,7 @@ class Dinomaly(Detector):
     the mean over groups of 1 - cosine, the image score the mean of the highest `top_share` of the smoothed map.
 
     Cost: Per step and token 36 width^2 multiply-adds per block, 12 of them forward; linear in tokens. The paper preset
-        at ViT-B takes 290 GFLOP per image and step.
+        at ViT-B takes 289 GFLOP per image and step.
     Contamination: Hard points keep their gradient, and defects are hard points: the loss seeks what it should leave.
         `upper_trim` drops the gradient of the hardest points.
     Differs from the paper: Class and register tokens do not enter the decoder. Images are resized to the square input;

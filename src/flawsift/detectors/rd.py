@@ -129,7 +129,7 @@ class RD(Detector):
     from which a mirrored decoder, the student, estimates the taps. The map is the sum over taps of 1 - cosine on the
     largest grid, the image score the maximum of the smoothed map.
 
-    Cost: Convolutions, forward and backward, for each image and epoch: 53 GMAC for a WideResNet-50 at 256 px, 0.4 for
+    Cost: Convolutions, forward and backward, for each image and epoch: 53 GMAC for a WideResNet-50 at 256 px, 1.1 for
         the default taps. The features are read, not computed again.
     Contamination: Mild: rare defects are reconstructed badly as long as training is short; long training on few images
         learns them by heart.
