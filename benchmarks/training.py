@@ -2,9 +2,10 @@
 
 Per detector, in a process of its own: a fit on synthetic images whose features come from a cold cache (seconds,
 seconds per step, how often an image passed the backbone), a short fit under torch's profiler (the share of time that
-is not spent in matrix products and convolutions), and whether k networks are cheaper in one batched call than one by
-one (torch.func's stacked state under vmap against a loop; forward and backward, dropout and batch norm included).
-Goal: a fit within 180 s.
+is not spent in matrix products and convolutions), and whether k sub-models train cheaper in one batched step than one
+by one (torch.func's stacked state under vmap against a loop; forward, backward and Adam, dropout and batch norm
+included; without clipping and mining, which both ways have to do). `--batched-only` measures no more than that, in a
+minute. Goal: a fit within 180 s.
 """
 
 import argparse
@@ -26,12 +27,15 @@ from flawsift.detectors.rd import RD, Student
 
 DETECTORS = ("dinomaly", "rd")
 GOAL = 180.0  # seconds of a fit on two cores
+BATCH, RATE = 16, 1e-3  # of the batched comparison; its rate changes no time
+COSTS = ("seconds", "seconds_per_step", "passes_per_image", "share_outside_products")
+FIGURES = (*COSTS, "batched_seconds", "in_turn_seconds", "batched_ratio")
 PROFILED_STEPS, PROFILED_BATCHES = 10, 2  # a profile holds every operation of every step
 MATRIX = ("mm", "conv")  # parts of the names of operations that multiply matrices: addmm, bmm, mkldnn_convolution, ...
 
 
-def child(name: str, n: int, size: int, n_models: int, repeats: int) -> _rows.Row:
-    """All figures of one detector."""
+def child(name: str, n: int, size: int, n_models: int, repeats: int, batched_only: bool) -> _rows.Row:
+    """All figures of one detector, or only those of the batched comparison."""
     from flawsift import pipeline
     from flawsift.backbones import load_backbone
     from flawsift.datasets.synthetic import synthetic
@@ -41,6 +45,15 @@ def child(name: str, n: int, size: int, n_models: int, repeats: int) -> _rows.Ro
 
     images = synthetic(n, 0, size=size, seed=0).images
     backbone, detector = load_backbone(size=size), make_detector(name, "budget")
+    first = backbone.extract(images.select(images.ids[:1]).pixels(size), detector.layers)
+    shapes = [(first[layer].shape[1], first[layer].shape[2]) for layer in detector.layers]
+    trained = {
+        **compare(network_of(detector, [c for c, _ in shapes]), shapes, n_models, repeats),
+        "params": detector.params(),
+        "weights_digest": backbone.weights_digest,
+    }
+    if batched_only:
+        return trained
     passes, steps = 0, 0
     extract = backbone.extract
 
@@ -60,19 +73,15 @@ def child(name: str, n: int, size: int, n_models: int, repeats: int) -> _rows.Ro
         detector.fit(data, watch=Watch(progress))
         seconds = time.perf_counter() - started
         share = share_outside(detector, data)
-        first = next(data.batches(detector.layers, batch_size=1)).features
         digest = pipeline.set_digest(data)
-    shapes = [(first[layer].shape[1], first[layer].shape[2]) for layer in detector.layers]
     return {
         "seconds": seconds,
         "steps": steps,
         "seconds_per_step": seconds / steps,
         "passes_per_image": passes / n,
         "share_outside_products": share,
-        "batched_ratio": batched_ratio(network_of(detector, [c for c, _ in shapes]), shapes, n_models, repeats),
+        **trained,
         "peak_mb": _rows.peak_mb(),
-        "params": detector.params(),
-        "weights_digest": backbone.weights_digest,
         "data_digest": digest,
     }
 
@@ -100,10 +109,23 @@ def network_of(detector: Any, channels: Sequence[int]) -> Callable[[], nn.Module
     return lambda: Student(channels, detector.block, detector.n_blocks, final_relu=detector.final_relu)
 
 
-def batched_ratio(
-    make: Callable[[], nn.Module], shapes: Sequence[tuple[int, int]], n_models: int, repeats: int, batch: int = 16
-) -> float:
-    """Seconds of a step of k networks in one call by the seconds of k calls; the two in turn, medians."""
+Step = Callable[[], Tensor]
+
+
+def trainings(
+    make: Callable[[], nn.Module], shapes: Sequence[tuple[int, int]], n_models: int, batch: int = BATCH
+) -> tuple[Step, Step]:
+    """The same k trainings twice: functions that take a step of all k, in one call and in turn.
+
+    Args:
+        make: Makes an untrained network.
+        shapes: Channels and edge length of each tap.
+        n_models: k.
+        batch: Images in a step of each network; every network has images of its own.
+
+    Returns:
+        Two functions that return the (k,) losses before the step.
+    """
     torch.manual_seed(0)
     networks = [make().train() for _ in range(n_models)]
     if isinstance(networks[0], Reconstruction):  # its groups are on one grid, the coarsest
@@ -111,6 +133,8 @@ def batched_ratio(
     given = [torch.randn(n_models, batch, c, edge, edge) for c, edge in shapes]
     stacked, buffers = torch.func.stack_module_state(networks)
     template = make().to("meta").train()
+    joint = torch.optim.Adam(list(stacked.values()), lr=RATE)
+    own = [torch.optim.Adam(network.parameters(), lr=RATE) for network in networks]
 
     def loss_of(found: Sequence[Tensor], taps: Sequence[Tensor]) -> Tensor:
         pairs = zip(found, taps, strict=True)
@@ -119,23 +143,40 @@ def batched_ratio(
     def one(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], taps: Sequence[Tensor]) -> Tensor:
         return loss_of(torch.func.functional_call(template, (dict(weights), dict(state)), (taps,)), taps)
 
-    def together() -> None:
+    def together() -> Tensor:
+        joint.zero_grad()
         losses: Tensor = torch.vmap(one, randomness="different")(stacked, buffers, given)
         losses.sum().backward()
+        joint.step()
+        return losses.detach()
 
-    def in_turn() -> None:
-        for m, network in enumerate(networks):
+    def in_turn() -> Tensor:
+        losses = []
+        for m, (network, optimizer) in enumerate(zip(networks, own, strict=True)):
             taps = [tap[m] for tap in given]
-            loss_of(network(taps), taps).backward()
+            optimizer.zero_grad()
+            loss = loss_of(network(taps), taps)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
 
-    seconds: dict[Callable[[], None], list[float]] = {together: [], in_turn: []}
+    return together, in_turn
+
+
+def compare(
+    make: Callable[[], nn.Module], shapes: Sequence[tuple[int, int]], n_models: int, repeats: int
+) -> dict[str, float]:
+    """Median seconds of a step of k networks in one call and in turn, taken alternately, and their ratio."""
+    seconds: dict[Step, list[float]] = {way: [] for way in trainings(make, shapes, n_models)}
     for repeat in range(repeats + 1):  # the first round warms up
         for way, found in seconds.items():
             started = time.perf_counter()
             way()
             if repeat:
                 found.append(time.perf_counter() - started)
-    return statistics.median(seconds[together]) / statistics.median(seconds[in_turn])
+    together, in_turn = (statistics.median(found) for found in seconds.values())
+    return {"batched_seconds": together, "in_turn_seconds": in_turn, "batched_ratio": together / in_turn}
 
 
 def main() -> None:
@@ -144,27 +185,33 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200, help="training images")
     parser.add_argument("--size", type=int, default=256, help="edge length of the network input")
     parser.add_argument("--models", type=int, default=5, help="networks in the batched call")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of the batched comparison")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each way in the batched comparison")
+    parser.add_argument("--batched-only", action="store_true", help="only the batched comparison")
     parser.add_argument("--detectors", nargs="+", default=list(DETECTORS), choices=DETECTORS)
     parser.add_argument("--child", choices=DETECTORS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(args.child, args.n, args.size, args.models, args.repeats)))
+        print(json.dumps(child(args.child, args.n, args.size, args.models, args.repeats, args.batched_only)))
         return
     figures: dict[str, Any] = {}
     for name in args.detectors:
-        flags = ("--n", args.n, "--size", args.size, "--models", args.models, "--repeats", args.repeats)
+        flags = ["--n", args.n, "--size", args.size, "--models", args.models, "--repeats", args.repeats]
+        flags += ["--batched-only"] if args.batched_only else []
         found = _rows.run_json(__file__, *flags, "--child", name)
         protocol = f"synthetic {args.n} x {args.size}, budget preset, cold cache, k={args.models}"
+        if args.batched_only:
+            protocol = f"noise as taps of {args.size} px, budget preset, k={args.models}, only the batched comparison"
         row = {**_rows.provenance(), "detector": name, "seed": 0, "protocol": protocol, **found}
         _rows.append_rows(args.results / "training.csv", [row])
-        kept = ("seconds", "seconds_per_step", "passes_per_image", "share_outside_products", "batched_ratio")
-        figures |= {f"{name}_{key}": found[key] for key in kept}
+        figures |= {f"{name}_{key}": found[key] for key in FIGURES if key in found}
+        if not args.batched_only:
+            _rows.say(
+                f"{name}: {found['seconds']:.1f} s (goal: at most {GOAL:g}), {found['seconds_per_step']:.3f} s per step"
+                f", {found['share_outside_products']:.0%} outside products"
+            )
         _rows.say(
-            f"{name}: {found['seconds']:.1f} s (goal: at most {GOAL:g}), {found['seconds_per_step']:.3f} s per step"
-        )
-        _rows.say(
-            f"  {found['share_outside_products']:.0%} outside products; batched by in turn {found['batched_ratio']:.2f}"
+            f"{name}: a step of {args.models} networks takes {found['batched_seconds']:.2f} s batched, "
+            f"{found['in_turn_seconds']:.2f} s in turn: {found['batched_ratio']:.2f}"
         )
     _rows.finish("training", figures, args)
 

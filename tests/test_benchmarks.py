@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from flawsift.detector import make_detector
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks are not in the source distribution")
@@ -68,3 +71,16 @@ def test_unknown_table_is_told(render: Any, tmp_path: Path) -> None:
 
 def test_committed_tables_are_up_to_date(render: Any) -> None:
     assert render.main(["--check"]) == 0, "run: python benchmarks/render.py"
+
+
+@pytest.mark.parametrize("name", ["dinomaly", "rd"])
+def test_batched_training_takes_the_steps_of_single_ones(rows: Any, name: str) -> None:
+    training = importlib.import_module("training")
+    params: dict[str, Any] = {"n_blocks": 2, "width": 8, "dropout": 0.0} if name == "dinomaly" else {}
+    shapes = [(3, 4), (4, 2)] if name == "dinomaly" else [(3, 8), (4, 4), (5, 2)]
+    make = training.network_of(make_detector(name, **params), [channels for channels, _ in shapes])
+    together, in_turn = training.trainings(make, shapes, n_models=2, batch=3)
+    losses = [(together(), in_turn()) for _ in range(3)]
+    for batched, single in losses:
+        torch.testing.assert_close(batched, single, rtol=1e-3, atol=1e-4)
+    assert (losses[-1][0] != losses[0][0]).all(), "the steps change nothing"

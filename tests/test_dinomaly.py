@@ -23,11 +23,11 @@ from flawsift.detectors.dinomaly import (
     mined_loss,
 )
 from flawsift.errors import InputError, ParameterError
-from flawsift.features import FeatureStore, attach
+from flawsift.features import FeatureStore, MemoryFeatures, attach
 from flawsift.images import ImageSet
 from flawsift.nn import linear_attention
 from flawsift.testing import easy_set, with_features
-from flawsift.training import StableAdamW
+from flawsift.training import Recipe, StableAdamW, Watch, weights_of
 
 SHORT: dict[str, Any] = {"n_blocks": 2, "width": 16, "steps": 3, "batch_size": 4, "warmup": 1}
 
@@ -71,6 +71,29 @@ def test_attention_without_weight_is_no_nan() -> None:
     assert torch.equal(found, torch.zeros(1, 3, 4))
     assert q.grad is not None
     assert q.grad.isfinite().all()
+
+
+def test_a_block_is_its_formula() -> None:
+    block, x = Block(128), 1e-4 * normal(2, 5, 128)  # so small that the epsilon of the layer norm counts
+    assert block.n_heads == 2
+
+    def norm(y: Tensor) -> Tensor:
+        mean, variance = y.mean(2, keepdim=True), y.var(2, keepdim=True, correction=0)
+        return (y - mean) / (variance + 1e-8).sqrt()  # weight 1 and bias 0 at the start
+
+    q, k, v = (norm(x) @ block.qkv.weight.T + block.qkv.bias).view(2, 5, 3, 128).unbind(2)
+    heads = [linear_attention(*(part[..., c : c + 64] for part in (q, k, v))) for c in (0, 64)]
+    attended = x + block.project(torch.cat(heads, 2))
+    inside, outside = block.mlp[0], block.mlp[-1]
+    assert inside.weight.shape == (512, 128)
+    torch.testing.assert_close(block(x), attended + outside(F.gelu(inside(norm(attended)))), rtol=1e-4, atol=1e-6)
+
+
+def test_the_bottleneck_is_noisy_before_between_and_behind_its_layers() -> None:
+    module = Reconstruction((6, 6), width=None, n_blocks=2, dropout=0.35, init_std=None)
+    kinds = [type(part) for part in module.bottleneck]
+    assert kinds == [nn.Dropout, nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout]
+    assert [part.p for part in module.modules() if isinstance(part, nn.Dropout)] == [0.35] * 3, "noise elsewhere"
 
 
 def test_the_decoder_sees_the_mean_of_the_groups_and_answers_in_reverse() -> None:
@@ -222,7 +245,7 @@ def vit() -> Backbone:
 def test_on_a_vit_with_registers_by_the_paper_s_layers() -> None:
     backbone = load_backbone("random:0:vit_small_patch14_reg4_dinov2", size=56, runtime="torch")
     data, _ = attach(easy_set().images.select([0, 1]), backbone, VIT_GROUPS)
-    detector = make_detector("dinomaly", "paper", steps=1, batch_size=2).fit(data)
+    detector = make_detector("dinomaly", "paper", steps=1, warmup=0, batch_size=2).fit(data)
     assert isinstance(detector, Dinomaly)
     assert detector.channels_ == [384, 384]
     assert sum(w.numel() for w in detector.weights_.values()) == 8 * (12 * 384**2 + 13 * 384) + 8 * 384**2 + 5 * 384
@@ -271,7 +294,7 @@ def test_the_grid_is_chosen(grid: Literal["finest", "coarsest"], edge: int) -> N
 
 def test_training_lowers_the_distance_and_the_map_is_that_of_the_groups() -> None:
     data = easy(8)
-    before, after = (Dinomaly(**{**SHORT, "steps": steps}).fit(data) for steps in (1, 60))
+    before, after = (Dinomaly(**{**SHORT, "steps": steps}).fit(data) for steps in (2, 60))
     assert after.predict(data).scores.mean() < 0.7 * before.predict(data).scores.mean()
     batch = next(data.batches(after.layers))
     with torch.inference_mode():
@@ -294,17 +317,88 @@ def test_the_image_score_is_the_mean_of_the_top_share_of_the_smoothed_map() -> N
     torch.testing.assert_close(Dinomaly()._image_scores(maps), by_hand, rtol=1e-3, atol=1e-4)
 
 
-def test_the_gradient_factor_ramps_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_share_of_easy_points_ramps_up_and_the_loss_has_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     shares: list[float] = []
+    others: set[tuple[tuple[str, float], ...]] = set()
 
-    def spy(e: Sequence[Tensor], d: Sequence[Tensor], *, easy: float, **_: float) -> Tensor:
+    def spy(e: Sequence[Tensor], d: Sequence[Tensor], *, easy: float, **settings: float) -> Tensor:
         shares.append(easy)
+        others.add(tuple(sorted(settings.items())))
         return torch.stack([x.square().mean() for x in d]).mean()
 
     monkeypatch.setattr("flawsift.detectors.dinomaly.mined_loss", spy)
-    Dinomaly(**{**SHORT, "steps": 5}, easy_ramp=4).fit(easy(4))
-    Dinomaly(**{**SHORT, "steps": 1}, easy_ramp=0).fit(easy(4))
-    assert shares == pytest.approx([0, 0.225, 0.45, 0.675, 0.9, 0.9])
+    settings: dict[str, Any] = {"easy_gradient": 0.3, "upper_trim": 0.05}
+    Dinomaly(**{**SHORT, "steps": 5}, **settings, easy_ramp=4).fit(easy(4))
+    Dinomaly(**{**SHORT, "steps": 2}, **settings, easy_ramp=0).fit(easy(4))
+    assert shares == pytest.approx([0, 0.225, 0.45, 0.675, 0.9, 0.9, 0.9])
+    assert others == {(("easy_gradient", 0.3), ("upper_trim", 0.05))}
+
+
+class Started:
+    """What `Dinomaly.fit` hands to the training loop."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **params: Any) -> None:
+        monkeypatch.setattr("flawsift.training.train", self.keep)
+        Dinomaly(**{**SHORT, **params}).fit(easy(4))
+
+    def keep(
+        self,
+        module: Reconstruction,
+        optimizer: torch.optim.Optimizer,
+        data: ImageSet,
+        layers: Sequence[str],
+        loss_of: Any,
+        recipe: Recipe,
+        **_: Any,
+    ) -> None:
+        self.module, self.optimizer, self.recipe = module, optimizer, recipe
+        self.weights = weights_of(module)
+
+
+def test_settings_reach_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    params: dict[str, Any] = {"steps": 11, "warmup": 4, "final_rate": 0.3, "batch_size": 3, "clip_norm": 0.7, "seed": 5}
+    params |= {"learning_rate": 0.01, "weight_decay": 0.02, "dropout": 0.35, "init_std": 0.005}
+    found = Started(monkeypatch, **params)
+    assert isinstance(found.optimizer, StableAdamW)
+    assert found.optimizer.defaults == {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-10, "weight_decay": 0.02}
+    recipe = found.recipe
+    assert (recipe.steps, recipe.batch_size, recipe.clip_norm, recipe.seed) == (11, 3, 0.7, 5)
+    assert recipe.schedule is not None
+    assert [recipe.schedule(step) for step in (0, 2, 4, 10)] == pytest.approx([0, 0.5, 1, 0.3])
+    assert {part.p for part in found.module.modules() if isinstance(part, nn.Dropout)} == {0.35}
+    assert found.weights["bottleneck.1.weight"].abs().max() <= 0.015
+    adam = Started(monkeypatch, **params, optimizer="adam").optimizer
+    assert type(adam) is torch.optim.Adam
+    assert (adam.defaults["lr"], adam.defaults["betas"], adam.defaults["weight_decay"]) == (0.01, (0.5, 0.999), 0.02)
+    held = Started(monkeypatch, optimizer="adam", warmup=0, final_rate=1.0, init_std=None)
+    assert held.recipe.schedule is not None
+    assert {held.recipe.schedule(step) for step in range(3)} == {1.0}
+    assert held.weights["bottleneck.1.weight"].abs().max() > 0.1, "torch's own initialisation reaches 1 / sqrt(64)"
+
+
+def test_the_seed_decides_the_first_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "bottleneck.1.weight"
+    first, again, other = (Started(monkeypatch, seed=seed).weights[name] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_killed_fit_goes_on_to_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)
+    data, detector = easy(6), Dinomaly(**{**SHORT, "steps": 6}, easy_ramp=4)
+    expected = detector.clone().fit(data)
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        detector.clone().fit(data, watch=Watch(kill, tmp_path / "state"))
+    seen: list[int] = []
+    found = detector.clone().fit(data, watch=Watch(lambda _, done, total: seen.append(done), tmp_path / "state"))
+    assert seen == [4, 5, 6]
+    for name, value in expected.weights_.items():
+        assert torch.equal(found.weights_[name], value), name
 
 
 def test_trimming_leaves_a_lone_oddity_unlearned() -> None:
@@ -324,6 +418,54 @@ def test_trimming_leaves_a_lone_oddity_unlearned() -> None:
     assert at_oddity[0.02] == pytest.approx(2)
 
 
+def test_channels_are_scaled_where_asked() -> None:
+    data = easy(4)
+    batch = next(data.batches(Dinomaly().layers))
+    for scale in (True, False):
+        fitted = Dinomaly(**SHORT, scale=scale).fit(data)
+        for group, layer in zip(fitted._groups(batch, "cpu"), fitted.layers, strict=True):
+            deviation = batch.features[layer].std((0, 2, 3), correction=0)[:, None, None]
+            expected = batch.features[layer] / (deviation if scale else 1)
+            torch.testing.assert_close(group, F.adaptive_avg_pool2d(expected, 4), rtol=1e-4, atol=1e-4)
+
+
+def test_presets_have_the_published_constants() -> None:
+    paper: dict[str, Any] = {
+        "width": None,
+        "n_blocks": 8,
+        "scale": False,
+        "dropout": 0.2,
+        "steps": 5000,
+        "batch_size": 16,
+    }
+    paper |= {"layers": ["blocks.2+3+4+5", "blocks.6+7+8+9"], "optimizer": "stable_adamw", "learning_rate": 2e-3}
+    paper |= {"warmup": 100, "final_rate": 0.1, "weight_decay": 1e-4, "clip_norm": 0.1, "init_std": 0.01}
+    paper |= {"easy_share": 0.9, "easy_ramp": 1000, "easy_gradient": 0.1, "upper_trim": 0.0, "top_share": 0.01}
+    llbnad = {**paper, "steps": 1000, "optimizer": "adam", "learning_rate": 5e-3, "warmup": 0, "final_rate": 1.0}
+    llbnad |= {"weight_decay": 0.0, "clip_norm": 5.0, "init_std": None, "easy_ramp": 0, "easy_gradient": 0.0}
+    for preset, constants in (("paper", paper), ("llbnad", llbnad)):
+        found = make_detector("dinomaly", preset).params()
+        assert {key: found[key] for key in constants} == constants, preset
+
+
+@pytest.mark.parametrize("kind", ["one", "two identical", "constant", "silent"])
+@pytest.mark.parametrize("params", [{}, {"optimizer": "adam", "learning_rate": 5e-3, "clip_norm": 5.0, "warmup": 0}])
+def test_sets_below_a_batch_and_without_variance_give_numbers(kind: str, params: dict[str, Any]) -> None:
+    n = {"one": 1, "two identical": 2}.get(kind, 3)
+    features = {"a": normal(1, 3, 4, 4).expand(n, -1, -1, -1), "b": normal(1, 5, 2, 2, seed=1).expand(n, -1, -1, -1)}
+    if kind in ("constant", "silent"):
+        features = {key: torch.full_like(value, float(kind == "constant")) for key, value in features.items()}
+    images = ImageSet.from_arrays([np.zeros((2, 2), np.uint8)] * n)
+    arrays = {key: value.numpy() for key, value in features.items()}
+    data = replace(images, reader=MemoryFeatures(32, "test", {("", i): i for i in range(n)}, arrays))
+    fitted = Dinomaly(**{**SHORT, **params}, layers=("a", "b")).fit(data)
+    assert all(value.isfinite().all() for value in fitted.weights_.values())
+    found = fitted.predict(data)
+    assert np.isfinite(found.scores).all()
+    assert found.maps is not None
+    assert np.isfinite(found.maps).all()
+
+
 @pytest.mark.parametrize("preset", ["default", "paper", "llbnad", "budget"])
 def test_presets_are_valid(preset: str) -> None:
     detector = make_detector("dinomaly", preset)
@@ -341,6 +483,7 @@ def test_bad_use_is_told() -> None:
         ({"optimizer": "sgd"}, "optimizer must be 'stable_adamw' or 'adam', got 'sgd'"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         ({"warmup": -1}, "warmup must not be negative, got -1"),
+        ({"steps": 20}, "warmup must be below the number of steps, 20, got 20"),
         ({"final_rate": 1.5}, r"final_rate must be in \[0, 1\], got 1.5"),
         ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1.0"),
         ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),

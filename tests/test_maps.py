@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
-from flawsift.maps import embed_patches, smooth, to_image_grid, top_mean, upsample
+from flawsift.maps import embed_patches, on_one_grid, smooth, to_image_grid, top_mean, upsample
 
 
 @pytest.mark.parametrize("sigma", [0.6, 1.0, 4.0])
@@ -42,6 +42,25 @@ def test_top_mean_by_sorting() -> None:
     maps = torch.arange(100.0).flip(0).reshape(1, 10, 10)
     assert top_mean(maps, 0.05).item() == pytest.approx((99 + 98 + 97 + 96 + 95) / 5)
     assert top_mean(maps, 1e-9).item() == 99
+
+
+def test_one_grid_is_the_finest_or_the_mean_over_the_coarsest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    coarse, fine = torch.randn(2, 5, 4, 3, generator=generator), torch.randn(2, 3, 8, 6, generator=generator)
+    up, same = on_one_grid([coarse, fine])
+    torch.testing.assert_close(up, F.interpolate(coarse, (8, 6), mode="bilinear", align_corners=False))
+    assert torch.equal(same, fine)
+    same, down = on_one_grid([coarse, fine], finest=False)
+    assert torch.equal(same, coarse)
+    torch.testing.assert_close(down, fine.view(2, 3, 4, 2, 3, 2).mean((3, 5)))
+
+
+def test_a_radius_cuts_the_kernel() -> None:
+    spike = torch.zeros(1, 9, 9)
+    spike[0, 4, 4] = 1
+    found = smooth(spike, 4.0, radius=2)[0]
+    assert (found > 0).sum() == 25
+    assert float(found.sum()) == pytest.approx(1)
 
 
 def test_embedding_is_the_mean_of_unfolded_neighbourhoods() -> None:

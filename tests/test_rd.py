@@ -1,7 +1,9 @@
 """RD: its student's size, losses and maps against plain re-derivations; the teacher is only read."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from flawsift.detector import make_detector
-from flawsift.detectors.rd import LOSSES, RD, Kind, Student, distances, flattened_loss, position_loss
+from flawsift.detectors.rd import LOSSES, RD, Kind, Residual, Student, distances, flattened_loss, position_loss
 from flawsift.errors import InputError, ParameterError
-from flawsift.features import MemoryFeatures
+from flawsift.features import FeatureStore, MemoryFeatures, attach
 from flawsift.images import ImageSet
 from flawsift.testing import easy_set, tiny_backbone, with_features
-from flawsift.training import Watch
+from flawsift.training import Recipe, Watch
 
 SHORT: dict[str, Any] = {"n_blocks": (1, 1, 1, 1), "epochs": 2, "batch_size": 4}
 
@@ -70,10 +73,68 @@ def test_parameters_of_the_paper(
     assert [tuple(f.shape) for f in found] == [(2, c, s, s) for c, s in zip(channels, (64, 32, 16), strict=True)]
 
 
-def test_the_paper_preset_is_that_student() -> None:
-    paper = make_detector("rd", "paper")
-    assert isinstance(paper, RD)
-    assert (paper.block, paper.n_blocks) == ("wide", (3, 3, 4, 6))
+def test_the_paper_preset_has_the_published_constants() -> None:
+    constants: dict[str, Any] = {
+        "layers": ["stride4", "stride8", "stride16"],
+        "block": "wide",
+        "n_blocks": [3, 3, 4, 6],
+    }
+    constants |= {"final_relu": True, "scale": False, "loss": "position", "epochs": 200, "batch_size": 16}
+    constants |= {"learning_rate": 5e-3}
+    assert make_detector("rd", "paper").params() == {**constants, "seed": 0}
+
+
+@pytest.mark.parametrize("final_relu", [True, False])
+def test_the_student_is_wired_as_published(final_relu: bool) -> None:
+    student = Student((3, 4, 5), "basic", (2, 2, 1, 2), final_relu=final_relu).eval()
+    t = taps()
+    first, second, last = ([m for m in path.modules() if isinstance(m, nn.Conv2d)] for path in student.fuse)
+    norms = [m for m in student.fuse.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not last, "the deepest tap enters as it is"
+    once = F.relu(norms[0](first[0](t[0])))
+    x, found = torch.cat([F.relu(norms[1](first[1](once))), F.relu(norms[2](second[0](t[1]))), t[2]], 1), []
+    for stage in (student.embed, *student.decode):
+        for block in (part for part in stage.modules() if isinstance(part, Residual)):
+            x = F.relu(block(x))  # every block of a ResNet ends with a ReLU; the last one's is `final_relu`
+        found.append(x)
+    for expected, estimate in zip(found[:0:-1], student(t), strict=True):
+        torch.testing.assert_close(estimate.relu(), expected)
+        assert bool((estimate < 0).any()) != final_relu
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "wide"])
+@pytest.mark.parametrize("change", ["down", "up", ""])
+def test_a_residual_block_is_that_of_a_resnet(kind: Kind, change: Literal["down", "up", ""]) -> None:
+    block = Residual(8, 16 if change else 8, kind, change).eval()
+    convolutions = [m for m in block.body.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    kernels = [3, 3] if kind == "basic" else [1, 3, 1]
+    at = 0 if kind == "basic" else 1  # the convolution that changes the resolution: the first, or the one in the middle
+    if change == "up":
+        kernels[at] = 2
+    assert [m.kernel_size for m in convolutions] == [(k, k) for k in kernels]
+    assert isinstance(convolutions[at], nn.ConvTranspose2d) == (change == "up")
+    strides = [(2, 2) if i == at and change else (1, 1) for i in range(len(kernels))]
+    assert [m.stride for m in convolutions] == strides
+    assert all(m.bias is None for m in convolutions)
+    x = normal(2, 8, 4, 4)
+    inside = x
+    norms = [m for m in block.body.modules() if isinstance(m, nn.BatchNorm2d)]
+    for i, (convolution, norm) in enumerate(zip(convolutions, norms, strict=True)):
+        inside = norm(convolution(inside if i == 0 else F.relu(inside)))
+    torch.testing.assert_close(block(x), inside + block.shortcut(x))
+    assert isinstance(block.shortcut, nn.Identity) == (not change)
+
+
+def test_convolutions_start_as_in_a_resnet_and_transposed_ones_as_in_torch() -> None:
+    torch.manual_seed(0)
+    student = Student((32, 64, 96), "basic", (1, 1, 1, 1), final_relu=False)
+    for name, module in student.named_modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            assert float(module.weight.detach().std()) == pytest.approx((2 / fan_out) ** 0.5, rel=0.05), name
+        if isinstance(module, nn.ConvTranspose2d):  # uniform up to 1 / sqrt(fan), which torch takes as outputs x kernel
+            limit = (module.out_channels * 4) ** -0.5
+            assert float(module.weight.detach().abs().max()) == pytest.approx(limit, rel=0.01), name
 
 
 def test_everything_is_used() -> None:
@@ -167,7 +228,101 @@ def test_the_map_is_the_sum_over_taps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fitted.predict_grids(data)[1].abs().max() < 1e-5, "a student equal to its teacher has a map"
 
 
+def test_the_image_score_is_the_maximum_of_the_smoothed_map() -> None:
+    maps = normal(3, 64, 64).abs()
+    smoothed = np.stack([gaussian_filter(m, 1.0, mode="reflect") for m in maps.double().numpy()])  # 4 px of 256
+    np.testing.assert_allclose(RD()._image_scores(maps).numpy(), smoothed.max((1, 2)), rtol=1e-5)
+
+
 # ---- the detector
+
+
+def test_settings_reach_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Student, torch.optim.Optimizer, Recipe]] = []
+    weights: list[Tensor] = []
+
+    def keep(module: Student, optimizer: torch.optim.Optimizer, *others: Any, **_: Any) -> None:
+        seen.append((module, optimizer, others[-1]))
+        weights.append(module.state_dict()["decode.0.0.body.0.0.weight"].clone())
+
+    monkeypatch.setattr("flawsift.training.train", keep)
+    for seed in (5, 5, 6):
+        RD(n_blocks=(1, 1, 1, 1), epochs=3, batch_size=4, learning_rate=0.02, seed=seed).fit(easy(9))
+    module, optimizer, recipe = seen[0]
+    assert type(optimizer) is torch.optim.Adam
+    assert (optimizer.defaults["lr"], optimizer.defaults["betas"]) == (0.02, (0.5, 0.999))
+    assert optimizer.defaults["weight_decay"] == 0
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in module.parameters()}
+    assert recipe == Recipe(steps=6, batch_size=4, seed=5), "two batches of four per epoch, no clipping, no schedule"
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_channels_are_scaled_where_asked() -> None:
+    data = easy(4)
+    batch = next(data.batches(RD().layers))
+    for scale in (True, False):
+        fitted = RD(**SHORT, scale=scale).fit(data)
+        for tap, layer in zip(fitted._taps(batch, "cpu"), fitted.layers, strict=True):
+            deviation = batch.features[layer].std((0, 2, 3), correction=0)[:, None, None]
+            expected = batch.features[layer] / (deviation if scale else 1)
+            torch.testing.assert_close(tap, expected, rtol=1e-4, atol=1e-4)
+
+
+class Direct:
+    """Features straight from the backbone, nothing cached."""
+
+    size, key = 64, "direct"
+
+    def read(self, images: ImageSet, layers: Sequence[str]) -> dict[str, Tensor]:
+        return tiny_backbone().extract(images.pixels(64), layers)
+
+
+def test_cached_and_direct_features_give_the_same_model(tmp_path: Path) -> None:
+    images = easy_set().images.select(np.arange(6))
+    stored, _ = attach(images, tiny_backbone(), RD().layers, store=FeatureStore(tmp_path, dtype="float32"))
+    direct = replace(images, reader=Direct())
+    models = [RD(**SHORT).fit(data) for data in (stored, direct)]
+    for name, value in models[0].weights_.items():
+        # a network rounds differently in batches of other sizes
+        torch.testing.assert_close(models[1].weights_[name], value, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(models[0].predict(stored).scores, models[1].predict(direct).scores, rtol=1e-3)
+
+
+def test_a_killed_fit_goes_on_to_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)
+    data, detector = easy(9), RD(**{**SHORT, "epochs": 3})
+    expected = detector.clone().fit(data)
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        detector.clone().fit(data, watch=Watch(kill, tmp_path / "state"))
+    seen: list[int] = []
+    found = detector.clone().fit(data, watch=Watch(lambda _, done, total: seen.append(done), tmp_path / "state"))
+    assert seen == [4, 5, 6]
+    for name, value in expected.weights_.items():  # running means of the batch norms among them
+        assert torch.equal(found.weights_[name], value), name
+
+
+@pytest.mark.parametrize("loss", ["flattened", "position"])
+@pytest.mark.parametrize("edges", [(8, 4, 2), (4, 2, 1)])
+@pytest.mark.parametrize("kind", ["identical", "constant", "silent"])
+def test_sets_without_variance_give_numbers(
+    loss: Literal["flattened", "position"], edges: tuple[int, ...], kind: str
+) -> None:
+    t = [normal(1, c, s, s).expand(2, -1, -1, -1) for c, s in zip((3, 4, 5), edges, strict=True)]
+    if kind != "identical":
+        t = [torch.full_like(tap, float(kind == "constant")) for tap in t]
+    data = feature_set(t)
+    fitted = RD(layers=("0", "1", "2"), n_blocks=(2, 2, 2, 2), epochs=3, loss=loss).fit(data)
+    assert all(value.isfinite().all() for value in fitted.weights_.values())
+    found = fitted.predict(data)
+    assert np.isfinite(found.scores).all()
+    assert found.maps is not None
+    assert np.isfinite(found.maps).all()
 
 
 def test_training_learns_one_image_and_not_another() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,10 +47,20 @@ def make(data: ImageSet) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def run(
-    data: ImageSet, steps: int, *, watch: Watch | None = None, stop_at: int | None = None, of: int | None = None
+    data: ImageSet,
+    steps: int,
+    *,
+    watch: Watch | None = None,
+    stop_at: int | None = None,
+    rate: float = 0.01,
+    floor: float = 0.1,
+    seed: int = 5,
+    amsgrad: bool = False,
 ) -> dict[str, Tensor]:
-    module, optimizer = make(data)
-    recipe = Recipe(steps=of or steps, batch_size=4, seed=5, clip_norm=1.0, schedule=warmup_cosine(3, of or steps, 0.1))
+    module, _ = make(data)
+    optimizer = torch.optim.Adam(module.parameters(), lr=rate, amsgrad=amsgrad)
+    schedule = warmup_cosine(3, steps, floor)
+    recipe = Recipe(steps=steps, batch_size=4, seed=seed, clip_norm=1.0, schedule=schedule)
 
     def loss_of(batch: Batch, step: int) -> Tensor:
         if step == stop_at:
@@ -81,13 +92,41 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     assert not list(tmp_path.iterdir()), "a finished training leaves its checkpoint"
 
 
+@pytest.mark.parametrize(
+    "change", [{"steps": 8}, {"rate": 0.02}, {"floor": 0.2}, {"seed": 6}, {"amsgrad": True}, {"images": 9}]
+)
 def test_a_checkpoint_of_another_training_is_not_used(
+    change: dict[str, Any], data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, 9, watch=Watch(checkpoint=tmp_path / "state"), stop_at=6)
+    other = data.select(data.ids[: change.pop("images", len(data))])
+    settings: dict[str, Any] = {"steps": 9, **change}
+    seen: list[int] = []
+    watch = Watch(lambda _, done, total: seen.append(done), tmp_path / "state")
+    assert same(run(other, **settings, watch=watch), run(other, **settings))
+    assert seen == list(range(1, settings["steps"] + 1))
+
+
+def test_patches_left_out_make_another_training(
     data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)
     with pytest.raises(KeyboardInterrupt):
         run(data, 9, watch=Watch(checkpoint=tmp_path / "state"), stop_at=6)
-    assert same(run(data, 8, watch=Watch(checkpoint=tmp_path / "state")), run(data, 8))
+    seen: list[int] = []
+    fewer = data.without_patches({0: np.ones((8, 8), bool)})
+    run(fewer, 9, watch=Watch(lambda _, done, total: seen.append(done), tmp_path / "state"))
+    assert seen[0] == 1
+
+
+def test_no_checkpoint_of_a_finished_training(data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("flawsift.training._save", lambda *given: saved.append(given[3]))
+    run(data, 4, watch=Watch(checkpoint=tmp_path / "state"))
+    assert saved == [1, 2, 3], "resumed after its last step a training would have no loss"
 
 
 def test_a_torn_checkpoint_costs_its_steps_only(data: ImageSet, tmp_path: Path) -> None:
@@ -102,6 +141,14 @@ def test_training_is_seeded_and_leaves_the_global_generator(data: ImageSet) -> N
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
     assert same(run(data, 3), first)
+
+
+def test_generators_of_gpus_are_left_alone(data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(seed: int) -> None:
+        raise AssertionError("a training on the CPU seeded the GPUs")
+
+    monkeypatch.setattr("torch.cuda.manual_seed_all", fail)
+    run(data, 2)
 
 
 def test_every_image_is_seen_once_per_epoch() -> None:
@@ -129,6 +176,20 @@ def test_gradients_are_clipped(data: ImageSet) -> None:
     )
     moved = torch.cat([(weights_of(module)[k] - start[k]).flatten() for k in start]).norm()
     assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_each_group_s_rate_follows_the_schedule(data: ImageSet) -> None:
+    module = nn.ParameterList([nn.Parameter(torch.zeros(())) for _ in range(2)])
+    groups = [{"params": [weight], "lr": rate} for weight, rate in zip(module, (1.0, 10.0), strict=True)]
+    seen: list[list[float]] = []
+
+    def loss_of(batch: Batch, step: int) -> Tensor:
+        seen.append([float(weight.detach()) for weight in module])
+        return -torch.stack(list(module)).sum()  # a gradient of -1: weights move by their rates
+
+    recipe = Recipe(steps=4, batch_size=4, schedule=lambda step: step / 2)
+    train(module, torch.optim.SGD(groups), data, (LAYER,), loss_of, recipe, device="cpu")
+    assert seen == [[0, 0], [0, 0], [0.5, 5], [1.5, 15]]
 
 
 def test_stop_ends_it(data: ImageSet) -> None:
@@ -171,6 +232,20 @@ def test_divergence_is_told(data: ImageSet) -> None:
             data.select([]),
             (LAYER,),
             lambda b, _: torch.zeros(()),
+            Recipe(steps=1, batch_size=4),
+            device="cpu",
+        )
+
+
+def test_divergence_in_the_last_step_is_told(data: ImageSet) -> None:
+    module, optimizer = make(data)
+    with pytest.raises(TrainingError, match="not finite after the last step. Lower the learning rate"):
+        train(
+            module,
+            optimizer,
+            data,
+            (LAYER,),
+            lambda b, _: (0 * module(b.features[LAYER])).square().sum().sqrt(),  # 0, with a gradient of 0 / 0
             Recipe(steps=1, batch_size=4),
             device="cpu",
         )

@@ -5,6 +5,7 @@ training leaves torch's and numpy's global generators as they were.
 """
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from flawsift.progress import Progress, silent
 
 SAVE_SECONDS = 30.0  # between checkpoints: the most that a kill can cost
 _SEPARATOR = "/"  # between the parts of a checkpoint's tensor names
+_REMEDY = "Lower the learning rate."
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Watch:
 
     Attributes:
         progress: Told about each step.
-        checkpoint: A file for the state of an unfinished training; a later fit with the same settings goes on there.
+        checkpoint: A file for the state of an unfinished training; a later fit with the same images and settings goes
+            on there. Losses cannot be compared: trainings that differ in their loss need a file each.
     """
 
     progress: Progress = silent
@@ -103,17 +106,18 @@ def train(
 
     Raises:
         InputError: The set is empty.
-        TrainingError: The loss is not finite.
+        TrainingError: The loss is not finite, or a parameter after the last step is not.
     """
     if not len(data):
         raise InputError("Training needs at least one image, got an empty set.")
     base = [group["lr"] for group in optimizer.param_groups]
-    first, last = _resume(module, optimizer, watch.checkpoint, recipe), float("nan")
+    settings = "" if watch.checkpoint is None else _signature(module, optimizer, data, layers, recipe)
+    first, last = _resume(module, optimizer, watch.checkpoint, settings), float("nan")
     mixed = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     saved_at = time.monotonic()
     with seeded(recipe.seed, device):
         for step in range(first, recipe.steps):
-            torch.manual_seed(_mix(recipe.seed, step))
+            _seed(_mix(recipe.seed, step), device)
             if recipe.schedule is not None:
                 for group, rate in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = rate * recipe.schedule(step)
@@ -124,7 +128,7 @@ def train(
                 loss = loss_of(batch, step)
             last = float(loss.detach())
             if not np.isfinite(last):
-                raise TrainingError(f"The loss became {last} at step {step}. Lower the learning rate.")
+                raise TrainingError(f"The loss became {last} at step {step}. {_REMEDY}")
             loss.backward()  # type: ignore[no-untyped-call]
             if recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
@@ -132,9 +136,13 @@ def train(
             watch.progress("training", step + 1, recipe.steps)
             if stop is not None and stop(step, last):
                 break
-            if watch.checkpoint is not None and time.monotonic() - saved_at > SAVE_SECONDS:
-                _save(module, optimizer, watch.checkpoint, step + 1, recipe)
+            unfinished = step + 1 < recipe.steps
+            if unfinished and watch.checkpoint is not None and time.monotonic() - saved_at > SAVE_SECONDS:
+                _save(module, optimizer, watch.checkpoint, step + 1, settings)
                 saved_at = time.monotonic()
+    # a gradient may overflow where the loss did not, and after the last step no loss would tell
+    if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
+        raise TrainingError(f"A parameter is not finite after the last step. {_REMEDY}")
     if watch.checkpoint is not None:
         watch.checkpoint.unlink(missing_ok=True)
     return last
@@ -144,8 +152,16 @@ def train(
 def seeded(seed: int, device: str) -> Iterator[None]:
     """Torch's global generators seeded inside, and as they were outside: initialisation and dropout take no other."""
     with torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
-        torch.manual_seed(seed)
+        _seed(seed, device)
         yield
+
+
+def _seed(seed: int, device: str) -> None:
+    """Seed what a device draws from, and nothing else: `torch.manual_seed` also seeds GPUs that nobody restores."""
+    torch.default_generator.manual_seed(seed)
+    if device.startswith("cuda"):
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def warmup_cosine(warmup: int, total: int, floor: float) -> Callable[[int], float]:
@@ -299,21 +315,30 @@ def _mix(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _signature(module: nn.Module, recipe: Recipe) -> str:
+def _signature(
+    module: nn.Module, optimizer: torch.optim.Optimizer, data: ImageSet, layers: Sequence[str], recipe: Recipe
+) -> str:
+    """SHA-256 of all that decides a training but its loss, before its first step."""
     shapes = [f"{name}{tuple(value.shape)}" for name, value in module.state_dict().items()]
-    return f"{recipe.steps} {recipe.batch_size} {recipe.seed} {recipe.clip_norm} {shapes}"
+    groups = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
+    rates = [recipe.schedule(step) for step in range(recipe.steps)] if recipe.schedule else []
+    rule = [recipe.steps, recipe.batch_size, recipe.seed, recipe.clip_norm, rates, type(optimizer).__name__, groups]
+    rejected = {i: (mask.shape, np.packbits(mask).tobytes()) for i, mask in data.rejected.items()}
+    features = data.reader.key if data.reader is not None else ""
+    seen = [data.ids.tolist(), data.names, data.derived, features, list(layers), sorted(rejected.items())]
+    return hashlib.sha256(repr([shapes, rule, seen]).encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def _save(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path, step: int, recipe: Recipe) -> None:
+def _save(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path, step: int, settings: str) -> None:
     tensors = {f"module{_SEPARATOR}{name}": value for name, value in module.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer{_SEPARATOR}{index}{_SEPARATOR}{k}": torch.as_tensor(v) for k, v in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_bytes(path, save(plain, metadata={"step": str(step), "of": _signature(module, recipe)}))
+    write_bytes(path, save(plain, metadata={"step": str(step), "of": settings}))
 
 
-def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path | None, recipe: Recipe) -> int:
+def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path | None, settings: str) -> int:
     """The first step to take: 0, or where a checkpoint of the same training stands, which is then restored."""
     if path is None or not path.exists():
         return 0
@@ -323,7 +348,7 @@ def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path | No
         tensors = load(content)
     except (OSError, ValueError, SafetensorError):
         return 0  # a torn checkpoint costs its steps, nothing else
-    if metadata.get("of") != _signature(module, recipe):
+    if metadata.get("of") != settings:
         return 0
     prefix = f"module{_SEPARATOR}"
     module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})

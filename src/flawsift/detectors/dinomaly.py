@@ -21,6 +21,7 @@ HEAD_DIM = 64  # channels per attention head, as in all ViTs of the paper
 # The published map is smoothed at 256 px by a 5 x 5 cut of a Gaussian of sigma 4: nearly a box.
 SCORE_SIZE, SCORE_SIGMA, SCORE_RADIUS = 256, 4.0, 2
 LAYER_NORM_EPS = 1e-8  # the authors'
+STABLE_EPS = 1e-10  # of StableAdamW in most of the authors' scripts, 1e-8 in some: far below any gradient's size
 ADAM_BETAS = (0.5, 0.999)  # of the two-stage paper's code
 # groups of ViT-S and ViT-B; a ViT-L has them at 4+6+8+10 and 12+14+16+18
 VIT_GROUPS = ("blocks.2+3+4+5", "blocks.6+7+8+9")
@@ -119,8 +120,8 @@ class Dinomaly(Detector):
     for layers (the loose constraint), under a loss on whole maps in which easy points pass little gradient. The map is
     the mean over groups of 1 - cosine, the image score the mean of the highest `top_share` of the smoothed map.
 
-    Cost: Per step and token 24 width^2 multiply-adds per block; linear in tokens. The paper preset at ViT-B takes 290
-        GFLOP per image and step.
+    Cost: Per step and token 36 width^2 multiply-adds per block, 12 of them forward; linear in tokens. The paper preset
+        at ViT-B takes 289 GFLOP per image and step.
     Contamination: Hard points keep their gradient, and defects are hard points: the loss seeks what it should leave.
         `upper_trim` drops the gradient of the hardest points.
     Differs from the paper: Class and register tokens do not enter the decoder. Images are resized to the square input;
@@ -130,7 +131,8 @@ class Dinomaly(Detector):
         deviations, groups are brought to one grid and concatenated, and a linear head leads back to each group's
         channels; the default decoder is small.
     Reference: Guo et al., "Dinomaly: The Less Is More Philosophy in Multi-Class Unsupervised Anomaly Detection", CVPR
-        2025, arXiv 2405.14325, section 3. The preset "llbnad" is what the code of arXiv 2508.07441 trains.
+        2025, arXiv 2405.14325, section 3. The preset "llbnad" is what the code of arXiv 2508.07441 trains, except for
+        an epoch's incomplete last batch, which that code keeps; maps and scores are Dinomaly's.
 
     Attributes:
         width: Channels of the decoder; None takes those of its input.
@@ -142,7 +144,7 @@ class Dinomaly(Detector):
         batch_size: Images in a step.
         optimizer: "stable_adamw", or "adam" with betas 0.5 and 0.999.
         learning_rate: At its peak.
-        warmup: Steps of linear increase from 0.
+        warmup: Steps of linear increase from 0, fewer than all.
         final_rate: Share of the learning rate that the cosine ends at; 1 keeps it constant.
         weight_decay: On every parameter.
         clip_norm: Most that the gradient norm may be.
@@ -197,6 +199,8 @@ class Dinomaly(Detector):
         self._require("clip_norm", self.clip_norm > 0, "be positive")
         for name in ("warmup", "easy_ramp", "weight_decay"):
             self._require(name, getattr(self, name) >= 0, "not be negative")
+        # the first rate is 0: a training that ends within its warm-up has hardly begun
+        self._require("warmup", self.warmup < self.steps, f"be below the number of steps, {self.steps}")
         self._require("final_rate", 0 <= self.final_rate <= 1, "be in [0, 1]")
         self._require("easy_gradient", 0 <= self.easy_gradient <= 1, "be in [0, 1]")
 
@@ -214,7 +218,7 @@ class Dinomaly(Detector):
             module = self._module()
         module.to(target).train()
         rate, decay = self.learning_rate, self.weight_decay
-        optimizer: torch.optim.Optimizer = StableAdamW(module.parameters(), lr=rate, eps=1e-10, weight_decay=decay)
+        optimizer: torch.optim.Optimizer = StableAdamW(module.parameters(), lr=rate, eps=STABLE_EPS, weight_decay=decay)
         if self.optimizer == "adam":
             optimizer = torch.optim.Adam(module.parameters(), lr=rate, betas=ADAM_BETAS, weight_decay=decay)
         schedule = warmup_cosine(self.warmup, self.steps, self.final_rate)
