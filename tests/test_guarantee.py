@@ -1,6 +1,5 @@
 """Screening helps where there are defects and never hurts where there are none, for any detector behind it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,14 +25,14 @@ FINAL: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def sets(tiny: Backbone) -> Iterator[list[tuple[Dataset, ImageSet]]]:
+def sets(tiny: Backbone) -> list[tuple[Dataset, ImageSet]]:
     """Three synthetic sets with the features that the detectors read."""
     found = []
     for seed in SEEDS:
         data = synthetic(160, 100, size=SIZE, seed=seed)
         images, _ = attach(data.images, tiny, ("stride4", "stride8", "stride16"))
         found.append((data, images))
-    yield found
+    return found
 
 
 def gains(sets: list[tuple[Dataset, ImageSet]], tiny: Backbone, name: str, alpha: float) -> tuple[float, float]:

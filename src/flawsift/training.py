@@ -272,6 +272,15 @@ def channel_statistics(
     return found
 
 
+def without_rejected(maps: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+    """(B, C, h, w) maps with rejected patches set to zero: no loss and no gradient where both sides are zero."""
+    found = []
+    for each in maps:
+        accepted = batch.accepted(*each.shape[2:])
+        found.append(each if accepted is None else each * accepted[:, None].to(each))
+    return found
+
+
 def standardized(features: Tensor, statistics: Tensor) -> Tensor:
     """(B, C, h, w) with each channel at mean 0 and standard deviation 1 by (2, C) statistics."""
     mean, deviation = statistics.to(features.device)[:, None, :, None, None]

@@ -15,7 +15,7 @@ from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
 from flawsift.maps import on_one_grid, smooth, top_mean, upsample
 from flawsift.nn import linear_attention
-from flawsift.training import UNWATCHED, StableAdamW, Watch, scaled, warmup_cosine
+from flawsift.training import UNWATCHED, StableAdamW, Watch, scaled, warmup_cosine, without_rejected
 
 HEAD_DIM = 64  # channels per attention head, as in all ViTs of the paper
 # The published map is smoothed at 256 px by a 5 x 5 cut of a Gaussian of sigma 4: nearly a box.
@@ -99,6 +99,7 @@ def mined_loss(
     losses = []
     for e, d in zip(expected, found, strict=True):
         distance = 1 - F.cosine_similarity(e, d.detach(), dim=1)  # (B, h, w)
+        distance = distance.masked_fill((e == 0).all(1) & (d.detach() == 0).all(1), 0.0)  # patches that are left out
         flat = distance.flatten()
         n_hard, n_trim = max(1, int(len(flat) * (1 - easy))), int(len(flat) * upper_trim)
         ordered = flat.sort(descending=True)
@@ -228,7 +229,8 @@ class Dinomaly(Detector):
 
         def loss_of(batch: Batch, step: int) -> Tensor:
             groups = self._groups(batch, target)
-            found = [d.float() for d in module(groups)]
+            found = without_rejected([d.float() for d in module(groups)], batch)
+            groups = without_rejected(groups, batch)
             easy = self.easy_share * min(1.0, step / self.easy_ramp) if self.easy_ramp else self.easy_share
             return mined_loss(groups, found, easy=easy, easy_gradient=self.easy_gradient, upper_trim=self.upper_trim)
 

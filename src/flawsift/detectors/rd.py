@@ -14,7 +14,7 @@ from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
 from flawsift.maps import SIGMA_PER_PIXEL, on_one_grid, smooth
-from flawsift.training import UNWATCHED, Watch, scaled
+from flawsift.training import UNWATCHED, Watch, scaled, without_rejected
 
 BETAS = (0.5, 0.999)  # of Adam, the authors'
 EXPANSION = 4  # a ResNet's bottleneck block is a quarter as wide inside; twice that in a wide one
@@ -200,7 +200,8 @@ class RD(Detector):
 
         def loss_of(batch: Batch, step: int) -> Tensor:
             teacher = self._taps(batch, target)
-            return LOSSES[self.loss](teacher, [s.float() for s in module(teacher)])
+            student = [s.float() for s in module(teacher)]
+            return LOSSES[self.loss](without_rejected(teacher, batch), without_rejected(student, batch))
 
         training.train(module, optimizer, data, self.layers, loss_of, recipe, device=target, watch=watch)
         self.weights_ = training.weights_of(module)
