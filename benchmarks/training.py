@@ -5,7 +5,7 @@ seconds per step, how often an image passed the backbone), a short fit under tor
 is not spent in matrix products and convolutions), and whether k sub-models train cheaper in one batched step than one
 by one (torch.func's stacked state under vmap against a loop; forward, backward and Adam, dropout and batch norm
 included; without clipping and mining, which both ways have to do). `--batched-only` measures no more than that, in a
-minute. Goal: a fit within 180 s.
+minute. Goal: a fit of 200 images of 256 px within three minutes (Dinomaly, RD), fifteen (DeSTSeg) or five (the others).
 """
 
 import argparse
@@ -25,8 +25,8 @@ import _rows
 from flawsift.detectors.dinomaly import Dinomaly, Reconstruction
 from flawsift.detectors.rd import RD, Student
 
-DETECTORS = ("dinomaly", "rd")
-GOAL = 180.0  # seconds of a fit on two cores
+GOALS = {"dinomaly": 180, "rd": 180, "funad": 300, "cflow": 300, "simplenet": 300, "uniad": 300, "destseg": 900}  # s
+BATCHED = ("dinomaly", "rd")
 BATCH, RATE = 16, 1e-3  # of the batched comparison; its rate changes no time
 COSTS = ("seconds", "seconds_per_step", "passes_per_image", "share_outside_products")
 FIGURES = (*COSTS, "batched_seconds", "in_turn_seconds", "batched_ratio")
@@ -47,14 +47,17 @@ def child(name: str, n: int, size: int, n_models: int, repeats: int, batched_onl
     backbone, detector = load_backbone(size=size), make_detector(name, "budget")
     first = backbone.extract(images.select(images.ids[:1]).pixels(size), detector.layers)
     shapes = [(first[layer].shape[1], first[layer].shape[2]) for layer in detector.layers]
+    together = (
+        compare(network_of(detector, [c for c, _ in shapes]), shapes, n_models, repeats) if name in BATCHED else {}
+    )
     trained = {
-        **compare(network_of(detector, [c for c, _ in shapes]), shapes, n_models, repeats),
+        **together,
         "params": detector.params(),
         "weights_digest": backbone.weights_digest,
     }
     if batched_only:
         return trained
-    passes, steps = 0, 0
+    passes, steps, phase = 0, 0, 0
     extract = backbone.extract
 
     def counted(pixels: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -63,12 +66,14 @@ def child(name: str, n: int, size: int, n_models: int, repeats: int, batched_onl
         return extract(pixels, layers)
 
     def progress(_stage: str, done: int, _total: int) -> None:
-        nonlocal steps
-        steps = done
+        nonlocal steps, phase
+        if done < steps - phase:  # a second training counts from 0 again
+            phase = steps
+        steps = phase + done
 
     backbone.extract = counted  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory(prefix="flawsift-bench-") as cache:
-        data, _ = attach(images, backbone, detector.layers, store=FeatureStore(Path(cache)))
+        data, _ = attach(images, backbone, detector.layers, views=detector.views, store=FeatureStore(Path(cache)))
         started = time.perf_counter()
         detector.fit(data, watch=Watch(progress))
         seconds = time.perf_counter() - started
@@ -89,8 +94,9 @@ def child(name: str, n: int, size: int, n_models: int, repeats: int, batched_onl
 def share_outside(detector: Any, data: Any) -> float:
     """Share of a short fit's time that is not spent in matrix products and convolutions."""
     few = data.select(data.ids[: PROFILED_BATCHES * detector.batch_size])
-    steps = {"epochs": PROFILED_STEPS // PROFILED_BATCHES} if isinstance(detector, RD) else {"steps": PROFILED_STEPS}
-    brief = detector.clone(**steps)
+    passes = {"epochs": PROFILED_STEPS // PROFILED_BATCHES}
+    lengths = dict.fromkeys(("steps", "student_steps", "head_steps"), PROFILED_STEPS) | passes
+    brief = detector.clone(**{name: n for name, n in lengths.items() if hasattr(detector, name)})
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         started = time.perf_counter()
         brief.fit(few)
@@ -187,14 +193,14 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=5, help="networks in the batched call")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each way in the batched comparison")
     parser.add_argument("--batched-only", action="store_true", help="only the batched comparison")
-    parser.add_argument("--detectors", nargs="+", default=list(DETECTORS), choices=DETECTORS)
-    parser.add_argument("--child", choices=DETECTORS, help=argparse.SUPPRESS)
+    parser.add_argument("--detectors", nargs="+", default=list(GOALS), choices=list(GOALS))
+    parser.add_argument("--child", choices=list(GOALS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(child(args.child, args.n, args.size, args.models, args.repeats, args.batched_only)))
         return
     figures: dict[str, Any] = {}
-    for name in args.detectors:
+    for name in [n for n in args.detectors if n in BATCHED or not args.batched_only]:
         flags = ["--n", args.n, "--size", args.size, "--models", args.models, "--repeats", args.repeats]
         flags += ["--batched-only"] if args.batched_only else []
         found = _rows.run_json(__file__, *flags, "--child", name)
@@ -206,13 +212,14 @@ def main() -> None:
         figures |= {f"{name}_{key}": found[key] for key in FIGURES if key in found}
         if not args.batched_only:
             _rows.say(
-                f"{name}: {found['seconds']:.1f} s (goal: at most {GOAL:g}), {found['seconds_per_step']:.3f} s per step"
-                f", {found['share_outside_products']:.0%} outside products"
+                f"{name}: {found['seconds']:.1f} s (goal: at most {GOALS[name]}), "
+                f"{found['seconds_per_step']:.3f} s per step, {found['share_outside_products']:.0%} outside products"
             )
-        _rows.say(
-            f"{name}: a step of {args.models} networks takes {found['batched_seconds']:.2f} s batched, "
-            f"{found['in_turn_seconds']:.2f} s in turn: {found['batched_ratio']:.2f}"
-        )
+        if name in BATCHED:
+            _rows.say(
+                f"{name}: a step of {args.models} networks takes {found['batched_seconds']:.2f} s batched, "
+                f"{found['in_turn_seconds']:.2f} s in turn: {found['batched_ratio']:.2f}"
+            )
     _rows.finish("training", figures, args)
 
 
