@@ -230,7 +230,9 @@ def _following(known: Decision, found: Decision) -> Decision:
     A hand writes no versions. Versions must not fall, nor stay for another choice: whoever saw the older row could
     overwrite the newer one unseen.
     """
-    return replace(found, version=max(found.version, known.version + (found.choice != known.choice)))
+    if found.choice == known.choice:
+        return found if found.version > known.version else known
+    return replace(found, version=max(found.version, known.version + 1))
 
 
 @contextmanager
