@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from flawsift.benchmark_report import (
 )
 from flawsift.errors import InputError
 from flawsift.grid import parse_config, plan, read_config
-from flawsift.rows import append_rows, read_rows
+from flawsift.rows import append_rows, peak_mb, read_rows
 
 
 def row(**changes: Any) -> dict[str, str]:
@@ -110,6 +111,14 @@ def test_a_table_of_two_methods_in_markdown_and_latex() -> None:
     assert text.count("{") == text.count("}")
 
 
+def test_marks_of_tables_in_names_are_text() -> None:
+    name = r"a|b\c{d}~e^f&g"
+    (table,) = measured_tables([row(data=name)])
+    assert r"| a\|b\c{d}~e^f&g | 20% |" in markdown(table)
+    escaped = r"a|b\textbackslash{}c\{d\}\textasciitilde{}e\textasciicircum{}f\&g & 20\% & paper"
+    assert escaped in latex(table)
+
+
 def test_protocols_and_k_have_tables_of_their_own() -> None:
     rows = [row(), row(protocol="overlap"), row(n_subsets=3)]
     assert [t.title.split(", ", 1)[1] for t in measured_tables(rows)] == ["no overlap", "overlap", "no overlap, k = 3"]
@@ -179,6 +188,8 @@ def test_prices() -> None:
     (price,) = prices([row(), row(preset="none", seconds_stage2=2.5)])
     assert (price.stage1, price.stage2, price.per_image) == ("3.0", "2.0", "10.0")
     assert (price.size, price.memory, price.images) == ("2.5 MB", "700", "100")
+    (price,) = prices([row(model_bytes="", seconds_stage1="", seconds_evaluate="")])
+    assert (price.size, price.stage1, price.per_image) == ("-", "-", "-")  # not measured
 
 
 def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
@@ -194,6 +205,13 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     assert "have no anomaly maps" in page
     assert found["Markdown"].read_text().count("### ") == 3
     assert "\\begin{table*}" in found["LaTeX"].read_text()
+
+
+@pytest.mark.parametrize(("system", "mib"), [("linux", 2048), ("darwin", 2)])
+def test_peak_memory_is_in_mib_on_every_system(monkeypatch: pytest.MonkeyPatch, system: str, mib: float) -> None:
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=2 * 2**20))
+    assert peak_mb() == mib
 
 
 def test_no_rows(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Decisions survive, merge per image, and reach stage 2."""
 
 import csv
+import shutil
 import threading
 from pathlib import Path
 
@@ -23,9 +24,10 @@ def rows(path: Path) -> dict[str, tuple[str, str]]:
 
 def test_every_write_is_on_disk_at_once(tmp_path: Path) -> None:
     store = DecisionStore(tmp_path / "decisions.csv")
-    store.write([Change("a.png", "keep", 0), Change('b, "x"\n.png', "remove", 0)])
-    assert rows(store.path) == {"a.png": ("keep", "1"), 'b, "x"\n.png': ("remove", "1")}
-    assert read_decisions(store.path) == {"a.png": "keep", 'b, "x"\n.png': "remove"}
+    odd = 'b, "x"\r\n\r.png'
+    store.write([Change("a.png", "keep", 0), Change(odd, "remove", 0)])
+    assert rows(store.path) == {"a.png": ("keep", "1"), odd: ("remove", "1")}
+    assert read_decisions(store.path) == {"a.png": "keep", odd: "remove"}
     again = DecisionStore(store.path)
     assert {n: d.choice for n, d in again.since(-1)[1].items()} == read_decisions(store.path)
     again.write([Change("a.png", "", 1)])
@@ -71,6 +73,50 @@ def test_an_edit_by_hand_is_seen(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="row 2: decision must be keep, remove or unsure, got 'perhaps'"):
         store.write([Change("b", "keep", 0)])
     assert "perhaps" in store.path.read_text()
+
+
+def test_an_edit_by_hand_is_not_overwritten_by_those_who_have_not_seen_it(tmp_path: Path) -> None:
+    store = DecisionStore(tmp_path / "decisions.csv")
+    for version, choice in enumerate(("keep", "remove", "keep")):
+        store.write([Change("a", choice, version), Change("b", "keep", version)])
+    store.path.write_text("path,decision\na,unsure\nb,keep\n")  # a hand writes no versions
+    revision = store.revision
+    _, refused = store.write([Change("a", "remove", 3)])
+    assert (refused["a"].choice, refused["a"].version) == ("unsure", 4)
+    assert store.since(revision)[1].keys() == {"a"}
+    assert store.since(-1)[1]["b"].version == 1  # its choice is that of before, and so is its version
+    assert store.write([Change("a", "remove", 4)])[1] == {}
+    assert rows(store.path) == {"a": ("remove", "5"), "b": ("keep", "1")}
+    store.path.write_text("path,decision,version\na,keep,1\n")
+    assert store.write([Change("a", "remove", 1)])[1]["a"].version == 6
+
+
+def test_rows_taken_out_twice_are_news_once(tmp_path: Path) -> None:
+    store = DecisionStore(tmp_path / "decisions.csv")
+    store.write([Change("a", "keep", 0), Change("b", "keep", 0)])
+    store.path.write_text("path,decision\nb,keep\n")
+    revision, found = store.since(-1)
+    assert (found["a"].choice, found["a"].version) == ("", 2)
+    store.path.write_text("path,decision\nb,unsure\n")
+    assert store.since(revision)[1].keys() == {"b"}
+
+
+def test_a_folder_that_is_gone_or_knows_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d").mkdir()
+    store = DecisionStore(tmp_path / "d" / "decisions.csv")
+
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("flawsift.decisions.fcntl.flock", refuse)
+    store.write([Change("a", "keep", 0)])
+    assert read_decisions(store.path) == {"a": "keep"}
+    shutil.rmtree(tmp_path / "d")
+    with pytest.raises(OutputError, match="Cannot write .*No such file"):
+        store.write([Change("b", "keep", 0)])
+    (tmp_path / "d").touch()
+    with pytest.raises(InputError, match="cannot be read: Not a directory"):
+        store.since(-1)
 
 
 def test_threads_lose_nothing(tmp_path: Path) -> None:
@@ -176,6 +222,14 @@ def test_a_screening_is_read_as_it_was_written(easy_folder: Path, tiny: Backbone
     assert (list(again.names), again.options, again.unreadable) == (list(found.names), found.options, found.unreadable)
     assert (again.contamination, again.divergence) == (found.contamination, None)
     assert again.provenance["images_root"] == str(easy_folder)
+
+
+def test_a_name_may_hold_line_ends(easy_folder: Path, tiny: Backbone, tmp_path: Path) -> None:
+    parts = Path(shutil.copytree(easy_folder, tmp_path / "parts"))
+    (parts / "part-07.png").rename(parts / "a\rb\n.png")
+    found = pipeline.screen(parts, "padim", tiny, out=tmp_path / "s")
+    assert list(read_screening(tmp_path / "s").names) == list(found.names)
+    assert list(load_screening(tmp_path / "s").kept) == list(found.names)
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../b.png"])

@@ -1,5 +1,6 @@
 """Executors: the same results in the same order, whatever fails, and equal stage 1 bit for bit."""
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,12 @@ TASKS = '''
 import os, signal, time
 from pathlib import Path
 
+class Unreadable:
+    def __init__(self, x):
+        self.x = x
+    def __reduce__(self):
+        return (Unreadable, ())  # one argument too few
+
 class Odd(Exception):
     def __init__(self, a, b):  # cannot be read back from its pickle
         super().__init__(f"{a} and {b}")
@@ -43,6 +50,14 @@ def fails_at_two(x):
 
 def odd(x):
     raise Odd(1, x)
+
+def unreadable(x):
+    return Unreadable(x) if x == 1 else x
+
+def fails_first(x):
+    if x == 0:
+        raise ValueError("zero")
+    time.sleep(600)
 
 def cannot_travel(x):
     return lambda: x
@@ -80,6 +95,20 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     yield executor_tasks
     sys.path.remove(str(folder))
     del sys.modules["executor_tasks"]
+
+
+def test_a_result_that_cannot_be_read_again_fails_alone(tasks: Any) -> None:
+    found = dict(Processes(workers=2).completed(tasks.unreadable, [0, 1, 2]))
+    assert (found[0], found[2]) == (0, 2)
+    assert isinstance(found[1].error, ExecutorError)
+    assert "cannot be read: TypeError" in str(found[1].error)
+
+
+def test_a_failure_ends_the_workers_at_once(tasks: Any) -> None:
+    with pytest.raises(ValueError, match="zero") as kept:  # and with it the frames that it went through
+        list(Processes(workers=2).map(tasks.fails_first, [0, 1]))
+    assert multiprocessing.active_children() == []
+    assert kept.value.args == ("zero",)
 
 
 @settings(max_examples=20)

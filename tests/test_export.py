@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -146,7 +147,13 @@ def test_labelstudio(screened: Any, tmp_path: Path) -> None:
     assert by_path[back]["predictions"][0]["result"][0]["value"] == {"choices": ["removed"]}
     assert by_path[back]["annotations"][0]["result"][0]["value"] == {"choices": ["kept"]}
     assert sum("annotations" in task for task in tasks) == 1
-    assert "LOCAL_FILES_DOCUMENT_ROOT" in opening_note(tmp_path / "out", "labelstudio", images.source.root)
+    command, then = opening_note(tmp_path / "out", "labelstudio", images.source.root).split("\n")
+    variable = next(word for word in shlex.split(command) if word.startswith("LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT="))
+    served = Path(variable.partition("=")[2])
+    assert (served / unquote(tasks[0]["data"]["image"].partition("?d=")[2])).is_file()
+    assert f"Local Files with the path {images.source.root}" in then
+    moved = opening_note(tmp_path / "out", "labelstudio", tmp_path / "o'clock & more" / "parts")
+    assert f"DOCUMENT_ROOT={tmp_path}/o'clock & more" in shlex.split(moved.split("\n")[0])[1]
 
 
 def test_what_is_missing_is_counted(screened: Any, tmp_path: Path) -> None:

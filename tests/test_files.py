@@ -1,6 +1,8 @@
 """Files are whole or absent."""
 
+import csv
 import errno
+import io
 import json
 import os
 from pathlib import Path
@@ -41,6 +43,15 @@ def test_a_failed_folder_keeps_the_old_one(tmp_path: Path) -> None:
         (folder / "b").write_text("third")
     assert os.listdir(target) == ["b"]
     assert os.listdir(tmp_path) == ["result"]
+
+
+@pytest.mark.parametrize("cell", ["a\rb", "a\nb", "a\r\nb", "\r\n", 'a"b', "a,b", " a ", ""])
+def test_every_cell_of_a_table_is_read_as_it_was_written(tmp_path: Path, cell: str) -> None:
+    write_csv(tmp_path / "t.csv", ["x", "y"], [[cell, None], ["z", 1]])
+    data = (tmp_path / "t.csv").read_bytes()
+    assert data.startswith(b"x,y\n")
+    assert data.endswith(b"z,1\n")
+    assert list(csv.reader(io.StringIO(data.decode(), newline=""))) == [["x", "y"], [cell, ""], ["z", "1"]]
 
 
 def test_output_problems_are_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,16 @@ def test_incomplete_trees_say_what_was_expected(
         load(name, category=category, root=tmp_path)
 
 
+def test_defective_images_without_a_mask_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load("mpdd", category="bracket_black", root=draw(tmp_path, MPDD))
+    assert caplog.text == ""
+    (tmp_path / MPDD[4]).unlink()
+    data = load("mpdd", category="bracket_black", root=tmp_path)
+    assert len(data.truth.masks) == 1
+    assert "1 of 2 defective images of mpdd bracket_black have no mask" in caplog.text
+    assert "test/hole/000.png" in caplog.text
+
+
 def test_a_set_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLAWSIFT_DATA", raising=False)
     with pytest.raises(InputError, match="Where is the data set 'visa'. Get it from https.*set FLAWSIFT_DATA"):
@@ -167,6 +177,11 @@ def test_visa_masks_number_the_kinds_of_defect_from_one(tmp_path: Path) -> None:
     [
         (VISA, VISA[1][3], "1 of 5 files of visa are not in .*Normal/0451.JPG. Expected candle/Data/Images"),
         (VISA, VISA[3][4], "1 of 5 files of visa are not in .*Masks/Anomaly/000.png"),
+        (
+            [*VISA, ("candle", "test", *VISA[0][2:])],
+            "-",
+            "names 1 images more than once: candle/Data/Images/Normal/0836",
+        ),
         (VISA[4:], "-", "has no row of 'candle'"),
         (
             [("candle", "train", "bad", VISA[0][3], "")],
@@ -262,6 +277,18 @@ def test_official_splits_are_checked() -> None:
         ({"train": [{"image_path": "x.jpg"}]}, "lacks the fields anomaly_class, mask_path"),
         ({"train": [{**TRAIN[0], "category": "toy"}]}, "names images of toy, not of audiojack only"),
         ({"train": 5}, "is damaged"),
+        ({"train": []}, "has no image in train"),
+        ({"test": []}, "has no image in test"),
+        ({"meta": {"prefix": 5, "normal_class": "OK"}}, "lacks the fields meta.prefix"),
+        ({"test": [*TEST, {**TRAIN[0], "image_path": f"./{TRAIN[0]['image_path']}"}]}, "names 1 images more than once"),
+        (
+            {"test": [{**TEST[0], "image_path": "OK/../../x/S0002/y.jpg"}]},
+            "1 images that are in no folder of an object",
+        ),
+        (
+            {"test": [{**TEST[0], "image_path": "y.jpg"}]},
+            "in no folder of an object: y.jpg. Expected paths such as OK/S0",
+        ),
         ({"test": [view("OK", 77, 1)]}, "1 of .* files of realiad are not in .*OK/S0077"),
     ],
 )

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -15,13 +16,14 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from flawsift import pipeline
+from flawsift import review as reviewing
 from flawsift.backbones import Backbone
 from flawsift.decisions import read_decisions
 from flawsift.detector import make_detector
 from flawsift.errors import InputError
 from flawsift.refit import refit
 from flawsift.results import images_of, read_screening
-from flawsift.review import MAX_BODY, Refit, Review, make_app
+from flawsift.review import MAX_BODY, Refit, Review, make_app, serve
 
 TOKEN, PORT = "s3cret", 8123
 BASE = f"http://127.0.0.1:{PORT}"
@@ -68,6 +70,40 @@ def test_without_the_token_nothing_is_said(client: TestClient, path: str) -> Non
     assert posted.status_code == 403
 
 
+def test_tokens_are_compared_in_constant_time(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return a == b
+
+    monkeypatch.setattr("hmac.compare_digest", compare)
+    assert client.get("/s3crex/content").status_code == 403
+    assert client.get("/caf\u00e9/content").status_code == 403
+    assert compared == [(b"s3crex", TOKEN.encode()), ("caf\u00e9".encode(), TOKEN.encode())]
+
+
+def test_the_server_listens_on_this_machine_only_and_says_where(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[tuple[str, int]] = []
+    addresses: list[str] = []
+    apps: list[Any] = []
+
+    def run(server: Any, sockets: list[socket.socket]) -> None:
+        places.extend(s.getsockname() for s in sockets)
+        apps.append(server.config.app)
+
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    for _ in range(2):
+        serve(Review.open(folder), on_ready=addresses.append)
+    assert [host for host, _ in places] == ["127.0.0.1", "127.0.0.1"]
+    for (_, port), address, app in zip(places, addresses, apps, strict=True):
+        start, token, end = address.rsplit("/", 2)
+        assert (start, end) == (f"http://127.0.0.1:{port}", "")
+        assert len(token) >= 32  # 24 random bytes
+        assert TestClient(app, base_url=start).get(f"/{token}/content").status_code == 200
+    assert addresses[0].split("/")[3] != addresses[1].split("/")[3]
+
+
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8123", "127.0.0.1:8124", "127.0.0.1", ""])
 def test_foreign_hosts_are_refused(client: TestClient, host: str) -> None:
     assert client.get(f"/{TOKEN}/content", headers={"Host": host}).status_code == 403
@@ -100,6 +136,61 @@ def test_bodies_are_small_json(client: TestClient, folder: Path) -> None:
     for bad in (b"", b"[]", b"{", b'{"changes": 3}', b'{"changes": [3]}', b'{"changes": [{"id": 3}]}', b"\xff"):
         assert client.post(path, content=bad, headers=as_json).status_code == 400, bad
     assert not (folder / "decisions.csv").exists()
+
+
+def test_the_address_without_its_last_slash_leads_to_the_page(client: TestClient) -> None:
+    answer = client.get(f"/{TOKEN}", follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (307, f"/{TOKEN}/")  # links of the page are relative
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("decisions?since=--5", 200), ("decisions?since=x", 200), (f"decisions?since={'1' * 5000}", 200),
+     (f"picture/thumb/{'1' * 5000}", 414), (f"picture/thumb/{'1' * 150}", 404), ("x" * 5000, 414)],
+)  # fmt: skip
+def test_odd_numbers_in_addresses_are_answered(client: TestClient, path: str, status: int) -> None:
+    answer = client.get(f"/{TOKEN}/{path}")
+    assert answer.status_code == status
+    if status == 200:
+        assert answer.json()["decisions"] == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"id": True, "decision": "keep", "version": 0}, {"id": 5.0, "decision": "keep", "version": 0},
+     {"id": 5, "decision": "keep", "version": False}, {"id": 5, "decision": ["keep"], "version": 0},
+     {"id": [5], "decision": "keep", "version": 0}, {"id": 5, "decision": "\ud800", "version": 0}],
+)  # fmt: skip
+def test_changes_of_other_types_are_refused(client: TestClient, folder: Path, change: Any) -> None:
+    answer = client.post(
+        f"/{TOKEN}/decide", content=json.dumps({"changes": [change]}), headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]
+    assert not (folder / "decisions.csv").exists()
+
+
+def test_other_methods_do_nothing(client: TestClient, folder: Path) -> None:
+    for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"):
+        for path in ("decide", "content", "refit"):
+            assert client.request(method, f"/{TOKEN}/{path}").status_code == 405
+    for path in ("decide", "refit"):
+        assert client.get(f"/{TOKEN}/{path}").status_code == 404
+    assert not (folder / "decisions.csv").exists()
+
+
+def test_answers_say_what_they_are(client: TestClient) -> None:
+    kinds = {
+        "": "text/html; charset=utf-8", "overview": "text/html; charset=utf-8", "content": "application/json",
+        "decisions": "application/json", "review.js": "text/javascript; charset=utf-8", "icon.svg": "image/svg+xml",
+        "review.css": "text/css; charset=utf-8", "style.css": "text/css; charset=utf-8",
+        "nothing": "text/plain; charset=utf-8",
+        "picture/thumb/3": "image/jpeg", "picture/thumb-map/3": "image/png",
+    }  # fmt: skip
+    for path, kind in kinds.items():
+        answer = client.get(f"/{TOKEN}/{path}")
+        assert answer.headers["content-type"] == kind, path
+        assert answer.headers["cache-control"] == ("private, no-cache" if "picture" in path else "no-store"), path
 
 
 @pytest.mark.parametrize(
@@ -217,6 +308,54 @@ def test_a_vanished_image_has_no_picture(folder: Path, screened: Path, tmp_path:
         assert decide(client, id_, "remove", 0).status_code == 200
 
 
+def test_a_picture_is_that_of_the_file_as_it_is_now(folder: Path, screened: Path, tmp_path: Path) -> None:
+    parts = Path(shutil.copytree(screened / "parts", tmp_path / "parts"))
+    with TestClient(make_app(Review.open(folder, images=parts), TOKEN, PORT), base_url=BASE) as client:
+        content = client.get(f"/{TOKEN}/content").json()
+        path = f"/{TOKEN}/picture/thumb/{content['ids'][content['names'].index('part-05.png')]}"
+        before = client.get(path)
+        same = {"If-None-Match": before.headers["etag"]}
+        assert client.get(path, headers=same).status_code == 304
+        Image.new("RGB", (30, 20), (250, 0, 0)).save(parts / "part-05.png")
+        after = client.get(path, headers=same)
+        assert after.status_code == 200
+        with Image.open(io.BytesIO(after.content)) as picture:
+            assert picture.size == (30, 20)
+        (parts / "part-05.png").unlink()
+        assert client.get(path).status_code == 404
+        os.mkfifo(parts / "part-05.png")  # whoever reads it waits for ever
+        assert client.get(path).status_code == 404
+        (parts / "part-05.png").unlink()
+        shutil.copy(parts / "part-06.png", parts / "part-05.png")
+        assert client.get(path).status_code == 200  # it is back
+
+
+def test_of_a_link_out_of_the_folder_only_a_picture_is_shown(folder: Path, screened: Path, tmp_path: Path) -> None:
+    parts = Path(shutil.copytree(screened / "parts", tmp_path / "parts"))
+    (tmp_path / "secret.txt").write_text("secret")
+    for name, target in (("part-05.png", tmp_path / "secret.txt"), ("part-06.png", screened / "outside.png")):
+        (parts / name).unlink()
+        (parts / name).symlink_to(target)
+    with TestClient(make_app(Review.open(folder, images=parts), TOKEN, PORT), base_url=BASE) as client:
+        content = client.get(f"/{TOKEN}/content").json()
+        for name, status in (("part-05.png", 404), ("part-06.png", 200)):
+            answer = client.get(f"/{TOKEN}/picture/preview/{content['ids'][content['names'].index(name)]}")
+            assert answer.status_code == status
+            assert b"secret" not in answer.content
+
+
+def test_memory_for_pictures_is_bounded() -> None:
+    # at most about 15 kB for a thumbnail, and 400 kB for a preview
+    assert 15e3 * reviewing.THUMBS + 400e3 * reviewing.PREVIEWS < 100e6
+
+
+def test_a_folder_that_vanishes_is_told(client: TestClient, folder: Path) -> None:
+    shutil.rmtree(folder)
+    for answer in (decide(client, 5, "keep", 0), client.post(f"/{TOKEN}/refit", json={})):
+        assert answer.status_code == 500
+        assert "Cannot write" in answer.json()["error"]
+
+
 def finished(client: TestClient, seconds: float = 60) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -257,14 +396,30 @@ def test_a_refit_that_fails_says_why() -> None:
     assert missing.status["state"] == "failed"
 
 
+@pytest.mark.parametrize(
+    "noise", ["5", "null", '"text"', "[1]", '{"other": 1}', '{"stage": "x", "state": "done"}', "[" * 20_000]
+)
+def test_what_libraries_print_does_not_disturb_a_refit(noise: str) -> None:
+    result = json.dumps({"result": {"n_kept": 3, "threshold": float("nan")}})
+    made = Refit([sys.executable, "-c", f"print({noise!r}); print({result!r}); print({noise!r})"])
+    assert made.start()
+    deadline = time.monotonic() + 30
+    while made.status["state"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert made.status == {"state": "done", "n_kept": 3, "threshold": None}
+
+
 def test_refit_trains_with_the_decisions_and_reports(folder: Path, tmp_path: Path) -> None:
     screening = read_screening(folder)
-    back, out = int(screening.removed[0]), tmp_path / "model"
+    back = int(screening.removed[0])
     names = dict(zip(screening.ids.tolist(), screening.names, strict=True))
     (tmp_path / "d.csv").write_text(f"path,decision\n{names[back]},keep\n")
     stages: list[str] = []
+    out = tmp_path / os.fsdecode(b"mod\xe9l")  # the page is told in UTF-8
     result = refit(folder, out, decisions=tmp_path / "d.csv", progress=lambda stage, done, total: stages.append(stage))
     assert result["n_kept"] == len(screening.kept) + 1
+    json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
     assert "detector" in stages
     assert (out / "model.json").exists()
     page = (out / "report.html").read_text("utf-8")

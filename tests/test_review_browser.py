@@ -252,6 +252,128 @@ def test_kill_and_resume(browser: Any, errors: Errors, server: Server) -> None:
     assert server.decisions() == {ranked[0]: "remove"}
 
 
+def hold(page: Any) -> list[Any]:
+    """Requests to save, held back until they are let go one by one."""
+    held: list[Any] = []
+    page.route("**/decide", lambda route: held.append(route))  # a builtin is not taken
+    return held
+
+
+def arrived(page: Any, held: list[Any], n: int) -> Any:
+    for _ in range(200):
+        if len(held) >= n:
+            return held[n - 1]
+        page.wait_for_timeout(20)
+    raise AssertionError(f"{len(held)} of {n} requests came")
+
+
+def test_what_cannot_be_saved_is_not_shown_as_decided(browser: Any, errors: Errors, server: Server) -> None:
+    page = open_page(browser, errors, server.address)
+    ranked = names(page)
+    held = hold(page)
+    badge, alert = page.locator(".tile .badge").first, page.locator("#alert")
+    page.locator(".tile").first.focus()
+    press(page, "k", "ArrowLeft", "r")  # the second decision on one image waits for the first
+    playwright.expect(badge).to_have_text("remove")
+    arrived(page, held, 1).abort()
+    playwright.expect(alert).to_contain_text("Not saved")
+    playwright.expect(badge).to_have_text("remove")  # it may still be saved
+    arrived(page, held, 2).abort()
+    playwright.expect(badge).to_have_text("set aside")
+    playwright.expect(page.locator("#undo")).to_be_disabled()
+    assert server.decisions() == {}
+    page.unroute("**/decide")
+
+    press(page, "ArrowLeft", "r")
+    saved(page)
+    page.route("**/decide", lambda route: route.abort())
+    press(page, "z")
+    playwright.expect(page.locator("#saved")).to_have_text("Not saved")
+    playwright.expect(badge).to_have_text("remove")
+    page.unroute("**/decide")
+    press(page, "z")  # what could not be undone can be tried again
+    saved(page)
+    playwright.expect(badge).to_have_text("set aside")
+    assert server.decisions() == {}
+    assert ranked == names(page)
+
+
+def test_a_second_decision_does_not_overwrite_what_refused_the_first(
+    browser: Any, errors: Errors, server: Server
+) -> None:
+    first, second = (open_page(browser, errors, server.address) for _ in range(2))
+    ranked = names(first)
+    second.evaluate("Object.defineProperty(document, 'hidden', {get: () => true})")  # it does not poll
+    held = hold(second)
+    second.locator(".tile").first.focus()
+    press(second, "r", "ArrowLeft", "u", "r")
+    arrived(second, held, 1)
+    first.locator(".tile").first.focus()
+    press(first, "k")
+    saved(first)
+    held[0].continue_()
+    arrived(second, held, 2).continue_()
+    playwright.expect(second.locator(".tile .badge").nth(1)).to_have_text("remove")
+    saved(second)
+    playwright.expect(second.locator(".tile .badge").first).to_have_text("keep")
+    assert len(held) == 2  # the one on top of what was refused was not sent
+    assert server.decisions() == {ranked[0]: "keep", ranked[1]: "remove"}
+    playwright.expect(second.locator("#alert")).to_contain_text("Decided elsewhere")  # though later ones were saved
+
+
+def test_undo_leaves_what_others_decided(browser: Any, errors: Errors, server: Server) -> None:
+    first, second = (open_page(browser, errors, server.address) for _ in range(2))
+    ranked = names(first)
+    for page, keys in ((first, "rr"), (second, "k")):
+        page.wait_for_timeout(3000)  # the other's decisions have come
+        page.locator(".tile").first.focus()
+        press(page, *keys)
+        saved(page)
+    playwright.expect(first.locator(".tile .badge").first).to_have_text("keep")
+    press(first, "z", "z", "z")
+    saved(first)
+    playwright.expect(first.locator("#undo")).to_be_disabled()
+    assert server.decisions() == {ranked[0]: "keep"}
+    assert errors == []
+
+
+def test_keys_held_down_or_meant_for_the_list_of_keys_decide_nothing(
+    browser: Any, errors: Errors, server: Server
+) -> None:
+    page = open_page(browser, errors, server.address)
+    ranked = names(page)
+    page.locator(".tile").first.focus()
+    for _ in range(5):
+        page.keyboard.down("r")  # the second and all later ones are repetitions
+    page.keyboard.up("r")
+    saved(page)
+    assert server.decisions() == {ranked[0]: "remove"}
+    press(page, "Enter", "?")
+    playwright.expect(page.locator("#help")).to_be_visible()
+    press(page, "k", "r", "Control+z", "?")
+    press(page, "Escape")
+    playwright.expect(page.locator("#help")).not_to_be_visible()
+    playwright.expect(page.locator("#single-name")).to_have_text(ranked[1])
+    assert server.decisions() == {ranked[0]: "remove"}
+    assert errors == []
+
+
+def test_a_decision_in_the_large_view_is_on_the_image_that_is_seen(
+    browser: Any, errors: Errors, server: Server
+) -> None:
+    page = open_page(browser, errors, server.address)
+    ranked = names(page)
+    page.locator(".tile").first.focus()
+    press(page, "Shift+ArrowRight", "Shift+ArrowRight")
+    page.evaluate("document.activeElement.blur()")
+    press(page, "Enter")
+    playwright.expect(page.locator("#single-name")).to_have_text(ranked[2])
+    press(page, "r")
+    saved(page)
+    assert server.decisions() == {ranked[2]: "remove"}
+    assert errors == []
+
+
 def test_refit(browser: Any, errors: Errors, server: Server) -> None:
     page = open_page(browser, errors, server.address)
     page.locator(".tile").first.focus()

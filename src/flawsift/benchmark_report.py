@@ -9,6 +9,7 @@ import functools
 import html
 import io
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ EXAMPLE_ALPHA = 0.2  # the contamination of the example pictures, where the rows
 EXAMPLE_ROWS = 12  # pictures: a page of them
 THUMB = 180  # pixels of an example's long edge
 FIELD = (240, 130)  # width and height of a drawn curve's field
+
+TEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%_#${}"}
+    | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+)
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -211,7 +217,7 @@ def markdown(table: Table) -> str:
     rule = ["---", "---:", "---", *["---:"] * len(table.methods)]
     mark = {1: "**{}**".format, 2: "<u>{}</u>".format, 0: "{}".format}
     body = [[*_head(line), *(_joined(c, mark) for c in line.cells)] for line in table.lines]
-    lines = ["| " + " | ".join(line) + " |" for line in [header, rule, *body]]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in [header, rule, *body]]
     return f"### {table.title}\n\n" + "\n".join(lines) + "\n" + (f"\n{table.note}\n" if table.note else "")
 
 
@@ -247,9 +253,7 @@ def _head(line: Line) -> list[str]:
 
 
 def _tex(text: str) -> str:
-    for character in "&%_#$":
-        text = text.replace(character, f"\\{character}")
-    return text
+    return text.translate(TEX)
 
 
 def _cell(rows: Rows, expected: Rows) -> Cell:
@@ -426,11 +430,15 @@ def _mean(rows: Rows, column: str) -> float:
 
 
 def _short(value: float) -> str:
-    """Two digits at least, and no decimals that say nothing."""
+    """Two digits at least, and no decimals that say nothing; "-" where nothing was measured."""
+    if math.isnan(value):
+        return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def _bytes(n: float) -> str:
+    if math.isnan(n):
+        return "-"
     return f"{n / 1e6:,.1f} MB" if n >= 1e5 else f"{n / 1e3:,.1f} kB"
 
 

@@ -4,20 +4,21 @@ A version counts how often a row was written. Whoever writes says which version 
 that decide on different images both win; where they decide on the same one, the later is told instead of overwriting.
 """
 
+import contextlib
 import csv
 import io
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.errors import InputError, ParameterError
+from flawsift.errors import InputError, OutputError, ParameterError
 from flawsift.files import write_csv
 from flawsift.images import show
 
@@ -73,7 +74,8 @@ def read_decisions(path: str | Path) -> dict[str, str]:
 def _read(path: Path) -> dict[str, Decision]:
     where = f"Decisions file '{show(path)}'"
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline="")))
+        # decoded by hand: a text file's line ends are unified, and a name may hold a carriage return
+        rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
     except OSError as error:
         raise InputError(f"{where} cannot be read: {error.strerror or error}.") from error
     except (ValueError, csv.Error) as error:
@@ -202,9 +204,9 @@ class DecisionStore:
             self._take(_read(self.path) if stamp is not None else {}, stamp)
 
     def _take(self, rows: dict[str, Decision], stamp: tuple[int, int, int] | None) -> None:
-        """Rows that are on disk now. What was taken out of the file by hand is undecided, and newer than before."""
-        gone = {n: Decision("", d.version + 1) for n, d in self._rows.items() if n not in rows}
-        rows = {**rows, **gone}
+        """Rows that are on disk now. What was edited by hand, or taken out of the file, is newer than before."""
+        gone = {n: Decision() for n in self._rows if n not in rows}
+        rows = {n: _following(self._rows.get(n, Decision()), d) for n, d in {**rows, **gone}.items()}
         if news := [n for n, d in rows.items() if self._rows.get(n) != d]:
             self.revision += 1
             self._changed |= dict.fromkeys(news, self.revision)
@@ -215,15 +217,39 @@ class DecisionStore:
             status = self.path.stat()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise InputError(
+                f"Decisions file '{show(self.path)}' cannot be read: {error.strerror or error}."
+            ) from error
         return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _following(known: Decision, found: Decision) -> Decision:
+    """A row of the file in place of the one known so far.
+
+    A hand writes no versions. Versions must not fall, nor stay for another choice: whoever saw the older row could
+    overwrite the newer one unseen.
+    """
+    if found.choice == known.choice:
+        return found if found.version > known.version else known
+    return replace(found, version=max(found.version, known.version + 1))
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Keep other programs from writing the same file meanwhile."""
+    """Keep other programs from writing the same file meanwhile.
+
+    Raises:
+        OutputError: The folder is gone, full, or not to be written.
+    """
     if fcntl is None:
         yield
         return
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        lock = path.with_name(f".{path.name}.lock").open("w")
+    except OSError as error:
+        raise OutputError(f"Cannot write '{show(path)}': {error.strerror or error}.") from error
+    with lock:
+        with contextlib.suppress(OSError):  # some network drives know no locks: as on Windows then
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -15,7 +15,7 @@ import os
 import pickle
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -58,14 +58,19 @@ class Executor(ABC):
         """
         waiting: dict[int, R | Failure] = {}
         following = 0
-        for position, outcome in self.completed(function, list(items)):
-            waiting[position] = outcome
-            while following in waiting:
-                result = waiting.pop(following)
-                if isinstance(result, Failure):
-                    raise result.error
-                yield result
-                following += 1
+        outcomes = self.completed(function, list(items))
+        try:
+            for position, outcome in outcomes:
+                waiting[position] = outcome
+                while following in waiting:
+                    result = waiting.pop(following)
+                    if isinstance(result, Failure):
+                        raise result.error
+                    yield result
+                    following += 1
+        finally:  # at once: the traceback of an error would keep the workers until it is forgotten
+            if isinstance(outcomes, Generator):
+                outcomes.close()
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Processes(Executor):
                     pool.start(position, pickle.dumps(items[position]))
                 for position, answer in pool.answers():
                     if answer is not None:
-                        yield position, pickle.loads(answer)
+                        yield position, _unpacked(answer)
                         continue
                     lost[position] += 1
                     if lost[position] <= self.retries:
@@ -228,7 +233,7 @@ class Ray(Executor):
                 (done, *_), _ = ray.wait(list(pending), num_returns=1)
                 position = pending.pop(done)
                 try:
-                    outcome = pickle.loads(ray.get(done))
+                    outcome = _unpacked(ray.get(done))
                 except ray.exceptions.RayError as error:
                     outcome = Failure(_lost(self.retries + 1, f" ({type(error).__name__})"))
                 yield position, outcome
@@ -278,6 +283,14 @@ def _packed(error: Exception) -> bytes:
     except Exception:  # noqa: BLE001 - whatever it is, its text can travel
         return pickle.dumps(Failure(ExecutorError(f"A task failed: {type(error).__name__}: {error}")))
     return packed
+
+
+def _unpacked(answer: bytes) -> Any:
+    """What a worker answered; a result that can be pickled and not be read again is a failure of its task alone."""
+    try:
+        return pickle.loads(answer)
+    except Exception as error:  # noqa: BLE001 - whatever its class does when it is read
+        return Failure(ExecutorError(f"The result of a task cannot be read: {type(error).__name__}: {error}"))
 
 
 def _lost(attempts: int, why: str = "") -> ExecutorError:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -273,8 +274,12 @@ def opening_note(out: Path, to: str, root: Path) -> str:
             f"labels_path={json.dumps(_absolute(out / 'labels.json'))})"
         )
     if to == "labelstudio":
+        folder = Path(_absolute(root))
         return (
             "LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true "
-            f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={show(Path(_absolute(root)).parent)} label-studio start"
+            f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={shlex.quote(show(folder.parent))} label-studio start\n"
+            # it serves no file that lies outside of all storages of the project, whatever the document root
+            f"In the project, add a source storage of the type Local Files with the path {show(folder)} and do not "
+            "sync it, paste interface.xml as the labelling interface, and import tasks.json."
         )
     return ""

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import errno
-import io
 import json
 import os
 import shutil
@@ -67,11 +66,21 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a CSV table in one step; None becomes an empty cell."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    lines = _Lines()
+    writer = csv.writer(lines, lineterminator=_CRLF)
     writer.writerow(header)
     writer.writerows(rows)
-    write_text(path, buffer.getvalue())
+    write_text(path, "".join(f"{line.removesuffix(_CRLF)}\n" for line in lines))
+
+
+# Python's writer quotes only its own line end: with "\n" alone, a carriage return in a cell would end the row
+_CRLF = "\r\n"
+
+
+class _Lines(list[str]):
+    """What a CSV writer writes, line by line."""
+
+    write = list.append
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ def refit(
     from flawsift.decisions import read_decisions
     from flawsift.detector import make_detector
     from flawsift.features import FeatureStore
+    from flawsift.images import show
     from flawsift.progress import silent
     from flawsift.results import images_of, read_screening
 
@@ -85,8 +86,8 @@ def refit(
         "threshold": None if threshold is None else threshold.value,
         "per_hundred": None if threshold is None else threshold.per_hundred,
         "seconds": model.training["seconds"],
-        "out": str(out),
-        "report": str(page),
+        "out": show(out),
+        "report": show(page),
     }
 
 
@@ -121,7 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = refit(**given, progress=lambda stage, done, total: _say(stage=stage, done=done, total=total))
     except (FlawsiftError, OSError, MemoryError) as error:
-        _say(error=" ".join(str(error).split()) or type(error).__name__)
+        from flawsift.images import show
+
+        _say(error=show(" ".join(str(error).split())) or type(error).__name__)
         return 2
     _say(result=result)
     return 0

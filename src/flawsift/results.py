@@ -226,7 +226,8 @@ def screening_folder(folder: str | Path) -> Path:
 
 def _read(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
     """Rows of the images that could be read, and screening.json."""
-    rows = list(csv.DictReader(io.StringIO((folder / CSV).read_text("utf-8-sig"), newline="")))
+    # decoded by hand: a text file's line ends are unified, and a name may hold a carriage return
+    rows = list(csv.DictReader(io.StringIO((folder / CSV).read_bytes().decode("utf-8-sig"), newline="")))
     return [row for row in rows if not row["error"]], json.loads((folder / JSON).read_text("utf-8"))
 
 

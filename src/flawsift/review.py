@@ -12,6 +12,7 @@ import io
 import json
 import secrets
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ from flawsift.decisions import NAME as DECISIONS
 from flawsift.decisions import Change, Decision, DecisionStore, decided
 from flawsift.errors import FlawsiftError, InputError, ParameterError
 from flawsift.files import ensure_folder
-from flawsift.images import ImageSet, UnreadableImage, show
+from flawsift.images import FileSource, ImageSet, UnreadableImage, show
 from flawsift.lookalikes import nearest
 from flawsift.overlays import layer, shrink
 from flawsift.results import images_of, read_screening, screening_folder
@@ -51,10 +52,12 @@ except ImportError as error:
 
 LOOPBACK = "127.0.0.1"
 MAX_BODY = 1 << 20  # bytes; a decision on 10,000 images at once is half of that
+MAX_DIGITS = 10  # of a number in an address
+MAX_PATH = 200  # characters; the longest address of the page has half of that
 THUMB, PREVIEW = 256, 1200  # pixels of the long edge: a card on a dense screen, a laptop's window
 LAYER = 512  # pixels; a heatmap is smooth, the browser stretches it
 JPEG_QUALITY = 88
-CACHED = 4000  # encoded pictures in memory: about 60 MB
+THUMBS, PREVIEWS = 4000, 64  # encoded pictures in memory: about 60 and 20 MB
 WORKERS = 4  # pictures made at once; more would only keep decisions waiting
 N_ALIKE = 6
 POLICY = (
@@ -94,7 +97,7 @@ class Refit:
             try:
                 self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             except OSError as error:
-                self.status = {"state": "failed", "message": f"cannot start: {error}"}
+                self.status = {"state": "failed", "message": show(f"cannot start: {error}")}
                 return True
         threading.Thread(target=self._follow, args=(self._process,), daemon=True).start()
         return True
@@ -107,23 +110,26 @@ class Refit:
 
     def _follow(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        last: dict[str, Any] = {}
+        result = error = None
         for line in process.stdout:
             try:
-                last = json.loads(line)
-            except ValueError:
+                told = json.loads(line, parse_constant=lambda _: None)  # what is not a number cannot be sent on
+            except (ValueError, RecursionError):
                 continue  # a library printed something
-            if "stage" in last:
-                self.status = {**self.status, **last}
+            if not isinstance(told, dict):
+                continue  # likewise, a number for instance
+            if "stage" in told:
+                self.status = {**self.status, **{key: told.get(key) for key in ("stage", "done", "total")}}
+            result, error = told.get("result", result), told.get("error", error)
         code = process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-        if "result" in last:
-            self.status = {"state": "done", **last["result"]}
+        if isinstance(result, dict):
+            self.status = {"state": "done", **result}
         else:
-            self.status = {"state": "failed", "message": last.get("error", f"ended with code {code}")}
+            self.status = {"state": "failed", "message": error or f"ended with code {code}"}
 
 
 @dataclass(eq=False)
@@ -204,8 +210,9 @@ class Review:
                 name = show(self.screening.names[self.position[id_]])
             except (KeyError, TypeError) as error:
                 raise ParameterError("A change needs the id of an image, a decision and a version.") from error
-            if not isinstance(choice, str) or not isinstance(seen, int):
-                raise ParameterError("A decision is a text, and a version a whole number.")
+            # true and 5.0 are equal to whole numbers, but whoever sends them means something else
+            if type(id_) is not int or not isinstance(choice, str) or type(seen) is not int:
+                raise ParameterError("A decision is a text, an id and a version are whole numbers.")
             asked.append(Change(name, choice, seen))
         written, refused = self.store.write(asked)
         return {"written": self._by_id(written), "refused": self._by_id(refused), "revision": self.store.revision}
@@ -274,14 +281,38 @@ class Review:
     def _scale(self) -> Any:
         return report.map_scale(self.screening)
 
-    @functools.lru_cache(maxsize=CACHED)  # noqa: B019  # one Review lives as long as its server
-    def picture(self, kind: str, id_: int) -> bytes | None:
+    def stamp(self, id_: int) -> str:
+        """What changes when an image's file does; "" where there is no such file."""
+        source = self.images.source
+        assert isinstance(source, FileSource)
+        try:
+            status = source.path(id_).stat()
+        except OSError:
+            return ""
+        # to read a pipe of that name would wait for ever
+        return f"{status.st_mtime_ns:x}-{status.st_size:x}" if stat.S_ISREG(status.st_mode) else ""
+
+    def picture(self, kind: str, id_: int, stamp: str) -> bytes | None:
         """An image as JPEG, or its heatmap as PNG; None where there is none.
 
         Args:
             kind: "thumb", "preview", "thumb-map" or "preview-map".
             id_: Of the image.
+            stamp: From `stamp`: an image that was changed is made anew.
         """
+        if not stamp:
+            return None
+        return self._thumb(kind, id_, stamp) if kind.startswith("thumb") else self._preview(kind, id_, stamp)
+
+    @functools.lru_cache(maxsize=THUMBS)  # noqa: B019  # one Review lives as long as its server
+    def _thumb(self, kind: str, id_: int, stamp: str) -> bytes | None:
+        return self._make(kind, id_)
+
+    @functools.lru_cache(maxsize=PREVIEWS)  # noqa: B019
+    def _preview(self, kind: str, id_: int, stamp: str) -> bytes | None:
+        return self._make(kind, id_)
+
+    def _make(self, kind: str, id_: int) -> bytes | None:
         try:
             image = self.images.image(id_)
         except UnreadableImage:
@@ -328,6 +359,7 @@ class _Guard:
                 headers = MutableHeaders(scope=message)
                 for key, value in HEADERS.items():
                     headers[key] = value
+                headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
         status, reason = self._refusal(scope)
@@ -345,12 +377,12 @@ class _Guard:
         if reason:
             await PlainTextResponse(f"{reason}\n", status, {"Connection": "close"})(scope, receive, send_guarded)
             return
-        _, _, rest = scope["path"][1:].partition("/")
+        _, slash, rest = scope["path"][1:].partition("/")
         inner = {
             **scope,
             "path": f"/{rest}",
             "raw_path": f"/{rest}".encode(),
-            "flawsift.bare": scope["path"][1:] == rest,
+            "flawsift.bare": not slash,
         }
         sent = False
 
@@ -365,6 +397,8 @@ class _Guard:
 
     def _refusal(self, scope: Scope) -> tuple[int, str]:
         headers = Headers(scope=scope)
+        if len(scope["path"]) > MAX_PATH:
+            return 414, "The address is too long."
         if headers.get("host", "") not in self.hosts:
             return 403, "Wrong host. Open the address that `flawsift review` printed."
         origin = headers.get("origin")
@@ -381,7 +415,7 @@ class _Guard:
             if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
                 return 415, "Only JSON is taken."
             length = headers.get("content-length", "0")
-            if not length.isdecimal() or int(length) > MAX_BODY:
+            if not length.isdecimal() or len(length) > len(str(MAX_BODY)) or int(length) > MAX_BODY:
                 return 413, "The request is too large."
         return 0, ""
 
@@ -417,18 +451,23 @@ def make_app(review: Review, token: str, port: int) -> ASGIApp:
         return Response(await in_thread(review.overview), media_type="text/html")
 
     async def news(request: Request) -> Response:
-        since = request.query_params.get("since", "-1")
-        return JSONResponse(review.news(int(since) if since.lstrip("-").isdecimal() else -1))
+        since = request.query_params.get("since", "")
+        seen = int(since) if since.isdecimal() and len(since) < MAX_DIGITS else -1
+        return JSONResponse(await anyio.to_thread.run_sync(lambda: review.news(seen)))
 
     async def picture(request: Request) -> Response:
         id_, kind = known(request), request.path_params["kind"]
         if id_ is None or kind not in ("thumb", "preview", "thumb-map", "preview-map"):
             return PlainTextResponse("There is no such image.", 404)
-        data = await in_thread(lambda: review.picture(kind, id_))
+        stamp = await in_thread(lambda: review.stamp(id_))
+        headers = {"Cache-Control": "private, no-cache", "ETag": f'"{stamp}"'}  # a browser asks whether it has changed
+        if stamp and request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        data = await in_thread(lambda: review.picture(kind, id_, stamp))
         if data is None:
             return PlainTextResponse("This image cannot be read.", 404)
         media = "image/png" if kind.endswith("-map") else "image/jpeg"
-        return Response(data, media_type=media, headers={"Cache-Control": "private, max-age=86400"})
+        return Response(data, media_type=media, headers=headers)
 
     async def alike(request: Request) -> Response:
         id_ = known(request)
@@ -453,7 +492,7 @@ def make_app(review: Review, token: str, port: int) -> ASGIApp:
         return JSONResponse(review.refit.status, 202 if started else 409)
 
     async def told(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": str(error)}, 400 if isinstance(error, ParameterError) else 500)
+        return JSONResponse({"error": show(str(error))}, 400 if isinstance(error, ParameterError) else 500)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> Any:

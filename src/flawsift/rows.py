@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def peak_mb() -> float:
     """The largest resident size of this process so far, in MiB; file pages read through memory maps count."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    units = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -10,7 +10,9 @@ A set is looked for in the folder of its name below the one that the environment
 """
 
 import csv
+import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from flawsift.datasets.folder import DATA_VARIABLE
 from flawsift.datasets.mvtec import load_mvtec
 from flawsift.errors import InputError, unknown_name
 from flawsift.images import name_some, show
+
+log = logging.getLogger("flawsift")
 
 _MVTEC = "bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood zipper"
 _MPDD = "bracket_black bracket_brown bracket_white connector metal_plate tubes"
@@ -101,6 +105,8 @@ def load_visa(category: str, root: str | Path | None = None) -> Dataset:
         entries.append(Entry(row["image"], kind, folder / row["mask"] if row["mask"] else None, part))  # type: ignore[arg-type]
     if not entries:
         raise InputError(f"'{show(split)}' has no row of '{category}'. Take the file as published, {SOURCES['visa']}.")
+    if twice := sorted(file for file, n in Counter(e.file for e in entries).items() if n > 1):
+        raise InputError(f"'{show(split)}' names {len(twice)} images more than once: {name_some(twice)}.")
     require_files("visa", folder, entries, f"{category}/Data/Images/Normal/0000.JPG, {category}/Data/Masks/Anomaly")
     return from_entries(category, folder, entries)
 
@@ -140,7 +146,14 @@ def _load_tree(name: str, category: str, root: str | Path | None, layout: str) -
         raise InputError(
             f"'{show(folder / category)}' has no {', no '.join(absent)}. Expected {layout}, as in {SOURCES[name]}."
         )
-    return load_mvtec(folder, category)
+    data = load_mvtec(folder, category)
+    defective = data.truth.ids[data.truth.labels == 1].tolist()
+    if bare := [data.images.source.name(i) for i in defective if i not in data.truth.masks]:
+        log.warning(
+            "%d of %d defective images of %s %s have no mask in '%s': %s. The published set has them: get it again.",
+            *(len(bare), len(defective), name, category, show(folder / category / "ground_truth"), name_some(bare)),
+        )
+    return data
 
 
 def _there(folder: Path, part: str) -> bool:

@@ -44,8 +44,8 @@ def load_realiad(
         resolution: 256, 512, 1024 or "raw": which of the published sizes.
 
     Raises:
-        InputError: The category is unknown, files are missing, the split file is not as published, or an image or an
-            object is on both sides.
+        InputError: The category is unknown, files are missing, the split file is not as published, has an empty side
+            or leads out of its folder, or an image or an object is on both sides.
         ParameterError: There is no such split or resolution.
     """
     if alpha not in ALPHAS:
@@ -58,6 +58,7 @@ def load_realiad(
     images = folder / f"realiad_{resolution}" / PurePosixPath(content["meta"]["prefix"])
     normal = content["meta"]["normal_class"]
     entries = [_entry(row, images, normal, part) for part in ("train", "test") for row in content[part]]
+    _check_paths(path, entries)
     _check_disjoint(path, entries)
     require_files("realiad", images, entries, f"the files of '{show(path)}' below it")
     groups = {e.file: str(PurePosixPath(e.file).parent) for e in entries}
@@ -81,7 +82,8 @@ def _read(path: Path, category: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text("utf-8"))
         rows = [*content["train"], *content["test"]]
         missing = [f for f in FIELDS if any(f not in row for row in rows)]
-        missing += [f"meta.{f}" for f in ("prefix", "normal_class") if f not in content["meta"]]
+        missing += [f"meta.{f}" for f in ("prefix", "normal_class") if not isinstance(content["meta"].get(f), str)]
+        empty = [part for part in ("train", "test") if not content[part]]
         others = sorted({str(row["category"]) for row in rows if "category" in row} - {category})
     except OSError as error:
         raise InputError(f"The split file '{show(path)}' cannot be read: {error.strerror}.") from error
@@ -91,6 +93,8 @@ def _read(path: Path, category: str) -> dict[str, Any]:
         ) from error
     if missing:
         raise InputError(f"The split file '{show(path)}' lacks the fields {', '.join(missing)}.")
+    if empty:
+        raise InputError(f"The split file '{show(path)}' has no image in {' and in '.join(empty)}.")
     if others:
         raise InputError(f"The split file '{show(path)}' names images of {name_some(others)}, not of {category} only.")
     return content
@@ -100,7 +104,17 @@ def _entry(row: dict[str, Any], images: Path, normal: str, part: str) -> Entry:
     # by the annotation, not by the path: one of three views of a defective object does not show its defect
     kind = NORMAL if row["anomaly_class"] == normal else str(row["anomaly_class"])
     mask = images / row["mask_path"] if row["mask_path"] and kind != NORMAL else None
-    return Entry(str(row["image_path"]), kind, mask, part)  # type: ignore[arg-type]
+    file = str(PurePosixPath(row["image_path"]))  # one spelling for one file, so that equal ones are seen
+    return Entry(file, kind, mask, part)  # type: ignore[arg-type]
+
+
+def _check_paths(path: Path, entries: list[Entry]) -> None:
+    files = [PurePosixPath(e.file) for e in entries]
+    if outside := [str(f) for f in files if f.is_absolute() or ".." in f.parts or len(f.parts) < 2]:
+        raise InputError(
+            f"The split file '{show(path)}' names {len(outside)} images that are in no folder of an object: "
+            f"{name_some(outside)}. Expected paths such as OK/S0001/NAME.jpg."
+        )
 
 
 def _check_disjoint(path: Path, entries: list[Entry]) -> None:

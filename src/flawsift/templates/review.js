@@ -10,6 +10,7 @@
   const POLL = 2500; // milliseconds between two looks at what other tabs decided
   const BORDER = 12; // images on each side of the cut that count as borderline
   const MAX_UNDO = 500;
+  const READING = 8000; // milliseconds that a message stays, however fast the next decisions are saved
 
   const $ = (id) => document.getElementById(id);
   const make = (tag, className, text) => {
@@ -22,7 +23,8 @@
 
   let data = null; // what the server knows of the images, by position
   let at = new Map(); // id -> position
-  let decisions = new Map(); // id -> [choice, version]
+  const decisions = new Map(); // id -> choice, as shown: what was just decided may still be on its way
+  const known = new Map(); // id -> [choice, version] that the server told last
   let revision = -1;
   let view = []; // positions that are shown, in order
   let current = 0; // index into the view
@@ -31,7 +33,7 @@
   let lastOpacity = 1;
   let tileSize = 190;
   let undoStack = [];
-  let waiting = 0; // decisions on their way
+  let waiting = []; // steps on their way, the oldest first
   let queue = Promise.resolve();
   let alikeFor = null;
 
@@ -52,7 +54,9 @@
     return content;
   }
 
+  let alarmed = 0; // when
   function alarm(text) {
+    if (text) alarmed = performance.now();
     $("alert").textContent = text;
     $("alert").hidden = !text;
   }
@@ -60,16 +64,25 @@
   function speak(text) { $("spoken").textContent = text; }
 
   function takeNews(news) {
-    for (const [id, decision] of Object.entries(news.decisions)) decisions.set(Number(id), decision);
+    const elsewhere = new Set();
+    for (const [key, [choice, version]] of Object.entries(news.decisions)) {
+      const id = Number(key);
+      const [before, seen] = known.get(id) || ["", 0];
+      if (version < seen) continue; // asked before our own decision, answered after it
+      if (revision >= 0 && choice !== before) elsewhere.add(id);
+      known.set(id, [choice, version]);
+      decisions.set(id, choice);
+    }
+    if (elsewhere.size) forget(elsewhere); // undo takes back what was decided here, never what others decided
     revision = news.revision;
     showRefit(news.refit);
   }
 
   async function poll() {
-    if (!waiting && !document.hidden) {
+    if (!waiting.length && !document.hidden) {
       try {
         const news = await ask(`decisions?since=${revision}`);
-        if (!waiting) {
+        if (!waiting.length) {
           takeNews(news);
           if (Object.keys(news.decisions).length) refresh();
         }
@@ -84,57 +97,61 @@
 
   // ---- decisions ----------------------------------------------------------------------------------------------------
 
-  const choiceOf = (id) => (decisions.get(id) || ["", 0])[0];
+  const choiceOf = (id) => decisions.get(id) || "";
   const stateOf = (p) => {
     const choice = choiceOf(data.ids[p]);
     return choice === "keep" ? 1 : choice === "remove" ? 0 : data.kept[p];
   };
 
   function decide(wanted, { undoing = false } = {}) {
-    const steps = wanted.filter(([id, choice]) => choiceOf(id) !== choice).map(([id, choice]) => [id, choice, choiceOf(id)]);
-    if (!steps.length) return;
-    const before = new Map(steps.map(([id]) => [id, decisions.get(id) || ["", 0]]));
-    for (const [id, choice] of steps) decisions.set(id, [choice, before.get(id)[1]]);
-    if (!undoing) remember(steps.map(([id, , old]) => [id, old]));
-    waiting += 1;
+    const step = { choices: new Map(wanted.filter(([id, choice]) => choiceOf(id) !== choice)), back: [] };
+    if (!step.choices.size) return;
+    step.back = [...step.choices.keys()].map((id) => [id, choiceOf(id)]);
+    for (const [id, choice] of step.choices) decisions.set(id, choice);
+    if (!undoing) remember(step.back);
+    waiting.push(step);
     $("saved").textContent = "Saving…";
     refresh();
-    queue = queue.then(() => send(steps, before, undoing));
+    queue = queue.then(() => send(step, undoing));
   }
 
-  async function send(steps, before, undoing) {
+  async function send(step, undoing) {
     let told;
     try {
-      const changes = steps.map(([id, choice]) => ({ id, decision: choice, version: before.get(id)[1] }));
-      for (const change of changes) change.version = Math.max(change.version, (sentVersions.get(change.id) || 0));
-      const answer = await ask("decide", { changes });
-      for (const [id, decision] of Object.entries({ ...answer.written, ...answer.refused })) {
-        sentVersions.set(Number(id), decision[1]);
-        const mine = decisions.get(Number(id));
-        const newer = mine && steps.every(([s, choice]) => s !== Number(id) || choice !== mine[0]);
-        decisions.set(Number(id), newer && !(id in answer.refused) ? [mine[0], decision[1]] : decision);
-      }
+      const changes = [...step.choices].map(([id, choice]) => ({ id, decision: choice, version: (known.get(id) || ["", 0])[1] }));
+      const answer = changes.length ? await ask("decide", { changes }) : { written: {}, refused: {} };
+      for (const [id, decision] of Object.entries({ ...answer.written, ...answer.refused })) known.set(Number(id), decision);
       const refused = Object.keys(answer.refused).map(Number);
+      // what was decided on top of it had not seen the decision that stands there
+      for (const later of waiting) if (later !== step) for (const id of refused) later.choices.delete(id);
+      settle(step);
       if (refused.length) {
         forget(new Set(refused));
         const names = refused.slice(0, 3).map((id) => `${data.names[at.get(id)]} (${choiceOf(id) || "no decision"})`);
         alarm(`Decided elsewhere meanwhile, and left as it is there: ${names.join(", ")}${refused.length > 3 ? ", …" : ""}. `
           + "Decide again to change it.");
-      } else if ($("alert").dataset.kind !== "lost") {
+      } else if ($("alert").dataset.kind !== "lost" && performance.now() - alarmed > READING) {
         alarm("");
       }
-      told = refused.length ? "Not all saved" : "Saved";
+      told = refused.length || step.choices.size < step.back.length ? "Not all saved" : "Saved";
     } catch (error) {
-      for (const [id] of steps) decisions.set(id, before.get(id));
-      if (!undoing) forget(new Set(steps.map(([id]) => id)));
+      settle(step);
+      if (undoing) remember([...step.choices]);
+      else undoStack = undoStack.filter((other) => other !== step.back);
+      store();
       alarm(`Not saved: ${error.message}`);
       told = "Not saved";
     }
-    waiting -= 1;
-    $("saved").textContent = waiting ? "Saving…" : told;
+    $("saved").textContent = waiting.length ? "Saving…" : told;
     refresh();
   }
-  const sentVersions = new Map(); // id -> version that the server answered last
+
+  function settle(step) { // shows what the server told, unless something newer is on its way
+    waiting = waiting.filter((other) => other !== step);
+    for (const [id] of step.back) {
+      if (!waiting.some((later) => later.choices.has(id))) decisions.set(id, (known.get(id) || ["", 0])[0]);
+    }
+  }
 
   const undoKey = `undo ${location.pathname}`;
   function remember(step) {
@@ -143,12 +160,8 @@
     store();
   }
   function forget(ids) {
-    for (const id of ids) { // the last step that has it
-      const index = undoStack.findLastIndex((step) => step.some(([other]) => other === id));
-      if (index < 0) continue;
-      undoStack[index] = undoStack[index].filter(([other]) => other !== id);
-      if (!undoStack[index].length) undoStack.splice(index, 1);
-    }
+    const without = (step) => (step.some(([id]) => ids.has(id)) ? step.filter(([id]) => !ids.has(id)) : step);
+    undoStack = undoStack.map(without).filter((step) => step.length);
     store();
   }
   function store() {
@@ -354,7 +367,7 @@
     markAll();
     const removed = data.ids.filter((_, p) => !data.kept[p]);
     const done = removed.filter((id) => choiceOf(id)).length;
-    const all = [...decisions.values()].filter(([choice]) => choice).length;
+    const all = [...decisions.values()].filter((choice) => choice).length;
     $("progress").max = Math.max(1, removed.length);
     $("progress").value = done;
     $("progress-text").textContent = removed.length
@@ -362,7 +375,7 @@
       : `${count(all, "image")} decided`;
     if ($("single").open) showState();
     const kept = data.ids.filter((_, p) => stateOf(p)).length;
-    const byHand = (choice) => [...decisions].filter(([id, d]) => d[0] === choice && at.has(id)).length;
+    const byHand = (wanted) => [...decisions].filter(([id, choice]) => choice === wanted && at.has(id)).length;
     $("refit-plan").textContent = `Train on ${count(kept, "image")} of ${data.ids.length.toLocaleString("en")}: what the screening `
       + `kept, with ${byHand("keep").toLocaleString("en")} kept and ${byHand("remove").toLocaleString("en")} removed by hand.`;
   }
@@ -371,6 +384,7 @@
 
   function openSingle() {
     if (!view.length) return;
+    anchor = current; // a decision there is on the image that is seen
     if (!$("single").open) $("single").showModal();
     showSingle();
   }
@@ -491,12 +505,12 @@
   // ---- hands --------------------------------------------------------------------------------------------------------
 
   function onKey(event) {
+    if (document.querySelector("dialog[open]:not(#single)")) return; // the list of keys opens above the large view too
     if (event.ctrlKey || event.metaKey || event.altKey) {
       if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z" && !typing(event)) { event.preventDefault(); undo(); }
       return;
     }
     const single = $("single").open;
-    if (!single && document.querySelector("dialog[open]")) return;
     if (typing(event)) return;
     const inGrid = !single && (event.target === document.body || $("grid").contains(event.target));
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
@@ -510,6 +524,7 @@
       const target = current + moves[key];
       const beyond = Math.abs(moves[key]) === columns && (target < 0 || target >= view.length);
       if (!beyond || columns === 1) moveTo(target, { extend: extend && !single });
+    } else if (event.repeat && "kruxz".includes(key)) { /* a key held down must not decide on dozens of images */
     } else if (key === "k") choose("keep");
     else if (key === "r") choose("remove");
     else if (key === "u") choose("unsure");
