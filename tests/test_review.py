@@ -428,9 +428,9 @@ def test_refit_trains_with_the_decisions_and_reports(folder: Path, tmp_path: Pat
 
 
 def test_a_refit_replaces_a_model_by_one_of_its_kind(folder: Path, screened: Path, tiny: Backbone) -> None:
-    out, common = folder / "model", {"screening": folder, "out": folder / "model"}
+    out = folder / "model"
     final = make_detector("patchcore", coreset_ratio=0.02)
-    pipeline.fit(screened / "parts", final, tiny, false_alarm_rate=0.07, **common)
+    pipeline.fit(screened / "parts", final, tiny, screening=folder, out=out, false_alarm_rate=0.07)
     (folder / "d.csv").write_text("path,decision\n")
     refit(folder, out, decisions=folder / "d.csv")
     model = pipeline.load_model(out)

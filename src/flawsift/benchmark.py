@@ -114,10 +114,11 @@ def compare(
     figures: dict[str, Row] = {}
     for sharing in alike.values():  # one model at a time in memory
         purified = chosen[sharing[0]][0].purified
-        stages = [s for preset in sharing if (s := chosen[preset][1]) is not None and s.by_detector] or [own]
+        stages = (s for preset in sharing if (s := chosen[preset][1]) is not None and s.by_detector)
+        judge = next(stages, own)
         held_out = np.empty(0)
-        if stages[0] is not None:
-            held_out = stages[0].screening.held_out_scores[np.isin(train.ids, purified.ids)]
+        if judge is not None:
+            held_out = judge.screening.held_out_scores[np.isin(train.ids, purified.ids)]
         elif calibrate:
             held_out = pipeline.cross_fitted_scores(purified, detector, seed=seed, device=device, executor=executor)
         measured, model = _fit_and_measure(detector, purified, held_out, test, truth, backbone, device)
