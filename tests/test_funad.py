@@ -145,6 +145,12 @@ def test_the_papers_distance_takes_the_second_neighbour_of_a_copy() -> None:
     gaps = torch.cdist(patches, patches[:16]).square().sort(dim=1).values
     expected = torch.cat([gaps[:16, 1], gaps[16:, 0]])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for gap, which in ((0.09, 1), (0.11, 0)):  # squared: below and above 0.01
+        moved = patches[:16] + gap / 6**0.5
+        near = filled(moved, torch.zeros(16))
+        gaps = torch.cdist(patches[:16], moved).square().sort(dim=1).values
+        found = detector._distances(near, near.bank, patches[:16], batch_of(data.select([0])))
+        torch.testing.assert_close(found, gaps[:, which], rtol=1e-3, atol=1e-4)
     same = filled(patches[:1].expand(3, -1), torch.zeros(3))
     assert detector._distances(same, same.bank, patches[:1], batch_of(data.select([0])))[0] == 0
 
@@ -326,6 +332,22 @@ def test_one_image_is_refused_or_compared_with_itself() -> None:
     assert np.isfinite(small(exclude_own=False).fit(random_set(1)).predict_grids(random_set(1))[0]).all()
 
 
+def test_the_smallest_bank_holds_two_images() -> None:
+    found = small(bank_size=2, rebuild_every=1).fit(random_set(12))
+    assert np.isfinite(found.predict_grids(random_set(12))[0]).all()
+
+
+def test_the_global_generator_has_no_say_and_is_left_alone() -> None:
+    data, weights = random_set(12), []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            weights.append(small(rebuild_every=4, patches_per_image=5).fit(data).weights_)
+            assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)  # a checkpoint after every step
     data, detector = random_set(12), small(rebuild_every=4)
@@ -355,7 +377,7 @@ def test_bad_use_is_told() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"rebuild_every": 0}, "rebuild_every must be at least 1"),
         ({"patches_per_image": 0}, "patches_per_image must be at least 1, or None"),
-        ({"bank_size": 0}, "bank_size must be at least 1, or None"),
+        ({"bank_size": 1}, "bank_size must be at least 2, or None"),
         ({"projection_dim": 0}, "projection_dim must be at least 1, or None"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"search": "both"}, "search must be 'patch' or 'adapted', got 'both'"),
