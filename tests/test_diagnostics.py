@@ -140,6 +140,23 @@ def test_references_of_the_same_owner_are_left_out() -> None:
     assert typical.flatten().tolist() == [10, 9, 9, 13]  # of two the lower
 
 
+def test_copies_are_at_distance_zero() -> None:
+    one = torch.randn(1, 30, 300, generator=torch.Generator().manual_seed(0))
+    near, typical = reference_distances(one.repeat(6, 1, 1), torch.arange(6))
+    assert (near == 0).all()
+    assert (typical == 0).all()
+
+
+@pytest.mark.parametrize(("n_alike", "suspicious"), [(2, False), (3, True)])
+def test_two_look_alikes_are_a_coincidence(n_alike: int, suspicious: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(40, 20, 16, generator=generator)
+    patches[:n_alike, 7] = torch.randn(16, generator=generator) * 4
+    found = find_recurrence(*reference_distances(patches, torch.arange(40)))
+    assert found.twins == list(range(n_alike))
+    assert found.suspicious == suspicious
+
+
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_an_offset_changes_nothing(offset: float) -> None:
     vectors, labels = synthetic_setting(32, variance=0.5, seed=0)
