@@ -221,8 +221,31 @@ def test_masks_tell_which_patches_are_anomalous() -> None:
     assert found.counts["anomalous vectors"] == 16
     assert found.counts["vectors"] == 8 * 16 + 16
     assert found.order[f"{NORMAL_NORMAL} < {NORMAL_ANOMALY}"] == 1
-    unmasked = GroundTruth(truth.ids, truth.labels, truth.defect_types, {})
-    assert diagnose(features_of(patches), "a", truth=unmasked).counts["anomalous vectors"] == 4  # the worst of each
+    empty = dict.fromkeys(range(8, 12), mask > 1)
+    for masks in ({}, empty):  # the worst of each
+        unmasked = GroundTruth(truth.ids, truth.labels, truth.defect_types, masks)
+        assert diagnose(features_of(patches), "a", truth=unmasked).counts["anomalous vectors"] == 4
+    one = GroundTruth(np.arange(12), (np.arange(12) == 3).astype(np.int8), ("good",) * 12, {})
+    with pytest.raises(InputError, match="one class has 1"):
+        diagnose(features_of(patches), "a", truth=one)
+
+
+def test_channels_are_standardised_and_matches_told_with_and_without_the_own_image() -> None:
+    patches = torch.randn(12, 16, 8, generator=torch.Generator().manual_seed(1))
+    patches[:, 1::2] = patches[:, ::2] + 0.01  # in each image all patches have a near copy
+    found = diagnose(features_of(patches), "a")
+    assert found.matching[0].matched == 1
+    assert found.matching_across[0].matched < 0.9
+    scaled = diagnose(features_of(patches * torch.logspace(-3, 3, 8) + 5), "a")
+    np.testing.assert_allclose(scaled.distances[ALL], found.distances[ALL], rtol=1e-2)
+
+
+def test_look_alikes_of_one_image_are_no_twins() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors, owners = torch.randn(60, 16, generator=generator), torch.arange(60) // 6
+    vectors[:5] = 8 + 0.01 * torch.randn(5, 16, generator=generator)
+    assert examine(vectors).recurrence.twins == list(range(5))
+    assert examine(vectors, owners=owners).recurrence.twins == []
 
 
 def test_rare_anomalies_are_drawn_from_a_large_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +275,7 @@ def test_the_seed_draws_and_the_global_generator_does_not(monkeypatch: pytest.Mo
             found.append(diagnose(data, "a").as_json())
             assert torch.equal(before, torch.get_rng_state())
     assert found[0] == found[1]
+    assert found[0]["counts"]["images"] == 20
     assert diagnose(data, "a", seed=1).as_json() != found[0]
 
 
