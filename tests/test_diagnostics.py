@@ -133,6 +133,50 @@ def test_reference_distances_equal_brute_force_without_the_own_image() -> None:
             assert typical[i, p].item() == pytest.approx(sorted(each)[(len(each) - 1) // 2], abs=1e-5)
 
 
+def test_references_of_the_same_owner_are_left_out() -> None:
+    vectors = torch.tensor([[0.0], [1.0], [10.0], [14.0]]).unsqueeze(1)
+    near, typical = reference_distances(vectors, torch.arange(4), owners=torch.tensor([0, 0, 1, 1]))
+    assert near.flatten().tolist() == [10, 9, 9, 13]
+    assert typical.flatten().tolist() == [10, 9, 9, 13]  # of two the lower
+
+
+def test_copies_are_at_distance_zero() -> None:
+    one = torch.randn(1, 30, 300, generator=torch.Generator().manual_seed(0))
+    near, typical = reference_distances(one.repeat(6, 1, 1), torch.arange(6))
+    assert (near == 0).all()
+    assert (typical == 0).all()
+
+
+@pytest.mark.parametrize(("n_alike", "suspicious"), [(2, False), (3, True)])
+def test_two_look_alikes_are_a_coincidence(n_alike: int, suspicious: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(40, 20, 16, generator=generator)
+    patches[:n_alike, 7] = torch.randn(16, generator=generator) * 4
+    found = find_recurrence(*reference_distances(patches, torch.arange(40)))
+    assert found.twins == list(range(n_alike))
+    assert found.suspicious == suspicious
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_an_offset_changes_nothing(offset: float) -> None:
+    vectors, labels = synthetic_setting(32, variance=0.5, seed=0)
+    expected, found = examine(vectors, labels), examine(vectors + offset, labels)
+    assert len(found.warnings) == 3
+    assert found.recurrence.ordinary == pytest.approx(expected.recurrence.ordinary, rel=1e-3)
+    assert found.recurrence.twins == expected.recurrence.twins
+
+
+def test_a_recurring_defect_is_seen_on_a_saturated_background() -> None:
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(40, 20, 16, generator=generator)
+    patches[:, :14] = torch.randn(16, generator=generator)  # the same in all images: most patches are copies
+    patches[:5, 17] = torch.randn(16, generator=generator) * 4 + 0.1 * torch.randn(5, 16, generator=generator)
+    found = find_recurrence(*reference_distances(patches, torch.arange(40)))
+    assert found.ordinary > 1
+    assert found.twins == list(range(5))
+    assert found.suspicious
+
+
 def test_a_recurring_patch_is_a_twin_and_a_scattered_one_is_not() -> None:
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(40, 20, 16, generator=generator)
@@ -177,8 +221,75 @@ def test_masks_tell_which_patches_are_anomalous() -> None:
     assert found.counts["anomalous vectors"] == 16
     assert found.counts["vectors"] == 8 * 16 + 16
     assert found.order[f"{NORMAL_NORMAL} < {NORMAL_ANOMALY}"] == 1
-    unmasked = GroundTruth(truth.ids, truth.labels, truth.defect_types, {})
-    assert diagnose(features_of(patches), "a", truth=unmasked).counts["anomalous vectors"] == 4  # the worst of each
+    empty = dict.fromkeys(range(8, 12), mask > 1)
+    for masks in ({}, empty):  # the worst of each
+        unmasked = GroundTruth(truth.ids, truth.labels, truth.defect_types, masks)
+        assert diagnose(features_of(patches), "a", truth=unmasked).counts["anomalous vectors"] == 4
+    one = GroundTruth(np.arange(12), (np.arange(12) == 3).astype(np.int8), ("good",) * 12, {})
+    with pytest.raises(InputError, match="one class has 1"):
+        diagnose(features_of(patches), "a", truth=one)
+
+
+def test_channels_are_standardised_and_matches_told_with_and_without_the_own_image() -> None:
+    patches = torch.randn(12, 16, 8, generator=torch.Generator().manual_seed(1))
+    patches[:, 1::2] = patches[:, ::2] + 0.01  # in each image all patches have a near copy
+    found = diagnose(features_of(patches), "a")
+    assert found.matching[0].matched == 1
+    assert found.matching_across[0].matched < 0.9
+    scaled = diagnose(features_of(patches * torch.logspace(-3, 3, 8) + 5), "a")
+    np.testing.assert_allclose(scaled.distances[ALL], found.distances[ALL], rtol=1e-2)
+
+
+def test_look_alikes_of_one_image_are_no_twins() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors, owners = torch.randn(60, 16, generator=generator), torch.arange(60) // 6
+    vectors[:5] = 8 + 0.01 * torch.randn(5, 16, generator=generator)
+    assert examine(vectors).recurrence.twins == list(range(5))
+    assert examine(vectors, owners=owners).recurrence.twins == []
+
+
+def test_rare_anomalies_are_drawn_from_a_large_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "MAX_IMAGES", 40)
+    patches = torch.randn(400, 4, 8, generator=torch.Generator().manual_seed(1))
+
+    def counts(n_anomalous: int, n_images: int = 400) -> dict[str, int]:
+        labels = (np.arange(n_images) < n_anomalous).astype(np.int8)
+        types = tuple("hole" if x else "good" for x in labels)
+        truth = GroundTruth(np.arange(n_images), labels, types, {})
+        return dict(diagnose(features_of(patches[:n_images]), "a", truth=truth).counts)
+
+    for n_anomalous, expected in {3: 3, 30: 4, 100: 10, 300: 30, 398: 38}.items():  # 3 of 400 would be none of 40
+        found = counts(n_anomalous)
+        assert (found["images"], found["anomalous images"]) == (40, expected)
+    assert counts(2, 40)["anomalous images"] == 2
+
+
+def test_the_seed_draws_and_the_global_generator_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "MAX_IMAGES", 20)
+    data = features_of(torch.randn(60, 30, 8, generator=torch.Generator().manual_seed(1)))
+    found = []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            found.append(diagnose(data, "a").as_json())
+            assert torch.equal(before, torch.get_rng_state())
+    assert found[0] == found[1]
+    assert found[0]["counts"]["images"] == 20
+    assert diagnose(data, "a", seed=1).as_json() != found[0]
+
+
+def test_vectors_that_cannot_be_compared_are_told() -> None:
+    vectors, labels = synthetic_setting(4, 20, 5, seed=0)
+    for some, owners in ((vectors[:0], None), (vectors[:1], None), (vectors, torch.zeros(25, dtype=torch.int64))):
+        with pytest.raises(InputError, match="compares vectors of at least 2 images, got [01]"):
+            examine(some, owners=owners)
+    with pytest.raises(InputError, match="normal and anomalous"):
+        examine(vectors, torch.zeros(25, dtype=torch.bool))
+    assert examine(vectors, labels.to(torch.int8)).as_json() == examine(vectors, labels).as_json()
+    kinds = pair_distances(vectors, labels.to(torch.int8), n=50)
+    assert all((kinds[kind] == values).all() for kind, values in pair_distances(vectors, labels, n=50).items())
+    assert matching(vectors, labels.to(torch.int8)) == matching(vectors, labels)
 
 
 def test_identical_images_are_finite(tmp_path: Path) -> None:
@@ -254,6 +365,8 @@ def test_a_recurring_defect_in_a_folder_is_told(
         ("file,kind\npart-00.png,1\n", "needs the columns 'file' and 'label', has file, kind"),
         ("file,label\npart-00.png,good\n", "must be 0 or 1, got good"),
         ("file,label\npart-00.png\n", "must be 0 or 1"),
+        ("file,label\npart-00.png,1\npart-01.png,0\npart-00.png,0\n", "1 files have two labels in"),
+        ("label,file\n1\n0,part-77.png\n0,part-01.png\n", "2 labelled files are not among the images: , part-77"),
         ("file,label\npart-77.png,1\npart-00.png,0\n", "1 labelled files are not among the images: part-77.png"),
         ("file,label\n" + "".join(f"part-{i:02d}.png,0\n" for i in range(9)), "at least 2 normal and 2 anomalous"),
         ("file,label\npart-00.png,0\n", "at least 4 images, got 1"),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flawsift import training
 from flawsift.detectors import funad
 from flawsift.detectors._funad_net import Head, Memory, balanced_loss, smoothness_loss, spread
 from flawsift.detectors.funad import FUNAD
@@ -145,6 +146,12 @@ def test_the_papers_distance_takes_the_second_neighbour_of_a_copy() -> None:
     gaps = torch.cdist(patches, patches[:16]).square().sort(dim=1).values
     expected = torch.cat([gaps[:16, 1], gaps[16:, 0]])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for gap, which in ((0.09, 1), (0.11, 0)):  # squared: below and above 0.01
+        moved = patches[:16] + gap / 6**0.5
+        near = filled(moved, torch.zeros(16))
+        gaps = torch.cdist(patches[:16], moved).square().sort(dim=1).values
+        found = detector._distances(near, near.bank, patches[:16], batch_of(data.select([0])))
+        torch.testing.assert_close(found, gaps[:, which], rtol=1e-3, atol=1e-4)
     same = filled(patches[:1].expand(3, -1), torch.zeros(3))
     assert detector._distances(same, same.bank, patches[:1], batch_of(data.select([0])))[0] == 0
 
@@ -247,6 +254,118 @@ def test_noise_reaches_the_smoothness_loss_only_if_asked(noisy: bool, monkeypatc
     assert torch.allclose(seen[0].sort().values, clean, atol=1e-5) != noisy
 
 
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_the_loss_of_a_step_is_the_papers_formula(preset: str) -> None:
+    data, paper = random_set(8), preset == "paper"
+    options: dict[str, Any] = {"layers": ("a",), "hidden": (16, 8), "patch_size": 1, "smoothness": 2.5}
+    options |= {"patches_per_image": None, "projection_dim": None}
+    detector = FUNAD(**{**FUNAD.presets[preset], **options})
+    detector.statistics_ = {"a": torch.stack([torch.zeros(6), torch.ones(6)])}
+    with seeded(1, "cpu"):
+        head, bank, owners = Head(6, 6, (16, 8)), torch.randn(60, 12), torch.arange(60) % 10
+        head.adaptor.weight.data.mul_(3)  # squared distances far above those of copies
+    with seeded(3, "cpu"), torch.no_grad():
+        found = detector._loss(head, filled(bank, owners), batch_of(data), "cpu")
+
+    patches = batch_of(data).features["a"].flatten(2).transpose(1, 2)  # (8, 16, 6)
+    x = torch.cat([patches.mean(1, keepdim=True).expand(-1, 16, -1), patches], 2)  # (8, 16, 12)
+    sigma = torch.from_numpy(x.numpy().std(axis=0).max(axis=0))
+    x = x.flatten(0, 1)
+    adapted = [F.leaky_relu(head.adaptor(part), 0.2).detach() for part in (x, bank)]
+    keys, entries = adapted if paper else (patches.flatten(0, 1), bank[:, 6:])
+    gaps = torch.cdist(keys, entries).square()
+    if paper:
+        d = gaps.amin(1)
+        low, high = d.min(), d.max()
+    else:
+        d = gaps.masked_fill(torch.arange(8).repeat_interleave(16)[:, None] == owners, torch.inf).amin(1)
+        low, high = torch.quantile(d, 0.5), torch.quantile(d, 0.999)
+    d = (d - low) / (high - low)
+    y, unsure = d > 0.5, (d > 0.5) & (d < 0.9)
+    assert 0 < unsure.sum() < y.sum() < 100, "nothing to tell"
+    noised = x.clone()
+    with seeded(3, "cpu"):
+        noised[unsure] += sigma * torch.randn(int(unsure.sum()), 12)
+
+    def score(features: Tensor) -> Tensor:
+        out: Tensor = head.discriminator(F.leaky_relu(head.adaptor(features), 0.2))
+        return out.detach().squeeze(1).sigmoid()
+
+    s = score(noised)
+    cross_entropy = -s[y].log().mean() - (1 - s[~y]).log().mean()
+    partner = torch.cdist(keys, keys).fill_diagonal_(torch.inf).argmin(1).tolist()
+    pairs = torch.tensor([(i, j) for i, j in enumerate(partner) if partner[j] == i and i < j])
+    t = s if paper else score(x)
+    smooth = 0.5 * (t[pairs[:, 0]] - t[pairs[:, 1]]).abs().mean()
+    torch.testing.assert_close(found, cross_entropy + 2.5 * smooth, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_and_bank_share_one_projection() -> None:
+    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    found, again = small(projection_dim=100)._searchable(x), small(projection_dim=100)._searchable(x)
+    assert found.shape == (300, 100)
+    assert torch.equal(found, again)
+    ratio = torch.pdist(found) / torch.pdist(x)
+    assert ratio.mean() == pytest.approx(1, abs=0.02)
+    assert not torch.equal(small(projection_dim=100, seed=1)._searchable(x), found)
+
+
+def test_a_step_sees_places_at_random_the_same_in_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, seen = random_set(12), []
+
+    def watch(self: FUNAD, memory: Memory, bank: Tensor, keys: Tensor, batch: Batch) -> Tensor:
+        patches = self._embed(batch, "cpu")[1]  # (B, 16, 6)
+        gaps = (keys.view(len(batch), 3, 1, 6) - patches[:, None]).abs().sum(3)
+        seen.append(gaps.argmin(2).tolist())
+        assert gaps.amin() == 0
+        return distances_of(self, memory, bank, keys, batch)
+
+    distances_of = FUNAD._distances
+    monkeypatch.setattr(FUNAD, "_distances", watch)
+    small(steps=40, patches_per_image=3).fit(data)
+    assert all(places == step[0] and len(set(places)) == 3 for step in seen for places in step)
+    assert {place for step in seen for place in step[0]} == set(range(16))
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, 10), (4, 3), (10, 1)])
+def test_the_bank_is_rebuilt_every_so_often(every: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, rebuild = [], FUNAD._rebuild
+
+    def watch(self: FUNAD, *arguments: Any) -> None:
+        calls.append(1)
+        rebuild(self, *arguments)
+
+    monkeypatch.setattr(FUNAD, "_rebuild", watch)
+    small(rebuild_every=every).fit(random_set(12))
+    assert len(calls) == expected
+
+
+def test_the_last_step_counts_and_its_rate_is_zero_with_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, recipes, heads = training.train, [], []
+
+    def watch(module: Any, optimizer: Any, data: Any, layers: Any, loss_of: Any, recipe: Any, **options: Any) -> float:
+        recipes.append((recipe, optimizer.defaults["lr"]))
+        last = train(module, optimizer, data, layers, loss_of, recipe, **options)
+        heads.append(module[0])
+        return last
+
+    monkeypatch.setattr(training, "train", watch)
+    data = random_set(12)
+    for preset in ("default", "paper"):
+        options = {"layers": ("a",), "steps": 30, "hidden": (4,), "batch_size": 8}
+        found = FUNAD(**{**FUNAD.presets[preset], **options}).fit(data)
+        image, patches, _ = found._embed(batch_of(data), "cpu")
+        with torch.no_grad():
+            logits = heads[-1](image, patches).view(-1, 4, 4)
+        scores, maps = found.predict_grids(data)
+        torch.testing.assert_close(maps, logits)
+        np.testing.assert_allclose(scores, logits.amax((1, 2)), rtol=1e-5)
+    (default, _), (paper, rate) = recipes
+    assert default.schedule(29) == pytest.approx(0, abs=1e-12)
+    assert 0 < default.schedule(19) < default.schedule(20) == 1
+    assert (paper.schedule, rate, paper.steps) == (None, 2e-5, 30)
+
+
 def planted(n: int = 60, n_defective: int = 6, channels: int = 64, edge: int = 6) -> tuple[ImageSet, npt.NDArray[Any]]:
     """Aligned images: each place has a pattern of its own; the last images have a 2 x 2 defect of their own kind."""
     generator = np.random.default_rng(0)
@@ -326,6 +445,22 @@ def test_one_image_is_refused_or_compared_with_itself() -> None:
     assert np.isfinite(small(exclude_own=False).fit(random_set(1)).predict_grids(random_set(1))[0]).all()
 
 
+def test_the_smallest_bank_holds_two_images() -> None:
+    found = small(bank_size=2, rebuild_every=1).fit(random_set(12))
+    assert np.isfinite(found.predict_grids(random_set(12))[0]).all()
+
+
+def test_the_global_generator_has_no_say_and_is_left_alone() -> None:
+    data, weights = random_set(12), []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            weights.append(small(rebuild_every=4, patches_per_image=5).fit(data).weights_)
+            assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)  # a checkpoint after every step
     data, detector = random_set(12), small(rebuild_every=4)
@@ -355,7 +490,7 @@ def test_bad_use_is_told() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"rebuild_every": 0}, "rebuild_every must be at least 1"),
         ({"patches_per_image": 0}, "patches_per_image must be at least 1, or None"),
-        ({"bank_size": 0}, "bank_size must be at least 1, or None"),
+        ({"bank_size": 1}, "bank_size must be at least 2, or None"),
         ({"projection_dim": 0}, "projection_dim must be at least 1, or None"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"search": "both"}, "search must be 'patch' or 'adapted', got 'both'"),

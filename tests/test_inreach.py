@@ -174,6 +174,31 @@ def test_a_channel_must_span_enough_images() -> None:
     assert [four[10 * i][7] for i in range(3)] == [False] * 3
 
 
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
+def test_members_are_measured_from_the_mean_of_their_channel_head_included(spread: float) -> None:
+    patches, _ = realisations(12, noise=0.6)
+    seeds = [2, 5]
+    detector, heads = InReaCh(layers=LAYERS, spread=spread), torch.from_numpy(patches[seeds])
+    members: dict[int, list[tuple[int, int]]] = {a * P + q: [(s, q)] for a, s in enumerate(seeds) for q in range(P)}
+    for i in range(12):
+        keys = detector._channels(torch.from_numpy(patches[i]), heads, torch.tensor([i == s for s in seeds]))
+        for q, key in enumerate(keys.tolist()):
+            if key >= 0:
+                members[key].append((i, q))
+    expected = np.zeros((12, P), bool)
+    for channel in members.values():
+        x = np.stack([patches[place] for place in channel]).astype(np.float64)
+        d = np.linalg.norm(x - x.mean(0), axis=1)
+        tight = d <= np.median(d) + spread * MAD * np.median(np.abs(d - np.median(d)))
+        if tight.sum() >= 4 and len(channel) >= 4:
+            for place in np.array(channel)[tight]:
+                expected[tuple(place)] = True
+    found = nominal(detector, set_of(patches), [10 * s for s in seeds])
+    assert 0.05 < expected.mean() < 0.95, "nothing to tell"
+    assert np.array_equal(np.array([found[10 * i] for i in range(12)]), expected)
+
+
 def test_assignments_differ_where_the_nearest_seed_is_not_mutual() -> None:
     # seed 0's patch is nearest to x = 0, but it prefers x = 1; seed 1's is farther from x = 0, and mutual with it
     own, heads = torch.tensor([[0.0], [1.0]]), torch.tensor([[[0.6], [99.0]], [[-0.8], [99.0]]])
@@ -206,6 +231,24 @@ def test_position_counts_where_parts_are_laid_out() -> None:
         always = InReaCh(layers=LAYERS, position="always", position_weight=2.0)
         assert always._position_scale(data) == pytest.approx(2 * rms, rel=1e-5)
         assert InReaCh(layers=LAYERS, position="never")._position_scale(data) == 0
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_chance_is_no_layout(n: int) -> None:
+    chosen = [InReaCh(layers=LAYERS)._position_scale(aligned(n, seed=seed)) for seed in range(10)]
+    assert chosen == [0.0] * 10  # the mean of few unrelated images is far from its transpose
+
+
+def test_a_grid_that_is_not_square_has_no_diagonal() -> None:
+    images = ImageSet.from_arrays([np.zeros((2, 2), np.uint8)] * 6)
+    array = np.random.default_rng(0).normal(size=(6, 3, 4, 5)).astype(np.float32)
+    reader = MemoryFeatures(32, "t", {("", i): i for i in range(6)}, {"a": array})
+    data = ImageSet(images.ids, images.source, {}, reader)
+    for position, counts in (("auto", False), ("always", True)):
+        found = InReaCh(layers=LAYERS, position=position, min_span=2).fit(data)  # type: ignore[arg-type]
+        assert (found.position_scale_ > 0) == counts
+        assert found.predict_grids(data)[1].shape == (6, 4, 5)
 
 
 def test_maps_are_smoothed_distances_to_the_nominal_patches() -> None:
@@ -245,6 +288,19 @@ def test_the_bank_is_a_coreset_of_a_bounded_pool_and_knows_its_images() -> None:
         assert np.abs(patches[owner // 10] - entry).sum(1).min() < 1e-5
     whole = InReaCh(layers=LAYERS, max_patches=None, coreset_ratio=1.0, spread=50.0, n_seeds=1).fit(data)
     assert len(whole.memory_bank_) == 12 * P
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_drawn_pool_is_even_and_knows_no_global_generator() -> None:
+    data, found = set_of(realisations(12)[0]), []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            found.append(InReaCh(layers=LAYERS, max_patches=100, coreset_ratio=1.0).fit(data))
+            assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(found[0].memory_bank_, found[1].memory_bank_)
+    assert len(set(found[0].owner_.tolist())) == 12, "an image has no say"
 
 
 @pytest.mark.usefixtures("bare")

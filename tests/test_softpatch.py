@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from sklearn.neighbors import LocalOutlierFactor
 
 from flawsift.detectors.patchcore import PatchCore
-from flawsift.detectors.softpatch import RIDGE, SoftPatch, lowest
+from flawsift.detectors.softpatch import RIDGE, SoftPatch, lowest, mahalanobis
 from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures
 from flawsift.images import ImageSet
 from flawsift.maps import embed_patches
+from flawsift.nn import local_outlier_factor, random_projection
 
 LAYERS = ("a", "b")
 
@@ -122,6 +123,28 @@ def test_other_discriminators_equal_the_formula(discriminator: Any) -> None:
     assert found.owner_.tolist() == np.nonzero(trusted)[0].tolist()
 
 
+@pytest.mark.parametrize(("n", "k"), [(11, 5), (13, 6), (60, 5), (60, 20), (230, 6), (230, 20)])
+def test_factors_equal_scikit_learn_on_a_projection_of_their_own(n: int, k: int) -> None:
+    train = feature_set(n, outliers=2)
+    x = torch.from_numpy(embedding(train)).float()
+    found = SoftPatch(layers=LAYERS, lof_neighbors=k, projection_dim=4, seed=3)._factors(x, "cpu")
+    seen = (x @ random_projection(10, 4, torch.Generator().manual_seed(4))).double().numpy()
+    for position in (0, 30, 63):
+        expected = -LocalOutlierFactor(n_neighbors=k).fit(seen[:, position]).negative_outlier_factor_
+        np.testing.assert_allclose(found[:, position], expected, atol=1e-5)
+
+
+def test_one_position_may_hold_all_variance() -> None:
+    points = torch.zeros(500, 30, 128)
+    points[0, 0] = torch.randn(128, generator=torch.Generator().manual_seed(0))  # one image, at one position
+    found = mahalanobis(points)
+    assert (found[1:] == 0).all()
+    x = points[0].double() - points[0].double().mean(0)
+    ridge = RIDGE * float(x.square().mean()) / 500 * torch.eye(128).double()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(x.T @ x / 29 + ridge))
+    torch.testing.assert_close(found[0].double(), (x @ inverse * x).sum(1).sqrt(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("discriminator", ["lof", "nearest", "gaussian"])
 def test_copies_neither_break_nor_outweigh_anything(discriminator: Any) -> None:
     train = feature_set(30)
@@ -161,14 +184,45 @@ def test_the_pool_has_the_same_number_of_images_at_each_position() -> None:
     assert len(whole.memory_bank_) == 640
 
 
+def test_a_small_pool_still_tells_outliers() -> None:
+    train = feature_set(20, outliers=3)
+    found = SoftPatch(layers=LAYERS, max_patches=1, coreset_ratio=1.0, lof_neighbors=5, outlier_share=0).fit(train)
+    places = places_of(found, train)
+    assert np.bincount([p for _, p in places]).tolist() == [3] * 64
+    drawn = [[i for i, p in places if p == position] for position in range(64)]
+    lonely = [image < 3 and p in (0, 1, 8, 9) and sum(i < 3 for i in drawn[p]) == 1 for image, p in places]
+    assert any(lonely), "nothing to tell"
+    assert found.weight_[torch.tensor(lonely)].min() > 1.5
+
+
+def test_a_drawn_pool_knows_no_global_generator() -> None:
+    train, banks = feature_set(20), []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            banks.append(SoftPatch(layers=LAYERS, max_patches=640).fit(train).memory_bank_)
+            assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(*banks)
+
+
 def test_few_images() -> None:
     one = feature_set(1)
     found = SoftPatch(layers=LAYERS, outlier_share=0, coreset_ratio=1.0).fit(one)
     assert (found.weight_ == 1).all()
     assert len(SoftPatch(layers=LAYERS, coreset_ratio=1.0).fit(one).memory_bank_) == 64  # nothing can be outlying
-    four = feature_set(4)
-    fewer = SoftPatch(layers=LAYERS, coreset_ratio=1.0).fit(four)
-    assert torch.equal(fewer.weight_, SoftPatch(layers=LAYERS, coreset_ratio=1.0, lof_neighbors=3).fit(four).weight_)
+    detector, x = SoftPatch(), torch.from_numpy(embedding(feature_set(14))).float()
+    for n, k in ((2, 1), (4, 1), (5, 2), (12, 5), (13, 6), (14, 6)):
+        expected = local_outlier_factor(x[:n].transpose(0, 1).contiguous(), k).T
+        torch.testing.assert_close(detector._factors(x[:n], "cpu"), expected)
+
+
+@pytest.mark.parametrize("n", range(3, 14))
+def test_one_defect_among_few_images_stands_out(n: int) -> None:
+    x = torch.from_numpy(embedding(feature_set(n, outliers=1, scale=20.0))).float()
+    factors = SoftPatch()._factors(x, "cpu")
+    assert (factors[:, :2].argmax(0) == 0).all()
+    assert factors[0, 0] > 1.5
 
 
 @given(n=st.integers(1, 200), percent=st.integers(0, 99), seed=st.integers(0, 99))

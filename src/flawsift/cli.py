@@ -454,7 +454,8 @@ def diagnose(
     result = diagnostics.diagnose(data, layer, truth=truth, seed=seed)
     page = diagnostics.write_diagnosis(result, out)
     counts = {**result.counts, "unlabelled": len(found) - len(chosen), "unreadable": len(failed)}
-    lines = [f"{counts['images']} images looked at, {counts['unlabelled']} without a label, {len(failed)} unreadable."]
+    without = "" if truth is None else f" {counts['unlabelled']} without a label,"
+    lines = [f"{counts['images']} images looked at,{without} {len(failed)} unreadable."]
     lines += [f"Warning: {warning}" for warning in result.warnings] or ["No warning."]
     lines += [f"Page: {page}   Data: {out / diagnostics.DATA}"]
     summary = {"warnings": list(result.warnings), "counts": counts, "twins": list(result.twins)}

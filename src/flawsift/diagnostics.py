@@ -39,6 +39,7 @@ N_BINS = 48
 PATCHES = 16  # per image, at random: enough for the statistics of 10 images, few enough that no image dominates
 WORST_SHARE = 0.01  # of an anomalous image's patches that count as anomalous when there is no mask, one at least
 MAX_IMAGES = 500  # more are drawn from; the cost is images x references
+RARE_SHARE = 0.1  # of them that the rarer class has, if there are as many: two images would say nothing of their class
 MAX_REFERENCES = 64  # a defect in 5 % of the images is in three of them
 BLOCK_FLOATS = 1 << 24  # distances held at a time, 64 MB
 COPY = 2e-3  # distances below this share of a vector's length are rounding of float32 products: copies
@@ -93,7 +94,8 @@ class Recurrence:
         unusual: (U,) positions of unusual images.
         twins: (T,) those that have a twin.
         fence: Distance to the median reference image above which an image's worst patch is unusual.
-        ordinary: Median distance of a patch to its nearest reference image.
+        ordinary: Median distance of a patch to its nearest reference image, copies not counted: where most of each
+            image is one saturated background, a median of all would be 0, and nothing nearer than that.
     """
 
     unusual: Sequence[int]
@@ -169,7 +171,8 @@ def diagnose(data: ImageSet, layer: str = "stride16", *, truth: GroundTruth | No
     under the mask; of an image without a mask, those that are farthest from the normal images.
 
     Args:
-        data: Images with features attached; of more than 500, as many are drawn.
+        data: Images with features attached; of more than 500, as many are drawn. With labels the rarer class is
+            drawn as often as it occurs, but a tenth of the time at least.
         layer: Whose features are looked at.
         truth: Labels, and masks where they are known, of all these images.
         seed: Of all draws.
@@ -180,10 +183,11 @@ def diagnose(data: ImageSet, layer: str = "stride16", *, truth: GroundTruth | No
     generator = torch.Generator().manual_seed(seed)
     if len(data) < MIN_IMAGES:
         raise InputError(f"A diagnosis needs at least {MIN_IMAGES} images, got {len(data)}.")
-    data = data.select(data.ids[torch.randperm(len(data), generator=generator)[:MAX_IMAGES].sort().values.numpy()])
     labels = None if truth is None else torch.from_numpy(truth.select(data.ids).labels).bool()
     if labels is not None and (few := min(int(labels.sum()), int((~labels).sum()))) < 2:
         raise InputError(f"Labels must name at least 2 normal and 2 anomalous images, one class has {few}.")
+    drawn = _draw(len(data), labels, generator)
+    data, labels = data.select(data.ids[drawn.numpy()]), None if labels is None else labels[drawn]
     statistics = channel_statistics(data, (layer,))[layer]
     features = [standardized(batch.features[layer], statistics) for batch in data.batches((layer,))]
     patches = torch.cat(features).flatten(2).transpose(1, 2).contiguous()  # (N, P, C)
@@ -211,15 +215,22 @@ def examine(
 
     Args:
         vectors: (N, C).
-        labels: (N,) True for anomalous; None if nobody knows.
+        labels: (N,) True, or 1, for anomalous; None if nobody knows.
         owners: (N,) image of each; None if each has its own. Pairs and nearest neighbours are across images.
-        recurrence: If it was found from more than these vectors.
+        recurrence: If it was found from more than these vectors; else its positions are those of vectors.
         ks: Neighbours for the matches.
         seed: Of the draw of pairs.
+
+    Raises:
+        InputError: The vectors are of fewer than 2 images, or, with labels, of one class only.
     """
     own = torch.arange(len(vectors)) if owners is None else owners
+    if (n_images := len(torch.unique(own))) < 2:
+        raise InputError(f"A diagnosis compares vectors of at least 2 images, got {n_images}.")
+    labels = None if labels is None else labels.bool()
     if recurrence is None:
-        recurrence = find_recurrence(*reference_distances(vectors.unsqueeze(1), torch.arange(len(vectors))))
+        everything = torch.arange(len(vectors))
+        recurrence = find_recurrence(*reference_distances(vectors.unsqueeze(1), everything, owners=own))
     distances = pair_distances(vectors, labels, owners=own, seed=seed)
     auroc = None
     if labels is not None:
@@ -249,7 +260,7 @@ def pair_distances(
     """
     generator = torch.Generator().manual_seed(seed)
     own = torch.arange(len(vectors)) if owners is None else owners
-    flags = torch.zeros(len(vectors), dtype=torch.bool) if labels is None else labels
+    flags = torch.zeros(len(vectors), dtype=torch.bool) if labels is None else labels.bool()
     normal, anomalous = (~flags).nonzero()[:, 0], flags.nonzero()[:, 0]
     sides = {NORMAL_NORMAL: (normal, normal), NORMAL_ANOMALY: (normal, anomalous)}
     sides |= {ANOMALY_ANOMALY: (anomalous, anomalous)}
@@ -274,7 +285,7 @@ def matching(vectors: Tensor, labels: Tensor | None = None, *, k: int = 1, owner
     matched = len(torch.unique(pairs)) / len(vectors)
     if labels is None:
         return Matching(k, matched)
-    left, right = labels[pairs[:, 0]], labels[pairs[:, 1]]
+    left, right = labels.bool()[pairs].unbind(1)
 
     def share(which: Tensor, of: int) -> float:
         return len(torch.unique(pairs[which])) / max(1, of)
@@ -284,21 +295,25 @@ def matching(vectors: Tensor, labels: Tensor | None = None, *, k: int = 1, owner
     return Matching(k, matched, true_normal, share(left & right, n_anomalous), share(left ^ right, len(labels)))
 
 
-def reference_distances(patches: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+def reference_distances(patches: Tensor, references: Tensor, *, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(N, P) distance of each patch to the nearest reference image, and to the median one, its own image left out.
 
     Args:
         patches: (N, P, C).
         references: (R,) positions of the reference images.
+        owners: (N,) integers; references of the same owner are left out too.
     """
     n, p, channels = patches.shape
+    owners = torch.arange(n) if owners is None else owners
+    # a common offset is no part of a distance, but float32 products lose the distances beside it
+    patches = patches - patches.mean((0, 1))
     flat = patches.reshape(-1, channels)
     rounding = COPY * flat.norm(dim=1).view(n, p, 1)
     parts = []
     for part in torch.split(references, max(1, BLOCK_FLOATS // (n * p * p))):
         near = torch.cdist(flat, patches[part].reshape(-1, channels)).view(n, p, len(part), p).amin(3)
         near = near.masked_fill(near < rounding, 0.0)
-        own = torch.arange(n)[:, None] == part  # an image says nothing of itself
+        own = owners[:, None] == owners[part]  # an image says nothing of itself
         parts.append(near.masked_fill(own[:, None, :], torch.nan))
     to_image = torch.cat(parts, dim=2)  # (N, P, R)
     return to_image.nan_to_num(nan=torch.inf).amin(2), to_image.nanmedian(dim=2).values
@@ -309,7 +324,8 @@ def find_recurrence(near: Tensor, typical: Tensor) -> Recurrence:
     worst = typical.amax(1)
     middle = worst.median()
     fence = float(middle + FENCE * MAD_TO_SIGMA * (worst - middle).abs().median())
-    ordinary = float(near.median())
+    apart = near[near > 0]
+    ordinary = float(apart.median()) if len(apart) else 0.0
     unusual = worst > fence
     twins = ((typical > fence) & (near < ordinary)).any(1)
     return Recurrence(unusual.nonzero()[:, 0].tolist(), twins.nonzero()[:, 0].tolist(), fence, ordinary)
@@ -352,7 +368,8 @@ def read_labels(path: str | Path, images: ImageSet) -> GroundTruth:
         The truth of the images that it names; others have no label.
 
     Raises:
-        InputError: The file is missing, lacks a column, has another label, or names images that are not there.
+        InputError: The file is missing, lacks a column, has another label or two for one image, or names images that
+            are not there.
     """
     path = Path(path)
     try:
@@ -365,10 +382,13 @@ def read_labels(path: str | Path, images: ImageSet) -> GroundTruth:
     if not {name, "label"} <= columns:
         has = ", ".join(sorted(map(str, columns))) or "none"
         raise InputError(f"Labels file '{show(path)}' needs the columns 'file' and 'label', has {has}.")
-    labels = {row[name]: (row["label"] or "").strip() for row in rows}
+    read = [(row[name] or "", (row["label"] or "").strip()) for row in rows]
+    labels = dict(read)
+    if twice := sorted({file for file, label in read if labels[file] != label}):
+        raise InputError(f"{len(twice)} files have two labels in '{show(path)}': {name_some(twice)}.")
     if wrong := {label for label in labels.values() if label not in ("0", "1")}:
         raise InputError(f"Labels in '{show(path)}' must be 0 or 1, got {name_some(sorted(wrong))}.")
-    ids = dict(zip(images.names, images.ids.tolist(), strict=True))
+    ids = dict(zip(map(show, images.names), images.ids.tolist(), strict=True))  # as all our tables have them
     if unknown := sorted(set(labels) - set(ids)):
         raise InputError(
             f"{len(unknown)} labelled files are not among the images: {name_some(unknown)}. "
@@ -427,6 +447,17 @@ def _template() -> Template:
     loader = PackageLoader("flawsift", "templates")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return made.get_template(PAGE)
+
+
+def _draw(n: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Positions, ascending, of at most MAX_IMAGES of n images; a rarer class is not thinned out below RARE_SHARE."""
+    order = torch.randperm(n, generator=generator)
+    if labels is not None and n > MAX_IMAGES:
+        rare = (labels if 2 * int(labels.sum()) <= n else ~labels)[order]
+        n_rare = int(rare.sum())
+        kept = max(round(MAX_IMAGES * n_rare / n), min(n_rare, round(RARE_SHARE * MAX_IMAGES)))
+        order = torch.cat([order[rare][:kept], order[~rare][: MAX_IMAGES - kept]])
+    return order[:MAX_IMAGES].sort().values
 
 
 def _choose(

@@ -42,8 +42,9 @@ class FUNAD(Detector):
     Contamination: What it is made for, while normal patches vary less than anomalous ones. Identical recurring defects
         turn the labels round: see `flawsift diagnose`. In a clean set the most unusual patches are taken for defects.
     Differs from the paper: Logits instead of their sigmoids, which saturate; the last step, never the best on a test
-        set; channels are standardised in place of the backbone's last LayerNorm, which no layer has; squared distances,
-        as in the authors' code; never fewer than 8 images, or a tenth, in the bank. In the default preset only: 3 x 3
+        set; channels are standardised in place of the backbone's last LayerNorm, which no layer has, and the mean of
+        an image's patches stands for its class token, which this package's backbones drop; squared distances, as in
+        the authors' code; never fewer than 8 images, or a tenth, in the bank. In the default preset only: 3 x 3
         means of the cells, as a CNN's see less than a ViT's tokens; distances between features, not between adapted
         ones, which move with the large steps of a short training and take the labels along (`search`); no neighbours
         from the same image, instead of the second one for copies (`exclude_own`); scales and candidates by running
@@ -63,7 +64,7 @@ class FUNAD(Detector):
         learning_rate: Of RMSprop.
         decay: Whether it rises for some steps and then falls to 0.
         rebuild_every: Steps between two choices of the bank.
-        bank_size: Most patches in the bank, evenly from its images; None for all.
+        bank_size: Most patches in the bank, evenly from its images, two images at least; None for all.
         projection_dim: Of a random projection for the searches; None for none.
         search: What is searched: "patch" without the image's vector, or "adapted" features.
         exclude_own: Whether patches of the same image are left out of the search in the bank.
@@ -112,7 +113,9 @@ class FUNAD(Detector):
         self._require("hidden", all(type(n) is int and n >= 1 for n in self.hidden), "be widths of at least 1")
         for name in ("steps", "batch_size", "rebuild_every"):
             self._require(name, getattr(self, name) >= 1, "be at least 1")
-        for name in ("patches_per_image", "bank_size", "projection_dim"):
+        # a bank of one image has nothing for the patches of that image to be compared with
+        self._require("bank_size", self.bank_size is None or self.bank_size >= 2, "be at least 2, or None")
+        for name in ("patches_per_image", "projection_dim"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "be at least 1, or None")
         for name in ("learning_rate", "tau"):
             self._require(name, getattr(self, name) > 0, "be positive")
@@ -203,9 +206,10 @@ class FUNAD(Detector):
             patches = patches[:, torch.randperm(patches.shape[1], device=patches.device)[: self.patches_per_image]]
         clean = head.adapt(image, patches).flatten(0, 1)  # (B P, D)
         x = torch.cat([image.unsqueeze(1).expand(-1, patches.shape[1], -1), patches], 2)  # (B, P, D)
-        keys, bank = clean, head.adaptor(memory.bank)
         if self.search == "patch":
             keys, bank = patches.flatten(0, 1), memory.bank[:, image.shape[1] :]
+        else:
+            keys, bank = clean, head.adaptor(memory.bank)
         keys, bank = self._searchable(keys), self._searchable(bank)
         scaled = self._scaled(memory, self._distances(memory, bank, keys, batch))
         labels = scaled > self.tau

@@ -52,8 +52,10 @@ class InReaCh(Detector):
         `spread` standard deviations of the distances ("std"), which empties channels whose members scatter alike in
         many dimensions, where "mad" keeps those within median + `spread` scaled median absolute deviations; sigma is
         13 of 224 px. Ours alone: a coreset (of all patches in the paper preset); plain, not squared, distances; layout
-        is judged by embeddings, as grey values are not seen here; embeddings are PatchCore's; batch norm is frozen
-        (the code's follows each image); pairs are as intended (the code swaps their ends).
+        is judged by embeddings, as grey values are not seen here, and weighs in their units (the code's rows and
+        columns run to 5, whatever the features are); embeddings are PatchCore's, of fewer taps; fewer seeds of few
+        images; maps are smoothed once more on the image grid, as all detectors' are; batch norm is frozen (the code's
+        follows each image); pairs are as intended (the code swaps their ends).
     Reference: McIntosh & Albu, "Inter-Realization Channels: Unsupervised Anomaly Detection Beyond One-Class
         Classification", ICCV 2023.
 

@@ -15,7 +15,7 @@ from flawsift.maps import embed_patches
 from flawsift.training import UNWATCHED, Watch
 
 RIDGE = 0.01  # on the covariances of "gaussian": the authors' constant, here in units of the mean variance
-CHUNK = 64  # covariances at a time: 4 MB of 128 x 128
+CHUNK = 64  # covariances at a time: 8 MB of 128 x 128
 
 
 @dataclass(kw_only=True, eq=False)
@@ -28,8 +28,9 @@ class SoftPatch(Detector):
     factor w. The map is w_m |x - m| for the nearest entry m, the image score its maximum: a patch that matches a
     suspicious entry scores higher.
 
-    With fewer than `lof_neighbors` + 1 images all other images are the neighbourhood; a single image has nothing to be
-    compared with, so it is used whole.
+    With fewer than 2 `lof_neighbors` + 1 images half of the others are the neighbourhood: with all of them an outlier
+    would be every patch's neighbour, and no patch be outlying. A single image has nothing to be compared with, so it
+    is used whole; two are equally far from each other.
 
     Cost: That of PatchCore, and the outlier factors: 2 P n^2 C flops for n images at each of P positions. `max_patches`
         bounds both by a draw of images at each position.
@@ -50,12 +51,12 @@ class SoftPatch(Detector):
     Attributes:
         discriminator: What the outlier factor is: "lof", the local outlier factor; "nearest", the distance to the
             nearest other patch; "gaussian", the Mahalanobis distance.
-        lof_neighbors: Neighbours of the local outlier factor.
+        lof_neighbors: Neighbours of the local outlier factor, half of the other images at most.
         outlier_share: Share of the patches that the bank is not chosen from (tau).
         soft_weights: Whether entries keep their factors; else all weigh 1.
         max_weight: Most that a factor counts; None for no bound.
         coreset_ratio: Size of the bank as a share of all pooled patches, the removed ones counted.
-        max_patches: Most patches pooled; None for all.
+        max_patches: Most patches pooled, but always those of 3 images at each position; None for all.
         projection_dim: Dimension of the random projections for the factors and for the coreset.
     """
 
@@ -125,7 +126,8 @@ class SoftPatch(Detector):
     def _slots(self, n_images: int, n_positions: int, generator: torch.Generator) -> tuple[Tensor, int]:
         """(N, P) row of the pool that an image's patch goes to, -1 for none, and the number of rows."""
         order = torch.arange(n_images)
-        n = n_images if self.max_patches is None else min(n_images, max(1, self.max_patches // n_positions))
+        quota = n_images if self.max_patches is None else self.max_patches // n_positions
+        n = min(n_images, max(3, quota))  # one or two images cannot tell which is outlying
         if n == n_images:
             return order[:, None].expand(-1, n_positions), n
         slots = torch.full((n_images, n_positions), -1)
@@ -143,7 +145,8 @@ class SoftPatch(Detector):
         points = nn.project(pool.flatten(0, 1), self.projection_dim, generator).view(*pool.shape[:2], -1)
         points = points.transpose(0, 1).contiguous().to(device)  # (P, n, c)
         if self.discriminator == "lof":
-            return nn.local_outlier_factor(points, min(self.lof_neighbors, n - 1)).T.cpu()
+            # the neighbourhood of an inlier must not reach the outliers, or their distance is the density of all
+            return nn.local_outlier_factor(points, min(self.lof_neighbors, max(1, (n - 1) // 2))).T.cpu()
         gaussian = self.discriminator == "gaussian"
         values = mahalanobis(points) if gaussian else nn.nearest_others(points, 1)[0][:, :, 0]
         scale = values.median()
@@ -177,13 +180,15 @@ def lowest(values: Tensor, share: float) -> Tensor:
 def mahalanobis(points: Tensor) -> Tensor:
     """(G, N) distances of (G, N, C) points to the Gaussian of their group.
 
-    A ridge in units of the mean variance of all groups makes covariances of few points definite.
+    A ridge in units of the mean variance of all groups makes covariances of few points definite: in float64, since a
+    group may hold all the variance there is, 100 G C ridges in one direction, where float32 ends at 10^7.
     """
     x = points - points.mean(1, keepdim=True)
     variance = x.square().mean()
-    ridge = RIDGE * torch.where(variance > 0, variance, 1) * torch.eye(x.shape[2], device=x.device)
+    ridge = RIDGE * torch.where(variance > 0, variance, 1) * torch.eye(x.shape[2], device=x.device).double()
     found = []
     for part in torch.split(x, CHUNK):
-        factor = torch.linalg.cholesky(part.mT @ part / (x.shape[1] - 1) + ridge)
-        found.append(torch.linalg.solve_triangular(factor, part.mT, upper=False).norm(dim=1))
+        own = part.double()
+        factor = torch.linalg.cholesky(own.mT @ own / (x.shape[1] - 1) + ridge)
+        found.append(torch.linalg.solve_triangular(factor, own.mT, upper=False).norm(dim=1).float())
     return torch.cat(found)
