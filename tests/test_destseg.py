@@ -1,6 +1,7 @@
 """DeSTSeg against the paper's sizes, plain re-derivations, and what each phase may touch."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from flawsift.features import attach
 from flawsift.images import ImageSet
 from flawsift.metrics import pixel_ap
 from flawsift.networks import Residual, Segmenter, Student, WholeImage, on_finest
+from flawsift.training import Watch
 
 SMALL: dict[str, Any] = {
     "student_size": None,
@@ -205,6 +207,25 @@ def test_what_each_phase_compares(data: ImageSet, monkeypatch: pytest.MonkeyPatc
     teachers = [view for who, view in calls if who == "teacher"]
     assert set(students[:8]) == set(students[8:]) == set(detector.views), "each phase sees all copies"
     assert teachers == [*8 * [""], *students[8:]], "clean in phase 1, the same corrupted copy in phase 2"
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])  # in the first phase, between both, in the second
+def test_a_killed_training_goes_on_in_its_phase(
+    at: int, data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)  # a checkpoint after every step
+
+    def killed(stage: str, done: int, total: int) -> None:
+        if done == at + 1:
+            raise KeyboardInterrupt
+
+    expected = small().fit(data)
+    with pytest.raises(KeyboardInterrupt):
+        small().fit(data, watch=Watch(killed, tmp_path / "state"))
+    seen: list[int] = []
+    again = small().fit(data, watch=Watch(lambda _, done, total: seen.append(done), tmp_path / "state"))
+    assert seen == list(range(at + 1, 5)), "finished steps were taken again"
+    assert same(again.weights_, expected.weights_)
 
 
 def test_each_part_has_the_papers_optimiser_at_its_own_rate(data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
