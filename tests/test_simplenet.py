@@ -289,8 +289,8 @@ def test_the_patches_of_a_step_are_drawn_anew(monkeypatch: pytest.MonkeyPatch) -
 
 def test_it_screens() -> None:
     x = 0.3 * normal(36) + 1
-    # Each defect in a direction of its own. The same one in all would be a tenth of the normal patches' density, at a
-    # sixth of the images: each sub-model trains on two of them, and rightly takes a third for one it knows.
+    # Each defect in a direction of its own: the same one in all would be a 24th of the patches that each sub-model
+    # trains on, four of 16 in two of its twelve images, and so a kind of normal patch.
     strange = np.random.default_rng(7).normal(size=(6, 4, 1, 1))
     x[30:, :, 1:3, 1:3] += (8 * strange / np.linalg.norm(strange, axis=1, keepdims=True)).astype(np.float32)
     result = screen(feature_set(a=x), SimpleNet(**FAST), n_subsets=3, keep=0.8)
