@@ -20,7 +20,7 @@ from flawsift.features import MemoryFeatures, attach
 from flawsift.flows import Coupling, Flow, position_code
 from flawsift.images import ImageSet
 from flawsift.screening import screen
-from flawsift.training import seeded
+from flawsift.training import Recipe, seeded
 
 ENTROPY = math.log(2 * math.pi * math.e) / 2  # of a standard normal, per dimension
 
@@ -215,6 +215,53 @@ def test_every_grid_gives_the_same_share() -> None:
     assert shapes == [((8, 4, 4), (4, 4)), ((8, 1, 6), (1, 4))]  # a quarter of 16 places and of 4
 
 
+def test_fibres_come_with_the_codes_of_their_places_which_are_drawn() -> None:
+    flow = CFlow(layers=("a",), position_dim=8, fibres=8)
+    where = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4).repeat(2, 0)  # a feature that tells its place
+    flow.whitening_ = {"a": torch.tensor([[0.0], [1.0]])}
+    batch, codes, drawn = next(feature_set(a=where).batches(("a",))), position_code(4, 4, 8), []
+    with seeded(0, "cpu"):
+        for _ in range(8):
+            x, code = flow._fibres(batch, "cpu", share=True)[0]
+            assert torch.equal(x[0], x[1])
+            places = x[0, :, 0].long()
+            assert len(places) == 4
+            assert torch.equal(code, codes[places])
+            drawn += places.tolist()
+    assert len(set(drawn)) > 10, "places are not drawn"
+
+
+def test_training_is_adam_on_the_log_sigmoid_under_its_schedule() -> None:
+    data, n = feature_set(a=normal(6, seed=3)), 26  # steps, of which two warm up
+    flow = CFlow(layers=("a",), n_blocks=2, position_dim=4, steps=n, batch_size=4, fibres=10**6, learning_rate=0.05)
+    flow.fit(data)  # with so many fibres a step takes all places, in whatever order
+    net = flow._build()[0]
+    assert isinstance(net, Flow)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
+    for step in range(n):
+        turn = (step - 2) / (n - 3)  # from the end of the warm-up to the last step
+        factor = step / 2 if step < 2 else 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * turn)) / 2
+        optimizer.param_groups[0]["lr"] = 0.05 * factor
+        images = data.select(Recipe(steps=n, batch_size=4).ids_at(data.ids, step))
+        x, code = flow._fibres(next(images.batches(("a",))), "cpu")[0]
+        optimizer.zero_grad()
+        torch.log1p(torch.exp(-net.log_likelihood(x, code))).mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(flow.weights_[f"0.{name}"], value, rtol=1e-3, atol=1e-4)
+
+
+def test_equal_patches_get_a_scale_of_1_not_of_rounding() -> None:
+    flow = CFlow(layers=("a",), n_blocks=2, position_dim=4, steps=2).fit(feature_set(a=np.ones((3, 8, 1, 1))))
+    values = [1.0, 1.0 + 2e-7, 1.0 - 2e-7]
+
+    def likelihoods(batch: object, device: str) -> list[Tensor]:
+        return [torch.tensor(values).view(3, 1, 1)]
+
+    flow._log_likelihoods = likelihoods  # type: ignore[method-assign]
+    assert flow._measure(feature_set(a=np.ones((3, 8, 1, 1))), "cpu")[0, 2] == 1
+
+
 def test_sets_smaller_than_a_batch_train() -> None:
     data = feature_set(a=normal(3))
     flow = CFlow(layers=("a",), n_blocks=1, position_dim=4, steps=1, batch_size=32)
@@ -243,7 +290,10 @@ def test_it_screens() -> None:
         ({"fibres": 0}, "CFlow.fibres must be at least 1, got 0."),
         ({"learning_rate": 0.0}, "CFlow.learning_rate must be positive, got 0.0."),
         ({"scale": "max"}, "CFlow.scale must be 'log' or 'likelihood', got 'max'."),
-        ({"rotations": ["5"]}, "CFlow.rotations must be angles in degrees, got ('5',)."),
+        ({"rotations": ["5"]}, "CFlow.rotations must be a list of angles in degrees, got ('5',)."),
+        ({"rotations": [math.nan]}, "CFlow.rotations must be a list of angles in degrees, got (nan,)."),
+        ({"rotations": 5.0}, "CFlow.rotations must be a list of angles in degrees, got 5.0."),
+        ({"rotations": "5"}, "CFlow.rotations must be a list of angles in degrees, got '5'."),
     ],
 )
 def test_bad_parameters_are_told(params: dict[str, object], message: str) -> None:
@@ -252,6 +302,7 @@ def test_bad_parameters_are_told(params: dict[str, object], message: str) -> Non
     assert str(caught.value) == message
 
 
-def test_an_empty_set_is_told() -> None:
+@pytest.mark.parametrize("whiten", [True, False])
+def test_an_empty_set_is_told(whiten: bool) -> None:
     with pytest.raises(InputError, match="at least one image"):
-        CFlow(layers=("a",)).fit(feature_set(a=normal(1)).select([]))
+        CFlow(layers=("a",), whiten=whiten).fit(feature_set(a=normal(1)).select([]))

@@ -7,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flawsift.corruption import FIELDS, MOST_KEPT, _coloured, corrupted, perlin_mask, perlin_noise
+from flawsift import corruption
+from flawsift.corruption import (
+    FIELDS,
+    MOST_KEPT,
+    Floats,
+    _coloured,
+    _from_itself,
+    corrupted,
+    perlin_mask,
+    perlin_noise,
+)
 from flawsift.views import derive
 
 
@@ -44,6 +54,28 @@ def test_name_and_pixels_draw_it() -> None:
     assert not any(torch.equal(first.texture, other.texture) for other in others)
     turned = pixels.permute(0, 2, 1)  # not contiguous in memory
     assert torch.equal(corrupted(turned, "x").image, corrupted(turned.contiguous(), "x").image)
+
+
+def test_three_in_ten_textures_are_of_the_image_itself_and_blends_vary() -> None:
+    drawn = [corrupted(torch.full((3, 16, 16), 90, dtype=torch.uint8), f"{k}") for k in range(300)]
+    own = [c for c in drawn if (c.texture == c.texture[:, :1, :1]).all()]  # what is drawn has contrast
+    assert 0.22 < len(own) / 300 < 0.38
+    kept = np.array([c.kept for c in drawn])
+    assert kept.mean() == pytest.approx(0.4, abs=0.05)
+    assert kept.min() < 0.05
+    assert kept.max() > 0.75
+
+
+def test_a_part_of_the_image_is_changed_strongly() -> None:
+    ramp = np.linspace(60, 180, 32).astype(np.uint8)[None, :, None].repeat(3, 0).repeat(32, 2)  # grey, top to bottom
+    found = [_from_itself(ramp, np.random.default_rng(seed)).astype(float) for seed in range(60)]
+    means = np.array([f.mean((1, 2)) for f in found])  # (60, 3)
+    assert (means.max(1) - means.min(1)).mean() > 10, "no colour"
+    assert means.mean(1).std() > 25, "no other brightness"
+    slopes = np.array([[np.diff(f[0], axis=a).mean() for a in (0, 1)] for f in found])  # down and across
+    assert (slopes > 0.1).any(0).all(), "never turned"
+    assert (slopes < -0.1).any(0).all(), "never turned over"
+    assert len({round(float(np.abs(s).max()), 1) for s in slopes}) > 10, "always one size and contrast"
 
 
 def test_the_view_is_the_same_image() -> None:
@@ -93,6 +125,23 @@ def test_a_quarter_turn_turns_the_noise() -> None:
 def test_noise_is_smooth_across_cells() -> None:
     noise = perlin_noise(256, 8, 8, 33.0, np.random.default_rng(2))
     assert max(np.abs(np.diff(noise, axis=a)).max() for a in (0, 1)) < 0.15
+
+
+def test_masks_have_lattices_of_any_form_and_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int, float]] = []
+
+    def noise(size: int, rows: int, columns: int, degrees: float, generator: np.random.Generator) -> Floats:
+        seen.append((rows, columns, degrees))
+        return np.array([[0.49, 0.51]])
+
+    monkeypatch.setattr(corruption, "perlin_noise", noise)
+    generator = np.random.default_rng(0)
+    masks = [perlin_mask(256, generator) for _ in range(400)]
+    assert all(mask.tolist() == [[False, True]] for mask in masks), "above a half"
+    assert {(rows, columns) for rows, columns, _ in seen} == {(2**a, 2**b) for a in range(6) for b in range(6)}
+    turns = np.array([degrees for *_, degrees in seen])
+    assert np.abs(turns).max() <= 90
+    assert turns.std() == pytest.approx(180 / 12**0.5, rel=0.1)  # of a uniform variable
 
 
 def test_masks_cover_some_percent_and_are_seldom_empty() -> None:

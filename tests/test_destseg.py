@@ -1,6 +1,7 @@
 """DeSTSeg against the paper's sizes, plain re-derivations, and what each phase may touch."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from flawsift.errors import InputError, ParameterError
 from flawsift.features import attach
 from flawsift.images import ImageSet
 from flawsift.metrics import pixel_ap
-from flawsift.networks import Residual, Segmenter, Student, on_finest
+from flawsift.networks import Residual, Segmenter, Student, WholeImage, on_finest
+from flawsift.training import Watch
 
 SMALL: dict[str, Any] = {
     "student_size": None,
@@ -57,7 +59,7 @@ def test_the_paper_has_this_many_parameters() -> None:
     assert isinstance(paper, DeSTSeg)
     with torch.device("meta"):
         student = Student(paper.student_width, {4: 64, 8: 128, 16: 256}, linear=paper.standardize)
-        segmenter = Segmenter(64 + 128 + 256, paper.head_width, 64)
+        segmenter = Segmenter(64 + 128 + 256, paper.head_width, 64, paper.batch_size)
     assert count(student.stem, student.encoder) == 11_176_512  # a ResNet-18 without classifier
     assert count(student.decoder) == 13_488_512
     assert count(student.heads) == 0
@@ -65,6 +67,36 @@ def test_the_paper_has_this_many_parameters() -> None:
     assert count(segmenter) == 7_706_369
     dilated = [m.dilation[0] for m in segmenter.pyramid.modules() if isinstance(m, nn.Conv2d)]
     assert dilated == [6, 12, 18]
+
+
+def test_the_whole_image_stays_within_what_batch_norm_allows() -> None:
+    torch.manual_seed(0)
+    whole = WholeImage(4, 8)
+    norm = whole.layer[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    for _ in range(20):
+        whole(torch.randn(8, 4, 5, 5))
+    for strange in (-1.0, 1.0):  # one image far from seven others: as far as it goes in training
+        batch = torch.zeros(8, 4, 5, 5)
+        batch[0] = strange * 1e4
+        limit = whole(batch)[0]
+        torch.testing.assert_close(whole.eval()(batch[:1])[0], limit, rtol=1e-3, atol=1e-3)
+        whole.train()
+    usual = torch.randn(3, 4, 5, 5)
+    plain = norm.eval()(whole.layer[0](usual.mean((2, 3), keepdim=True))).relu()
+    torch.testing.assert_close(whole.eval()(usual), plain)
+
+
+def test_an_image_that_is_strange_all_over_is_a_defect(tiny: Backbone, easy: Dataset) -> None:
+    # the segmenter trains on masks of some percent, and its whole-image branch never sees a whole image of them
+    detector = small(seed=4, student_steps=60, head_steps=100, head_width=16)
+    train, _ = attach(easy.images.select(np.arange(24)), tiny, detector.layers, views=detector.views)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    strange, _ = attach(ImageSet.from_arrays(list(noise)), tiny, detector.layers)
+    fitted = detector.fit(train)
+    assert fitted.predict(strange, maps=False).scores.min() > fitted.predict(train, maps=False).scores.max()
 
 
 def test_the_students_levels_have_the_teachers_shapes() -> None:
@@ -170,11 +202,59 @@ def test_what_each_phase_compares(data: ImageSet, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(DeSTSeg, "_teacher", seen_by_teacher)
     monkeypatch.setattr(DeSTSeg, "_copies", seen_by_student)
-    detector = small().fit(data)
+    detector = small(student_steps=8, head_steps=8).fit(data)
     students = [view for who, view in calls if who == "student"]
     teachers = [view for who, view in calls if who == "teacher"]
-    assert set(students) <= set(detector.views)
-    assert teachers == ["", "", *students[2:]], "clean in phase 1, the same corrupted copy in phase 2"
+    assert set(students[:8]) == set(students[8:]) == set(detector.views), "each phase sees all copies"
+    assert teachers == [*8 * [""], *students[8:]], "clean in phase 1, the same corrupted copy in phase 2"
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])  # in the first phase, between both, in the second
+def test_a_killed_training_goes_on_in_its_phase(
+    at: int, data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)  # a checkpoint after every step
+
+    def killed(stage: str, done: int, total: int) -> None:
+        if done == at + 1:
+            raise KeyboardInterrupt
+
+    expected = small().fit(data)
+    with pytest.raises(KeyboardInterrupt):
+        small().fit(data, watch=Watch(killed, tmp_path / "state"))
+    seen: list[int] = []
+    again = small().fit(data, watch=Watch(lambda _, done, total: seen.append(done), tmp_path / "state"))
+    assert seen == list(range(at + 1, 5)), "finished steps were taken again"
+    assert same(again.weights_, expected.weights_)
+
+
+def test_each_part_has_the_papers_optimiser_at_its_own_rate(data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[list[tuple[float, float, float, int]]] = []
+    gammas: list[float] = []
+    step = torch.optim.SGD.step
+
+    def measured(self: torch.optim.SGD, *args: Any) -> Any:
+        names = ("lr", "momentum", "weight_decay")
+        steps.append([(*(g[n] for n in names), sum(p.numel() for p in g["params"])) for g in self.param_groups])
+        return step(self, *args)
+
+    def loss(logits: Tensor, mask: Tensor, gamma: float) -> Tensor:
+        gammas.append(gamma)
+        return mask_loss(logits, mask, gamma)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", measured)
+    monkeypatch.setattr(destseg, "mask_loss", loss)
+    nets = small(student_rate=0.3, residual_rate=0.2, head_rate=0.1).fit(data)._build()
+    parts = (0.3, count(nets.student)), (0.2, count(nets.segmenter.residual)), (0.1, 0)
+    for k, factor in enumerate((1, 0.5, 1, 0.5)):  # two steps of each phase, each down half a cosine
+        found = [[(lr, n) for lr, _, _, n in steps[k] if lr == pytest.approx(rate * factor)] for rate, _ in parts]
+        assert [sum(n for _, n in group) for group in found[:2]] == [parts[0][1], parts[1][1]]
+        assert sum(n for _, n in found[2]) == count(nets.segmenter) - parts[1][1]
+        assert {(m, w) for _, m, w, _ in steps[k]} == {(0.9, 1e-4)}
+    assert gammas == [4.0, 4.0]
+    steps.clear()
+    small(anneal=False).fit(data)
+    assert {lr for groups in steps for lr, *_ in groups} == {0.4}
 
 
 def test_copies_are_those_of_the_view(data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from flawsift.backbones import Backbone
 from flawsift.consensus import Normalize, combine, normalize_scores, own_mask
 from flawsift.datasets import Dataset
+from flawsift.detectors import simplenet
 from flawsift.detectors.simplenet import Net, SimpleNet
 from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures, attach
@@ -147,6 +148,35 @@ def test_noise_has_its_deviation_and_both_kinds_are_one_batch() -> None:
     assert float((noisy - clean).std()) == pytest.approx(0.015, rel=0.02)
 
 
+def test_the_loss_and_its_gradients_are_those_of_equation_6(monkeypatch: pytest.MonkeyPatch) -> None:
+    with seeded(0, "cpu"):
+        net, patches, drawn = Net(3, 5).double(), torch.randn(6, 3).double(), torch.randn(6, 3).double()
+    monkeypatch.setattr(torch, "randn_like", lambda x: drawn)
+    w = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    q = patches @ w["adaptor.weight"].T + w["adaptor.bias"]
+    both = torch.cat([q, q + 0.3 * drawn]) @ w["discriminator.0.weight"].T + w["discriminator.0.bias"]
+    unit = (both - both.mean(0)) / (both.var(0, correction=0) + 1e-5).sqrt()  # one batch of both kinds
+    unit = unit * w["discriminator.1.weight"] + w["discriminator.1.bias"]
+    of_normal, of_noisy = (torch.where(unit > 0, unit, 0.2 * unit) @ w["discriminator.3.weight"][0]).chunk(2)
+    expected = (0.1 - of_normal).clamp(min=0).mean() + (0.1 + of_noisy).clamp(min=0).mean()
+    assert 0 < (of_normal > 0.1).sum() < 6, "not on both sides of the margin"
+    loss = net.loss(patches, 0.3, 0.1)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()  # type: ignore[no-untyped-call]
+    expected.backward()  # type: ignore[no-untyped-call]
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.grad, w[name].grad)  # the adaptor learns by both terms
+
+
+def test_matrices_start_xavier_normal() -> None:
+    with seeded(0, "cpu"):
+        net = Net(200, 100)
+    for layer in (net.adaptor, net.discriminator[0], net.discriminator[3]):
+        assert isinstance(layer, torch.nn.Linear)
+        n = layer.in_features + layer.out_features
+        assert float(layer.weight.detach().std()) == pytest.approx((2 / n) ** 0.5, rel=0.15)
+
+
 def test_noise_follows_the_scale_of_the_features() -> None:
     x, new = normal(8), feature_set(a=3 * normal(4, seed=1))
     detector = SimpleNet(**{**FAST, "steps": 20})
@@ -163,11 +193,15 @@ def test_training_is_that_of_two_optimisers_and_weights_are_averaged(
     average: float, last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    # the published decays are below the tolerance after five steps: a larger one of each shows where it acts
+    assert (simplenet.ADAPTOR_DECAY, simplenet.DISCRIMINATOR_DECAY) == (0.01, 1e-5)
+    monkeypatch.setattr(simplenet, "ADAPTOR_DECAY", 10.0)
+    monkeypatch.setattr(simplenet, "DISCRIMINATOR_DECAY", 0.1)
     data = feature_set(a=normal(6))
     detector = SimpleNet(**{**FAST, "steps": 5, "average": average}, patches=None, batch_size=4).fit(data)
     net = detector._build()
-    adaptor = torch.optim.AdamW(net.adaptor.parameters(), lr=1e-3, weight_decay=0.01)
-    discriminator = torch.optim.Adam(net.discriminator.parameters(), lr=1e-2, weight_decay=1e-5)
+    adaptor = torch.optim.AdamW(net.adaptor.parameters(), lr=1e-3, weight_decay=10.0)
+    discriminator = torch.optim.Adam(net.discriminator.parameters(), lr=1e-2, weight_decay=0.1)
     path = []
     for step in range(5):
         ids = Recipe(steps=5, batch_size=4).ids_at(data.ids, step)
@@ -179,9 +213,10 @@ def test_training_is_that_of_two_optimisers_and_weights_are_averaged(
         discriminator.step()
         path.append(weights_of(net))
     for name in path[0]:
-        if path[0][name].is_floating_point():
+        # batch norm takes a shift of all patches out again: that gradient is rounding, which Adam magnifies
+        if path[0][name].is_floating_point() and name != "adaptor.bias":
             expected = torch.stack([weights[name] for weights in path[-last:]]).mean(0)
-            torch.testing.assert_close(detector.weights_[name], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(detector.weights_[name], expected, rtol=1e-3, atol=5e-4)
 
 
 def test_a_killed_training_goes_on_to_the_same_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +269,46 @@ def test_a_step_sees_at_most_so_many_patches(monkeypatch: pytest.MonkeyPatch) ->
         SimpleNet(**{**SMALL, "steps": 1, "patches": patches, "batch_size": 3}).fit(feature_set(a=normal(9)))
     SimpleNet(**{**SMALL, "steps": 1, "patches": None, "batch_size": 32}).fit(feature_set(a=normal(9)))
     assert seen == [5, 48, 48, 144], "a set smaller than a batch is one batch"
+
+
+def test_the_patches_of_a_step_are_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def loss(net: Net, patches: Tensor, noise: float, margin: float) -> Tensor:
+        seen.append(patches)
+        value: Tensor = net(patches).mean()
+        return value
+
+    monkeypatch.setattr(Net, "loss", loss)
+    data = feature_set(a=normal(3))
+    detector = SimpleNet(**{**SMALL, "steps": 20, "patches": 4, "batch_size": 3}).fit(data)
+    known = detector._patches(first_batch(data, "a"))  # 3 images of 16 patches
+    rows = [int((known - row).abs().sum(1).argmin()) for patches in seen for row in patches]
+    assert len(set(rows)) > 30, "80 draws of 48 patches meet 39 of them on average"
+
+
+def test_it_screens() -> None:
+    x = 0.3 * normal(36) + 1
+    # Each defect in a direction of its own: the same one in all would be a 24th of the patches that each sub-model
+    # trains on, four of 16 in two of its twelve images, and so a kind of normal patch.
+    strange = np.random.default_rng(7).normal(size=(6, 4, 1, 1))
+    x[30:, :, 1:3, 1:3] += (8 * strange / np.linalg.norm(strange, axis=1, keepdims=True)).astype(np.float32)
+    result = screen(feature_set(a=x), SimpleNet(**FAST), n_subsets=3, keep=0.8)
+    assert set(result.removed[:6].tolist()) == {30, 31, 32, 33, 34, 35}
+    own = own_mask(result.subset_of, 3)
+    bad = result.ids >= 30
+    for scores, seen in zip(result.score_matrix, own, strict=True):  # each sub-model alone, on what it did not see
+        assert scores[~seen & bad].min() > scores[~seen & ~bad].max()
+
+
+def test_a_defect_that_recurs_is_learned_as_normal_and_found_without_it() -> None:
+    x = 0.3 * normal(36) + 1
+    x[30:, :, 1:3, 1:3] -= 4
+    detector = SimpleNet(**FAST)
+    without = detector.clone().fit(feature_set(a=x[:24])).predict(feature_set(a=x), maps=False).scores
+    among = detector.clone().fit(feature_set(a=x[:34])).predict(feature_set(a=x), maps=False).scores
+    assert without[30:].min() > without[:30].max()
+    assert among[34:].max() < among[:30].max(), "what is said of contamination does not hold any more"
 
 
 def test_a_sub_model_with_a_scale_of_its_own_has_one_vote() -> None:

@@ -326,6 +326,19 @@ def test_views_pass_the_backbone_once(
     attach(images, tiny, (LAYER,), views=("rotate:5",), store=store)
 
 
+def test_a_turned_image_goes_on_beyond_its_border() -> None:
+    grey = torch.full((3, 9, 9), 77, dtype=torch.uint8)
+    assert torch.equal(derive(grey, "rotate:37"), grey)
+    there = derive(derive(torch.arange(81).view(1, 9, 9).repeat(3, 1, 1).to(torch.uint8), "rotate:10"), "rotate:-10")
+    assert (there[0, 2:7, 2:7].float() - torch.arange(81).view(9, 9)[2:7, 2:7]).abs().max() <= 2
+
+
+@pytest.mark.parametrize("degrees", ["", "five", "nan", "inf"])
+def test_angles_that_are_none_are_told(degrees: str) -> None:
+    with pytest.raises(ParameterError, match=rf"A view 'rotate:DEGREES' needs a finite angle, got 'rotate:{degrees}'"):
+        ImageSet.from_arrays([np.zeros((2, 2), np.uint8)]).view(f"rotate:{degrees}")
+
+
 def test_unknown_views_are_named() -> None:
     with pytest.raises(ParameterError, match="Unknown view 'rotat'. Did you mean 'rotate'"):
         derive(torch.zeros(3, 2, 2, dtype=torch.uint8), "rotat:5")

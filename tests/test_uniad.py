@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from flawsift import training
 from flawsift.backbones import Backbone
 from flawsift.datasets.synthetic import synthetic
 from flawsift.detector import make_detector
+from flawsift.detectors import uniad
 from flawsift.detectors.uniad import Transformer, UniAD, jittered, neighbour_mask
 from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures, attach
@@ -95,6 +97,48 @@ def test_the_encoder_and_further_layers_pass_neighbours_on() -> None:
     assert (jacobian(transformer(n_encoder=0, n_decoder=2), 6)[hidden] > 0).any()
 
 
+def test_the_encoder_hides_neighbours_too() -> None:
+    module = transformer(n_encoder=1)
+    seen: list[Tensor] = []
+    module.encoder[0].register_forward_hook(lambda _, inputs, output: seen.append(output))
+
+    def encoded(x: Tensor) -> Tensor:
+        module(x)
+        return seen[-1][0]  # (P, D)
+
+    x = torch.randn(1, 5, 6, 6, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.functional.jacobian(encoded, x)  # type: ignore[no-untyped-call]  # (P, D, 1, C, h, w)
+    sizes = found.abs().sum((1, 2, 3)).reshape(36, 36)
+    hidden = neighbour_mask(6, 6, 0.5) & ~torch.eye(36, dtype=torch.bool)  # the stream itself keeps each patch
+    assert (sizes[hidden] == 0).all()
+    assert (sizes[~neighbour_mask(6, 6, 0.5)] > 0).all()
+
+
+def test_the_second_attention_reads_the_layer_before() -> None:
+    module = transformer(n_decoder=2)
+    outputs: list[Tensor] = []
+    sources: list[Tensor] = []
+    for layer in module.decoder:
+        assert isinstance(layer, AttentionLayer)
+        layer.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+        layer.attentions[1].register_forward_pre_hook(lambda _, inputs: sources.append(inputs[2]))
+    memory: list[Tensor] = []
+    module.encoder[-1].register_forward_hook(lambda _, inputs, output: memory.append(output))
+    module(torch.randn(1, 5, 6, 6, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(sources[0], memory[0]), "the first layer has none before it"
+    assert torch.equal(sources[1], outputs[0])
+
+
+def test_places_tell_rows_from_columns() -> None:
+    module = transformer()
+    seen: list[Tensor] = []
+    module.encoder[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+    module(torch.randn(1, 5, 6, 6))
+    place = seen[0].view(6, 6, 16)
+    for row, column in ((0, 0), (2, 5), (5, 1)):
+        torch.testing.assert_close(place[row, column], torch.cat([module.columns[column], module.rows[row]]))
+
+
 def test_jitter_has_the_papers_energy() -> None:
     generator = np.random.default_rng(0)
     clean = torch.from_numpy(generator.normal(0, 3, (4, 272, 14, 14))).float()
@@ -152,6 +196,28 @@ def test_each_decoder_layer_has_queries_of_its_own() -> None:
     assert not any(torch.equal(a, b) for k, a in enumerate(tables) for b in tables[:k])
     module(torch.randn(1, 5, 6, 6)).square().sum().backward()
     assert all(t.grad is not None and bool(t.grad.abs().sum() > 0) for t in tables)
+
+
+def test_training_undoes_the_jitter_by_clipped_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uniad, "jittered", lambda x, scale: scale * x.flip(1))
+    # the published decay is below the tolerance after four steps: a larger one shows that it acts
+    assert (uniad.WEIGHT_DECAY, uniad.CLIP_NORM) == (1e-4, 0.1)
+    monkeypatch.setattr(uniad, "WEIGHT_DECAY", 0.5)
+    data = feature_set(random_features(4))
+    params: dict[str, Any] = {**SMALL, "epochs": 2, "batch_size": 2, "dropout": 0.0, "learning_rate": 0.01}
+    detector = UniAD(**params, jitter=1.5).fit(data)
+    with training.seeded(0, "cpu"):
+        module = Transformer(detector, 6, 4, 4)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.5)
+    for step in range(4):
+        ids = training.Recipe(steps=4, batch_size=2).ids_at(data.ids, step)
+        clean = detector._embed(next(data.select(ids).batches(("a",))))
+        optimizer.zero_grad()
+        (module(1.5 * clean.flip(1)) - clean).square().mean().backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 0.1)
+        optimizer.step()
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(detector.weights_[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,13 +102,46 @@ class Student(nn.Module):
         return found
 
 
-class Segmenter(nn.Module):
-    """From (B, C, h, w) products of teacher and student to (B, h, w) logits of a defect."""
+class WholeImage(nn.Module):
+    """The mean of all places, as one more view of each: (B, C, h, w) to (B, C, 1, 1).
 
-    def __init__(self, channels: int, width: int, side: int) -> None:
+    Of B values that are normalised together, none is more than sqrt(B - 1) deviations from their mean. So the layers
+    behind have learned up to there only; an image that is strange all over lies far beyond, and what they say there is
+    arbitrary: "no defect", as often as not. In eval mode values are therefore held within that limit.
+    """
+
+    def __init__(self, width: int, batch_size: int) -> None:
+        super().__init__()
+        self.layer = conv(width, width, 1)
+        self.limit = (batch_size - 1) ** 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        mix, norm = self.layer
+        assert isinstance(norm, nn.BatchNorm2d)
+        mean = mix(x.mean((2, 3), keepdim=True))
+        if not self.training:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            middle, reach = norm.running_mean, self.limit * (norm.running_var + norm.eps).sqrt()
+            low, high = (bound.view(1, -1, 1, 1) for bound in (middle - reach, middle + reach))
+            mean = torch.clamp(mean, low, high)
+        return F.relu(norm(mean))
+
+
+class Segmenter(nn.Module):
+    """From (B, C, h, w) products of teacher and student to (B, h, w) logits of a defect.
+
+    Args:
+        channels: C, of all levels together.
+        width: Channels of every layer but the last.
+        side: h = w, of which dilations are shares.
+        batch_size: Images in a step of the training.
+    """
+
+    def __init__(self, channels: int, width: int, side: int, batch_size: int) -> None:
         super().__init__()
         self.residual = nn.Sequential(Residual(channels, width), Residual(width, width))
-        self.whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(width, width, 1), nn.ReLU())
+        self.whole = WholeImage(width, batch_size)
         reaches = [max(1, round(share * side)) for share in DILATIONS]
         self.pyramid = nn.ModuleList(nn.Sequential(conv(width, width, 3, dilation=d), nn.ReLU()) for d in reaches)
         joined = (1 + len(reaches)) * width

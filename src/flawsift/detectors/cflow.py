@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flawsift.detector import Detector, resolve_device
+from flawsift.errors import InputError
 from flawsift.flows import Flow, position_code
 from flawsift.images import Batch, ImageSet
 from flawsift.maps import upsample
@@ -17,7 +18,6 @@ from flawsift.training import (
     UNWATCHED,
     Recipe,
     Watch,
-    channel_statistics,
     restored,
     seeded,
     train,
@@ -53,7 +53,8 @@ class CFlow(Detector):
         Rotations are a few cached views, not random angles. A step takes the same random places of every image in its
         batch, and the same share of every grid. Training is counted in steps, not passes, so small sets get as many.
         The default whitens the fibres, reads two taps and takes far fewer steps at a higher rate. The image score is
-        the maximum on the patch grid, before upsampling.
+        the maximum on the patch grid, before upsampling. Maps are smoothed like those of all detectors, and upsampled
+        without aligned corners.
     Reference: Gudovskiy et al., "CFLOW-AD: Real-Time Unsupervised Anomaly Detection with Localization via Conditional
         Normalizing Flows", WACV 2022, arXiv 2107.12571, sections 4.1 to 4.3.
 
@@ -105,15 +106,17 @@ class CFlow(Detector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.rotations = tuple(self.rotations)  # JSON has lists only
+        if isinstance(self.rotations, list):  # JSON has lists only
+            self.rotations = tuple(self.rotations)
         for parameter in ("n_blocks", "steps", "batch_size", "fibres"):
             self._require(parameter, getattr(self, parameter) >= 1, "be at least 1")
         code_fits = self.position_dim >= 4 and self.position_dim % 4 == 0
         self._require("position_dim", code_fits, "be a positive multiple of 4")
         self._require("learning_rate", self.learning_rate > 0, "be positive")
         self._require("scale", self.scale in ("log", "likelihood"), "be 'log' or 'likelihood'")
-        angles = all(type(angle) in (int, float) and math.isfinite(angle) for angle in self.rotations)
-        self._require("rotations", angles, "be angles in degrees")
+        listed = isinstance(self.rotations, tuple)
+        angles = listed and all(type(angle) in (int, float) and math.isfinite(angle) for angle in self.rotations)
+        self._require("rotations", angles, "be a list of angles in degrees")
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -151,9 +154,10 @@ class CFlow(Detector):
         rows = []
         for parts in zip(*batches, strict=True):
             values = torch.cat([part.flatten() for part in parts]).double()
-            deviation = values.std(correction=0)
-            deviation = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-            rows.append(torch.stack([values.max(), values.mean(), deviation]))
+            mean, deviation = values.mean(), values.std(correction=0)
+            # equal patches differ by the rounding of float32: dividing by that would magnify it
+            flat = deviation <= 1e-6 * mean.abs().clamp_min(1)
+            rows.append(torch.stack([values.max(), mean, torch.where(flat, torch.ones_like(deviation), deviation)]))
         return torch.stack(rows).float()
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
@@ -173,8 +177,9 @@ class CFlow(Detector):
             radius = math.sqrt(z.shape[-1])
             x = flow.inverse(z * (radius / z.norm(dim=-1, keepdim=True).clamp_min(radius)), code).cpu()
             mean, matrix = self.whitening_[layer][0], self.whitening_[layer][1:]
-            features = torch.linalg.solve(matrix, x, left=False) + mean  # of the backbone, as other models see them
-            parts.append(features.transpose(1, 2).reshape(batch.features[layer].shape))
+            # one system for all rows: a batch of them would factorise the matrix once per image
+            features = torch.linalg.solve(matrix, x.flatten(0, 1), left=False) + mean  # as the backbone has them
+            parts.append(features.view_as(x).transpose(1, 2).reshape(batch.features[layer].shape))
         grid = max(part.shape[2] for part in parts)
         return torch.cat([torch.stack([upsample(image, grid) for image in part]) for part in parts], 1)
 
@@ -219,5 +224,8 @@ class CFlow(Detector):
 
 def _unchanged(data: ImageSet, layers: Sequence[str]) -> dict[str, Tensor]:
     """The `whitening` that leaves fibres as they are: mean 0 above the unit matrix."""
-    sizes = {layer: found.shape[1] for layer, found in channel_statistics(data, layers).items()}
+    if not len(data):
+        raise InputError("CFlow.fit needs at least one image, got an empty set.")
+    first = next(data.select(data.ids[:1]).batches(layers))
+    sizes = {layer: tap.shape[1] for layer, tap in first.features.items()}
     return {layer: torch.cat([torch.zeros(1, size), torch.eye(size)]) for layer, size in sizes.items()}

@@ -72,14 +72,16 @@ class DeSTSeg(Detector):
     corrupted image. The map is its probability, the image score the mean of the highest 0.15 % of the upsampled map.
 
     Cost: `student_steps` + `head_steps` steps, whatever the size of the set, so k + 1 trainings cost k + 1 times one.
-        COST Each training image passes the backbone 1 + `n_copies` times.
+        Each training image passes the backbone 1 + `n_copies` times.
     Contamination: Strong. The student learns to leave real defects as they are, and the net to call them clean.
     Differs from the paper: each image has a fixed bank of `n_copies` corrupted copies, whose teacher features are
         cached, instead of a new corruption at each step; textures are drawn or taken from the image itself instead of
         photographs (DTD), which is expected to cost accuracy; no rotated copies, which the paper has for some products.
         The default has narrow networks, sees 128 px, takes fewer and smaller steps under a falling rate, and
         standardises features, whose student then ends in linear maps: the paper's ReLU fits the taps of a ResNet-18.
-        Dilations keep their share of the grid. Always the last step.
+        Dilations keep their share of the grid. At prediction, the segmentation net's whole-image branch is held within
+        what batch norm allows in training: else images that are strange all over can pass for good. Maps are smoothed
+        like those of all detectors. Always the last step.
     Reference: Zhang et al., "DeSTSeg: Segmentation Guided Denoising Student-Teacher for Anomaly Detection", CVPR 2023,
         arXiv 2211.11317, sections 3 and 4.1.
 
@@ -252,7 +254,8 @@ class DeSTSeg(Detector):
     def _build(self) -> Networks:
         channels: dict[int, int] = {int(stride): int(width) for stride, width in self.taps_}
         student = Student(self.student_width, channels, linear=self.standardize)
-        return Networks(student, Segmenter(sum(channels.values()), self.head_width, self.size_ // min(channels)))
+        side = self.size_ // min(channels)
+        return Networks(student, Segmenter(sum(channels.values()), self.head_width, side, self.batch_size))
 
     def _net(self, device: str) -> Networks:
         made: dict[str, Networks] = vars(self).setdefault("_nets", {})
