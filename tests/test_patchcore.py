@@ -155,6 +155,17 @@ def test_rejected_patches_never_enter_the_bank() -> None:
         PatchCore(layers=("a", "b")).fit(nothing)
 
 
+def test_what_is_rejected_changes_no_other_images_draw() -> None:
+    rejected = np.zeros((12, 8, 8), bool)
+    rejected[2, :4] = True
+    fitted = [
+        PatchCore(layers=("a", "b"), coreset="random", coreset_ratio=1.0, max_patches=120).fit(data)
+        for data in (feature_set(12), feature_set(12).without_patches({2: rejected[2]}))
+    ]
+    pools = [{tuple(row) for row in f.memory_bank_[f.owner_ != 2].tolist()} for f in fitted]
+    assert pools[0] == pools[1]
+
+
 def test_a_quota_is_drawn_from_accepted_patches_only() -> None:
     rejected = np.random.default_rng(1).random((12, 8, 8)) < 0.4
     data = feature_set(12).without_patches(dict(enumerate(rejected)))

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flawsift.backbones import Backbone
 from flawsift.datasets import Dataset
-from flawsift.detector import detector_class, make_detector
+from flawsift.detector import Detector, make_detector
 from flawsift.features import attach
 from flawsift.images import Batch, ImageSet
 from flawsift.training import without_rejected
@@ -18,8 +18,7 @@ from flawsift.training import without_rejected
 TRAINED: dict[str, dict[str, Any]] = {
     "dinomaly": {"layers": ("stride8", "stride16"), "steps": 4, "width": 16, "n_blocks": 2, "warmup": 1},
     "rd": {"layers": ("stride4", "stride8", "stride16"), "epochs": 1},
-    "simplenet": {"steps": 4},
-    "uniad": {"steps": 4},
+    "uniad": {"epochs": 1},
 }
 
 
@@ -34,13 +33,19 @@ class Captured(Exception):
 
 def gradients(name: str, data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
     """Loss of the first batch, and the sum of the absolute gradients of all weights."""
-    detector = make_detector(name, **TRAINED[name])
+    loss, module = first_loss(make_detector(name, **TRAINED[name]), data, monkeypatch)
+    found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+    return loss.detach(), torch.stack([g.abs().sum() for g in found if g is not None]).sum()
+
+
+def first_loss(detector: Detector, data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, nn.Module]:
+    """Loss of the first step, and what is trained."""
 
     def train(module: Any, optimizer: Any, seen: ImageSet, layers: Any, loss_of: Any, *_: Any, **__: Any) -> None:
         raise Captured(module, loss_of, next(seen.batches(layers, batch_size=8)))
 
     monkeypatch.setattr("flawsift.training.train", train)
-    own = importlib.import_module(detector_class(name).__module__)
+    own = importlib.import_module(type(detector).__module__)
     if hasattr(own, "train"):
         monkeypatch.setattr(own, "train", train)
     with pytest.raises(Captured) as caught:
@@ -49,10 +54,7 @@ def gradients(name: str, data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> tup
     module.train()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        loss = loss_of(batch, 1)
-    weights = [p for n, p in module.named_parameters() if "discriminator" not in n]  # which has a penalty of its own
-    found = torch.autograd.grad(loss, weights, allow_unused=True)
-    return loss.detach(), torch.stack([g.abs().sum() for g in found if g is not None]).sum()
+        return loss_of(batch, 1), module
 
 
 @pytest.mark.parametrize("name", sorted(TRAINED))
@@ -64,9 +66,17 @@ def test_nothing_is_learned_from_rejected_patches(name: str, data: ImageSet, mon
     assert plain > 0
     assert silent == 0
     one = np.zeros((8, 8), bool)
-    one[2:6, 2:6] = True
+    one[:4, :4] = True
     some = data.without_patches({int(i): one for i in data.ids})
     assert 0 < gradients(name, some, monkeypatch)[1] != plain
+
+
+def test_simplenet_sees_only_patches_that_are_accepted(data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = make_detector("simplenet", steps=4, standardize=False)
+    rejected = data.without_patches({int(i): np.ones((8, 8), bool) for i in data.ids[1:]})
+    alone, _ = first_loss(detector, data.select(data.ids[:1]), monkeypatch)
+    assert torch.equal(first_loss(detector, rejected, monkeypatch)[0], alone)
+    assert not torch.equal(first_loss(detector, data, monkeypatch)[0], alone)
 
 
 def test_maps_are_silent_where_a_patch_is_rejected() -> None:

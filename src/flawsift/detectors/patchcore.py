@@ -94,10 +94,13 @@ class PatchCore(Detector):
             accepted, n_patches = batch.accepted(h, w), h * w
             quota = n_patches if self.max_patches is None else max(1, self.max_patches // len(data))
             for j, id_ in enumerate(batch.ids.tolist()):
-                usable = torch.arange(n_patches) if accepted is None else accepted[j].flatten().nonzero()[:, 0]
-                if quota < len(usable):
+                usable = torch.arange(n_patches)
+                if quota < n_patches:
                     # one permutation per image: the same share of every image, whatever the batch size
-                    usable = usable[torch.randperm(len(usable), generator=generator)[:quota]]
+                    usable = torch.randperm(n_patches, generator=generator)
+                if accepted is not None:  # after the draw, so that what is rejected changes no other image's patches
+                    usable = usable[accepted[j].flatten()[usable]]
+                usable = usable[:quota]
                 rows.append(patches[j, usable])
                 owners.append(torch.full((len(usable),), id_))
         if not sum(map(len, rows)):

@@ -150,6 +150,9 @@ class SimpleNet(Detector):
 
         def loss_of(batch: Batch, step: int) -> Tensor:
             patches = self._patches(batch)
+            accepted = batch.accepted(*self._embed(batch).shape[2:])
+            if accepted is not None and accepted.any():  # a batch rejected as a whole is learned from as it is
+                patches = patches[accepted.flatten()]
             if self.patches is not None:
                 patches = patches[torch.randperm(len(patches))[: self.patches]]
             loss = net.loss(patches.to(target), self.noise, self.margin)

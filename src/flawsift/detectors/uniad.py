@@ -203,7 +203,8 @@ class UniAD(Detector):
 
         def loss_of(batch: Batch, step: int) -> Tensor:
             clean = torch.stack([embedded[int(i)] for i in batch.ids]).to(target)
-            return F.mse_loss(module(jittered(clean, self.jitter)), clean)
+            found = module(jittered(clean, self.jitter))
+            return F.mse_loss(*training.without_rejected([found, clean], batch))
 
         training.train(module.train(), optimizer, data, (), loss_of, recipe, device=target, watch=watch)
         self.weights_ = training.weights_of(module)
