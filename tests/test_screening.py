@@ -290,16 +290,13 @@ def gumbel_set(n: int, n_defective: int, seed: int = 0) -> tuple[np.ndarray, np.
     return grids.max((1, 2)), grids
 
 
-def test_a_clean_set_loses_at_most_patches_of_the_few_images_that_stand_out() -> None:
+def test_a_clean_set_stays_whole() -> None:
     consensus, grids = gumbel_set(300, 0)
     estimate = estimate_contamination(consensus)
     assert estimate.alpha_hat == 0
     kept, rejected = choose(consensus, grids, 3.0, estimate)
     assert kept.all()
-    losing = rejected.any((1, 2))
-    assert 0 < losing.sum() <= 12
-    assert consensus[losing].min() > np.median(consensus)
-    assert set(np.flatnonzero(losing)) <= set(np.argsort(-consensus)[:12].tolist())
+    assert not rejected.any()
 
 
 def test_a_contaminated_set_loses_images_and_patches() -> None:

@@ -208,7 +208,7 @@ def screen(
         + (f", {len(result.unreadable)} unreadable" if result.unreadable else "")
         + "."
     ]
-    if result.rejected is not None:
+    if result.rejected is not None and result.rejected.any():
         share = 100 * float(result.rejected[result.is_kept].mean())
         lines.append(f"Of the kept images, the {share:.1f} % most unusual patches are not learned from.")
     if result.contamination is not None:

@@ -26,8 +26,6 @@ EXPECTED_TAIL = float(1 - np.exp(-np.exp(-TAIL_CUT)))  # share of normal images 
 TAIL_SIGMAS = 2.0  # the excess must exceed this many binomial standard errors to count
 DILATION_GRID = 8  # a rejected patch takes its eight neighbours along, unless the grid is so coarse that these are much
 SUSPECT = 2.0  # robust deviations of the consensus above which an image is set aside, where defects are in evidence
-OBVIOUS = 3.0  # above which an image loses its unusual patches even where they are not: 2 % of good images lie there
-OBVIOUS_PATCH = 2.0  # robust deviations above which those patches lie
 N_BOOTSTRAP, INTERVAL = 400, (0.05, 0.95)
 MIN_FOR_ESTIMATE = 20  # quantiles of fewer scores say nothing
 
@@ -168,10 +166,10 @@ def choose(
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """What stage 2 learns from when nobody says how much to keep: (N,) kept images, (N, h, w) rejected patches.
 
-    On a clean set the patches that lie farthest from all others are rare good ones, and leaving them out costs more
-    than anything can be won. So only where the consensus has more in its upper tail than chance explains, patches are
-    rejected everywhere (`rejected_patches`), and images more than `SUSPECT` robust deviations above the median are set
-    aside. Elsewhere all images stay, and only the few beyond `OBVIOUS` lose their unusual patches.
+    On a clean set the patches that lie farthest from all others are rare good ones, and leaving out even the few of
+    its most unusual images costs more than can be won. So everything stays unless the consensus has more in its upper
+    tail than chance explains. Then images more than `SUSPECT` robust deviations above the median are set aside, and
+    of the others the patches of `rejected_patches` are left out.
 
     Args:
         consensus: (N,) consensus of the images.
@@ -182,11 +180,9 @@ def choose(
     Returns:
         Half of the images stay at least: those up to the median. Images that are set aside have no rejected patch.
     """
-    above = robust_units(consensus)
     if estimate.alpha_hat <= 0:
-        obvious = (above > OBVIOUS)[:, None, None]
-        return np.ones(len(above), bool), obvious & rejected_patches(grids, OBVIOUS_PATCH)
-    kept = above <= SUSPECT
+        return np.ones(len(consensus), bool), np.zeros(grids.shape, bool)
+    kept = robust_units(consensus) <= SUSPECT
     return kept, rejected_patches(grids, z) & kept[:, None, None]
 
 

@@ -268,14 +268,12 @@ def explanation(screening: Screening) -> str:
 
 def selection_text(screening: Screening) -> str:
     """What stage 2 leaves out of the kept images; empty when it is nothing."""
-    if screening.rejected is None:
+    if screening.rejected is None or not screening.rejected.any():
         return ""
     share = 100 * float(screening.rejected[screening.is_kept].mean())
     text = f"Of the kept images, the {share:.1f} % of the patches that look least like the others are not learned from."
     if screening.contamination is None:
         return text
-    if screening.contamination.alpha_hat <= 0:
-        return text + " They are in the few images that stand out most; no image was set aside."
     return text + f" Images more than {SUSPECT:g} robust deviations above the median score were set aside."
 
 

@@ -203,8 +203,8 @@ class UniAD(Detector):
 
         def loss_of(batch: Batch, step: int) -> Tensor:
             clean = torch.stack([embedded[int(i)] for i in batch.ids]).to(target)
-            found = module(jittered(clean, self.jitter))
-            return F.mse_loss(*training.without_rejected([found, clean], batch))
+            found, clean = training.without_rejected([module(jittered(clean, self.jitter)), clean], batch)
+            return F.mse_loss(found, clean)
 
         training.train(module.train(), optimizer, data, (), loss_of, recipe, device=target, watch=watch)
         self.weights_ = training.weights_of(module)
