@@ -138,6 +138,42 @@ def stage1(results: Path, detector: str) -> str | None:
     return table(header, body) + source(_joined(cells))
 
 
+def ablation(results: Path) -> str | None:
+    """Mean gain over training on everything, per variant and contamination; the share of the oracle's gain won."""
+    rows = _rows.read_rows(results / "ablation.csv")
+    rows = [r for r in rows if r["commit"] == rows[-1]["commit"]]
+    if not rows:
+        return None
+    at = {(r["data"], r["alpha"], r["seed"], r["variant"]): float(r["image_auroc"]) for r in rows}
+    alphas = sorted({r["alpha"] for r in rows}, key=float)
+    body = []
+    for variant in dict.fromkeys(r["variant"] for r in rows):
+        if variant == "all data":
+            continue
+        pairs = [(key, value - at[*key[:3], "all data"]) for key, value in at.items() if key[3] == variant]
+        means = [statistics.mean(gain for key, gain in pairs if key[1] == alpha) for alpha in alphas]
+        worst = min(
+            statistics.mean(gain for key, gain in pairs if key[:2] == cell) for cell in {key[:2] for key, _ in pairs}
+        )
+        won = recovery(at, variant)
+        body.append([variant, *(f"{100 * m:+.1f}" for m in means), f"{100 * worst:+.1f}", f"{won:.0%}"])
+    header = ["variant", *(f"{float(a):.0%} defective" for a in alphas), "worst cell", "recovery"]
+    return table(header, body) + source(rows)
+
+
+def recovery(at: Mapping[tuple[str, str, str, str], float], variant: str) -> float:
+    """Gain over gap, pooled over the cells (set and alpha above 0) whose gap to the oracle is at least a point."""
+    won, gap = 0.0, 0.0
+    for data, alpha in {key[:2] for key in at if float(key[1]) > 0}:
+        seeds = {key[2] for key in at if key[:2] == (data, alpha)}
+        base, mine, best = (
+            statistics.mean(at[data, alpha, seed, v] for seed in seeds) for v in ("all data", variant, "oracle")
+        )
+        if best - base >= 0.01:
+            won, gap = won + mine - base, gap + best - base
+    return won / gap if gap else float("nan")
+
+
 def _figures(results: Path) -> dict[tuple[str, str], tuple[float, Mapping[str, str]]]:
     found: dict[tuple[str, str], tuple[float, Mapping[str, str]]] = {}
     for row in _rows.read_rows(results / _rows.FIGURES):
@@ -192,6 +228,7 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "accuracy-padim": lambda r: accuracy(r, "padim", "image_auroc"),
     "aupro": lambda r: accuracy(r, "patchcore", "aupro"),
     "aupro-padim": lambda r: accuracy(r, "padim", "aupro"),
+    "ablation": ablation,
     "stage1": lambda r: stage1(r, "patchcore"),
     "stage1-padim": lambda r: stage1(r, "padim"),
     "speed": speed,

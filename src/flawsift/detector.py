@@ -73,8 +73,8 @@ class Detector(ABC):
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
     reads_pixels: ClassVar[bool] = False
-    # Robust deviations above which stage 1 takes a patch out of the training of stage 2, by default. 0, for none, where
-    # `fit` does not look at `Batch.accepted`, or where rows show that it costs more than it helps.
+    # Robust deviations above which a stage 1 by this detector takes a patch out of the training of stage 2, by default;
+    # 0, for none, where its maps are poor evidence on single patches.
     patch_rejection: ClassVar[float] = 0.0
 
     layers: Sequence[str] = field(default=("stride8", "stride16"))
