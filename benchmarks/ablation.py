@@ -39,9 +39,9 @@ def without(train: ImageSet, stage1: Screening, z: float) -> ImageSet:
     return train.without_patches({i: mask for i, mask in masks if mask.any()})
 
 
-def ordinary(stage1: Screening) -> Any:
+def ordinary(stage1: Screening, above: float = SUSPECT) -> Any:
     """Ids of the images that are not suspects, defects in evidence or not."""
-    return stage1.ids[robust_units(stage1.consensus) <= SUSPECT]
+    return stage1.ids[robust_units(stage1.consensus) <= above]
 
 
 def good(train: ImageSet, truth: GroundTruth) -> ImageSet:
@@ -57,6 +57,10 @@ VARIANTS: dict[str, Select] = {
     "images only": lambda train, s, truth: train.select(s.kept),
     "patches only": lambda train, s, truth: without(train, s, 2.0) if len(s.removed) else train,
     "patches above 3": lambda train, s, truth: without(train, s, 3.0).select(s.kept) if len(s.removed) else train,
+    "patches above 1": lambda train, s, truth: without(train, s, 1.0).select(s.kept) if len(s.removed) else train,
+    "images above 1": lambda train, s, truth: (
+        without(train, s, 2.0).select(ordinary(s, 1.0)) if len(s.removed) else train
+    ),
     "keep 40 %": lambda train, s, truth: train.select(keep_lowest(s.ids, s.consensus, 0.4)),
     "keep 80 %": lambda train, s, truth: train.select(keep_lowest(s.ids, s.consensus, 0.8)),
     "oracle": lambda train, s, truth: good(train, truth),

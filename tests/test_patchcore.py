@@ -127,6 +127,8 @@ def test_bad_use_is_told() -> None:
     bad: list[tuple[dict[str, object], str]] = [
         ({"coreset_ratio": 1.5}, r"PatchCore.coreset_ratio must be in \(0, 1\], got 1.5\."),
         ({"coreset_ratio": 0}, "coreset_ratio must be in"),
+        ({"layers": "stride8"}, "layers must be a list of names"),
+        ({"layers": (8,)}, "layers must be a list of names"),
         ({"coreset": "kmeans"}, "coreset must be 'greedy' or 'random', got 'kmeans'"),
         ({"max_patches": 0}, "max_patches must be at least 1, or None"),
         ({"n_neighbors": 0}, "n_neighbors must be at least 1"),

@@ -82,6 +82,8 @@ class Detector(ABC):
 
     def __post_init__(self) -> None:
         self._check_types()
+        listed = isinstance(self.layers, list | tuple) and all(isinstance(layer, str) for layer in self.layers)
+        self._require("layers", listed, 'be a list of names, such as ["stride8"]')  # a text would fall into letters
         self.layers = tuple(self.layers)  # JSON has lists only
         self._require("layers", bool(self.layers), "name at least one layer")
         self._require("seed", self.seed >= 0, "not be negative")
