@@ -1,9 +1,9 @@
 """What screening is worth on real images: detectors trained on contaminated sets, with and without stage 1.
 
 Arms: all_data (no screening), paper and default (the presets of stage 1), oracle_clean (the training set less its
-anomalies: what a perfect screening would give). The detector has its default parameters in every arm. Both presets
-have the same partition and sub-models, so these are trained once per cell and each preset's selection is derived from
-the one score matrix. All arms take their threshold from those held-out scores, of the images that they train on.
+anomalies: what a perfect screening would give). The detector has its default parameters in every arm, or its budget
+preset where it has one. Arms with the same screener, subsets and partitions share sub-models. Thresholds come from
+held-out scores of the images that are trained on, by the paper arm's sub-models where it is run, else by two halves.
 Anomalous images without a mask are left out of sets with masks, since AUPRO needs one of each.
 
 Finished cells are rows already and are skipped, so a killed run goes on where it was.
@@ -28,7 +28,7 @@ from flawsift.benchmark import compare
 from flawsift.contamination import contaminate
 from flawsift.datasets import Dataset, load
 from flawsift.datasets.folder import DATA_VARIABLE
-from flawsift.detector import make_detector
+from flawsift.detector import DETECTORS, detector_class, make_detector
 from flawsift.errors import InputError
 from flawsift.features import FeatureStore, attach
 from flawsift.images import ImageSet
@@ -41,13 +41,14 @@ SIZES: dict[str, dict[str, Any]] = {
     "cookie": {"n_train": 30},
 }
 ALPHAS = (0.0, 0.1, 0.2, 0.4)
-DETECTORS = ("patchcore", "padim")
+MAIN = ("patchcore", "padim")  # what is run unless others are asked for
 ARMS = ("all_data", "paper", "default", "oracle_clean")
 PRESET_OF = {arm: "none" if arm == "all_data" else arm for arm in ARMS}  # as `flawsift.benchmark` calls it
 SECONDS = ("seconds_stage2", "seconds_evaluate")
-LAYERS = ("stride4", "stride8", "stride16")  # what the two detectors read
+LAYERS = ("stride4", "stride8", "stride16")  # what the detectors read
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "aupro", "false_alarms_per_100", "missed_per_100")
 KEY = ("commit", "data", "detector", "alpha", "seed", "arm")
+OVERLAP = ", overlap"  # at the end of a row's protocol
 
 
 def load_set(name: str) -> Dataset | None:
@@ -74,11 +75,17 @@ def run_cell(
     alpha: float,
     seed: int,
     arms: Sequence[str],
+    *,
+    overlap: bool,
+    calibrate: bool,
+    store: FeatureStore,
 ) -> list[_rows.Row]:
     """The rows of some arms of one contaminated set."""
-    split = contaminate(data.truth, alpha=alpha, groups=images.groups, seed=seed, **SIZES[data.name])
+    split = contaminate(data.truth, alpha=alpha, overlap=overlap, groups=images.groups, seed=seed, **SIZES[data.name])
     train, test = images.select(split.train_ids), images.select(split.test_ids)
-    detector = make_detector(name, seed=seed)
+    detector = make_detector(name, "budget" if "budget" in detector_class(name).presets else "default", seed=seed)
+    if detector.views:
+        train, _ = attach(train, backbone, LAYERS, views=detector.views, store=store)
     common = {
         "data": data.name,
         "data_digest": pipeline.set_digest(images),
@@ -88,13 +95,16 @@ def run_cell(
         "params": detector.params(),
         "alpha": alpha,
         "seed": seed,
-        "protocol": f"share, {len(train)} train, {len(test)} test" + (", by group" if images.groups else ""),
+        "protocol": f"share, {len(train)} train, {len(test)} test"
+        + (", by group" if images.groups else "")
+        + (OVERLAP if overlap else ""),
         "alpha_reached": split.alpha_reached,
         "alpha_groups": split.alpha_groups,
     }
     presets = [PRESET_OF[arm] for arm in arms]
     rows = []
-    for arm, found in zip(arms, compare(train, test, data.truth, detector, backbone, presets, seed=seed), strict=True):
+    results = compare(train, test, data.truth, detector, backbone, presets, seed=seed, calibrate=calibrate)
+    for arm, found in zip(arms, results, strict=True):
         row = {**_rows.provenance(), **common, "arm": arm, **{key: found[key] for key in (*METRICS, *SECONDS)}}
         row |= {
             "keep_share": found["keep_share"],
@@ -116,8 +126,10 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--alphas", nargs="+", type=float, default=list(ALPHAS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--detectors", nargs="+", default=list(DETECTORS), choices=DETECTORS)
+    parser.add_argument("--detectors", nargs="+", default=list(MAIN), choices=list(DETECTORS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--overlap", action="store_true", help="training anomalies stay in the test set, too")
+    parser.add_argument("--no-calibrate", action="store_true", help="no rates of false alarms and misses by halves")
     parser.add_argument("--size", type=int, default=256, help="edge length of the network input")
     parser.add_argument("--cache", type=Path, help="folder for features, reused when it exists (default: temporary)")
     parser.add_argument("--fresh", action="store_true", help="run cells again that have rows of this commit")
@@ -130,6 +142,7 @@ def main() -> None:
         for name in args.sets:
             _run_set(name, backbone, FeatureStore(scratch), commit, path, args)
     mine = [row for row in _rows.read_rows(path) if row["commit"] == commit and row["backbone"] == backbone.key]
+    mine = [row for row in mine if row["protocol"].endswith(OVERLAP) == args.overlap]
     for name in args.sets:
         _print_table(name, [row for row in mine if row["data"] == name], args)
     _rows.finish("accuracy", _figures(mine, args), args)
@@ -138,7 +151,8 @@ def main() -> None:
 def _run_set(
     name: str, backbone: Backbone, store: FeatureStore, commit: str, path: Path, args: argparse.Namespace
 ) -> None:
-    done = set() if args.fresh else {tuple(r[k] for k in (*KEY, "backbone")) for r in _rows.read_rows(path)}
+    earlier = [r for r in _rows.read_rows(path) if r["protocol"].endswith(OVERLAP) == args.overlap]
+    done = set() if args.fresh else {tuple(r[k] for k in (*KEY, "backbone")) for r in earlier}
     cells = []
     for detector in args.detectors:
         for alpha in args.alphas:
@@ -155,7 +169,8 @@ def _run_set(
         _rows.say(f"{name}: {len(failed)} images cannot be read")
     for number, (detector, alpha, seed, arms) in enumerate(cells):
         started = time.perf_counter()
-        rows = run_cell(data, images, backbone, detector, alpha, seed, arms)
+        options = {"overlap": args.overlap, "calibrate": not args.no_calibrate, "store": store}
+        rows = run_cell(data, images, backbone, detector, alpha, seed, arms, **options)
         _rows.append_rows(path, rows)
         shown = "  ".join(f"{row['arm']} {row['image_auroc']:.3f}" for row in rows)
         at = f"[{number + 1}/{len(cells)}] {name} {detector} alpha {alpha:g} seed {seed}"

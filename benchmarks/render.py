@@ -21,6 +21,19 @@ from flawsift.files import write_text
 PAGES = (_rows.ROOT / "benchmarks" / "README.md", _rows.ROOT / "README.md")
 MARKERS = re.compile(r"(<!-- rows:([\w-]+) -->\n)(.*?)(<!-- /rows -->)", re.DOTALL)
 ARMS = {"all_data": "no screening", "paper": "paper", "default": "default", "oracle_clean": "oracle"}
+DETECTORS = {
+    "patchcore": "PatchCore",
+    "padim": "PaDiM",
+    "softpatch": "SoftPatch",
+    "inreach": "InReaCh",
+    "funad": "FUN-AD",
+    "cflow": "CFlow",
+    "simplenet": "SimpleNet",
+    "uniad": "UniAD",
+    "destseg": "DeSTSeg",
+    "rd": "RD",
+    "dinomaly": "Dinomaly",
+}
 CELL = ("data", "detector", "alpha", "arm")
 
 Rows = Sequence[Mapping[str, str]]
@@ -98,9 +111,34 @@ def _machine(text: str) -> str:
     return f"{m['cpu']}, {m['cores']} cores, {m['gib']} GiB, {m['os']}"
 
 
+def accuracy_cells(results: Path, *detectors: str) -> dict[tuple[str, ...], list[Mapping[str, str]]]:
+    """The newest rows of some detectors without overlap, by cell."""
+    rows = _rows.read_rows(results / "accuracy.csv")
+    return latest([r for r in rows if r["detector"] in detectors and not r["protocol"].endswith("overlap")])
+
+
+def detectors(results: Path, arm: str, metric: str) -> str | None:
+    """One row per set and alpha, one column per detector, of one arm; the best of a row is bold."""
+    cells = accuracy_cells(results, *DETECTORS)
+    cells = {key: rows for key, rows in cells.items() if key[3] == arm and any(row.get(metric) for row in rows)}
+    if not cells:
+        return None
+    names = [name for name in DETECTORS if any(key[1] == name for key in cells)]
+    body = []
+    for data, alpha in _sets(cells):
+        found = [cells.get((data, name, alpha, arm), []) for name in names]
+        means = [statistics.mean(float(r[metric]) for r in rows) if rows else -1.0 for rows in found]
+        shown = [
+            f"**{mean_sd(rows, metric)}**" if mean == max(means) else mean_sd(rows, metric)
+            for rows, mean in zip(found, means, strict=True)
+        ]
+        body.append([data, f"{float(alpha):.0%}", *shown])
+    return table(["set", "defective in training", *(DETECTORS[name] for name in names)], body) + source(_joined(cells))
+
+
 def accuracy(results: Path, detector: str, metric: str) -> str | None:
     """One row per set and alpha, one column per arm."""
-    cells = latest([r for r in _rows.read_rows(results / "accuracy.csv") if r["detector"] == detector])
+    cells = accuracy_cells(results, detector)
     cells = {key: rows for key, rows in cells.items() if any(row.get(metric) for row in rows)}
     if not cells:
         return None
@@ -122,7 +160,7 @@ def _joined(cells: Mapping[tuple[str, ...], Rows]) -> Rows:
 
 def stage1(results: Path, detector: str) -> str | None:
     """How well stage 1 ranks and what is left in the kept set."""
-    cells = latest([r for r in _rows.read_rows(results / "accuracy.csv") if r["detector"] == detector])
+    cells = accuracy_cells(results, detector)
     cells = {key: rows for key, rows in cells.items() if key[3] in ("paper", "default")}
     if not cells:
         return None
@@ -207,6 +245,29 @@ def scale(results: Path) -> str | None:
     return table(header, body) + source(_joined(cells), seeds=False)
 
 
+def training(results: Path) -> str | None:
+    """What a budget preset costs."""
+    rows = [r for r in _rows.read_rows(results / "training.csv") if r.get("seconds")]
+    newest = {r["detector"]: r for r in rows}
+    if not newest:
+        return None
+    body = [
+        [
+            DETECTORS[name],
+            f"{float(r['seconds']):.0f}",
+            f"{float(r['seconds_per_step']):.3f}",
+            f"{float(r['passes_per_image']):.0f}",
+            f"{float(r['share_outside_products']):.0%}",
+            f"{float(r['batched_ratio']):.2f}" if r.get("batched_ratio") else "-",
+            f"{float(r['peak_mb']):,.0f}",
+        ]
+        for name, r in newest.items()
+    ]
+    header = ["detector", "seconds", "per step", "backbone passes per image", "outside matrix products"]
+    header += ["five sub-models batched, against in turn", "peak MiB"]
+    return table(header, body) + source(list(newest.values()), seeds=False)
+
+
 def peers(results: Path) -> str | None:
     """Both libraries side by side."""
     cells = latest(_rows.read_rows(results / "peers.csv"), ("task", "library"))
@@ -228,6 +289,10 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "accuracy-padim": lambda r: accuracy(r, "padim", "image_auroc"),
     "aupro": lambda r: accuracy(r, "patchcore", "aupro"),
     "aupro-padim": lambda r: accuracy(r, "padim", "aupro"),
+    "detectors": lambda r: detectors(r, "all_data", "image_auroc"),
+    "detectors-screened": lambda r: detectors(r, "default", "image_auroc"),
+    "detectors-aupro": lambda r: detectors(r, "all_data", "aupro"),
+    "training": training,
     "ablation": ablation,
     "stage1": lambda r: stage1(r, "patchcore"),
     "stage1-padim": lambda r: stage1(r, "padim"),
