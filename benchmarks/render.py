@@ -114,7 +114,7 @@ def _machine(text: str) -> str:
 def accuracy_cells(results: Path, *detectors: str) -> dict[tuple[str, ...], list[Mapping[str, str]]]:
     """The newest rows of some detectors without overlap, by cell."""
     rows = _rows.read_rows(results / "accuracy.csv")
-    return latest([r for r in rows if r["detector"] in detectors and not r["protocol"].endswith("overlap")])
+    return latest([r for r in rows if r["detector"] in detectors and not r.get("protocol", "").endswith("overlap")])
 
 
 def detectors(results: Path, arm: str, metric: str) -> str | None:
