@@ -63,6 +63,7 @@ def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
         "screening.csv",
         "screening.json",
         "maps.npy",
+        "rejected.npy",
         "descriptions.npy",
         "report.html",
     }
@@ -97,6 +98,19 @@ def test_fit_screens_and_reports(run: Any, easy_folder: Path, tmp_path: Path) ->
     assert (tmp_path / "m" / "screening" / "report.html").exists()
     options = json.loads((tmp_path / "m" / "screening" / "screening.json").read_text())["options"]
     assert (options["keep"], options["exclude_own"], options["seed"]) == (0.4, False, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "who"),
+    [([], "patchcore"), (["--screener", "own"], "padim"), (["--preset", "paper"], "padim"), (["--no-screen"], None)],
+)
+def test_who_screens(given: list[str], who: str | None, run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    small = ["--detector", "padim", "--set", "n_features=20"]
+    found = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, *small, *given, "--json")
+    assert found.code == 0, found.err
+    assert found.json["screener"] == who
+    assert json.loads((tmp_path / "m" / "detector.json").read_text())["name"] == "padim"
+    assert found.json["threshold"]["n_calibration"] == found.json["n_kept"]
 
 
 def test_decisions_reach_fit_and_export(run: Any, easy_folder: Path, tmp_path: Path) -> None:
