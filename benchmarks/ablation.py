@@ -9,6 +9,7 @@ Finished cells are rows already and are skipped, so a killed run goes on where i
 
 import argparse
 import contextlib
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from accuracy import ALPHAS, LAYERS, SIZES, load_set
 from flawsift import pipeline
 from flawsift.backbones import load_backbone
 from flawsift.calibration import Calibration
-from flawsift.consensus import SUSPECT, keep_lowest, rejected_patches, robust_units
+from flawsift.consensus import keep_lowest, rejected_patches, robust_units
 from flawsift.contamination import contaminate
 from flawsift.detector import make_detector
 from flawsift.features import FeatureStore, attach
@@ -32,38 +33,41 @@ KEY = ("commit", "data", "alpha", "seed", "variant")
 METRICS = ("image_auroc", "aupro")
 
 
-def without(train: ImageSet, stage1: Screening, z: float) -> ImageSet:
-    """All images, less their patches above z."""
-    assert stage1.grids is not None
-    masks = zip(stage1.ids.tolist(), rejected_patches(stage1.grids, z), strict=True)
-    return train.without_patches({i: mask for i, mask in masks if mask.any()})
-
-
-def ordinary(stage1: Screening, above: float = SUSPECT) -> Any:
-    """Ids of the images that are not suspects, defects in evidence or not."""
-    return stage1.ids[robust_units(stage1.consensus) <= above]
-
-
-def good(train: ImageSet, truth: GroundTruth) -> ImageSet:
-    """What nobody has: the good images."""
-    return train.select(train.ids[truth.select(train.ids).labels == 0])
-
-
 Select = Callable[[ImageSet, Screening, GroundTruth], ImageSet]
+
+
+def cut(images: float = math.inf, patches: float = math.inf, *, tested: bool = True) -> Select:
+    """Less the images and the patches above so many robust deviations, where defects are in evidence or untested."""
+
+    def select(train: ImageSet, stage1: Screening, _: GroundTruth) -> ImageSet:
+        assert stage1.grids is not None
+        assert stage1.contamination is not None
+        if tested and stage1.contamination.alpha_hat <= 0:
+            return train
+        kept = stage1.ids[robust_units(stage1.consensus) <= images]
+        masks = zip(stage1.ids.tolist(), rejected_patches(stage1.grids, patches), strict=True)
+        return train.select(kept).without_patches({i: mask for i, mask in masks if i in set(kept) and mask.any()})
+
+    return select
+
+
+def lowest(share: float) -> Select:
+    """The lowest share by consensus, as in equation 4, of held-out scores."""
+    return lambda train, stage1, _: train.select(keep_lowest(stage1.ids, stage1.consensus, share))
+
+
 VARIANTS: dict[str, Select] = {
-    "all data": lambda train, s, truth: train,
-    "default": lambda train, s, truth: s.purified(train),
-    "without the test for defects": lambda train, s, truth: without(train, s, 2.0).select(ordinary(s)),
-    "images only": lambda train, s, truth: train.select(s.kept),
-    "patches only": lambda train, s, truth: without(train, s, 2.0) if len(s.removed) else train,
-    "patches above 3": lambda train, s, truth: without(train, s, 3.0).select(s.kept) if len(s.removed) else train,
-    "patches above 1": lambda train, s, truth: without(train, s, 1.0).select(s.kept) if len(s.removed) else train,
-    "images above 1": lambda train, s, truth: (
-        without(train, s, 2.0).select(ordinary(s, 1.0)) if len(s.removed) else train
-    ),
-    "keep 40 %": lambda train, s, truth: train.select(keep_lowest(s.ids, s.consensus, 0.4)),
-    "keep 80 %": lambda train, s, truth: train.select(keep_lowest(s.ids, s.consensus, 0.8)),
-    "oracle": lambda train, s, truth: good(train, truth),
+    "all data": lambda train, stage1, truth: train,
+    "images above 1, patches above 1": cut(1, 1),
+    "images above 2, patches above 1": cut(2, 1),
+    "images above 1, patches above 2": cut(1, 2),
+    "images above 2, patches above 2": cut(2, 2),
+    "images above 2, patches above 3": cut(2, 3),
+    "images above 2": cut(images=2),
+    "patches above 2": cut(patches=2),
+    "images above 2, patches above 2, untested": cut(2, 2, tested=False),
+    "keep the lowest 40 %": lowest(0.4),
+    "oracle": lambda train, stage1, truth: train.select(train.ids[truth.select(train.ids).labels == 0]),
 }
 
 
@@ -79,8 +83,8 @@ def run_cell(
     data: Any, images: ImageSet, backbone: Any, alpha: float, seed: int, names: list[str]
 ) -> Iterator[_rows.Row]:
     """A row for each variant; variants that keep the same share one training."""
-    cut = contaminate(data.truth, alpha=alpha, groups=images.groups, seed=seed, **SIZES[data.name])
-    train, test = images.select(cut.train_ids), images.select(cut.test_ids)
+    split = contaminate(data.truth, alpha=alpha, groups=images.groups, seed=seed, **SIZES[data.name])
+    train, test = images.select(split.train_ids), images.select(split.test_ids)
     detector = make_detector("patchcore", seed=seed)
     stage1 = screen(train, detector, **PRESETS["default"], seed=seed)
     known: dict[str, dict[str, Any]] = {}
