@@ -131,11 +131,14 @@ def main() -> None:
         for name, alpha, seed in cells(args):
             missing = [v for v in args.variants if (commit, name, f"{alpha:.6g}", str(seed), v) not in done]
             if name not in loaded:
-                data = load_set(name)
-                loaded = {name: data and (data, attach(data.images, backbone, LAYERS, store=FeatureStore(scratch))[0])}
+                found = load_set(name)
+                loaded = {
+                    name: found and (found, attach(found.images, backbone, LAYERS, store=FeatureStore(scratch))[0])
+                }
             if loaded[name] is None or not missing:
                 continue
-            rows = list(run_cell(*loaded[name], backbone, alpha, seed, missing))
+            data, images = loaded[name]
+            rows = list(run_cell(data, images, backbone, alpha, seed, missing))
             _rows.append_rows(path, rows)
             shown = "  ".join(f"{row['variant']} {row['image_auroc']:.3f}" for row in rows)
             _rows.say(f"{name} alpha {alpha:g} seed {seed}: {shown}")
