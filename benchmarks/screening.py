@@ -1,7 +1,8 @@
 """What screening costs: both stages (k = 5) against one plain fit on everything, from a cold feature cache.
 
 Sub-models are of the detector itself (`--screener own`), as the goals mean it; for PaDiM, screening by PatchCore, which
-is the default, is timed too, the two sub-models for its threshold included. Repeats alternate between the arms, each in a process of its own. The backbone is compiled before the clock starts.
+is the default, is timed too, the two sub-models for its threshold included. Repeats alternate between the arms, each in
+a process of its own. The backbone is compiled before the clock starts.
 """
 
 import argparse
