@@ -75,6 +75,15 @@ def make_screening(folder: Path, n: int, size: int) -> Path:
     return save_screening(screening, folder / "screening")
 
 
+def wait(page: Any, condition: str, seconds: float = 30) -> None:
+    """Until a condition holds; the page's security policy forbids Playwright's own waiting, which evaluates inside it."""
+    started = time.perf_counter()
+    while not page.evaluate(condition):
+        if time.perf_counter() - started > seconds:
+            raise RuntimeError(f"The page did not reach {condition} within {seconds:g} s.")
+        time.sleep(0.002)
+
+
 def measure(folder: Path, chromium: Path, seconds: float) -> dict[str, Any]:
     """Open the page, scroll it, decide."""
     from playwright.sync_api import sync_playwright
@@ -96,8 +105,8 @@ def measure(folder: Path, chromium: Path, seconds: float) -> dict[str, Any]:
             found = page.evaluate(SCROLL, seconds)
             page.wait_for_timeout(200)
             started = time.perf_counter()
-            page.wait_for_function("[...document.querySelectorAll('.tile img')].every((i) => i.complete) && "
-                                   "document.querySelector('.tile img')")  # fmt: skip
+            wait(page, "document.querySelectorAll('.tile img').length > 0")
+            wait(page, "[...document.querySelectorAll('.tile img')].every((i) => i.complete)")
             settled = 0.2 + time.perf_counter() - started
             page.evaluate("scrollTo(0, 0)")
             page.wait_for_timeout(500)
@@ -106,7 +115,7 @@ def measure(folder: Path, chromium: Path, seconds: float) -> dict[str, Any]:
             for _ in range(10):
                 started = time.perf_counter()
                 page.keyboard.press("r")
-                page.wait_for_function("document.getElementById('saved').textContent === 'Saved'", polling=5)
+                wait(page, "document.getElementById('saved').textContent === 'Saved'")
                 times.append(time.perf_counter() - started)
                 page.evaluate("document.getElementById('saved').textContent = ''")
             heap = page.evaluate("performance.memory.usedJSHeapSize") / _rows.MIB
