@@ -76,7 +76,7 @@ def make_screening(folder: Path, n: int, size: int) -> Path:
 
 
 def wait(page: Any, condition: str, seconds: float = 30) -> None:
-    """Until a condition holds; the page's security policy forbids Playwright's own waiting, which evaluates inside it."""
+    """Until a condition holds; the page's policy forbids Playwright's own waiting, which evaluates inside it."""
     started = time.perf_counter()
     while not page.evaluate(condition):
         if time.perf_counter() - started > seconds:
