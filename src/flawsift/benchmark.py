@@ -29,7 +29,7 @@ from flawsift.calibration import Calibration
 from flawsift.consensus import Contamination, Floats, keep_lowest
 from flawsift.contamination import Split, contaminate, official
 from flawsift.datasets import Dataset, load
-from flawsift.detector import Detector
+from flawsift.detector import Additive, Detector
 from flawsift.errors import FlawsiftError
 from flawsift.executors import SERIAL, Executor, Failure, Serial, make_executor
 from flawsift.features import FeatureStore, attach
@@ -85,7 +85,7 @@ def compare(
 
     Presets with equal screener, subsets and partitions share sub-models, which are trained once. Thresholds come from
     held-out scores of the images that are trained on: those of sub-models of this detector, where a preset has them,
-    else of halves. Presets that keep the same images share one training.
+    else of `flawsift.pipeline.cross_fitted_scores`. Presets that keep the same images share one training.
 
     Args:
         train: Training images with features attached; its groups stay whole.
@@ -97,8 +97,8 @@ def compare(
         seed: Of the partitions.
         n_subsets: k for all presets; None takes each preset's own.
         screener: Detector of stage 1: "preset" for each preset's own, "own" for `detector`, or a name.
-        calibrate: Train sub-models on halves for thresholds, where no others are there; without, those rows have no
-            rates of false alarms and misses.
+        calibrate: Cross-fit for thresholds where there are no such sub-models; without, those rows have no rates of
+            false alarms and misses.
         device: Where detectors run.
         executor: Where sub-models run.
         on_fitted: Called with each preset and its model.
@@ -116,12 +116,12 @@ def compare(
         purified = chosen[sharing[0]][0].purified
         stages = (s for preset in sharing if (s := chosen[preset][1]) is not None and s.by_detector)
         judge = next(stages, own)
-        held_out = np.empty(0)
-        if judge is not None:
+        held_out: Floats | None
+        if judge is not None and not isinstance(detector, Additive):
             held_out = judge.screening.held_out_scores[np.isin(train.ids, purified.ids)]
-        elif calibrate:
-            held_out = pipeline.cross_fitted_scores(purified, detector, seed=seed, device=device, executor=executor)
-        measured, model = _fit_and_measure(detector, purified, held_out, test, truth, backbone, device)
+        else:
+            held_out = None if calibrate else np.empty(0)
+        measured, model = _fit_and_measure(detector, purified, held_out, test, truth, backbone, seed, device, executor)
         for preset in sharing:
             figures[preset] = measured
             if on_fitted is not None:
@@ -190,22 +190,27 @@ def screener_of(preset: str, screener: str, detector: Detector, backbone: Backbo
 def _fit_and_measure(
     detector: Detector,
     purified: ImageSet,
-    held_out: Floats,
+    held_out: Floats | None,
     test: ImageSet,
     truth: GroundTruth,
     backbone: Backbone,
+    seed: int,
     device: str,
+    executor: Executor,
 ) -> tuple[Row, pipeline.Model]:
     started = time.perf_counter()
     fitted = detector.clone().fit(purified, device=device)
     fitted_at = time.perf_counter()
+    if held_out is None:
+        held_out = pipeline.cross_fitted_scores(purified, fitted, seed=seed, device=device, executor=executor)
+    calibrated_at = time.perf_counter()
     model = pipeline.Model(fitted, backbone, Calibration.of(held_out), {})
     found, _ = pipeline.evaluate(model, test, truth, device=device, exact_pixels=EXACT_PIXELS)
     figures = {key: found.get(key) for key in (*METRICS, *RATES)}
     with tempfile.TemporaryDirectory() as folder:
         fitted.save(Path(folder))
         n_bytes = sum(f.stat().st_size for f in Path(folder).iterdir())
-    seconds = {"seconds_stage2": fitted_at - started, "seconds_evaluate": time.perf_counter() - fitted_at}
+    seconds = {"seconds_stage2": fitted_at - started, "seconds_evaluate": time.perf_counter() - calibrated_at}
     return {**figures, **seconds, "model_bytes": n_bytes}, model
 
 

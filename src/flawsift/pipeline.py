@@ -33,12 +33,13 @@ from flawsift.lookalikes import describe
 from flawsift.metrics import GroundTruth, StreamingAUPRO
 from flawsift.progress import Progress, silent
 from flawsift.results import ROOT, Predictions, SavedScreening, load_screening, save_screening
-from flawsift.screening import OWN, PRESETS, SCREENERS, Screening, ScreenOptions
+from flawsift.screening import OWN, PRESETS, SCREENERS, Screening, ScreenOptions, split
 from flawsift.screening import screen as screen_features
 from flawsift.training import Watch
 
 FORMAT = 1  # of the model folder
-CALIBRATION_SUBSETS = 2  # of the kept images, for a threshold where stage 1 had another detector: two trainings suffice
+HALVES = 2  # of the kept images, for a threshold where stage 1 had another detector: two trainings must do
+FOLDS = 5  # where a fold is taken out of a fitted model at little cost
 VERSIONED = ("torch", "timm", "openvino", "numpy", "pillow")  # packages whose version can change a score
 
 
@@ -180,8 +181,8 @@ def fit(
 ) -> Model:
     """Both stages: screen, then train the detector on what is kept, with a threshold from held-out scores.
 
-    Those are the scores of stage 1 where it had the same detector. Where it had another, two sub-models are trained on
-    halves of what is kept, and each scores the half that it has not seen.
+    Those are the scores of stage 1 where it had the same detector, else those of `cross_fitted_scores`. The latter are
+    for detectors with additive statistics in any case: trained on a fifth of the images they score far too high.
 
     Args:
         images: As for `screen`, and so are detector, backbone, store, seed, device, progress, executor and options.
@@ -210,15 +211,16 @@ def fit(
     counts: dict[str, int] = {}
     own = no_screen or screening is not None  # no other detector's stage 1
     p = _prepare(images, detector, backbone, store, seed, progress, OWN if own else screener)
+    additive = isinstance(p.detector, Additive)
     total: Detector | None = None
-    held_out: npt.NDArray[np.float64] | None  # None: to be had by sub-models of their own
+    held_out: npt.NDArray[np.float64] | None  # None: to be had by cross-fitting
     if screening is not None:
         saved, counts = load_screening(screening).decided(choices)
         purified, held_out = saved.match(p.data)
-        if not _same_scores(saved, p):
+        if additive or not _same_scores(saved, p):
             held_out = None
-    elif no_screen and len(p.data) < 2:
-        purified, held_out = p.data, np.empty(0)  # nothing to hold out: no threshold
+    elif no_screen and (additive or len(p.data) < 2):
+        purified, held_out = p.data, None
     else:
         if no_screen:
             options = {
@@ -235,24 +237,24 @@ def fit(
             on_screened(done)
         is_kept, counts = decided(done.names, done.is_kept, choices)
         purified = done.purified(p.data, done.ids[is_kept])
-        held_out = done.held_out_scores[is_kept] if p.screener is p.detector else None
+        held_out = done.held_out_scores[is_kept] if p.screener is p.detector and not additive else None
     resume = None if out is None else Path(out) / ".resume"
     run = None if resume is None else _run_folder(resume, p, set_digest(purified))
+    progress("detector", 0, 1)
+    checkpoint = None if run is None else run / "training.safetensors"
+    watch = Watch(lambda _, done, of: progress("detector", done, of), checkpoint)
+    fitted = _fit_purified(p, purified, total, device, watch)
+    progress("detector", 1, 1)
     if held_out is None:
         held_out = cross_fitted_scores(
             purified,
-            p.detector,
+            fitted,
             seed=seed,
             device=device,
             checkpoint=None if run is None else run / "calibration",
             progress=progress,
             executor=executor,
         )
-    progress("detector", 0, 1)
-    checkpoint = None if run is None else run / "training.safetensors"
-    watch = Watch(lambda _, done, of: progress("detector", done, of), checkpoint)
-    fitted = _fit_purified(p, purified, total, device, watch)
-    progress("detector", 1, 1)
     training = {
         "n_images": len(p.data) + len(p.unreadable),
         "n_kept": len(purified),
@@ -409,22 +411,33 @@ def cross_fitted_scores(
     progress: Progress = silent,
     executor: Executor = SERIAL,
 ) -> npt.NDArray[np.float64]:
-    """Scores to calibrate a threshold with, where stage 1 had another detector: two halves judge each other.
+    """Scores to calibrate a threshold with: each image is scored by a model that has not seen it.
+
+    Where the detector has additive statistics, each of five folds is taken out of the fitted model; else two clones are
+    trained on halves, and each scores the other half.
 
     Args:
-        purified: The m images that the detector learns from; groups stay whole.
-        detector: Unfitted.
+        purified: The m images that the detector has learned from; groups stay whole.
+        detector: Fitted on them, where its statistics are additive; else fitted or not.
         seed, device, checkpoint, progress, executor: As for `flawsift.screening.screen`.
 
     Returns:
-        (m,) score of each image by the sub-model that has not seen it; empty where there is only one group.
+        (m,) scores; empty where there is only one group.
     """
-    if len(set(purified.group_names)) < CALIBRATION_SUBSETS:
+    n_groups = len(set(purified.group_names))
+    if n_groups < HALVES:
         return np.empty(0)
+    if isinstance(detector, Additive):
+        fold_of = split(purified, min(FOLDS, n_groups), seed=seed)
+        scores = np.empty(len(purified))
+        for fold in range(fold_of.max() + 1):
+            held_out = purified.select(purified.ids[fold_of == fold])
+            scores[fold_of == fold] = detector.without(held_out, device=device).predict(held_out, maps=False).scores
+        return scores
     found = screen_features(
         purified,
-        detector,
-        n_subsets=CALIBRATION_SUBSETS,
+        detector.clone(),
+        n_subsets=HALVES,
         keep=1.0,
         reject_patches=0.0,
         seed=seed,
