@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -140,7 +141,10 @@ def test_decisions_reach_fit_and_export(run: Any, easy_folder: Path, tmp_path: P
 def test_review_prints_its_address_first(easy_folder: Path, tmp_path: Path, run: Any) -> None:
     run("screen", easy_folder, "--out", tmp_path / "s", *TINY)
     command = [sys.executable, "-m", "flawsift.cli", "review", str(tmp_path / "s"), "--no-browser"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+    # a shell starts background jobs with SIGINT ignored, and children inherit that
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, preexec_fn=heed, **pipes) as server:
         assert server.stdout is not None
         address = server.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{32}/", address)
