@@ -95,7 +95,7 @@ def share_outside(detector: Any, data: Any) -> float:
     """Share of a short fit's time that is not spent in matrix products and convolutions."""
     few = data.select(data.ids[: PROFILED_BATCHES * detector.batch_size])
     passes = {"epochs": PROFILED_STEPS // PROFILED_BATCHES}
-    lengths = dict.fromkeys(("steps", "student_steps", "head_steps"), PROFILED_STEPS) | passes
+    lengths = dict.fromkeys(("steps", "student_steps", "head_steps"), PROFILED_STEPS) | passes | {"warmup": 1}
     brief = detector.clone(**{name: n for name, n in lengths.items() if hasattr(detector, name)})
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         started = time.perf_counter()
