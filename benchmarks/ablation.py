@@ -13,6 +13,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ def cut(images: float = math.inf, patches: float = math.inf, *, tested: bool = T
         if tested and stage1.contamination.alpha_hat <= 0:
             return train
         kept = stage1.ids[robust_units(stage1.consensus) <= images]
-        masks = zip(stage1.ids.tolist(), rejected_patches(stage1.grids, patches), strict=True)
-        return train.select(kept).without_patches({i: mask for i, mask in masks if i in set(kept) and mask.any()})
+        return replace(stage1, kept=kept, rejected=rejected_patches(stage1.grids, patches)).purified(train)
 
     return select
 
