@@ -1,13 +1,18 @@
 """Shared by all tests: no test touches the user's cache, and images are made once."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from flawsift.backbones import Backbone
 from flawsift.datasets import Dataset
+from flawsift.images import ImageSet
 from flawsift.testing import easy_set, tiny_backbone
+from flawsift.training import Watch
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +43,26 @@ def easy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture: Image.Image = images.image(int(id_))
         picture.save(root / f"part-{int(id_):02d}.png")
     return root
+
+
+@pytest.fixture
+def check_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, ImageSet], None]:
+    """Checks that a fit of six steps, killed in its fourth, goes on there to the weights of one that was not killed."""
+    monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)
+
+    def check(detector: Any, data: ImageSet) -> None:
+        expected = detector.clone().fit(data)
+
+        def kill(stage: str, done: int, total: int) -> None:
+            if done == 4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            detector.clone().fit(data, watch=Watch(kill, tmp_path / "state"))
+        seen: list[int] = []
+        found = detector.clone().fit(data, watch=Watch(lambda _, done, total: seen.append(done), tmp_path / "state"))
+        assert seen == [4, 5, 6]
+        for name, value in expected.weights_.items():
+            assert torch.equal(found.weights_[name], value), name
+
+    return check
