@@ -3,7 +3,7 @@
 Arms: all_data (no screening), paper and default (the presets of stage 1), oracle_clean (the training set less its
 anomalies: what a perfect screening would give). The detector has its default parameters in every arm, or its budget
 preset where it has one. Arms with the same screener, subsets and partitions share sub-models. Thresholds come from
-held-out scores of the images that are trained on, by the paper arm's sub-models where it is run, else by two halves.
+held-out scores of the images that are trained on, as `flawsift.benchmark.compare` has them.
 Anomalous images without a mask are left out of sets with masks, since AUPRO needs one of each.
 
 Finished cells are rows already and are skipped, so a killed run goes on where it was.
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--detectors", nargs="+", default=list(MAIN), choices=list(DETECTORS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--overlap", action="store_true", help="training anomalies stay in the test set, too")
-    parser.add_argument("--no-calibrate", action="store_true", help="no rates of false alarms and misses by halves")
+    parser.add_argument("--no-calibrate", action="store_true", help="cross-fit for no rates of false alarms and misses")
     parser.add_argument("--size", type=int, default=256, help="edge length of the network input")
     parser.add_argument("--cache", type=Path, help="folder for features, reused when it exists (default: temporary)")
     parser.add_argument("--fresh", action="store_true", help="run cells again that have rows of this commit")
