@@ -1,5 +1,6 @@
 """PaDiM against closed forms and scipy."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,46 @@ def test_fits_add_and_subtract(cut: int, seed: int, offset: float) -> None:
     assert (merged.mean_ - whole.mean_).abs().max() < tolerance * whole.mean_.abs().max()
     alone = PaDiM(layers=("a",)).fit(first)
     assert (less.scatter_ - alone.scatter_).abs().max() < 10 * tolerance * scale
+
+
+def models_without(data: ImageSet, padim: PaDiM) -> list[float]:
+    """Each image's score by a model fitted without its group."""
+    scores = []
+    for i in data.ids.tolist():
+        rest = data.select([j for j in data.ids.tolist() if data.groups.get(j, j) != data.groups.get(i, i)])
+        scores.append(float(padim.clone().fit(rest).predict(data.select([i]), maps=False).scores[0]))
+    return scores
+
+
+@settings(deadline=None, max_examples=25)
+@given(sizes=st.lists(st.integers(1, 3), min_size=5, max_size=12), d=st.integers(1, 20), seed=st.integers(0, 1000))
+def test_held_out_scores_are_those_of_models_without_the_group(sizes: list[int], d: int, seed: int) -> None:
+    groups = dict(enumerate(f"part {g}" for g, size in enumerate(sizes) for _ in range(size)))
+    data = replace(feature_set(random_features(len(groups), d, seed=seed)), groups=groups)
+    shuffled = data.select(np.random.default_rng(seed).permutation(data.ids))
+    padim = PaDiM(layers=("a",), eps=1.0, standardize=False).fit(data)
+    np.testing.assert_allclose(padim.held_out_scores(shuffled), models_without(shuffled, padim), rtol=5e-3)
+
+
+def test_held_out_scores_do_not_take_rejected_patches_out() -> None:
+    x = random_features(30)
+    x[0, :, 0, 0] += 500  # rejected, so no model has seen it
+    mask = np.zeros((3, 4), bool)
+    mask[0, 0] = True
+    data = replace(feature_set(x), groups={0: "a", 1: "a"}).without_patches({0: mask})
+    padim = PaDiM(layers=("a",), standardize=False).fit(data)
+    found, expected = padim.held_out_scores(data), models_without(data, padim)
+    assert expected[0] > 50
+    # one image more or less is counted in the divisor of B
+    np.testing.assert_allclose(found, expected, rtol=3e-2)
+
+
+def test_the_variance_of_all_images_serves_held_out_scores() -> None:
+    # `standardize`: what one image changes in the variance that eps is relative to is left out
+    data = feature_set(random_features(40, 5) * np.float32(7))
+    padim = PaDiM(layers=("a",)).fit(data)
+    expected = [padim.without(data.select([i])).predict(data.select([i]), maps=False).scores[0] for i in data.ids]
+    np.testing.assert_allclose(padim.held_out_scores(data), expected, rtol=1e-2)
 
 
 def test_rounding_does_not_break_a_singular_covariance() -> None:

@@ -23,7 +23,6 @@ from flawsift.features import FeatureStore, attach
 from flawsift.images import ImageSet
 from flawsift.results import load_screening, save_screening
 from flawsift.screening import screen as screen_features
-from flawsift.screening import split
 from flawsift.testing import SIZE
 
 SMALL: dict[str, Detector] = {
@@ -44,13 +43,12 @@ def store(tmp_path: Path) -> FeatureStore:
 
 
 def left_out_scores(detector: Detector, data: ImageSet) -> Any:
-    """Each image's score by a model of the other four fifths."""
-    fold_of = split(data, 5, seed=0)
-    scores = np.empty(len(data))
-    for fold in range(5):
-        rest, held_out = (data.select(data.ids[wanted]) for wanted in (fold_of != fold, fold_of == fold))
-        scores[fold_of == fold] = detector.clone().fit(rest).predict(held_out, maps=False).scores
-    return scores
+    """Each image's score by a model of all others."""
+    scores = []
+    for i in data.ids:
+        rest = data.select(data.ids[data.ids != i])
+        scores.append(detector.clone().fit(rest).predict(data.select([i]), maps=False).scores[0])
+    return np.array(scores)
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
@@ -69,7 +67,7 @@ def test_stage_two_trains_on_exactly_what_was_kept(
     judged = screening.held_out_scores[screening.is_kept]
     if name == "padim":
         judged = left_out_scores(detector, screening.purified(data))
-    np.testing.assert_allclose(model.calibration.scores, np.sort(judged), rtol=2e-3)
+    np.testing.assert_allclose(model.calibration.scores, np.sort(judged), rtol=1e-2 if name == "padim" else 2e-3)
 
 
 def test_padim_reads_removed_images_only_for_stage_two(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
@@ -82,7 +80,7 @@ def test_padim_reads_removed_images_only_for_stage_two(tiny: Backbone, easy: Dat
 
     pipeline.fit(easy.images, Watched(n_features=30), tiny, store=store, screener="own", keep=0.9, reject_patches=0.0)
     stages = [10, 10, 10, 10, 10, 5]  # k sub-models, then the five removed images are taken out
-    assert fits == [*stages, 9, 9, 9, 9, 9], "and a fifth of the others each time, for the threshold"
+    assert fits == stages, "and nothing for the threshold"
 
 
 def test_defects_are_ranked_first_and_a_screening_can_be_edited(
@@ -124,7 +122,7 @@ def test_another_detector_screens_and_the_threshold_is_the_final_ones_own(
         judged = left_out_scores(final, purified)
     else:
         judged = screen_features(purified, final, n_subsets=2, keep=1.0, reject_patches=0.0).held_out_scores
-    np.testing.assert_allclose(model.calibration.scores, np.sort(judged), rtol=2e-3)
+    np.testing.assert_allclose(model.calibration.scores, np.sort(judged), rtol=1e-2 if name == "padim" else 2e-3)
     direct = final.clone().fit(purified)
     test = data.select(easy.truth.ids[::3])
     np.testing.assert_allclose(model.detector.predict(test).scores, direct.predict(test).scores, rtol=2e-3)

@@ -267,6 +267,9 @@ class Additive(Protocol):
     def without(self, data: ImageSet, *, device: str = "auto") -> Detector:
         """The model of the training set less these images, all of which were in it."""
 
+    def held_out_scores(self, data: ImageSet, *, device: str = "auto") -> npt.NDArray[np.float64]:
+        """(N,) scores of images of the training set, each as by the model without that image and its group."""
+
 
 def load_detector(folder: str | Path, like: Detector | None = None) -> Detector:
     """Read what `Detector.save` wrote.

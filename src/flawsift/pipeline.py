@@ -33,13 +33,12 @@ from flawsift.lookalikes import describe
 from flawsift.metrics import GroundTruth, StreamingAUPRO
 from flawsift.progress import Progress, silent
 from flawsift.results import ROOT, Predictions, SavedScreening, load_screening, save_screening
-from flawsift.screening import OWN, PRESETS, SCREENERS, Screening, ScreenOptions, split
+from flawsift.screening import OWN, PRESETS, SCREENERS, Screening, ScreenOptions
 from flawsift.screening import screen as screen_features
 from flawsift.training import Watch
 
 FORMAT = 1  # of the model folder
 HALVES = 2  # of the kept images, for a threshold where stage 1 had another detector: two trainings must do
-FOLDS = 5  # where a fold is taken out of a fitted model at little cost
 VERSIONED = ("torch", "timm", "openvino", "numpy", "pillow")  # packages whose version can change a score
 
 
@@ -182,7 +181,7 @@ def fit(
     """Both stages: screen, then train the detector on what is kept, with a threshold from held-out scores.
 
     Those are the scores of stage 1 where it had the same detector, else those of `cross_fitted_scores`. The latter are
-    for detectors with additive statistics in any case: trained on a fifth of the images they score far too high.
+    for detectors with additive statistics in any case: sub-models of a fifth of the images score far too high.
 
     Args:
         images: As for `screen`, and so are detector, backbone, store, seed, device, progress, executor and options.
@@ -413,8 +412,8 @@ def cross_fitted_scores(
 ) -> npt.NDArray[np.float64]:
     """Scores to calibrate a threshold with: each image is scored by a model that has not seen it.
 
-    Where the detector has additive statistics, each of five folds is taken out of the fitted model; else two clones are
-    trained on halves, and each scores the other half.
+    Where the detector has additive statistics, each image and its group is taken out of the fitted model; else two
+    clones are trained on halves, and each scores the other half.
 
     Args:
         purified: The m images that the detector has learned from; groups stay whole.
@@ -428,12 +427,7 @@ def cross_fitted_scores(
     if n_groups < HALVES:
         return np.empty(0)
     if isinstance(detector, Additive):
-        fold_of = split(purified, min(FOLDS, n_groups), seed=seed)
-        scores = np.empty(len(purified))
-        for fold in range(fold_of.max() + 1):
-            held_out = purified.select(purified.ids[fold_of == fold])
-            scores[fold_of == fold] = detector.without(held_out, device=device).predict(held_out, maps=False).scores
-        return scores
+        return detector.held_out_scores(purified, device=device)
     found = screen_features(
         purified,
         detector.clone(),

@@ -113,8 +113,44 @@ class PaDiM(Detector):
             return self._like(self._stored_moments())
         return self._like(self._stored_moments().minus(self._moments(data, resolve_device(device))))
 
+    def held_out_scores(self, data: ImageSet, *, device: str = "auto") -> npt.NDArray[np.float64]:
+        """(N,) scores of images that it was trained on, each as by the model without that image and its group.
+
+        No model is fitted. Of n images a group has m, the others are n' = n - m. With c = 1 / (n' - 1),
+        B = c scatter + eps diag(v) and K = (x_i - mu)^T B^-1 (x_j - mu) over the group, the Woodbury identity gives the
+        squared distances as the diagonal of Z^T (K + c K (I - 1 1^T / n - c K)^-1 K) Z with Z = I + 1 1^T / n'; for
+        m = 1 that is n / (n - 1) K / ((n - 1) / n - c K). Patches that were rejected are scored but not taken out: they
+        were never in, though B still counts them among the m. v is that of all images.
+
+        Raises:
+            InputError: The patch grid is another one.
+            NotFittedError: It is not fitted.
+        """
+        moments, target = self._stored_moments(), resolve_device(device)
+        members: dict[str, list[int]] = {}
+        for id_, group in zip(data.ids.tolist(), data.group_names, strict=True):
+            members.setdefault(group, []).append(id_)
+        scores: dict[int, float] = {}
+        for size in sorted({len(ids) for ids in members.values()}):
+            alike = data.select([i for ids in members.values() if len(ids) == size for i in ids])
+            whitener = self._make_whitener(size).to(target)
+            for batch in alike.batches(self.layers, batch_size=size * max(1, FIT_BATCH // size)):
+                products = self._products(batch, whitener, target, size)
+                accepted = batch.accepted(*self.grid_)
+                if accepted is None:
+                    learned = torch.ones(products.shape[:3])
+                else:
+                    learned = accepted.flatten(1).T.reshape(products.shape[:3])
+                maps = _held_out_norms(products.cpu(), learned, moments.n).T.reshape(-1, *self.grid_)
+                scores.update(zip(batch.ids.tolist(), self._image_scores(maps).tolist(), strict=True))
+        return np.array([scores[i] for i in data.ids.tolist()])
+
     def _maps(self, batch: Batch, device: str) -> Tensor:
-        whitener = self._whitener(device)
+        distances = self._products(batch, self._whitener(device), device, 1).flatten(1).sqrt_()  # (P, B)
+        return distances.T.reshape(-1, *self.grid_)
+
+    def _products(self, batch: Batch, whitener: Tensor, device: str, m: int) -> Tensor:
+        """(P, G, m, m) products of what `whitener` makes of the patches, less their mean, of each m images in turn."""
         x, grid = self._embed(batch)
         if grid != self.grid_:
             raise InputError(
@@ -122,11 +158,10 @@ class PaDiM(Detector):
                 "Use the input size it was fitted with."
             )
         if device == "cpu":
-            distances = _whitened_norms(whitener, x, self.mean_)
-        else:
-            delta = x.to(device) - self.mean_.to(device).unsqueeze(2)  # (P, d, B)
-            distances = torch.bmm(whitener, delta).square_().sum(1).sqrt_()  # (P, B)
-        return distances.T.reshape(-1, *grid)
+            return _whitened_products(whitener, x, self.mean_, m)
+        white = torch.bmm(whitener, x.to(device) - self.mean_.to(device).unsqueeze(2))
+        columns = white.reshape(*white.shape[:2], -1, m)
+        return torch.einsum("pdgi,pdgj->pgij", columns, columns)
 
     def _image_scores(self, maps: Tensor) -> Tensor:
         return smooth(maps, SIGMA_PER_PIXEL * maps.shape[2]).amax((1, 2))
@@ -206,15 +241,18 @@ class PaDiM(Detector):
         """(P, d, d) inverse Cholesky factors: distance = |L^-1 (x - mu)|. Made once, never saved."""
         cached: Tensor | None = vars(self).get("_cached_whitener")
         if cached is None or cached.device.type != torch.device(device).type:
-            degrees = (self.counts_ - 1).clamp_min(1)  # (P, 1)
-            unit = torch.ones(self.mean_.shape[1])
-            if self.standardize:
-                within = (self.scatter_[:, _diagonal(len(unit))] / degrees).mean(0)
-                unit = within + self.mean_.var(0, correction=0)
-                unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-            cached = _inverse_factors(self.scatter_, 1 / degrees, self.eps * unit).to(device)
-            vars(self)["_cached_whitener"] = cached
+            cached = vars(self)["_cached_whitener"] = self._make_whitener(0).to(device)
         return cached
+
+    def _make_whitener(self, n_held_out: int) -> Tensor:
+        """(P, d, d) as `_whitener`, of scatter / (n - n_held_out - 1) + eps diag(v)."""
+        unit = torch.ones(self.mean_.shape[1])
+        if self.standardize:
+            within = (self.scatter_[:, _diagonal(len(unit))] / (self.counts_ - 1).clamp_min(1)).mean(0)
+            unit = within + self.mean_.var(0, correction=0)
+            unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+        degrees = (self.counts_ - n_held_out - 1).clamp_min(1)  # (P, 1)
+        return _inverse_factors(self.scatter_, 1 / degrees, self.eps * unit)
 
 
 def _replication(small: list[int], large: list[int]) -> Tensor:
@@ -249,17 +287,41 @@ def _by_position(n: int, work: Callable[[slice], object]) -> None:
     in_threads(work, (slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)))
 
 
-def _whitened_norms(whitener: Tensor, x: Tensor, mean: Tensor) -> Tensor:
-    """(P, B) norms of whitener (P, d, d) times (x - mean) of (P, d, B) and (P, d), on the CPU."""
+def _whitened_products(whitener: Tensor, x: Tensor, mean: Tensor, m: int) -> Tensor:
+    """(P, G, m, m) products of the columns of whitener (P, d, d) times (x - mean) of (P, d, G m), on the CPU."""
     factors, values, centres = whitener.numpy(), x.numpy(), mean.numpy()
-    norms = np.empty((len(values), values.shape[2]), np.float32)
+    n, d, n_columns = values.shape
+    products = np.empty((n, n_columns // m, m, m), np.float32)
 
     def work(part: slice) -> None:
-        y = np.matmul(factors[part], values[part] - centres[part, :, None])
-        np.einsum("pdb,pdb->pb", y, y, out=norms[part])
+        white = np.matmul(factors[part], values[part] - centres[part, :, None])
+        if m == 1:  # five times quicker than products of single columns
+            np.einsum("pdb,pdb->pb", white, white, out=products[part, :, 0, 0])
+        else:
+            columns = white.reshape(len(white), d, -1, m)
+            np.matmul(columns.transpose(0, 2, 3, 1), columns.transpose(0, 2, 1, 3), out=products[part])
 
-    _by_position(len(values), work)
-    return torch.from_numpy(np.sqrt(norms, out=norms))
+    _by_position(n, work)
+    return torch.from_numpy(products)
+
+
+def _held_out_norms(products: Tensor, learned: Tensor, n: Tensor) -> Tensor:
+    """(P, G m) distances without a patch's own group, from the (P, G, m, m) products of `PaDiM.held_out_scores`.
+
+    learned (P, G, m) tells whose patches the statistics of n (P, 1) images contain.
+    """
+    k, w, n = products.double(), learned.double(), n.double().unsqueeze(2)  # n: (P, 1, 1)
+    m = k.shape[3]
+    others = (n - w.sum(2, keepdim=True)).clamp_min(1)  # (P, G, 1)
+    c = (1 / (others - 1).clamp_min(1)).unsqueeze(3)
+    eye = torch.eye(m, dtype=k.dtype)
+    shift = (w / others).unsqueeze(3)  # what leaving the group out does to the mean: column i is w / n'
+    left = k @ (eye + shift)  # K Z
+    seen = w.unsqueeze(3) * left
+    inner = eye - w.unsqueeze(3) * w.unsqueeze(2) * (1 / n.unsqueeze(3) + c * k)
+    squared = ((eye + shift) * left).sum(2) + c.squeeze(3) * (seen * torch.linalg.solve(inner, seen)).sum(2)
+    norms: Tensor = squared.clamp_min_(0).sqrt_().flatten(1).float()
+    return norms
 
 
 def _inverse_factors(packed: Tensor, scale: Tensor, ridge: Tensor) -> Tensor:
