@@ -71,7 +71,8 @@ def test_runtimes_agree(name: str) -> None:
     slow, fast = (backbone.extract(images(3), layers) for backbone in pair)
     for info in pair[0].layers:
         a, b = slow[info.name], fast[info.name]
-        assert a.shape == b.shape == (3, info.channels, 64 // info.stride, 64 // info.stride)
+        edge = 64 // info.stride if info.stride else 1
+        assert a.shape == b.shape == (3, info.channels, edge, edge)
         assert a.dtype == b.dtype == torch.float32
         assert a.device.type == b.device.type == "cpu"
         assert a.std() > 0
@@ -415,6 +416,27 @@ def test_tiny_is_small_and_no_channel_is_dead() -> None:
         assert 0.1 < spread.median() < 10
 
 
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+@pytest.mark.parametrize("name", [VIT, "random:1:vit_small_patch14_reg4_dinov2"])
+def test_class_tokens_are_those_of_the_network(name: str, runtime: Runtime) -> None:
+    backbone = load_backbone(name, size=64 if name == VIT else 56, runtime=runtime)
+    pixels = images(3, backbone.size)
+    found = backbone.extract(pixels, ["blocks.2", "blocks.11.cls", "blocks.11"])
+    model = backbone._trunk.model
+    with torch.no_grad():
+        x = pixels.float() * backbone._trunk.scale + backbone._trunk.shift
+        expected = model.forward_features(x)  # type: ignore[operator]
+    token = found["blocks.11.cls"]
+    assert token.shape == (3, model.num_features, 1, 1)
+    normed = model.norm(token.flatten(1))  # type: ignore[operator]
+    torch.testing.assert_close(normed, expected[:, 0], rtol=1e-3, atol=1e-3)
+    n_prefix = model.num_prefix_tokens
+    patches = model.norm(found["blocks.11"].flatten(2).transpose(1, 2))  # type: ignore[operator]
+    torch.testing.assert_close(patches, expected[:, n_prefix:], rtol=1e-3, atol=1e-3)
+    alone = backbone.extract(pixels, ["blocks.2"])["blocks.2"]
+    torch.testing.assert_close(found["blocks.2"], alone, rtol=1e-5, atol=1e-5)
+
+
 # ---- names and parameters
 
 
@@ -424,6 +446,10 @@ def test_layers_resolve_by_name_and_stride() -> None:
     vit = loaded(VIT, "torch")
     assert vit.resolve("stride16") == LayerInfo("blocks.11", 192, 16)  # the deepest of twelve
     assert vit.resolve("blocks.3").name == "blocks.3"
+    assert vit.resolve("blocks.3.cls") == LayerInfo("blocks.3.cls", 192, 0)
+    with pytest.raises(ParameterError, match="stride0"):
+        vit.resolve("stride0")
+    assert not [info for info in backbone.layers if info.name.endswith("cls")], "a CNN has no class token"
     with pytest.raises(ParameterError, match=r"'layer2'.* Known: blocks\.0, .*, stride8"):
         backbone.resolve("layer2")
     with pytest.raises(ParameterError, match="Did you mean 'stride8'"):

@@ -437,6 +437,18 @@ def test_identical_images_give_finite_equal_scores(preset: str) -> None:
     assert np.ptp(scores) < 1e-5
 
 
+def test_a_class_token_is_the_image_vector_where_a_layer_has_one() -> None:
+    maps, tokens = (np.random.default_rng(0).normal(size=(6, c, e, e)).astype(np.float32) for c, e in ((6, 4), (5, 1)))
+    data = image_set(a=maps, token=tokens)
+    found = small(layers=("a", "token")).fit(data)
+    assert found.widths_ == [5, 6]
+    image, patches, grid = found._embed(next(data.batches(("a", "token"))), "cpu")
+    assert patches.shape == (6, 16, 6)
+    assert grid == (4, 4)
+    expected = (tokens - tokens.mean(0)) / tokens.std(0)
+    np.testing.assert_allclose(image.numpy(), expected[:, :, 0, 0], rtol=1e-4, atol=1e-5)
+
+
 def test_one_image_is_refused_or_compared_with_itself() -> None:
     with pytest.raises(InputError, match="needs at least 2 images to compare patches, got 1"):
         small().fit(random_set(1))

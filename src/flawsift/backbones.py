@@ -8,6 +8,8 @@ is several times faster on a CPU. Both give the same bits for an image whatever 
     any timm name             pretrained weights from the hub cache, the hub, or a local file (`weights`)
     tiny, random:SEED         a very small network with random weights, for tests
     random:SEED:TIMM_NAME     that architecture with random weights, for tests
+
+Transformers with a class token have it as a layer of its own, with one cell per image: "blocks.11.cls".
 """
 
 import difflib
@@ -53,6 +55,7 @@ OPENVINO_OPTIONS = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT"
 # Seconds until an unanswering hub counts as unreachable; its own client would retry for 20 s and more per file.
 HUB_TIMEOUT = 5.0
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm itself looks for, in its order
+CLASS_TOKEN = ".cls"  # after a layer's name
 SAFETENSORS, PICKLES = (".safetensors",), (".pth", ".pt", ".bin")
 MAX_NAMED = 5  # an error names at most this many offenders, and the total
 # Images at a time where layers are averaged: the eight blocks that Dinomaly averages are 20 MB per image at ViT-B.
@@ -68,7 +71,8 @@ class LayerInfo:
     Attributes:
         name: The layer's name in the network.
         channels: Channels C of its (B, C, h, w) output.
-        stride: Input pixels per cell; h = w = size / stride, rounded as the network rounds.
+        stride: Input pixels per cell; h = w = size / stride, rounded as the network rounds. 0 for a class token,
+            whose h = w = 1.
     """
 
     name: str
@@ -82,7 +86,7 @@ class Backbone:
     Attributes:
         name: The name it was loaded by.
         weights_digest: SHA-256 over name, type, shape and bytes of all loaded parameters and buffers.
-        layers: All layers that can be read, in network order.
+        layers: All layers that can be read, in network order; class tokens come last.
         mean: Per-channel mean subtracted from RGB in [0, 1].
         std: Per-channel divisor after that.
         runtime: What runs it, "torch" or "openvino".
@@ -124,9 +128,9 @@ class Backbone:
                 raise ParameterError(f"The layers of '{layer}' have different shapes, so they have no mean.")
             return replace(parts[0], name=layer)
         for info in reversed(self.layers):
-            if layer in (info.name, f"stride{info.stride}"):
+            if layer == info.name or (info.stride and layer == f"stride{info.stride}"):
                 return info
-        strides = sorted({info.stride for info in self.layers})
+        strides = sorted({info.stride for info in self.layers} - {0})
         known = [info.name for info in self.layers] + [f"stride{stride}" for stride in strides]
         raise ParameterError(unknown_name(f"layer of {self.name}", layer, known))
 
@@ -224,7 +228,10 @@ class _Trunk(nn.Module):
         super().__init__()
         self.model = model
         self.mean, self.std = _triple(mean), _triple(std)
-        self.layers = _layers(model, name)
+        maps = _layers(model, name)
+        self.n_maps = len(maps)
+        tokens = maps if getattr(model, "cls_token", None) is not None and hasattr(model, "num_prefix_tokens") else ()
+        self.layers = (*maps, *(LayerInfo(m.name + CLASS_TOKEN, m.channels, 0) for m in tokens))
         m, s = torch.tensor(self.mean).reshape(1, 3, 1, 1), torch.tensor(self.std).reshape(1, 3, 1, 1)
         self.register_buffer("scale", 1 / (255 * s))
         self.register_buffer("shift", -m / s)
@@ -234,11 +241,18 @@ class _Trunk(nn.Module):
         return super().train(False)
 
     def taps(self, pixels: Tensor, taps: Sequence[int]) -> tuple[Tensor, ...]:
-        """Outputs (B, C, h, w) of the asked layers; class and register tokens are dropped."""
+        """Outputs of the asked layers: (B, C, h, w) maps without the prefix tokens, or (B, C, 1, 1) class tokens."""
         x = pixels.float() * self.scale + self.shift
+        indices = sorted({tap % self.n_maps for tap in taps})
+        wanted: dict[str, bool] = {"return_prefix_tokens": True} if max(taps) >= self.n_maps else {}
         forward = cast(Any, self.model).forward_intermediates
-        outputs = forward(x, indices=list(taps), intermediates_only=True, stop_early=True, output_fmt="NCHW")
-        return tuple(outputs)
+        outputs = forward(x, indices=indices, intermediates_only=True, stop_early=True, output_fmt="NCHW", **wanted)
+        if not wanted:
+            return tuple(outputs)
+        found = dict(zip(indices, outputs, strict=True))  # the class token is the first of the prefix
+        return tuple(
+            found[tap][0] if tap < self.n_maps else found[tap - self.n_maps][1][:, 0, :, None, None] for tap in taps
+        )
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         return self.taps(pixels, range(len(self.layers)))
