@@ -1,10 +1,13 @@
 """Drawn defects: blends, Perlin noise, and the view that carries them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from flawsift import corruption
@@ -17,7 +20,9 @@ from flawsift.corruption import (
     corrupted,
     perlin_mask,
     perlin_noise,
+    photo_view,
 )
+from flawsift.errors import InputError
 from flawsift.views import derive
 
 
@@ -170,3 +175,43 @@ def test_colours_lie_between_those_of_the_palette() -> None:
         assert found.shape == (3, 8, 8)
         greys += int(np.abs(found - found.mean(0)).max() < 12)
     assert greys < 10, "nearly no colours"
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Three photographs of one colour each, one of them in a folder of its own."""
+    folder = tmp_path / "textures"
+    (folder / "dots").mkdir(parents=True)
+    for value, name in ((10, "a.png"), (120, "dots/b.png"), (240, "c.png")):
+        Image.new("RGB", (30, 20), (value, value, value)).save(folder / name)
+    return folder
+
+
+def test_photographs_serve_as_textures(photographs: Path) -> None:
+    pixels = picture(32)
+    drawn = [corrupted(pixels, photo_view(f"0.{k}", str(photographs))) for k in range(40)]
+    assert {int(v) for d in drawn for v in np.unique(d.texture.numpy())} == {10, 120, 240}, (
+        "all of them, and nothing else"
+    )
+    view = photo_view("0.1", str(photographs))
+    assert torch.equal(derive(pixels, view), drawn[1].image)
+    inside = drawn[1].mask
+    assert inside.any()
+    assert torch.equal(drawn[1].image[:, ~inside], pixels[:, ~inside])
+
+
+def test_folders_of_textures_that_are_no_good(photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere' does not exist"):
+        photo_view("0.0", str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no image"):
+        photo_view("0.0", str(tmp_path / "empty"))
+    view = photo_view("0.0", str(photographs))
+    Image.new("RGB", (9, 9)).save(photographs / "d.png")
+    with pytest.raises(InputError, match="has changed since"):
+        corrupted(picture(), view)
+    assert photo_view("0.0", str(photographs)) != view, "features of the old folder are not taken for those of the new"
+    for file in photographs.rglob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"png' cannot be read: .*Remove it"):
+        corrupted(picture(), photo_view("0.0", str(photographs)))

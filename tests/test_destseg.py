@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from flawsift.backbones import Backbone
@@ -271,6 +272,18 @@ def test_copies_are_those_of_the_view(data: ImageSet, monkeypatch: pytest.Monkey
     del detector._drawn  # type: ignore[attr-defined]
     assert torch.equal(detector._copies(data, view)[0], again[0]), "memory changes a copy"
     assert not detector._drawn  # type: ignore[attr-defined]
+
+
+def test_photographs_may_be_pasted(tiny: Backbone, easy: Dataset, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40), (255, 0, 255)).save(tmp_path / "pink.png")
+    detector = small(textures=str(tmp_path))
+    images, _ = attach(easy.images.select(np.arange(8)), tiny, detector.layers, views=detector.views)
+    fitted = detector.fit(images)
+    pixels, masks = fitted._copies(images, detector.views[0])
+    assert masks.any()
+    red, green = (pixels[:, channel][masks.repeat_interleave(4, 1).repeat_interleave(4, 2) > 0] for channel in (0, 1))
+    assert (red.mean() - green.mean()) > 0.3, "what is pasted is pink"
+    assert np.isfinite(fitted.predict(images, maps=False).scores).all()
 
 
 def test_the_student_may_see_fewer_pixels(data: ImageSet) -> None:

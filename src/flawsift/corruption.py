@@ -2,11 +2,14 @@
 
 The shape comes from Perlin noise. The texture is a part of the same image, changed strongly, or drawn: noise of any
 roughness, cells, waves, lattices and marble in random colours. They stand for the photographs of textures that the
-papers paste; what matters is that they are many and foreign, not what they show.
+papers paste; what matters is that they are many and foreign, not what they show. Where there are photographs, such as
+the Describable Textures Dataset that the papers use, their folder can be named instead (`photo_view`).
 """
 
+import functools
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +17,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flawsift.errors import InputError
+
 Floats = npt.NDArray[np.float64]
 Field = Callable[[int, np.random.Generator], Floats]  # (S, S) levels in [0, 1]
 
 SMALLEST_CELL = 8  # pixels: 2^5 cells at the papers' 256 px
 NOISE_ABOVE = 0.5  # where the mask lies: on average 5 % of the image
 MOST_KEPT = 0.8  # share of the image that shines through a texture at most
+PHOTO = "photo"  # kind of the names whose textures are photographs
 SELF_SHARE = 0.3  # of the textures that are parts of the image itself: near its colours, and near real defects
 
 
@@ -40,18 +46,72 @@ class Corruption(NamedTuple):
 
 
 def corrupted(pixels: Tensor, name: str) -> Corruption:
-    """(3, S, S) uint8 pixels with a defect that follows from them and the name."""
+    """(3, S, S) uint8 pixels with a defect that follows from them and the name.
+
+    Raises:
+        InputError: It is a name of `photo_view` whose folder has changed, or a photograph cannot be read.
+    """
     plain = pixels.contiguous().numpy()
     digest = hashlib.sha256(f"{name} {plain.shape} ".encode() + plain.tobytes()).digest()
     generator = np.random.default_rng(int.from_bytes(digest[:16], "little"))
     size = plain.shape[1]
     mask = perlin_mask(size, generator)
     kept = float(generator.uniform(0, MOST_KEPT))
-    own = generator.random() < SELF_SHARE
-    texture = _from_itself(plain, generator) if own else _drawn(size, generator)
+    if name.startswith(f"{PHOTO}:"):
+        texture = _photograph(name, size, generator)
+    else:
+        own = generator.random() < SELF_SHARE
+        texture = _from_itself(plain, generator) if own else _drawn(size, generator)
     blend = np.rint((1 - kept) * texture + kept * plain).astype(np.uint8)
     image = np.where(mask, blend, plain)
     return Corruption(torch.from_numpy(image), torch.from_numpy(mask), torch.from_numpy(texture), kept)
+
+
+def photo_view(key: str, folder: str) -> str:
+    """The name that draws with photographs: of `key`, the folder and what it holds, since features are cached by it.
+
+    Args:
+        key: Any text without a colon; every key draws another defect.
+        folder: Photographs, flat or nested.
+
+    Raises:
+        InputError: The folder is missing or holds no image.
+    """
+    return f"{PHOTO}:{key}:{_fingerprint(folder, tuple(_photographs(folder)))}:{folder}"
+
+
+def _photographs(folder: str) -> list[str]:
+    from flawsift.images import scan_folder  # which needs this module
+
+    if not (found := scan_folder(Path(folder))):
+        raise InputError(f"The folder of textures '{folder}' holds no image.")
+    return found
+
+
+def _fingerprint(folder: str, names: tuple[str, ...]) -> str:
+    listed = "\n".join(f"{name} {(Path(folder) / name).stat().st_size}" for name in names)
+    return hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=4)
+def _listed(folder: str, fingerprint: str) -> tuple[str, ...]:
+    names = tuple(_photographs(folder))
+    if _fingerprint(folder, names) != fingerprint:
+        raise InputError(f"The folder of textures '{folder}' has changed since this view of it was named.")
+    return names
+
+
+def _photograph(name: str, size: int, generator: np.random.Generator) -> npt.NDArray[np.uint8]:
+    from flawsift.images import UnreadableImage, decode, to_pixels
+
+    _, _, fingerprint, folder = name.split(":", 3)
+    names = _listed(folder, fingerprint)
+    path = Path(folder) / names[int(generator.integers(len(names)))]
+    try:
+        drawn: npt.NDArray[np.uint8] = to_pixels(decode(path.read_bytes()), size).numpy()
+    except (OSError, UnreadableImage) as error:
+        raise InputError(f"The texture '{path}' cannot be read: {error}. Remove it from the folder.") from error
+    return drawn
 
 
 # ---- the shape -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flawsift.corruption import corrupted
+from flawsift.corruption import PHOTO, corrupted
 from flawsift.errors import ParameterError, unknown_name
 
 
@@ -70,4 +70,9 @@ def perlin(pixels: Tensor, key: str) -> Tensor:
     return corrupted(pixels, f"perlin:{key}").image
 
 
-_KINDS: Mapping[str, Callable[[Tensor, str], Tensor]] = {"perlin": perlin, "rotate": rotated}
+def photo(pixels: Tensor, key: str) -> Tensor:
+    """As `perlin`, with photographs as textures; the names are those of `flawsift.corruption.photo_view`."""
+    return corrupted(pixels, f"{PHOTO}:{key}").image
+
+
+_KINDS: Mapping[str, Callable[[Tensor, str], Tensor]] = {"perlin": perlin, PHOTO: photo, "rotate": rotated}

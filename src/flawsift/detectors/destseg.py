@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flawsift import training
-from flawsift.corruption import corrupted
+from flawsift.corruption import corrupted, photo_view
 from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
@@ -75,8 +75,9 @@ class DeSTSeg(Detector):
         Each training image passes the backbone 1 + `n_copies` times.
     Contamination: Strong. The student learns to leave real defects as they are, and the net to call them clean.
     Differs from the paper: each image has a fixed bank of `n_copies` corrupted copies, whose teacher features are
-        cached, instead of a new corruption at each step; textures are drawn or taken from the image itself instead of
-        photographs (DTD), which is expected to cost accuracy; no rotated copies, which the paper has for some products.
+        cached, instead of a new corruption at each step; without `textures`, textures are drawn or taken from the image
+        itself instead of photographs (DTD), which is expected to cost accuracy; no rotated copies, which the paper has
+        for some products.
         The default has narrow networks, sees 128 px, takes fewer and smaller steps under a falling rate, and
         standardises features, whose student then ends in linear maps: the paper's ReLU fits the taps of a ResNet-18.
         Dilations keep their share of the grid. At prediction, the segmentation net's whole-image branch is held within
@@ -87,6 +88,8 @@ class DeSTSeg(Detector):
 
     Attributes:
         n_copies: Corrupted copies of each training image.
+        textures: A folder of photographs of textures, such as the Describable Textures Dataset (DTD) of the paper; None
+            draws them.
         student_size: Edge length in pixels, a multiple of 32, that the student sees; teacher features are averaged to
             its grids. None takes the network's input.
         student_width: Channels of the student's first stage; 64 is a ResNet-18.
@@ -124,6 +127,7 @@ class DeSTSeg(Detector):
 
     layers: Sequence[str] = ("stride4", "stride8", "stride16")
     n_copies: int = 4
+    textures: str | None = None
     student_size: int | None = 128
     student_width: int = 32
     head_width: int = 64
@@ -149,6 +153,8 @@ class DeSTSeg(Detector):
     @property
     def views(self) -> tuple[str, ...]:
         """The corrupted copies of each training image."""
+        if self.textures is not None:
+            return tuple(photo_view(f"{self.seed}.{copy}", self.textures) for copy in range(self.n_copies))
         return tuple(f"perlin:{self.seed}:{copy}" for copy in range(self.n_copies))
 
     def fit(self, data: ImageSet, *, device: str = "auto", watch: training.Watch = training.UNWATCHED) -> Self:
@@ -164,11 +170,12 @@ class DeSTSeg(Detector):
             nets = self._build().to(target)
         rates = {nets.student: self.student_rate, nets.segmenter.residual: self.residual_rate}
         rates |= {part: self.head_rate for name, part in nets.segmenter.named_children() if name != "residual"}
+        views = self.views
         groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in rates.items()]
         optimizer = torch.optim.SGD(groups, lr=self.head_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
         def loss_of(batch: Batch, step: int) -> Tensor:
-            view = self.views[int(np.random.default_rng([self.seed, step]).integers(self.n_copies))]
+            view = views[int(np.random.default_rng([self.seed, step]).integers(self.n_copies))]
             images = data.select(batch.ids)
             pixels, mask = self._copies(images, view)
             pixels, first_phase = pixels.to(target), step < self.student_steps
