@@ -144,6 +144,36 @@ def detectors(results: Path, arm: str, metric: str) -> str | None:
     return table(["set", "defective in training", *(DETECTORS[name] for name in names)], body) + source(_joined(cells))
 
 
+def overlap(results: Path) -> str | None:
+    """One row per set and alpha, one column per detector: trained on everything, defects of training tested again."""
+    rows = [r for r in _rows.read_rows(results / "accuracy.csv") if r.get("protocol", "").endswith("overlap")]
+    cells = latest(rows)
+    if not cells:
+        return None
+    names = [name for name in DETECTORS if any(key[1] == name for key in cells)]
+    body = [
+        [data, f"{float(alpha):.0%}"]
+        + [mean_sd(cells.get((data, name, alpha, "all_data"), []), "image_auroc") for name in names]
+        for data, alpha in _sets(cells)
+    ]
+    return table(["set", "defective in training", *(DETECTORS[name] for name in names)], body) + source(_joined(cells))
+
+
+def semantic(results: Path) -> str | None:
+    """One row per ratio, one column per detector, over digits and seeds."""
+    rows = _rows.read_rows(results / "semantic.csv")
+    if not rows:
+        return None
+    newest = [row for row in rows if row["commit"] == rows[-1]["commit"]]
+    names = list(dict.fromkeys(row["detector"] for row in newest))
+    body = []
+    for alpha in sorted({row["alpha"] for row in newest}, key=float):
+        mine = [[r for r in newest if (r["detector"], r["alpha"]) == (name, alpha)] for name in names]
+        body.append([f"{float(alpha):.0%}", *(mean_sd(each, "image_auroc") for each in mine)])
+    shown = {"funad": "FUN-AD", "nearest": "nearest neighbour"}
+    return table(["anomalies added", *(shown[name] for name in names)], body) + source(newest)
+
+
 def accuracy(results: Path, detector: str, metric: str) -> str | None:
     """One row per set and alpha, one column per arm."""
     cells = accuracy_cells(results, detector)
@@ -368,6 +398,8 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "stage1-padim": lambda r: stage1(r, "padim"),
     "speed": speed,
     "scale": scale,
+    "overlap": overlap,
+    "semantic": semantic,
     "peers": peers,
 }
 

@@ -9,11 +9,11 @@ the others and as many anomalous ones test.
 
 import argparse
 import statistics
-import time
 
 import numpy as np
 from sklearn.datasets import load_digits
 
+import _rows
 from flawsift.contamination import contaminate
 from flawsift.detector import Detector
 from flawsift.detectors.funad import FUNAD
@@ -45,17 +45,16 @@ def detectors(seed: int, steps: int) -> dict[str, Detector]:
 
 
 def main() -> None:
-    """Print a table: mean image AUROC over digits and seeds."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Fill the table, then print mean and standard deviation of the image AUROC over digits and seeds."""
+    parser = _rows.common_flags(argparse.ArgumentParser(description=__doc__))
     parser.add_argument("--digits", nargs="+", type=int, default=list(range(10)), choices=range(10))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=FUNAD.steps)
     args = parser.parse_args()
     images, target = digits()
-    started = time.perf_counter()
-    print(f"{'ratio':>6}{'funad':>18}{'nearest':>18}")
+    figures: dict[str, float] = {}
     for ratio in RATIOS:
-        found: dict[str, list[float]] = {}
+        rows: list[_rows.Row] = []
         for digit in args.digits:
             labels = (target != digit).astype(np.int8)
             truth = GroundTruth(images.ids, labels, tuple(np.where(labels, "other", "good").tolist()), {})
@@ -66,10 +65,15 @@ def main() -> None:
                 train, test = images.select(split.train_ids), images.select(split.test_ids)
                 for name, detector in detectors(seed, args.steps).items():
                     scores = detector.fit(train).predict(test, maps=False).scores
-                    found.setdefault(name, []).append(image_auroc(scores, truth.select(test.ids).labels))
-        cells = [f"{statistics.mean(v):.3f} +- {statistics.pstdev(v):.3f}" for v in found.values()]
-        print(f"{ratio:>6}" + "".join(f"{cell:>18}" for cell in cells))
-    print(f"{len(args.digits)} digits, {len(args.seeds)} seeds, {time.perf_counter() - started:.0f} s")
+                    auroc = image_auroc(scores, truth.select(test.ids).labels)
+                    labelled = {"detector": name, "params": detector.params(), "alpha": ratio, "seed": seed}
+                    rows.append({**_rows.provenance(), **labelled, "digit": digit, "image_auroc": auroc})
+        _rows.append_rows(args.results / "semantic.csv", rows)
+        for name in detectors(0, 1):
+            values = [row["image_auroc"] for row in rows if row["detector"] == name]
+            figures[f"{name}_{ratio}"] = statistics.mean(values)
+            _rows.say(f"{ratio:4.0%} {name:9s} {statistics.mean(values):.3f} +- {statistics.pstdev(values):.3f}")
+    _rows.finish("semantic", figures, args)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from flawsift.errors import InputError, ModelError, OutputError, ParameterError
 from flawsift.features import FeatureStore, attach
 from flawsift.images import ImageSet
 from flawsift.results import load_screening, save_screening
+from flawsift.screening import Screening
 from flawsift.screening import screen as screen_features
 from flawsift.testing import SIZE
 
@@ -68,6 +69,17 @@ def test_stage_two_trains_on_exactly_what_was_kept(
     if name == "padim":
         judged = left_out_scores(detector, screening.purified(data))
     np.testing.assert_allclose(model.calibration.scores, np.sort(judged), rtol=1e-2 if name == "padim" else 2e-3)
+
+
+def test_a_detector_that_learns_from_defects_keeps_them(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
+    detector = make_detector("funad", "budget", steps=2, hidden=(8,))
+    found: list[Screening] = []
+    model = pipeline.fit(easy.images, detector, tiny, store=store, on_screened=found.append)
+    assert model.training["n_kept"] == 50
+    assert model.training["rejected_patches"] == 0
+    assert model.training["screener"] == "patchcore"
+    assert found[0].consensus[40:].mean() > np.quantile(found[0].consensus[:40], 0.9), "suspects are told all the same"
+    assert pipeline.fit(easy.images, detector, tiny, store=store, keep=0.8).training["n_kept"] == 40
 
 
 def test_padim_reads_removed_images_only_for_stage_two(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:

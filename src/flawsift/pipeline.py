@@ -185,6 +185,8 @@ def fit(
 
     Args:
         images: As for `screen`, and so are detector, backbone, store, seed, device, progress, executor and options.
+            With keep="auto", a detector that learns from defects (`Detector.learns_from_defects`) is trained on
+            everything; stage 1 ranks the images all the same.
         screening: A folder that `screen` wrote, its `kept` column perhaps edited, instead of a new stage 1. Any
             detector and backbone may have made it.
         decisions: What a person decided, from `flawsift review`: a CSV file with the columns path and decision, or
@@ -210,6 +212,8 @@ def fit(
     counts: dict[str, int] = {}
     own = no_screen or screening is not None  # no other detector's stage 1
     p = _prepare(images, detector, backbone, store, seed, progress, OWN if own else screener)
+    if p.detector.learns_from_defects and options.get("keep", PRESETS["default"]["keep"]) == "auto":
+        options = {**options, "keep": 1.0, "reject_patches": 0.0}
     additive = isinstance(p.detector, Additive)
     total: Detector | None = None
     held_out: npt.NDArray[np.float64] | None  # None: to be had by cross-fitting

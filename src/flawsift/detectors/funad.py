@@ -39,8 +39,10 @@ class FUNAD(Detector):
 
     Cost: `steps` passes of `batch_size` x `patches_per_image` patches through the head and their search among
         `bank_size` patches and each other; a pass over all patches per rebuild. Scoring is the head alone.
-    Contamination: What it is made for, while normal patches vary less than anomalous ones. Identical recurring defects
-        turn the labels round: see `flawsift diagnose`. In a clean set the most unusual patches are taken for defects.
+    Contamination: What it is made for, while normal patches vary less than anomalous ones. It learns from the defects:
+        a screening that takes them out makes it worse, so `flawsift.fit` keeps all unless told how many. Identical
+        recurring defects turn the labels round: see `flawsift diagnose`. In a clean set the most unusual patches are
+        taken for defects.
     Differs from the paper: Logits instead of their sigmoids, which saturate; the last step, never the best on a test
         set; channels are standardised in place of the backbone's last LayerNorm, which no layer has; where `layers`
         name no class token (such as "blocks.11.cls"; CNNs have none), the mean of an image's patches stands for it;
@@ -75,6 +77,7 @@ class FUNAD(Detector):
     """
 
     name: ClassVar[str] = "funad"
+    learns_from_defects: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
         # the released command, for DINO ViT-B/8: 1500 epochs of 7 batches (bottle, 229 images)
