@@ -201,11 +201,7 @@ def goals(results: Path) -> str | None:
     body, used = [], []
     for name, title in DETECTORS.items():
         cells = accuracy_cells(results, name)
-        at = {
-            (data, alpha, row["seed"], VARIANT_OF.get(arm, arm)): float(row["image_auroc"])
-            for (data, _, alpha, arm), rows in cells.items()
-            for row in rows
-        }
+        at = _by_seed(cells)
         if not {"all data", "default", "oracle"} <= {key[3] for key in at}:
             continue
         used += _joined(cells)
@@ -228,7 +224,37 @@ def goals(results: Path) -> str | None:
     return table(header, body) + source(used)
 
 
-VARIANT_OF = {"all_data": "all data", "oracle_clean": "oracle"}
+VARIANT_OF = {"all_data": "all data", "oracle_clean": "oracle", "images above 2, patches above 2": "default"}
+
+
+def _by_seed(cells: Mapping[tuple[str, ...], Rows]) -> dict[tuple[str, str, str, str], float]:
+    """{(set, alpha, seed, variant): image AUROC}, arms under the names of their variants."""
+    return {
+        (data, alpha, row["seed"], VARIANT_OF.get(arm, arm)): float(row["image_auroc"])
+        for (data, _, alpha, arm), rows in cells.items()
+        for row in rows
+    }
+
+
+def confirmation(results: Path) -> str | None:
+    """Cell by cell, on seeds that no choice was made on: no screening, and the gains of default and oracle."""
+    folder = results / "confirmation"  # PatchCore's rows are those of the ablation, whose chosen cuts are the default
+    cut = [{**row, "detector": "patchcore", "arm": row["variant"]} for row in _rows.read_rows(folder / "ablation.csv")]
+    body, used = [], []
+    for name, cells in (("patchcore", latest(cut)), ("padim", accuracy_cells(folder, "padim"))):
+        at = _by_seed(cells)
+        used += _joined(cells)
+        for data, alpha in _sets(cells):
+            rows = [r for key, mine in cells.items() if key[:3] == (data, name, alpha) for r in mine]
+            base = [r for r in rows if VARIANT_OF.get(r["arm"], r["arm"]) == "all data"]
+            gains = [f"{100 * gain_of(at, (data, alpha), variant):+.1f}" for variant in ("default", "oracle")]
+            body.append([f"{DETECTORS[name]}, {data}", f"{float(alpha):.0%}", mean_sd(base, "image_auroc"), *gains])
+        if cells:
+            won = f"{recovery(at, 'default'):.0%}"
+            body.append([f"{DETECTORS[name]}, recovery", "", "", won, "100%"])
+    if not body:
+        return None
+    return table(["detector, set", "defective", "no screening", "default", "oracle"], body) + source(used)
 
 
 def gain_of(at: Mapping[tuple[str, str, str, str], float], cell: tuple[str, str], variant: str) -> float:
@@ -398,6 +424,7 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "stage1-padim": lambda r: stage1(r, "padim"),
     "speed": speed,
     "scale": scale,
+    "confirmation": confirmation,
     "overlap": overlap,
     "semantic": semantic,
     "peers": peers,
