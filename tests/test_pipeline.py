@@ -158,6 +158,27 @@ def test_the_screener_reads_the_layers_of_the_detector_where_its_own_are_missing
         pipeline.resolve_screener("patchcor", final, tiny, 3)
 
 
+def test_a_screening_of_other_images_is_told(
+    tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "parts"
+    shutil.copytree(easy_folder, folder)
+    pipeline.screen(folder, SMALL["patchcore"], tiny, store=store, out=tmp_path / "s", keep=0.8)
+
+    def note() -> str | None:
+        model = pipeline.fit(folder, SMALL["patchcore"], tiny, store=store, screening=tmp_path / "s")
+        assert model.training["n_kept"] == 40
+        found: str | None = model.training.get("screening_note")
+        return found
+
+    assert note() is None
+    first, second, *_ = sorted(folder.glob("*.png"))
+    shutil.copy(second, first)
+    assert note() == "Some images have changed since the screening."
+    shutil.copy(second, folder / "zz.png")
+    assert note() == "Not in the screening, and so not trained on (1 in all): zz.png."
+
+
 def test_a_screening_of_something_else_is_refused(
     tiny: Backbone, easy: Dataset, easy_folder: Path, store: FeatureStore, tmp_path: Path
 ) -> None:

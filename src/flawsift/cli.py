@@ -285,6 +285,8 @@ def fit(
     threshold = result.threshold()
     training = dict(result.training)
     lines = [f"Trained {detector} on {training['n_kept']} of {training['n_images']} images: {out}"]
+    if note := training.get("screening_note"):
+        lines.append(f"Note: {note} Screen the folder again to have them judged.")
     lines += _threshold_lines(threshold)
     page = None
     if not no_screen:

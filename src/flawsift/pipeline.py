@@ -28,7 +28,7 @@ from flawsift.errors import InputError, ModelError, ParameterError
 from flawsift.executors import SERIAL, Executor
 from flawsift.features import FeatureStore, StoredFeatures, attach, stream
 from flawsift.files import ensure_folder, write_json
-from flawsift.images import FileSource, ImageSet, content_digest, show
+from flawsift.images import FileSource, ImageSet, content_digest, name_some, show
 from flawsift.lookalikes import describe
 from flawsift.metrics import GroundTruth, StreamingAUPRO
 from flawsift.progress import Progress, silent
@@ -215,11 +215,13 @@ def fit(
     if p.detector.learns_from_defects and options.get("keep", PRESETS["default"]["keep"]) == "auto":
         options = {**options, "keep": 1.0, "reject_patches": 0.0}
     additive = isinstance(p.detector, Additive)
+    note: str | None = None
     total: Detector | None = None
     held_out: npt.NDArray[np.float64] | None  # None: to be had by cross-fitting
     if screening is not None:
         saved, counts = load_screening(screening).decided(choices)
         purified, held_out = saved.match(p.data)
+        note = _difference(saved, p.data)
         if additive or not _same_scores(saved, p):
             held_out = None
     elif no_screen and (additive or len(p.data) < 2):
@@ -264,6 +266,7 @@ def fit(
         "rejected_patches": purified.rejected_share,
         "screened": not no_screen,
         "screener": None if no_screen or screening is not None else p.screener.name,
+        **({"screening_note": note} if note else {}),
         **({"decisions": counts} if choices else {}),
         "false_alarm_rate": false_alarm_rate,
         "seed": seed,
@@ -460,6 +463,15 @@ def _same_scores(saved: SavedScreening, p: _Prepared) -> bool:
     mine = _provenance(p, p.detector)
     keys = (("detector", "name"), ("detector", "params"), ("backbone", "key"), ("backbone", "weights_digest"))
     return all(saved.content.get(part, {}).get(key) == mine[part][key] for part, key in keys)
+
+
+def _difference(saved: SavedScreening, data: ImageSet) -> str | None:
+    """What a screening does not know of the images that it is used for."""
+    if new := [name for name in data.names if show(name) not in saved.kept]:
+        return f"Not in the screening, and so not trained on ({len(new)} in all): {name_some(new)}."
+    if len(data) == len(saved.kept) and saved.content.get("images_digest", set_digest(data)) != set_digest(data):
+        return "Some images have changed since the screening."
+    return None
 
 
 def versions() -> dict[str, str]:
