@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import mahalanobis
 
 from flawsift.detector import Detector, load_detector
-from flawsift.detectors.padim import PaDiM, _inverse_factors, _packed
+from flawsift.detectors import padim as padim_module
+from flawsift.detectors.padim import PaDiM, _held_out_norms, _inverse_factors, _packed
 from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures
 from flawsift.images import ImageSet
@@ -111,6 +112,22 @@ def test_held_out_scores_are_those_of_models_without_the_group(sizes: list[int],
     shuffled = data.select(np.random.default_rng(seed).permutation(data.ids))
     padim = PaDiM(layers=("a",), eps=1.0, standardize=False).fit(data)
     np.testing.assert_allclose(padim.held_out_scores(shuffled), models_without(shuffled, padim), rtol=5e-3)
+
+
+def test_large_groups_are_held_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = replace(feature_set(random_features(12)), groups={0: "a", 1: "a", 2: "a", 5: "b", 6: "b"})
+    padim = PaDiM(layers=("a",), standardize=False).fit(data)
+    expected = padim.held_out_scores(data)
+    monkeypatch.setattr(padim_module, "LARGE_GROUP", 2)
+    sizes: list[int] = []
+
+    def watched(products: torch.Tensor, learned: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        sizes.append(products.shape[3])
+        return _held_out_norms(products, learned, n)
+
+    monkeypatch.setattr(padim_module, "_held_out_norms", watched)
+    np.testing.assert_allclose(padim.held_out_scores(data), expected, rtol=1e-3)
+    assert sizes == [1, 2], "three are too many"
 
 
 def test_held_out_scores_do_not_take_rejected_patches_out() -> None:

@@ -18,6 +18,7 @@ from flawsift.nn import in_threads
 from flawsift.training import UNWATCHED, Watch
 
 CHUNK = 32  # positions that a thread works on at a time: 1.3 MB of 100 x 100 matrices; 16 to 64 are as quick
+LARGE_GROUP = 16  # images: larger groups are taken out of the model one by one, as their products grow with the square
 FIT_BATCH = 64  # images per pass over the (P, d, d) scatter: larger halves its memory traffic, 64 is 100 MB of features
 
 
@@ -116,11 +117,12 @@ class PaDiM(Detector):
     def held_out_scores(self, data: ImageSet, *, device: str = "auto") -> npt.NDArray[np.float64]:
         """(N,) scores of images that it was trained on, each as by the model without that image and its group.
 
-        No model is fitted. Of n images a group has m, the others are n' = n - m. With c = 1 / (n' - 1),
-        B = c scatter + eps diag(v) and K = (x_i - mu)^T B^-1 (x_j - mu) over the group, the Woodbury identity gives the
-        squared distances as the diagonal of Z^T (K + c K (I - 1 1^T / n - c K)^-1 K) Z with Z = I + 1 1^T / n'; for
-        m = 1 that is n / (n - 1) K / ((n - 1) / n - c K). Patches that were rejected are scored but not taken out: they
-        were never in, though B still counts them among the m. v is that of all images.
+        No model is fitted, but for groups of more than `LARGE_GROUP` images. Of n images a group has m, the others are
+        n' = n - m. With c = 1 / (n' - 1), B = c scatter + eps diag(v) and K = (x_i - mu)^T B^-1 (x_j - mu) over the
+        group, the Woodbury identity gives the squared distances as the diagonal of Z^T (K + c K (I - 1 1^T / n - c
+        K)^-1 K) Z with Z = I + 1 1^T / n'; for m = 1 that is n / (n - 1) K / ((n - 1) / n - c K). Patches that were
+        rejected are scored but not taken out: they were never in, though B still counts them among the m. v is that of
+        all images.
 
         Raises:
             InputError: The patch grid is another one.
@@ -131,7 +133,11 @@ class PaDiM(Detector):
         for id_, group in zip(data.ids.tolist(), data.group_names, strict=True):
             members.setdefault(group, []).append(id_)
         scores: dict[int, float] = {}
-        for size in sorted({len(ids) for ids in members.values()}):
+        for ids in (ids for ids in members.values() if len(ids) > LARGE_GROUP):
+            held_out = data.select(ids)
+            found = self.without(held_out, device=device).predict(held_out, device=device, maps=False)
+            scores.update(zip(ids, found.scores.tolist(), strict=True))
+        for size in sorted({len(ids) for ids in members.values() if len(ids) <= LARGE_GROUP}):
             alike = data.select([i for ids in members.values() if len(ids) == size for i in ids])
             whitener = self._make_whitener(size).to(target)
             for batch in alike.batches(self.layers, batch_size=size * max(1, FIT_BATCH // size)):
