@@ -1,12 +1,15 @@
 """The stand-in for semantic anomalies runs, on splits as its text says."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from flawsift.rows import read_rows
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks are not in the source distribution")
@@ -28,7 +31,7 @@ def test_features_are_grey_values(semantic: Any) -> None:
 
 
 def test_a_table_of_one_digit(
-    semantic: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    semantic: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     splits: list[Any] = []
     contaminate, (_, target) = semantic.contaminate, semantic.digits()
@@ -38,11 +41,16 @@ def test_a_table_of_one_digit(
         return splits[-1]
 
     monkeypatch.setattr(semantic, "contaminate", watch)
-    monkeypatch.setattr(sys, "argv", ["semantic.py", "--digits", "3", "--steps", "20"])
+    options = ["--digits", "3", "--steps", "20", "--seeds", "0", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["semantic.py", *options])
     semantic.main()
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
-    assert [float(row[0]) for row in rows] == list(semantic.RATIOS)
-    assert all(float(row[1]) > 0.7 and float(row[4]) > 0.9 for row in rows), "no better than chance"
+    figures = json.loads(capsys.readouterr().out)
+    rows = read_rows(tmp_path / "semantic.csv")
+    assert [float(row["alpha"]) for row in rows] == [ratio for ratio in semantic.RATIOS for _ in range(2)]
+    for row in rows:
+        auroc = float(row["image_auroc"])
+        assert auroc > (0.7 if row["detector"] == "funad" else 0.9), "no better than chance"
+        assert figures[f"{row['detector']}_{row['alpha']}"] == pytest.approx(auroc, abs=1e-3), "one digit, one seed"
     for ratio, split in zip(semantic.RATIOS, splits, strict=True):
         train, test = target[split.train_ids] != 3, target[split.test_ids] != 3
         assert not set(split.train_ids.tolist()) & set(split.test_ids.tolist())
