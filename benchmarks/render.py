@@ -119,15 +119,17 @@ def _machine(text: str) -> str:
     return f"{m['cpu']}, {m['cores']} cores, {m['gib']} GiB, {m['os']}"
 
 
-def accuracy_cells(results: Path, *detectors: str) -> dict[tuple[str, ...], list[Mapping[str, str]]]:
-    """The newest rows of some detectors without overlap, by cell."""
-    rows = _rows.read_rows(results / "accuracy.csv")
-    return latest([r for r in rows if r["detector"] in detectors and not r.get("protocol", "").endswith("overlap")])
+def accuracy_cells(
+    results: Path, *detectors: str, overlap: bool = False
+) -> dict[tuple[str, ...], list[Mapping[str, str]]]:
+    """The newest rows of some detectors with or without overlap, by cell."""
+    rows = [row for row in _rows.read_rows(results / "accuracy.csv") if row["detector"] in detectors]
+    return latest([row for row in rows if row.get("protocol", "").endswith("overlap") == overlap])
 
 
-def detectors(results: Path, arm: str, metric: str) -> str | None:
+def detectors(results: Path, arm: str, metric: str, *, overlap: bool = False) -> str | None:
     """One row per set and alpha, one column per detector, of one arm; the best of a row is bold."""
-    cells = accuracy_cells(results, *DETECTORS)
+    cells = accuracy_cells(results, *DETECTORS, overlap=overlap)
     cells = {key: rows for key, rows in cells.items() if key[3] == arm and any(row.get(metric) for row in rows)}
     if not cells:
         return None
@@ -141,21 +143,6 @@ def detectors(results: Path, arm: str, metric: str) -> str | None:
             for rows, mean in zip(found, means, strict=True)
         ]
         body.append([data, f"{float(alpha):.0%}", *shown])
-    return table(["set", "defective in training", *(DETECTORS[name] for name in names)], body) + source(_joined(cells))
-
-
-def overlap(results: Path) -> str | None:
-    """One row per set and alpha, one column per detector: trained on everything, defects of training tested again."""
-    rows = [r for r in _rows.read_rows(results / "accuracy.csv") if r.get("protocol", "").endswith("overlap")]
-    cells = latest(rows)
-    if not cells:
-        return None
-    names = [name for name in DETECTORS if any(key[1] == name for key in cells)]
-    body = [
-        [data, f"{float(alpha):.0%}"]
-        + [mean_sd(cells.get((data, name, alpha, "all_data"), []), "image_auroc") for name in names]
-        for data, alpha in _sets(cells)
-    ]
     return table(["set", "defective in training", *(DETECTORS[name] for name in names)], body) + source(_joined(cells))
 
 
@@ -425,7 +412,7 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "speed": speed,
     "scale": scale,
     "confirmation": confirmation,
-    "overlap": overlap,
+    "overlap": lambda r: detectors(r, "all_data", "image_auroc", overlap=True),
     "semantic": semantic,
     "peers": peers,
 }

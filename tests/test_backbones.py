@@ -437,6 +437,14 @@ def test_class_tokens_are_those_of_the_network(name: str, runtime: Runtime) -> N
     torch.testing.assert_close(found["blocks.2"], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_a_class_token_that_the_network_does_not_hand_out_is_no_layer() -> None:
+    backbone = load_backbone("random:1:cait_xxs24_224", size=64, runtime="openvino")  # which converts all layers
+    assert backbone._trunk.model.cls_token is not None
+    assert not [info for info in backbone.layers if info.name.endswith("cls")]
+    layer = backbone.layers[0].name
+    assert backbone.extract(images(1), [layer])[layer].isfinite().all()
+
+
 # ---- names and parameters
 
 

@@ -20,7 +20,7 @@ from flawsift.corruption import (
     corrupted,
     perlin_mask,
     perlin_noise,
-    photo_view,
+    photo_views,
 )
 from flawsift.errors import InputError
 from flawsift.views import derive
@@ -189,28 +189,31 @@ def photographs(tmp_path: Path) -> Path:
 
 def test_photographs_serve_as_textures(photographs: Path) -> None:
     pixels = picture(32)
-    drawn = [corrupted(pixels, photo_view(f"0.{k}", str(photographs))) for k in range(40)]
+    views = photo_views([f"0.{k}" for k in range(40)], str(photographs))
+    drawn = [corrupted(pixels, view) for view in views]
     assert {int(v) for d in drawn for v in np.unique(d.texture.numpy())} == {10, 120, 240}, (
         "all of them, and nothing else"
     )
     k = next(k for k, found in enumerate(drawn) if found.mask.any())
-    assert torch.equal(derive(pixels, photo_view(f"0.{k}", str(photographs))), drawn[k].image)
+    assert torch.equal(derive(pixels, views[k]), drawn[k].image)
     outside = ~drawn[k].mask
     assert torch.equal(drawn[k].image[:, outside], pixels[:, outside])
 
 
 def test_folders_of_textures_that_are_no_good(photographs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere' does not exist"):
-        photo_view("0.0", str(tmp_path / "nowhere"))
+        photo_views(["0.0"], str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no image"):
-        photo_view("0.0", str(tmp_path / "empty"))
-    view = photo_view("0.0", str(photographs))
+        photo_views(["0.0"], str(tmp_path / "empty"))
+    (view,) = photo_views(["0.0"], str(photographs))
     Image.new("RGB", (9, 9)).save(photographs / "d.png")
     with pytest.raises(InputError, match="has changed since"):
         corrupted(picture(), view)
-    assert photo_view("0.0", str(photographs)) != view, "features of the old folder are not taken for those of the new"
+    assert photo_views(["0.0"], str(photographs)) != (view,), (
+        "features of the old folder are not taken for those of the new"
+    )
     for file in photographs.rglob("*.png"):
         file.write_bytes(b"no image")
     with pytest.raises(InputError, match=r"png' cannot be read: .*Remove it"):
-        corrupted(picture(), photo_view("0.0", str(photographs)))
+        corrupted(picture(), photo_views(["0.0"], str(photographs))[0])

@@ -16,6 +16,7 @@ import difflib
 import hashlib
 import importlib.resources
 import importlib.util
+import inspect
 import io
 import logging
 import re
@@ -230,7 +231,8 @@ class _Trunk(nn.Module):
         self.mean, self.std = _triple(mean), _triple(std)
         maps = _layers(model, name)
         self.n_maps = len(maps)
-        tokens = maps if getattr(model, "cls_token", None) is not None and hasattr(model, "num_prefix_tokens") else ()
+        told = "return_prefix_tokens" in inspect.signature(cast(Any, model).forward_intermediates).parameters
+        tokens = maps if told and getattr(model, "cls_token", None) is not None else ()
         self.layers = (*maps, *(LayerInfo(m.name + CLASS_TOKEN, m.channels, 0) for m in tokens))
         m, s = torch.tensor(self.mean).reshape(1, 3, 1, 1), torch.tensor(self.std).reshape(1, 3, 1, 1)
         self.register_buffer("scale", 1 / (255 * s))

@@ -3,12 +3,12 @@
 The shape comes from Perlin noise. The texture is a part of the same image, changed strongly, or drawn: noise of any
 roughness, cells, waves, lattices and marble in random colours. They stand for the photographs of textures that the
 papers paste; what matters is that they are many and foreign, not what they show. Where there are photographs, such as
-the Describable Textures Dataset that the papers use, their folder can be named instead (`photo_view`).
+the Describable Textures Dataset that the papers use, their folder can be named instead (`photo_views`).
 """
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,37 +49,41 @@ def corrupted(pixels: Tensor, name: str) -> Corruption:
     """(3, S, S) uint8 pixels with a defect that follows from them and the name.
 
     Raises:
-        InputError: It is a name of `photo_view` whose folder has changed, or a photograph cannot be read.
+        InputError: It is a name of `photo_views` whose folder has changed, or a photograph cannot be read.
     """
     plain = pixels.contiguous().numpy()
-    # where a folder of photographs lies changes nothing
-    drawn_by = ":".join(name.split(":", 3)[:3]) if name.startswith(f"{PHOTO}:") else name
-    digest = hashlib.sha256(f"{drawn_by} {plain.shape} ".encode() + plain.tobytes()).digest()
+    folder: str | None = None
+    if name.startswith(f"{PHOTO}:"):
+        kind, key, fingerprint, folder = name.split(":", 3)
+        name = f"{kind}:{key}:{fingerprint}"  # where the folder lies changes nothing
+    digest = hashlib.sha256(f"{name} {plain.shape} ".encode() + plain.tobytes()).digest()
     generator = np.random.default_rng(int.from_bytes(digest[:16], "little"))
     size = plain.shape[1]
     mask = perlin_mask(size, generator)
     kept = float(generator.uniform(0, MOST_KEPT))
-    if name.startswith(f"{PHOTO}:"):
-        texture = _photograph(name, size, generator)
+    if folder is not None:
+        texture = _photograph(folder, fingerprint, size, generator)
+    elif generator.random() < SELF_SHARE:
+        texture = _from_itself(plain, generator)
     else:
-        own = generator.random() < SELF_SHARE
-        texture = _from_itself(plain, generator) if own else _drawn(size, generator)
+        texture = _drawn(size, generator)
     blend = np.rint((1 - kept) * texture + kept * plain).astype(np.uint8)
     image = np.where(mask, blend, plain)
     return Corruption(torch.from_numpy(image), torch.from_numpy(mask), torch.from_numpy(texture), kept)
 
 
-def photo_view(key: str, folder: str) -> str:
-    """The name that draws with photographs: of `key`, the folder and what it holds, since features are cached by it.
+def photo_views(keys: Iterable[str], folder: str) -> tuple[str, ...]:
+    """The names that draw with photographs: of keys, the folder and what it holds, since features are cached by them.
 
     Args:
-        key: Any text without a colon; every key draws another defect.
+        keys: Texts without a colon; every key draws another defect.
         folder: Photographs, flat or nested.
 
     Raises:
         InputError: The folder is missing or holds no image.
     """
-    return f"{PHOTO}:{key}:{_fingerprint(folder, tuple(_photographs(folder)))}:{folder}"
+    fingerprint = _fingerprint(folder, _photographs(folder))
+    return tuple(f"{PHOTO}:{key}:{fingerprint}:{folder}" for key in keys)
 
 
 def _photographs(folder: str) -> list[str]:
@@ -90,23 +94,22 @@ def _photographs(folder: str) -> list[str]:
     return found
 
 
-def _fingerprint(folder: str, names: tuple[str, ...]) -> str:
+def _fingerprint(folder: str, names: Sequence[str]) -> str:
     listed = "\n".join(f"{name} {(Path(folder) / name).stat().st_size}" for name in names)
     return hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=4)
-def _listed(folder: str, fingerprint: str) -> tuple[str, ...]:
-    names = tuple(_photographs(folder))
+def _listed(folder: str, fingerprint: str) -> Sequence[str]:
+    names = _photographs(folder)
     if _fingerprint(folder, names) != fingerprint:
         raise InputError(f"The folder of textures '{folder}' has changed since this view of it was named.")
     return names
 
 
-def _photograph(name: str, size: int, generator: np.random.Generator) -> npt.NDArray[np.uint8]:
+def _photograph(folder: str, fingerprint: str, size: int, generator: np.random.Generator) -> npt.NDArray[np.uint8]:
     from flawsift.images import UnreadableImage, decode, to_pixels
 
-    _, _, fingerprint, folder = name.split(":", 3)
     names = _listed(folder, fingerprint)
     path = Path(folder) / names[int(generator.integers(len(names)))]
     try:

@@ -255,6 +255,14 @@ class ImageSet:
         """(N,) group of each image; an image without one is alone in a group that no other id can have."""
         return [self.groups.get(int(i), f"\0id:{i}") for i in self.ids]
 
+    @property
+    def members(self) -> dict[str, list[int]]:
+        """{group: positions of its images in the view}, groups in the order of their first images."""
+        found: dict[str, list[int]] = {}
+        for position, group in enumerate(self.group_names):
+            found.setdefault(group, []).append(position)
+        return found
+
     def image(self, id_: int) -> Image.Image:
         """The decoded RGB image in its own size, upright.
 

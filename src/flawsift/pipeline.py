@@ -469,7 +469,7 @@ def _difference(saved: SavedScreening, data: ImageSet) -> str | None:
     """What a screening does not know of the images that it is used for."""
     if new := [name for name in data.names if show(name) not in saved.kept]:
         return f"Not in the screening, and so not trained on ({len(new)} in all): {name_some(new)}."
-    if len(data) == len(saved.kept) and saved.content.get("images_digest", set_digest(data)) != set_digest(data):
+    if len(data) == len(saved.kept) and saved.content.get("images_digest") not in (None, set_digest(data)):
         return "Some images have changed since the screening."
     return None
 

@@ -310,9 +310,7 @@ def split(train: ImageSet, n_subsets: int, *, seed: int, partition: int = 0) -> 
         InputError: Fewer groups than subsets.
     """
     generator = np.random.default_rng([seed, partition])
-    members: dict[str, list[int]] = {}
-    for position, group in enumerate(train.group_names):
-        members.setdefault(group, []).append(position)
+    members = train.members
     if len(members) < n_subsets:
         what = "images" if len(members) == len(train) else "groups of images"
         raise InputError(

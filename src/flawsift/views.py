@@ -71,7 +71,7 @@ def perlin(pixels: Tensor, key: str) -> Tensor:
 
 
 def photo(pixels: Tensor, key: str) -> Tensor:
-    """As `perlin`, with photographs as textures; the names are those of `flawsift.corruption.photo_view`."""
+    """As `perlin`, with photographs as textures; the names are those of `flawsift.corruption.photo_views`."""
     return corrupted(pixels, f"{PHOTO}:{key}").image
 
 

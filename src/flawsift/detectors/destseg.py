@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flawsift import training
-from flawsift.corruption import corrupted, photo_view
+from flawsift.corruption import corrupted, photo_views
 from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
@@ -154,7 +154,7 @@ class DeSTSeg(Detector):
     def views(self) -> tuple[str, ...]:
         """The corrupted copies of each training image."""
         if self.textures is not None:
-            return tuple(photo_view(f"{self.seed}.{copy}", self.textures) for copy in range(self.n_copies))
+            return photo_views([f"{self.seed}.{copy}" for copy in range(self.n_copies)], self.textures)
         return tuple(f"perlin:{self.seed}:{copy}" for copy in range(self.n_copies))
 
     def fit(self, data: ImageSet, *, device: str = "auto", watch: training.Watch = training.UNWATCHED) -> Self:

@@ -129,18 +129,16 @@ class PaDiM(Detector):
             NotFittedError: It is not fitted.
         """
         moments, target = self._stored_moments(), resolve_device(device)
-        members: dict[str, list[int]] = {}
-        for id_, group in zip(data.ids.tolist(), data.group_names, strict=True):
-            members.setdefault(group, []).append(id_)
-        scores: dict[int, float] = {}
-        for ids in (ids for ids in members.values() if len(ids) > LARGE_GROUP):
-            held_out = data.select(ids)
-            found = self.without(held_out, device=device).predict(held_out, device=device, maps=False)
-            scores.update(zip(ids, found.scores.tolist(), strict=True))
-        for size in sorted({len(ids) for ids in members.values() if len(ids) <= LARGE_GROUP}):
-            alike = data.select([i for ids in members.values() if len(ids) == size for i in ids])
+        groups, scores = data.members.values(), np.empty(len(data))
+        for group in (group for group in groups if len(group) > LARGE_GROUP):
+            held_out = data.select(data.ids[group])
+            rest = self.without(held_out, device=device)
+            scores[group] = rest.predict(held_out, device=device, maps=False).scores
+        for size in sorted({len(group) for group in groups if len(group) <= LARGE_GROUP}):
+            alike = [position for group in groups if len(group) == size for position in group]
+            found: list[Tensor] = []
             whitener = self._make_whitener(size).to(target)
-            for batch in alike.batches(self.layers, batch_size=size * max(1, FIT_BATCH // size)):
+            for batch in data.select(data.ids[alike]).batches(self.layers, batch_size=FIT_BATCH // size * size):
                 products = self._products(batch, whitener, target, size)
                 accepted = batch.accepted(*self.grid_)
                 if accepted is None:
@@ -148,8 +146,9 @@ class PaDiM(Detector):
                 else:
                     learned = accepted.flatten(1).T.reshape(products.shape[:3])
                 maps = _held_out_norms(products.cpu(), learned, moments.n).T.reshape(-1, *self.grid_)
-                scores.update(zip(batch.ids.tolist(), self._image_scores(maps).tolist(), strict=True))
-        return np.array([scores[i] for i in data.ids.tolist()])
+                found.append(self._image_scores(maps))
+            scores[alike] = torch.cat(found).numpy()
+        return scores
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
         distances = self._products(batch, self._whitener(device), device, 1).flatten(1).sqrt_()  # (P, B)
