@@ -92,7 +92,7 @@ def test_the_whole_image_stays_within_what_batch_norm_allows() -> None:
 
 def test_an_image_that_is_strange_all_over_is_a_defect(tiny: Backbone, easy: Dataset) -> None:
     # the segmenter trains on masks of some percent, and its whole-image branch never sees a whole image of them
-    detector = small(seed=4, student_steps=60, head_steps=100, head_width=16)
+    detector = small(seed=6, student_steps=60, head_steps=100, head_width=16)
     train, _ = attach(easy.images.select(np.arange(24)), tiny, detector.layers, views=detector.views)
     noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     strange, _ = attach(ImageSet.from_arrays(list(noise)), tiny, detector.layers)

@@ -253,7 +253,9 @@ def test_settings_reach_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (optimizer.defaults["lr"], optimizer.defaults["betas"]) == (0.02, (0.5, 0.999))
     assert optimizer.defaults["weight_decay"] == 0
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in module.parameters()}
-    assert recipe == Recipe(steps=6, batch_size=4, seed=5), "two batches of four per epoch, no clipping, no schedule"
+    assert recipe == Recipe(large_products=True, steps=6, batch_size=4, seed=5), (
+        "two batches of four per epoch, no clipping, no schedule"
+    )
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 

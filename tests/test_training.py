@@ -18,6 +18,7 @@ from flawsift.training import (
     Recipe,
     Watch,
     channel_statistics,
+    cpu_multiplies_bfloat16,
     restored,
     scaled,
     seeded,
@@ -176,6 +177,35 @@ def test_gradients_are_clipped(data: ImageSet) -> None:
     )
     moved = torch.cat([(weights_of(module)[k] - start[k]).flatten() for k in start]).norm()
     assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(("has", "large"), [(True, True), (True, False), (False, True)])
+def test_large_products_are_in_bfloat16_where_the_cpu_multiplies_it(
+    has: bool, large: bool, data: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flawsift.training.cpu_multiplies_bfloat16", lambda: has)
+    module, optimizer = make(data)
+    seen: set[torch.dtype] = set()
+
+    def loss_of(batch: Batch, step: int) -> Tensor:
+        found = module(batch.features[LAYER])
+        seen.add(found.dtype)
+        loss: Tensor = (found.float() - batch.features[LAYER]).square().mean()
+        return loss
+
+    recipe = Recipe(steps=2, batch_size=4, large_products=large)
+    train(module, optimizer, data, (LAYER,), loss_of, recipe, device="cpu")
+    assert seen == {torch.bfloat16 if has and large else torch.float32}
+    assert all(p.dtype == torch.float32 for p in module.parameters()), "weights stay in full precision"
+
+
+def test_what_a_cpu_multiplies_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert cpu_multiplies_bfloat16()
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert not cpu_multiplies_bfloat16()
+    monkeypatch.delattr("torch.cpu.get_capabilities")
+    assert not cpu_multiplies_bfloat16(), "an older torch cannot tell"
 
 
 def test_each_group_s_rate_follows_the_schedule(data: ImageSet) -> None:

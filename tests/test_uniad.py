@@ -208,7 +208,7 @@ def test_training_undoes_the_jitter_by_clipped_adamw(monkeypatch: pytest.MonkeyP
     detector = UniAD(**params, jitter=1.5).fit(data)
     with training.seeded(0, "cpu"):
         module = Transformer(detector, 6, 4, 4)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.5)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.5, fused=True)
     for step in range(4):
         ids = training.Recipe(steps=4, batch_size=2).ids_at(data.ids, step)
         clean = detector._embed(next(data.select(ids).batches(("a",))))

@@ -57,6 +57,7 @@ class Recipe:
         seed: Of batch order, dropout and noise.
         clip_norm: Most that the global gradient norm may be; None leaves it.
         schedule: Factor on each group's learning rate at a step, from 0.
+        large_products: Whether matrix products are large enough for mixed precision to pay on a CPU.
     """
 
     steps: int
@@ -64,6 +65,7 @@ class Recipe:
     seed: int = 0
     clip_norm: float | None = None
     schedule: Callable[[int], float] | None = None
+    large_products: bool = False
 
     def ids_at(self, ids: Ids, step: int) -> Ids:
         """The ids of a step's batch: each epoch is a permutation of its own."""
@@ -96,7 +98,8 @@ def train(
         layers: Layers that `loss_of` reads.
         loss_of: The scalar loss of a batch (features on the CPU) at a step.
         recipe: Steps, batch size, clipping, schedule, seed.
-        device: A resolved torch device; on a GPU that has bfloat16 the forward pass is in mixed precision.
+        device: A resolved torch device. The forward pass is in mixed precision on a GPU that has bfloat16, and on a CPU
+            that multiplies matrices of it (AMX) where products are large.
         pixels: Whether batches carry pixels.
         watch: Progress and checkpoint.
         stop: Asked after each step with the step and its loss; True ends the training.
@@ -113,7 +116,8 @@ def train(
     base = [group["lr"] for group in optimizer.param_groups]
     settings = "" if watch.checkpoint is None else _signature(module, optimizer, data, layers, recipe)
     first, last = _resume(module, optimizer, watch.checkpoint, settings), float("nan")
-    mixed = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    kind = device.partition(":")[0]
+    mixed = recipe.large_products and cpu_multiplies_bfloat16() if kind == "cpu" else has_bfloat16(kind)
     saved_at = time.monotonic()
     with seeded(recipe.seed, device):
         for step in range(first, recipe.steps):
@@ -124,7 +128,7 @@ def train(
             chosen = data.select(recipe.ids_at(data.ids, step))
             batch = next(chosen.batches(layers, pixels=pixels, batch_size=len(chosen)))
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cuda", torch.bfloat16) if mixed else contextlib.nullcontext():
+            with torch.autocast(kind, torch.bfloat16) if mixed else contextlib.nullcontext():
                 loss = loss_of(batch, step)
             last = float(loss.detach())
             if not np.isfinite(last):
@@ -146,6 +150,17 @@ def train(
     if watch.checkpoint is not None:
         watch.checkpoint.unlink(missing_ok=True)
     return last
+
+
+def has_bfloat16(kind: str) -> bool:
+    """Whether this kind of device is a GPU that computes in bfloat16."""
+    return kind == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has matrix instructions for bfloat16 (AMX); an older torch cannot tell and says no."""
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ class CFlow(Detector):
 
         rate = warmup_cosine(int(WARMUP * self.steps), self.steps, FLOOR)
         recipe = Recipe(steps=self.steps, batch_size=self.batch_size, seed=self.seed, schedule=rate)
-        optimizer = torch.optim.Adam(flows.parameters(), lr=self.learning_rate)
+        optimizer = torch.optim.Adam(flows.parameters(), lr=self.learning_rate, fused=True)
         # batches come without features: `loss_of` reads those of the view that it draws
         train(flows, optimizer, data, (), loss_of, recipe, device=target, watch=watch)
         self.weights_ = weights_of(flows)

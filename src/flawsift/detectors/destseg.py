@@ -172,7 +172,7 @@ class DeSTSeg(Detector):
         rates |= {part: self.head_rate for name, part in nets.segmenter.named_children() if name != "residual"}
         views = self.views
         groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in rates.items()]
-        optimizer = torch.optim.SGD(groups, lr=self.head_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.SGD(groups, lr=self.head_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
 
         def loss_of(batch: Batch, step: int) -> Tensor:
             view = views[int(np.random.default_rng([self.seed, step]).integers(self.n_copies))]
@@ -182,14 +182,15 @@ class DeSTSeg(Detector):
             nets.train_one(first_phase)
             teacher = self._teacher(images if first_phase else images.view(view), target)
             if first_phase:  # what the teacher sees of the clean image, from the corrupted one
-                return cosine_loss(teacher, nets.student(pixels))
-            return mask_loss(nets(pixels, teacher), mask.to(target), GAMMA)
+                return cosine_loss(teacher, {s: level.float() for s, level in nets.student(pixels).items()})
+            return mask_loss(nets(pixels, teacher).float(), mask.to(target), GAMMA)
 
         recipe = training.Recipe(
             steps=self.student_steps + self.head_steps,
             batch_size=self.batch_size,
             seed=self.seed,
             schedule=self._factor if self.anneal else None,
+            large_products=True,
         )
         training.train(nets, optimizer, data, (), loss_of, recipe, device=target, watch=watch)
         self.weights_ = training.weights_of(nets)

@@ -221,10 +221,15 @@ class Dinomaly(Detector):
         rate, decay = self.learning_rate, self.weight_decay
         optimizer: torch.optim.Optimizer = StableAdamW(module.parameters(), lr=rate, eps=STABLE_EPS, weight_decay=decay)
         if self.optimizer == "adam":
-            optimizer = torch.optim.Adam(module.parameters(), lr=rate, betas=ADAM_BETAS, weight_decay=decay)
+            optimizer = torch.optim.Adam(module.parameters(), lr=rate, betas=ADAM_BETAS, weight_decay=decay, fused=True)
         schedule = warmup_cosine(self.warmup, self.steps, self.final_rate)
         recipe = training.Recipe(
-            steps=self.steps, batch_size=self.batch_size, seed=self.seed, clip_norm=self.clip_norm, schedule=schedule
+            steps=self.steps,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            clip_norm=self.clip_norm,
+            schedule=schedule,
+            large_products=True,
         )
 
         def loss_of(batch: Batch, step: int) -> Tensor:

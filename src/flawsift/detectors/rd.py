@@ -191,12 +191,16 @@ class RD(Detector):
         if self.scale:
             self.statistics_ = training.channel_statistics(data, self.layers)
         size = min(self.batch_size, len(data))
-        self.channels_ = self._checked_channels(data, size)
+        shapes = self._checked_shapes(data, size)
+        self.channels_ = [c for c, _, _ in shapes]
         with training.seeded(self.seed, target):
             module = self._module()
         module.to(target).train()
-        optimizer = torch.optim.Adam(module.parameters(), lr=self.learning_rate, betas=BETAS)
-        recipe = training.Recipe(steps=self.epochs * (len(data) // size), batch_size=self.batch_size, seed=self.seed)
+        optimizer = torch.optim.Adam(module.parameters(), lr=self.learning_rate, betas=BETAS, fused=True)
+        steps = self.epochs * (len(data) // size)
+        # not where one cell is halved: oneDNN's bfloat16 gradient of a strided convolution over it reads unset memory
+        large = min(shapes[-1][1:]) > 1
+        recipe = training.Recipe(steps=steps, batch_size=self.batch_size, seed=self.seed, large_products=large)
 
         def loss_of(batch: Batch, step: int) -> Tensor:
             teacher = self._taps(batch, target)
@@ -207,7 +211,7 @@ class RD(Detector):
         self.weights_ = training.weights_of(module)
         return self
 
-    def _checked_channels(self, data: ImageSet, batch_size: int) -> list[int]:
+    def _checked_shapes(self, data: ImageSet, batch_size: int) -> list[tuple[int, ...]]:
         first = next(data.select(data.ids[:1]).batches(self.layers))
         shapes = [tuple(first.features[layer].shape[1:]) for layer in self.layers]
         for (_, *fine), (_, *coarse) in pairwise(shapes):
@@ -218,7 +222,7 @@ class RD(Detector):
             raise InputError("RD.final_relu must be False for these layers: they have negative values.")
         if batch_size == 1 and max(shapes[-1][1:]) <= 2:
             raise InputError("RD cannot normalise one image on so small a grid. Add images, or use a larger size.")
-        return [c for c, _, _ in shapes]
+        return shapes
 
     def _module(self) -> Student:
         return Student(self.channels_, self.block, self.n_blocks, final_relu=self.final_relu)

@@ -167,7 +167,7 @@ class SimpleNet(Detector):
 
         adaptor = {"params": net.adaptor.parameters(), "lr": self.adaptor_rate, "weight_decay": ADAPTOR_DECAY}
         discriminator = {"params": net.discriminator.parameters(), "lr": self.discriminator_rate, "weight_decay": 0.0}
-        optimizer = torch.optim.AdamW([adaptor, discriminator])
+        optimizer = torch.optim.AdamW([adaptor, discriminator], fused=True)
         recipe = Recipe(steps=self.steps, batch_size=self.batch_size, seed=self.seed)
         both = nn.ModuleList([net, mean])  # a checkpoint holds the mean so far, too
         train(both, optimizer, data, self.layers, loss_of, recipe, device=target, watch=watch, stop=stop)

@@ -191,7 +191,7 @@ class UniAD(Detector):
             raise InputError(f"UniAD.fit needs at least 2 x 2 patches of {self.patch} px. Take a smaller UniAD.patch.")
         with training.seeded(self.seed, target):
             module = self._build().to(target)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=self.learning_rate, weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=self.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
         steps = self.epochs * (len(data) // min(self.batch_size, len(data)))
         recipe = training.Recipe(
             steps=steps,
@@ -204,7 +204,7 @@ class UniAD(Detector):
         def loss_of(batch: Batch, step: int) -> Tensor:
             clean = torch.stack([embedded[int(i)] for i in batch.ids]).to(target)
             found, clean = training.without_rejected([module(jittered(clean, self.jitter)), clean], batch)
-            return F.mse_loss(found, clean)
+            return F.mse_loss(found.float(), clean)
 
         training.train(module.train(), optimizer, data, (), loss_of, recipe, device=target, watch=watch)
         self.weights_ = training.weights_of(module)
