@@ -116,7 +116,7 @@ def ours(task: str, work: Path, threads: int, centres: int) -> dict[str, Any]:
     started = time.perf_counter()
     import torch
 
-    from flawsift import metrics, nn, pipeline
+    from flawsift import coreset, metrics, pipeline
     from flawsift.backbones import load_backbone
     from flawsift.calibration import Calibration
     from flawsift.datasets import load_mvtec
@@ -138,10 +138,10 @@ def ours(task: str, work: Path, threads: int, centres: int) -> dict[str, Any]:
     if task == "coreset":
         features = torch.from_numpy(np.load(work / "features.npy"))
         started = time.perf_counter()
-        picks = nn.k_center_greedy(features, centres, torch.Generator(), start=START)
+        picks = coreset.k_center_greedy(features, centres, torch.Generator(), start=START)
         result["seconds"] = time.perf_counter() - started
         started = time.perf_counter()
-        nn.k_center_greedy(features, len(features) // 10, torch.Generator(), start=START)
+        coreset.k_center_greedy(features, len(features) // 10, torch.Generator(), start=START)
         return {**result, "seconds_tenth": time.perf_counter() - started, "picks": picks.tolist()}
     # num_neighbors=9 and the smaller constants are anomalib's defaults, so that both do the same work
     detector: Detector

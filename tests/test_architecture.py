@@ -10,7 +10,7 @@ ROOT = Path(flawsift.__file__).parent
 ORDER = ["images", "backbones", "features", "detector", "detectors", "screening", "metrics", "results", "pipeline"]
 ORDER += ["report", "evaluation", "export", "refit", "review", "diagnostics", "demo", "cli"]
 LEAVES = {"errors", "executors", "files", "progress", "maps", "nn", "consensus", "calibration", "overlays", "views"}
-LEAVES |= {"corruption", "decisions", "flows", "lookalikes", "networks", "rows", "training"}
+LEAVES |= {"coreset", "corruption", "decisions", "flows", "lookalikes", "networks", "rows", "training"}
 # Leaves may use other leaves and the id type; these stand on top of the numbered modules.
 TOP = {"testing", "datasets", "contamination", "grid", "benchmark", "benchmark_report"}
 

@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.neighbors import LocalOutlierFactor
 
+from flawsift.coreset import random_projection
 from flawsift.detectors.patchcore import PatchCore
 from flawsift.detectors.softpatch import RIDGE, SoftPatch, lowest, mahalanobis
 from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures
 from flawsift.images import ImageSet
 from flawsift.maps import embed_patches
-from flawsift.nn import local_outlier_factor, random_projection
+from flawsift.nn import local_outlier_factor
 
 LAYERS = ("a", "b")
 

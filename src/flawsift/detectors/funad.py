@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flawsift import training
+from flawsift.coreset import random_projection
 from flawsift.detector import Detector, resolve_device
 from flawsift.detectors._funad_net import SLOPE, Head, Memory, balanced_loss, follow, smoothness_loss, spread
 from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
-from flawsift.nn import NearestNeighbors, mutual_pairs, random_projection
+from flawsift.nn import NearestNeighbors, mutual_pairs
 from flawsift.training import UNWATCHED, Watch
 
 MOMENTUM = 0.2  # of RMSprop, as the authors have it

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flawsift import nn
+from flawsift import coreset, nn
 from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError
 from flawsift.images import Batch, Ids, ImageSet
@@ -128,8 +128,8 @@ class InReaCh(Detector):
                 f"InReaCh.fit found no patch that recurs in {span} of these {len(data)} images. Give more images."
             )
         pool, owners = self._pool(data, nominal, scale, generator)
-        projected = nn.project(pool, PROJECTION_DIM, generator).to(target)
-        chosen = nn.k_center_greedy(projected, max(1, int(self.coreset_ratio * len(pool))), generator).cpu()
+        projected = coreset.project(pool, PROJECTION_DIM, generator).to(target)
+        chosen = coreset.k_center_greedy(projected, max(1, int(self.coreset_ratio * len(pool))), generator).cpu()
         self.memory_bank_ = pool[chosen]  # (M, C), or (M, C + 2) with position
         self.owner_ = owners[chosen]  # (M,) id of the image that each entry comes from
         self.position_scale_ = scale

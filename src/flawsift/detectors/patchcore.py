@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from flawsift import nn
+from flawsift import coreset, nn
 from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
@@ -76,8 +76,8 @@ class PatchCore(Detector):
         pool, owners = self._pool(data, generator)
         n_select = max(1, int(self.coreset_ratio * len(pool)))
         if self.coreset == "greedy":
-            projected = nn.project(pool, self.projection_dim, generator).to(target)
-            chosen = nn.k_center_greedy(projected, n_select, generator)
+            projected = coreset.project(pool, self.projection_dim, generator).to(target)
+            chosen = coreset.k_center_greedy(projected, n_select, generator)
         else:
             chosen = torch.randperm(len(pool), generator=generator)[:n_select]
         self.memory_bank_ = pool[chosen.cpu()]  # (M, C)

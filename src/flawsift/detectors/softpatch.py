@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from flawsift import nn
+from flawsift import coreset, nn
 from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
@@ -96,9 +96,9 @@ class SoftPatch(Detector):
         factors = self._factors(grid, target).flatten()  # (n P,), like the pool
         pool = grid.flatten(0, 1)
         trusted = lowest(factors, 1 - self.outlier_share)
-        projected = nn.project(pool, self.projection_dim, generator)[trusted].to(target)
+        projected = coreset.project(pool, self.projection_dim, generator)[trusted].to(target)
         n_select = max(1, int(self.coreset_ratio * len(pool)))
-        chosen = trusted[nn.k_center_greedy(projected, n_select, generator).cpu()]
+        chosen = trusted[coreset.k_center_greedy(projected, n_select, generator).cpu()]
         self.memory_bank_ = pool[chosen]  # (M, C)
         self.owner_ = owners.flatten()[chosen]  # (M,) id of the image that each entry comes from
         weights = factors[chosen].clamp(0, self.max_weight)
@@ -142,7 +142,7 @@ class SoftPatch(Detector):
             return pool.new_ones(pool.shape[:2])
         # a stream of its own: with nothing removed, the bank is the one of PatchCore
         generator = torch.Generator().manual_seed(self.seed + 1)
-        points = nn.project(pool.flatten(0, 1), self.projection_dim, generator).view(*pool.shape[:2], -1)
+        points = coreset.project(pool.flatten(0, 1), self.projection_dim, generator).view(*pool.shape[:2], -1)
         points = points.transpose(0, 1).contiguous().to(device)  # (P, n, c)
         if self.discriminator == "lof":
             # the neighbourhood of an inlier must not reach the outliers, or their distance is the density of all
