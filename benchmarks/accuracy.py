@@ -3,7 +3,7 @@
 Arms: all_data (no screening), paper and default (the presets of stage 1), oracle_clean (the training set less its
 anomalies: what a perfect screening would give). The detector has its default parameters in every arm, or its budget
 preset where it has one. Arms with the same screener, subsets and partitions share sub-models. Thresholds come from
-held-out scores of the images that are trained on, as `flawsift.benchmark.compare` has them.
+held-out scores of the images that are trained on, as `flawsift.trial.compare` has them.
 Anomalous images without a mask are left out of sets with masks, since AUPRO needs one of each.
 
 Finished cells are rows already and are skipped, so a killed run goes on where it was.
@@ -24,7 +24,6 @@ import numpy as np
 import _rows
 from flawsift import pipeline
 from flawsift.backbones import Backbone, load_backbone
-from flawsift.benchmark import compare
 from flawsift.contamination import contaminate
 from flawsift.datasets import Dataset, load
 from flawsift.datasets.folder import DATA_VARIABLE
@@ -33,6 +32,7 @@ from flawsift.errors import InputError
 from flawsift.features import FeatureStore, attach
 from flawsift.images import ImageSet
 from flawsift.screening import PRESETS
+from flawsift.trial import compare
 
 # sizes that allow alpha 0 to 0.4 for every seed; see flawsift.contamination
 SIZES: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ ORDER += ["report", "evaluation", "export", "refit", "review", "diagnostics", "d
 LEAVES = {"errors", "executors", "files", "progress", "maps", "nn", "consensus", "calibration", "overlays", "views"}
 LEAVES |= {"coreset", "corruption", "decisions", "flows", "lookalikes", "networks", "rows", "training"}
 # Leaves may use other leaves and the id type; these stand on top of the numbered modules.
-TOP = {"testing", "datasets", "contamination", "grid", "benchmark", "benchmark_report"}
+TOP = {"testing", "datasets", "contamination", "grid", "trial", "benchmark", "benchmark_report"}
 
 
 def imports(path: Path) -> set[str]:

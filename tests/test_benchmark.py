@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from flawsift import benchmark, metrics, pipeline
 from flawsift.backbones import Backbone
-from flawsift.benchmark import Outcome, compare, run
+from flawsift.benchmark import Outcome, run
 from flawsift.calibration import Calibration
 from flawsift.contamination import contaminate
 from flawsift.datasets import Dataset
@@ -24,6 +26,7 @@ from flawsift.grid import Config, done_places, estimate_seconds, parse_config, p
 from flawsift.images import ImageSet
 from flawsift.rows import append_rows, read_rows
 from flawsift.screening import PRESETS, reselected, screen
+from flawsift.trial import compare
 
 SMALL: dict[str, Any] = {
     "alphas": [0.0, 0.2],
@@ -401,6 +404,16 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         return int(stop.value.code or 0), found.out, found.err
 
     return call
+
+
+def test_processes_that_add_rows_at_once_lose_none(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    code = "import sys; from pathlib import Path; from flawsift.rows import append_rows\n"
+    code += "for row in range(40): append_rows(Path(sys.argv[1]), [{'worker': sys.argv[2], 'row': row}])"
+    workers = [subprocess.Popen([sys.executable, "-c", code, str(path), str(n)]) for n in range(3)]
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
+    assert len(read_rows(path)) == 120
+    assert [p.name for p in tmp_path.iterdir()] == ["r.csv"], "a lock is left behind"
 
 
 def test_the_command_runs_resumes_plans_and_reports(cli: Any, tmp_path: Path) -> None:

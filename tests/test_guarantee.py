@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from flawsift.backbones import Backbone
-from flawsift.benchmark import compare
 from flawsift.contamination import contaminate
 from flawsift.datasets import Dataset
 from flawsift.datasets.synthetic import synthetic
@@ -14,6 +13,7 @@ from flawsift.detector import make_detector
 from flawsift.features import attach
 from flawsift.images import ImageSet
 from flawsift.testing import SIZE
+from flawsift.trial import compare
 
 SEEDS = range(3)
 FINAL: dict[str, dict[str, Any]] = {

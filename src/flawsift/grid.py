@@ -163,7 +163,7 @@ def read_config(path: str | Path) -> Config:
     Top level: `alphas`, `seeds`, `presets` (none, oracle_clean, paper, default, ...), `protocols` (no_overlap, overlap,
     official), `subsets` (values of k; empty for the presets' own), `device`, `executor` (as for `--executor`),
     `fan_out` ("cells" or "submodels": what the executor gets), `examples` (pictures per category in the report),
-    `screener` and `calibrate` (as for `flawsift.benchmark.compare`).
+    `screener` and `calibrate` (as for `flawsift.trial.compare`).
     Tables: `backbone` (name, size, weights, runtime); `[[data]]` (name, categories, protocols, n_train, test_normal,
     test_anomalous, and options of its loader); `[[detectors]]` (name, label, preset, params, backbone).
 

@@ -1,6 +1,8 @@
 """Measured rows in CSV files, and where a figure comes from: code, machine, memory."""
 
+import contextlib
 import csv
+import fcntl
 import functools
 import json
 import os
@@ -8,7 +10,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +65,28 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a CSV file in one step. Columns keep their place; new ones come last; None is an empty cell."""
+    """Add rows to a CSV file in one step. Columns keep their place; new ones come last; None is an empty cell.
+
+    Processes that add to files of one folder take turns, so that none loses the rows of another.
+    """
     if not rows:
         return
-    ensure_folder(path.parent)
-    all_rows: list[Mapping[str, Any]] = [*read_rows(path), *rows]
-    header = list(dict.fromkeys(key for row in all_rows for key in row))
-    write_csv(path, header, [[_cell(row.get(key)) for key in header] for row in all_rows])
+    with _alone_in(ensure_folder(path.parent)):
+        all_rows: list[Mapping[str, Any]] = [*read_rows(path), *rows]
+        header = list(dict.fromkeys(key for row in all_rows for key in row))
+        write_csv(path, header, [[_cell(row.get(key)) for key in header] for row in all_rows])
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait for other processes that hold this folder; the lock is on the folder itself and leaves no file behind."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network file system without locks: as good as it gets
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _cell(value: Any) -> Any:
