@@ -38,9 +38,9 @@ def _git(*arguments: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what can change a score or its speed."""
-    from flawsift import pipeline
+    from flawsift import models
 
-    return pipeline.versions()
+    return models.versions()
 
 
 def provenance() -> Row:

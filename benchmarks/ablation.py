@@ -19,7 +19,7 @@ from typing import Any
 
 import _rows
 from accuracy import ALPHAS, LAYERS, SIZES, load_set
-from flawsift import pipeline
+from flawsift import models
 from flawsift.backbones import load_backbone
 from flawsift.calibration import Calibration
 from flawsift.consensus import keep_lowest, rejected_patches, robust_units
@@ -90,15 +90,15 @@ def run_cell(
     known: dict[str, dict[str, Any]] = {}
     for variant in names:
         chosen = VARIANTS[variant](train, stage1, data.truth)
-        digest = pipeline.set_digest(chosen)
+        digest = models.set_digest(chosen)
         if digest not in known:
-            model = pipeline.Model(detector.clone().fit(chosen), backbone, Calibration.of([]), {})
-            found, _ = pipeline.evaluate(model, test, data.truth)
+            model = models.Model(detector.clone().fit(chosen), backbone, Calibration.of([]), {})
+            found, _ = models.evaluate(model, test, data.truth)
             known[digest] = {key: found[key] for key in METRICS}
         yield {
             **_rows.provenance(),
             "data": data.name,
-            "data_digest": pipeline.set_digest(images),
+            "data_digest": models.set_digest(images),
             "weights_digest": backbone.weights_digest,
             "backbone": backbone.key,
             "detector": "patchcore",

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import _rows
-from flawsift import pipeline
+from flawsift import models
 from flawsift.backbones import Backbone, load_backbone
 from flawsift.contamination import contaminate
 from flawsift.datasets import Dataset, load
@@ -88,7 +88,7 @@ def run_cell(
         train, _ = attach(train, backbone, LAYERS, views=detector.views, store=store)
     common = {
         "data": data.name,
-        "data_digest": pipeline.set_digest(images),
+        "data_digest": models.set_digest(images),
         "weights_digest": backbone.weights_digest,
         "backbone": backbone.key,
         "detector": name,

@@ -116,7 +116,7 @@ def ours(task: str, work: Path, threads: int, centres: int) -> dict[str, Any]:
     started = time.perf_counter()
     import torch
 
-    from flawsift import coreset, metrics, pipeline
+    from flawsift import coreset, metrics, models
     from flawsift.backbones import load_backbone
     from flawsift.calibration import Calibration
     from flawsift.datasets import load_mvtec
@@ -158,20 +158,20 @@ def ours(task: str, work: Path, threads: int, centres: int) -> dict[str, Any]:
         features_of, _ = attach(train, backbone, detector.layers, store=FeatureStore(Path(scratch) / "cache"))
         result["seconds_features"] = time.perf_counter() - started
         detector.fit(features_of)
-        model = pipeline.Model(detector, backbone, Calibration.of([]), {})
+        model = models.Model(detector, backbone, Calibration.of([]), {})
         # anomalib's fit ends with a pass over the test images: so does this one, which leaves their features stored
         test, _ = attach(test, backbone, detector.layers, store=FeatureStore(Path(scratch) / "cache"))
-        pipeline.predict(model, test)
+        models.predict(model, test)
         model.save(Path(scratch) / "model")
         result["seconds_fit"] = time.perf_counter() - started
         started = time.perf_counter()
-        found, _ = pipeline.evaluate(model, test, data.truth)
+        found, _ = models.evaluate(model, test, data.truth)
         result["seconds_test"] = time.perf_counter() - started
         files = [p for p in (Path(scratch) / "model").rglob("*") if p.is_file()]
         result["file_mb"] = sum(p.stat().st_size for p in files) / 1e6
     result |= {key: found[key] for key in ("image_auroc", "pixel_auroc", "aupro")}
     result |= {"params": detector.params(), "weights_digest": backbone.weights_digest, "runtime": backbone.runtime}
-    return {**result, "data_digest": pipeline.set_digest(features_of)}
+    return {**result, "data_digest": models.set_digest(features_of)}
 
 
 def install() -> None:

@@ -38,7 +38,7 @@ def make_images(folder: Path, n: int, size: int) -> None:
 
 def child(stage: str, n: int, folder: Path, cache: Path, size: int) -> dict[str, Any]:
     """One measurement."""
-    from flawsift import pipeline
+    from flawsift import models, pipeline
     from flawsift.backbones import load_backbone
     from flawsift.detector import make_detector
     from flawsift.features import FeatureStore, attach
@@ -62,7 +62,7 @@ def child(stage: str, n: int, folder: Path, cache: Path, size: int) -> dict[str,
             detector.fit(data)
             result["seconds"] = time.perf_counter() - started
             result["params"] = detector.params()
-    result |= {"peak_mb": _rows.peak_mb(), "anonymous_mb": anonymous.mb, "data_digest": pipeline.set_digest(data)}
+    result |= {"peak_mb": _rows.peak_mb(), "anonymous_mb": anonymous.mb, "data_digest": models.set_digest(data)}
     return result
 
 

@@ -33,7 +33,7 @@ def child(arm: str, detector_name: str, folder: Path, size: int) -> dict[str, An
     """One timed run."""
     import torch
 
-    from flawsift import pipeline
+    from flawsift import models, pipeline
     from flawsift.backbones import load_backbone
     from flawsift.detector import make_detector
     from flawsift.features import FeatureStore, attach
@@ -71,7 +71,7 @@ def child(arm: str, detector_name: str, folder: Path, size: int) -> dict[str, An
             pipeline.fit(images, detector, backbone, screener=who, store=store, on_screened=on_screened)
         seconds = time.perf_counter() - started
         peak = _rows.peak_mb()
-        digest = pipeline.set_digest(attach(images, backbone, detector.layers, store=store)[0])  # all cached by now
+        digest = models.set_digest(attach(images, backbone, detector.layers, store=store)[0])  # all cached by now
     return {
         "seconds": seconds,
         "seconds_features": features,

@@ -36,7 +36,7 @@ MATRIX = ("mm", "conv")  # parts of the names of operations that multiply matric
 
 def child(name: str, n: int, size: int, n_models: int, repeats: int, batched_only: bool) -> _rows.Row:
     """All figures of one detector, or only those of the batched comparison."""
-    from flawsift import pipeline
+    from flawsift import models
     from flawsift.backbones import load_backbone
     from flawsift.datasets.synthetic import synthetic
     from flawsift.detector import make_detector
@@ -78,7 +78,7 @@ def child(name: str, n: int, size: int, n_models: int, repeats: int, batched_onl
         detector.fit(data, watch=Watch(progress))
         seconds = time.perf_counter() - started
         share = share_outside(detector, data)
-        digest = pipeline.set_digest(data)
+        digest = models.set_digest(data)
     return {
         "seconds": seconds,
         "steps": steps,

@@ -7,10 +7,11 @@ import flawsift
 
 ROOT = Path(flawsift.__file__).parent
 # The reading order of ARCHITECTURE.md.
-ORDER = ["images", "backbones", "features", "detector", "detectors", "screening", "metrics", "results", "pipeline"]
-ORDER += ["report", "evaluation", "export", "refit", "review", "diagnostics", "demo", "cli"]
+ORDER = ["images", "backbones", "features", "detector", "detectors", "submodels", "screening", "metrics", "results"]
+ORDER += ["models", "pipeline", "report", "evaluation", "export", "refit", "review", "diagnostics", "demo", "cli"]
 LEAVES = {"errors", "executors", "files", "progress", "maps", "nn", "consensus", "calibration", "overlays", "views"}
-LEAVES |= {"coreset", "corruption", "decisions", "flows", "lookalikes", "networks", "rows", "runtimes", "training", "trunks"}
+LEAVES |= {"coreset", "corruption", "decisions", "flows", "lookalikes", "networks", "rows", "runtimes", "training"}
+LEAVES |= {"trunks"}
 # Leaves may use other leaves and the id type; these stand on top of the numbered modules.
 TOP = {"testing", "datasets", "contamination", "grid", "trial", "benchmark", "benchmark_report"}
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flawsift import benchmark, metrics, pipeline
+from flawsift import benchmark, metrics, models, pipeline
 from flawsift.backbones import Backbone
 from flawsift.benchmark import Outcome, run
 from flawsift.calibration import Calibration
@@ -102,8 +102,8 @@ def test_another_screener_leaves_thresholds_to_halves_of_what_is_kept(easy: Data
     purified = stage1.purified(train)
     scores = pipeline.cross_fitted_scores(purified, detector, seed=0)
     assert len(scores) == len(purified)
-    model = pipeline.Model(detector.clone().fit(purified), tiny, Calibration.of(scores), {})
-    expected, _ = pipeline.evaluate(model, test, easy.truth)
+    model = models.Model(detector.clone().fit(purified), tiny, Calibration.of(scores), {})
+    expected, _ = models.evaluate(model, test, easy.truth)
     assert {k: default[k] for k in ("image_auroc", "missed_per_100")} == {
         k: expected[k] for k in ("image_auroc", "missed_per_100")
     }
@@ -118,9 +118,9 @@ def test_another_screener_leaves_thresholds_to_halves_of_what_is_kept(easy: Data
 def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> None:
     train, test = split(easy, tiny)
     detector = make_detector("padim", n_features=10)
-    models: dict[str, pipeline.Model] = {}
+    fitted: dict[str, models.Model] = {}
     rows = compare(
-        train, test, easy.truth, detector, tiny, ["paper", "oracle_clean"], seed=1, on_fitted=models.__setitem__
+        train, test, easy.truth, detector, tiny, ["paper", "oracle_clean"], seed=1, on_fitted=fitted.__setitem__
     )
     stage1 = screen(train, detector, **PRESETS["paper"], seed=1)
     labels = easy.truth.select(stage1.kept).labels
@@ -138,7 +138,7 @@ def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> N
         by_hand.append(easy.truth.select(kept).labels.sum())
     assert paper["alone_anomalous"] == pytest.approx(np.mean(by_hand))
     # metrics are those of a plain fit on the kept images
-    model = pipeline.Model(
+    model = models.Model(
         detector.clone().fit(stage1.purified(train)),
         tiny,
         Calibration.of([]),
@@ -146,20 +146,20 @@ def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> N
     )
     scores = pipeline.cross_fitted_scores(stage1.purified(train), model.detector, seed=1)
     model = replace(model, calibration=Calibration.of(scores))
-    expected, _ = pipeline.evaluate(model, test, easy.truth)
+    expected, _ = models.evaluate(model, test, easy.truth)
     assert {k: paper[k] for k in ("image_auroc", "aupro", "missed_per_100")} == {
         k: expected[k] for k in ("image_auroc", "aupro", "missed_per_100")
     }
     assert paper["model_bytes"] > 1000
-    assert set(models) == {"paper", "oracle_clean"}
+    assert set(fitted) == {"paper", "oracle_clean"}
 
 
 def test_many_pixels_are_streamed_and_never_held(
     easy: Dataset, tiny: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, test = split(easy, tiny)
-    model = pipeline.Model(make_detector("padim", n_features=10).fit(train), tiny, Calibration.of([]), {})
-    exact, found = pipeline.evaluate(model, test, easy.truth)
+    model = models.Model(make_detector("padim", n_features=10).fit(train), tiny, Calibration.of([]), {})
+    exact, found = models.evaluate(model, test, easy.truth)
     held: list[Any] = []
     original = metrics.evaluate
 
@@ -168,15 +168,15 @@ def test_many_pixels_are_streamed_and_never_held(
         return original(ids, scores, truth, maps)
 
     monkeypatch.setattr(metrics, "evaluate", evaluate)
-    streamed, again = pipeline.evaluate(model, test, easy.truth, exact_pixels=1000)
+    streamed, again = models.evaluate(model, test, easy.truth, exact_pixels=1000)
     assert held == [None]
     np.testing.assert_array_equal(found.scores, again.scores)
     assert streamed["image_auroc"] == exact["image_auroc"]
     assert abs(streamed["aupro"] - exact["aupro"]) <= streamed["aupro_bound"] + 1e-9
     assert streamed["pixel_auroc"] is None
-    assert pipeline.evaluate(model, test, easy.truth, exact_pixels=15 * 64 * 64)[0]["pixel_auroc"] is not None
+    assert models.evaluate(model, test, easy.truth, exact_pixels=15 * 64 * 64)[0]["pixel_auroc"] is not None
     normal = test.select(test.ids[easy.truth.select(test.ids).labels == 0])
-    assert pipeline.evaluate(model, normal, easy.truth, exact_pixels=1000)[0]["aupro"] is None
+    assert models.evaluate(model, normal, easy.truth, exact_pixels=1000)[0]["aupro"] is None
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor
 
 import flawsift
-from flawsift import pipeline
+from flawsift import models, pipeline
 from flawsift.backbones import Backbone, load_backbone
 from flawsift.datasets import Dataset
 from flawsift.detector import Detector, make_detector
@@ -129,7 +129,7 @@ def test_another_detector_screens_and_the_threshold_is_the_final_ones_own(
     model = pipeline.fit(easy_folder, final, tiny, store=store, **options)
     data, _ = attach(ImageSet.from_folder(easy_folder), tiny, final.layers, store=store)
     purified = stage1.purified(data)
-    assert model.training["kept_digest"] == pipeline.set_digest(purified)
+    assert model.training["kept_digest"] == models.set_digest(purified)
     if name == "padim":
         judged = left_out_scores(final, purified)
     else:
@@ -206,7 +206,7 @@ def test_no_screen_trains_on_everything_and_still_has_a_threshold(
     assert len(few.calibration.scores) == 3
     one = pipeline.fit(easy.images.select([0]), SMALL["patchcore"], tiny, store=store, no_screen=True)
     assert one.threshold() is None
-    found = pipeline.predict(one, easy.images.select([5, 45]))
+    found = models.predict(one, easy.images.select([5, 45]))
     assert found.is_anomalous is None
     assert np.isfinite(found.scores).all()
     with pytest.raises(InputError, match="5 subsets need at least 5 images, got 3"):
@@ -219,8 +219,8 @@ def test_a_model_survives_the_disk(
 ) -> None:
     backbone = load_backbone("tiny", size=SIZE)
     model = pipeline.fit(easy_folder, SMALL[name], backbone, store=store, out=tmp_path / "m")
-    loaded = pipeline.load_model(tmp_path / "m")
-    before, after = pipeline.predict(model, easy_folder), pipeline.predict(loaded, easy_folder)
+    loaded = models.load_model(tmp_path / "m")
+    before, after = models.predict(model, easy_folder), models.predict(loaded, easy_folder)
     np.testing.assert_array_equal(before.scores, after.scores)
     assert before.threshold is not None
     assert after.threshold is not None
@@ -247,20 +247,20 @@ def test_damaged_and_foreign_models_are_refused(
         return copy
 
     with pytest.raises(ModelError, match="is not a model folder"):
-        pipeline.load_model(tmp_path / "none")
+        models.load_model(tmp_path / "none")
     with pytest.raises(ModelError, match="update flawsift"):
-        pipeline.load_model(with_change(format=99))
+        models.load_model(with_change(format=99))
     with pytest.raises(ModelError, match="damaged model.json"):
-        pipeline.load_model(with_change(backbone={}))
+        models.load_model(with_change(backbone={}))
     with pytest.raises(ModelError, match="other weights of tiny"):
-        pipeline.load_model(with_change(backbone={**content["backbone"], "weights_digest": "0" * 64}))
+        models.load_model(with_change(backbone={**content["backbone"], "weights_digest": "0" * 64}))
     with pytest.raises(ModelError, match="parts of two models"):
-        pipeline.load_model(with_change(detector_digest="0" * 64))
+        models.load_model(with_change(detector_digest="0" * 64))
     copy = with_change()
     state = next(copy.glob("state-*.safetensors"))
     state.write_bytes(state.read_bytes()[:-4] + b"oops")
     with pytest.raises(ModelError, match=r"does not match detector\.json"):
-        pipeline.load_model(copy)
+        models.load_model(copy)
 
 
 def test_an_interrupted_save_leaves_the_old_model(
@@ -270,7 +270,7 @@ def test_an_interrupted_save_leaves_the_old_model(
     folder = tmp_path / "m"
     pipeline.fit(easy.images, SMALL["patchcore"], backbone, store=store, out=folder, keep=0.8)
     pipeline.fit(easy.images, SMALL["patchcore"], backbone, store=store, out=folder, keep=0.6)
-    assert pipeline.load_model(folder).training["n_kept"] == 30
+    assert models.load_model(folder).training["n_kept"] == 30
     assert len(list(folder.glob("state-*.safetensors"))) == 1
 
     def fail(*_: Any) -> None:
@@ -279,7 +279,7 @@ def test_an_interrupted_save_leaves_the_old_model(
     monkeypatch.setattr("flawsift.detector.write_json", fail)
     with pytest.raises(OutputError):
         pipeline.fit(easy.images, SMALL["patchcore"], backbone, store=store, out=folder, keep=0.9)
-    assert pipeline.load_model(folder).training["n_kept"] == 30
+    assert models.load_model(folder).training["n_kept"] == 30
 
 
 def test_a_killed_screening_goes_on_to_the_same_result(
@@ -333,7 +333,7 @@ def test_unreadable_images_are_reported_everywhere(
     assert json.loads((tmp_path / "o" / "screening.json").read_text())["n_unreadable"] == 1
     model = pipeline.fit(root, SMALL["patchcore"], tiny, store=store, screening=tmp_path / "o")
     assert model.training["n_images"] == 51
-    found = pipeline.predict(model, root)
+    found = models.predict(model, root)
     assert list(found.errors.values()) == [row["error"]]
     assert np.isnan(found.scores).sum() == 1
     assert found.is_anomalous is not None
@@ -343,7 +343,7 @@ def test_unreadable_images_are_reported_everywhere(
 def test_evaluation_sees_labels_and_prediction_does_not(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
     model = pipeline.fit(easy.images.select(range(30)), SMALL["patchcore"], tiny, store=store, no_screen=True)
     test = easy.images.select(range(30, 50))
-    result, found = pipeline.evaluate(model, test, easy.truth)
+    result, found = models.evaluate(model, test, easy.truth)
     assert result["image_auroc"] > 0.9
     assert result["aupro"] is not None
     assert result["n_images"] == 20
@@ -353,7 +353,7 @@ def test_evaluation_sees_labels_and_prediction_does_not(tiny: Backbone, easy: Da
     assert result["false_alarms_per_100"] == pytest.approx(100 * flagged[labels == 0].mean())
     assert result["missed_per_100"] == pytest.approx(100 * (~flagged[labels == 1]).mean())
     flipped = replace(easy.truth, labels=1 - easy.truth.labels, masks={})
-    other, again = pipeline.evaluate(model, test, flipped)
+    other, again = models.evaluate(model, test, flipped)
     np.testing.assert_array_equal(found.scores, again.scores)
     assert other["image_auroc"] == pytest.approx(1 - result["image_auroc"])
     assert other["aupro"] is None
@@ -364,15 +364,15 @@ def test_attached_features_are_not_extracted_again(
 ) -> None:
     model = pipeline.fit(easy.images, SMALL["patchcore"], tiny, store=store)
     data, _ = attach(easy.images, tiny, model.detector.layers, store=store)
-    expected = pipeline.predict(model, easy.images).scores
+    expected = models.predict(model, easy.images).scores
 
     def never(pixels: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         raise AssertionError("extracted again")
 
     monkeypatch.setattr(tiny, "extract", never)
-    np.testing.assert_array_equal(pipeline.predict(model, data).scores, expected)
+    np.testing.assert_array_equal(models.predict(model, data).scores, expected)
     with pytest.raises(AssertionError):
-        pipeline.predict(model, easy.images)
+        models.predict(model, easy.images)
 
 
 def test_groups_reach_the_split(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:

@@ -23,8 +23,8 @@ from flawsift.errors import InputError, OutputError
 from flawsift.evaluation import write_evaluation_report
 from flawsift.images import ImageSet
 from flawsift.lookalikes import describe, nearest
+from flawsift.models import Model, evaluate
 from flawsift.overlays import Scale, overlay, save_overlay
-from flawsift.pipeline import Model, evaluate
 from flawsift.report import (
     Histogram,
     agreement,

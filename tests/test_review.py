@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from flawsift import pipeline
+from flawsift import models, pipeline
 from flawsift import review as reviewing
 from flawsift.backbones import Backbone
 from flawsift.decisions import read_decisions
@@ -424,7 +424,7 @@ def test_refit_trains_with_the_decisions_and_reports(folder: Path, tmp_path: Pat
     assert (out / "model.json").exists()
     page = (out / "report.html").read_text("utf-8")
     assert "a person decided to keep 1 and to remove 0" in page
-    assert pipeline.load_model(out).training["n_kept"] == len(screening.kept) + 1
+    assert models.load_model(out).training["n_kept"] == len(screening.kept) + 1
 
 
 def test_a_refit_replaces_a_model_by_one_of_its_kind(folder: Path, screened: Path, tiny: Backbone) -> None:
@@ -433,7 +433,7 @@ def test_a_refit_replaces_a_model_by_one_of_its_kind(folder: Path, screened: Pat
     pipeline.fit(screened / "parts", final, tiny, screening=folder, out=out, false_alarm_rate=0.07)
     (folder / "d.csv").write_text("path,decision\n")
     refit(folder, out, decisions=folder / "d.csv")
-    model = pipeline.load_model(out)
+    model = models.load_model(out)
     assert (model.detector.name, model.detector.params()) == ("patchcore", final.params()), "the screening's is padim"
     assert model.training["false_alarm_rate"] == 0.07
 

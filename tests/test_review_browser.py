@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from flawsift import datasets, evaluation, pipeline, report
+from flawsift import datasets, evaluation, models, pipeline, report
 from flawsift.backbones import Backbone
 from flawsift.datasets import write_mvtec
 from flawsift.images import ImageSet
@@ -387,7 +387,7 @@ def test_refit(browser: Any, errors: Errors, server: Server) -> None:
     playwright.expect(page.locator("#refit-status")).to_contain_text("Running")
     playwright.expect(page.locator("#refit-status")).to_contain_text("trained on 41 images", timeout=60_000)
     assert (server.folder / "model" / "report.html").exists()
-    assert pipeline.load_model(server.folder / "model").training["decisions"]["keep"] == 1
+    assert models.load_model(server.folder / "model").training["decisions"]["keep"] == 1
     assert errors == []
 
 
@@ -436,7 +436,7 @@ def reports(screened: Path, tiny: Backbone, tmp_path_factory: pytest.TempPathFac
     page["screening"] = report.write_screening_report(found, images, out / "screening")
     data = datasets.load(str(write_mvtec(easy_set(), out / "tree")))
     test = data.images.select(data.test_ids)
-    metrics, predictions = pipeline.evaluate(model, test, data.truth)
+    metrics, predictions = models.evaluate(model, test, data.truth)
     page["evaluation"] = evaluation.write_evaluation_report(
         model, metrics, predictions, test, data.truth, out / "evaluation"
     )

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from flawsift.features import attach as attach
     from flawsift.images import ImageSet as ImageSet
     from flawsift.metrics import GroundTruth as GroundTruth
-    from flawsift.pipeline import Model as Model
-    from flawsift.pipeline import evaluate as evaluate
+    from flawsift.models import Model as Model
+    from flawsift.models import evaluate as evaluate
+    from flawsift.models import load_model as load_model
+    from flawsift.models import predict as predict
     from flawsift.pipeline import fit as fit
-    from flawsift.pipeline import load_model as load_model
-    from flawsift.pipeline import predict as predict
     from flawsift.pipeline import screen as screen
     from flawsift.screening import PRESETS as PRESETS
     from flawsift.screening import Screening as Screening
@@ -40,16 +40,16 @@ _EXPORTS = {
     "FlawsiftError": "errors",
     "GroundTruth": "metrics",
     "ImageSet": "images",
-    "Model": "pipeline",
+    "Model": "models",
     "Screening": "screening",
     "attach": "features",
     "contaminate": "contamination",
-    "evaluate": "pipeline",
+    "evaluate": "models",
     "fit": "pipeline",
     "load_backbone": "backbones",
-    "load_model": "pipeline",
+    "load_model": "models",
     "make_detector": "detector",
-    "predict": "pipeline",
+    "predict": "models",
     "screen": "pipeline",
 }
 __all__ = ["__version__"]

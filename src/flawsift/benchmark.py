@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from flawsift import pipeline
+from flawsift import models
 from flawsift.backbones import Backbone
 from flawsift.contamination import Split, contaminate, official
 from flawsift.datasets import Dataset, load
@@ -97,7 +97,7 @@ def prepare(source: Source) -> Prepared:
         truth,
         dataset.select(images.ids),
         backbone,
-        pipeline.set_digest(images),
+        models.set_digest(images),
         hashlib.sha256(json.dumps(labels).encode()).hexdigest(),
     )
 
@@ -158,7 +158,7 @@ class Runner:
         maps: dict[str, dict[str, npt.NDArray[Any]]] = {}
         shown = _example_ids(test, ready.truth, self.examples) if cell.seed == self.first_seed else test.ids[:0]
 
-        def keep_maps(preset: str, model: pipeline.Model) -> None:
+        def keep_maps(preset: str, model: models.Model) -> None:
             if len(shown):
                 maps[keys[preset]] = _example_maps(model, test.select(shown), self.device)
 
@@ -226,7 +226,7 @@ def _key(cell: Cell, preset: str, ready: Prepared, detector: Detector, runner: R
         [detector.name, detector.params()],
         [cell.alpha, cell.protocol, cell.data.sizes if cell.protocol != "official" else None, cell.seed],
         [preset, options_of(preset, cell.n_subsets), runner.calibrate, first and [first.name, first.params()]],
-        pipeline.versions(),
+        models.versions(),
     ]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -243,7 +243,7 @@ def _example_ids(test: ImageSet, truth: GroundTruth, n: int) -> Ids:
     return np.array(chosen[:n], np.int64)
 
 
-def _example_maps(model: pipeline.Model, images: ImageSet, device: str) -> dict[str, npt.NDArray[Any]]:
+def _example_maps(model: models.Model, images: ImageSet, device: str) -> dict[str, npt.NDArray[Any]]:
     scores, grids = model.detector.predict_grids(images, device=device)
     threshold = model.threshold()
     held_out = model.calibration.scores
@@ -303,7 +303,7 @@ def run(
     if not isinstance(outer, Serial):  # a source that cannot be prepared fails again in its cells, which say so
         for _ in outer.completed(runner.warm, list(dict.fromkeys(sources.values()))):
             pass
-    origin = {"commit": commit, "machine": machine(), "versions": pipeline.versions()}
+    origin = {"commit": commit, "machine": machine(), "versions": models.versions()}
     new: list[Row] = []
     progress("cells", 0, len(cells))
     for number, (position, outcome) in enumerate(outer.completed(runner, cells)):

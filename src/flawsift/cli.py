@@ -310,17 +310,17 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Score new images: predictions.csv, and heatmap overlays in OUT/maps."""
-    from flawsift import pipeline
+    from flawsift import models
     from flawsift.files import ensure_folder
     from flawsift.images import show
     from flawsift.results import OverlayWriter, write_predictions
 
     ensure_folder(out)
-    loaded = pipeline.load_model(model, weights=weights, runtime=runtime.value)
+    loaded = models.load_model(model, weights=weights, runtime=runtime.value)
     found = _images(images, None)
     writer = OverlayWriter(out / "maps", loaded.calibration, loaded.threshold(false_alarm_rate)) if maps else None
     with _progress() as progress:
-        result = pipeline.predict(
+        result = models.predict(
             loaded, found, false_alarm_rate=false_alarm_rate, device=device, on_maps=writer, progress=progress
         )
     table = write_predictions(result, out)
@@ -353,17 +353,17 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on labelled images: OUT/metrics.json and OUT/predictions.csv."""
-    from flawsift import datasets, pipeline
+    from flawsift import datasets, models
     from flawsift.evaluation import write_evaluation_report
     from flawsift.files import ensure_folder, write_json
     from flawsift.results import write_predictions
 
     ensure_folder(out)
-    loaded = pipeline.load_model(model, weights=weights, runtime=runtime.value)
+    loaded = models.load_model(model, weights=weights, runtime=runtime.value)
     data = datasets.load(dataset)
     images = _test_images(data)
     with _progress() as progress:
-        result, predictions = pipeline.evaluate(loaded, images, data.truth, device=device, progress=progress)
+        result, predictions = models.evaluate(loaded, images, data.truth, device=device, progress=progress)
     write_predictions(predictions, out, data.truth)
     write_json(out / "metrics.json", result)
     page = write_evaluation_report(loaded, result, predictions, images, data.truth, out, device=device)

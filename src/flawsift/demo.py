@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flawsift import pipeline, report
+from flawsift import models, pipeline, report
 from flawsift.backbones import load_backbone
 from flawsift.contamination import contaminate
 from flawsift.datasets import load
@@ -105,13 +105,13 @@ def run_demo(
     page = report.write_screening_report(found[0], train, out / "model" / "screening")
     features, _ = attach(train, backbone, detector.layers, store=common["store"])  # cached by now
     plain = detector.clone().fit(features, device=device)
-    unscreened = pipeline.Model(plain, backbone, model.calibration, {})
+    unscreened = models.Model(plain, backbone, model.calibration, {})
     test, _ = attach(test, backbone, detector.layers, store=common["store"])  # once for both models
-    before, _ = pipeline.evaluate(unscreened, test, data.truth, device=device, progress=progress)
-    after, predictions = pipeline.evaluate(model, test, data.truth, device=device, progress=progress)
+    before, _ = models.evaluate(unscreened, test, data.truth, device=device, progress=progress)
+    after, predictions = models.evaluate(model, test, data.truth, device=device, progress=progress)
     write_predictions(predictions, out, data.truth)
     worst = test.select(predictions.ids[np.argsort(-predictions.scores)[:N_OVERLAYS]])
-    pipeline.predict(
+    models.predict(
         model, worst, device=device, on_maps=OverlayWriter(out / "maps", model.calibration, model.threshold())
     )
     write_json(out / "metrics.json", {"without_screening": before, "with_screening": after})

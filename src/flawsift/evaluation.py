@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flawsift import pipeline
+from flawsift import models
 from flawsift.detector import Prediction
 from flawsift.files import ensure_folder, write_text
 from flawsift.images import ImageSet, UnreadableImage, show
@@ -47,7 +47,7 @@ class Card:
 
 
 def write_evaluation_report(
-    model: pipeline.Model,
+    model: models.Model,
     metrics: Mapping[str, Any],
     found: Predictions,
     images: ImageSet,
@@ -60,7 +60,7 @@ def write_evaluation_report(
 
     Args:
         model: That made the predictions; it scores the few images that are shown again, for their maps.
-        metrics: From `flawsift.pipeline.evaluate`, as `found`.
+        metrics: From `flawsift.models.evaluate`, as `found`.
         found: Of all test images.
         images: The test images.
         truth: Their labels.
@@ -154,7 +154,7 @@ def _group(
 
 
 def _shown(
-    model: pipeline.Model,
+    model: models.Model,
     found: Predictions,
     images: ImageSet,
     truth: GroundTruth,
@@ -171,7 +171,7 @@ def _shown(
 
     chosen = images.select(ids)
     if len(chosen):
-        pipeline.predict(model, chosen, device=device, on_maps=take)
+        models.predict(model, chosen, device=device, on_maps=take)
     cut = None if found.threshold is None else found.threshold.value
     sample = model.calibration.scores if len(model.calibration.scores) else found.scores
     scale = Scale.of(sample, cut)

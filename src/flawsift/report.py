@@ -22,8 +22,8 @@ from flawsift.files import ensure_folder, write_text
 from flawsift.images import ImageSet, UnreadableImage, name_some, show
 from flawsift.lookalikes import nearest
 from flawsift.maps import to_image_grid
+from flawsift.models import Model
 from flawsift.overlays import Scale, colours, overlay, shrink
-from flawsift.pipeline import Model
 from flawsift.results import images_of, read_screening
 from flawsift.screening import Screening
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flawsift import metrics, pipeline
+from flawsift import metrics, models, pipeline
 from flawsift.backbones import Backbone
 from flawsift.calibration import Calibration
 from flawsift.consensus import Contamination, Floats, keep_lowest
@@ -53,7 +53,7 @@ def compare(
     calibrate: bool = True,
     device: str = "auto",
     executor: Executor = SERIAL,
-    on_fitted: Callable[[str, pipeline.Model], object] | None = None,
+    on_fitted: Callable[[str, models.Model], object] | None = None,
 ) -> list[Row]:
     """Train a detector on what each preset of stage 1 keeps of a contaminated set, and measure it on a test set.
 
@@ -84,7 +84,7 @@ def compare(
     own = next((s for _, s, _ in chosen.values() if s is not None and s.by_detector), None)
     alike: dict[str, list[str]] = {}
     for preset, (selection, _, _) in chosen.items():
-        alike.setdefault(pipeline.set_digest(selection.purified), []).append(preset)
+        alike.setdefault(models.set_digest(selection.purified), []).append(preset)
     figures: dict[str, Row] = {}
     for sharing in alike.values():  # one model at a time in memory
         purified = chosen[sharing[0]][0].purified
@@ -171,15 +171,15 @@ def _fit_and_measure(
     seed: int,
     device: str,
     executor: Executor,
-) -> tuple[Row, pipeline.Model]:
+) -> tuple[Row, models.Model]:
     started = time.perf_counter()
     fitted = detector.clone().fit(purified, device=device)
     fitted_at = time.perf_counter()
     if held_out is None:
         held_out = pipeline.cross_fitted_scores(purified, fitted, seed=seed, device=device, executor=executor)
     calibrated_at = time.perf_counter()
-    model = pipeline.Model(fitted, backbone, Calibration.of(held_out), {})
-    found, _ = pipeline.evaluate(model, test, truth, device=device, exact_pixels=EXACT_PIXELS)
+    model = models.Model(fitted, backbone, Calibration.of(held_out), {})
+    found, _ = models.evaluate(model, test, truth, device=device, exact_pixels=EXACT_PIXELS)
     figures = {key: found.get(key) for key in (*METRICS, *RATES)}
     with tempfile.TemporaryDirectory() as folder:
         fitted.save(Path(folder))
