@@ -8,7 +8,8 @@ import flawsift
 ROOT = Path(flawsift.__file__).parent
 # The reading order of ARCHITECTURE.md.
 ORDER = ["images", "backbones", "features", "detector", "detectors", "submodels", "screening", "metrics", "results"]
-ORDER += ["models", "pipeline", "report", "evaluation", "export", "refit", "review", "diagnostics", "demo", "cli"]
+ORDER += ["models", "pipeline", "report", "evaluation", "export", "refit", "review", "review_server", "diagnostics"]
+ORDER += ["demo", "cli"]
 LEAVES = {"errors", "executors", "files", "progress", "maps", "nn", "consensus", "calibration", "overlays", "views"}
 LEAVES |= {"coreset", "corruption", "decisions", "flows", "lookalikes", "networks", "rows", "runtimes", "training"}
 LEAVES |= {"trunks"}

@@ -23,7 +23,8 @@ from flawsift.detector import make_detector
 from flawsift.errors import InputError
 from flawsift.refit import refit
 from flawsift.results import images_of, read_screening
-from flawsift.review import MAX_BODY, Refit, Review, make_app, serve
+from flawsift.review import Refit, Review
+from flawsift.review_server import MAX_BODY, make_app, serve
 
 TOKEN, PORT = "s3cret", 8123
 BASE = f"http://127.0.0.1:{PORT}"

@@ -384,7 +384,8 @@ def review(
     """Decide image by image in a local page, and refit; decisions go to decisions.csv beside the screening."""
     import webbrowser
 
-    from flawsift.review import Review, serve
+    from flawsift.review import Review
+    from flawsift.review_server import serve
 
     def ready(address: str) -> None:
         typer.echo(address)
