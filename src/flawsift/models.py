@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 import flawsift
 from flawsift import metrics
+from flawsift.aupro import StreamingAUPRO
 from flawsift.backbones import Backbone, load_backbone
 from flawsift.calibration import DEFAULT_RATE, Calibration, Threshold
 from flawsift.detector import Detector, Prediction, load_detector
@@ -24,7 +25,7 @@ from flawsift.errors import InputError, ModelError
 from flawsift.features import StoredFeatures, stream
 from flawsift.files import ensure_folder, write_json
 from flawsift.images import ImageSet, content_digest, show
-from flawsift.metrics import GroundTruth, StreamingAUPRO
+from flawsift.metrics import GroundTruth
 from flawsift.progress import Progress, silent
 from flawsift.results import Predictions
 
