@@ -8,21 +8,17 @@ from typing import Any
 import pytest
 
 from flawsift.benchmark import run
-from flawsift.benchmark_report import (
+from flawsift.benchmark_report import curves, examples, failures, prices, write_benchmark_report
+from flawsift.benchmark_tables import (
     Cell,
     Figure,
-    curves,
-    examples,
-    failures,
     figure,
     latex,
     markdown,
     measured_tables,
     newest,
-    prices,
     quoted_tables,
     ranked,
-    write_benchmark_report,
 )
 from flawsift.errors import InputError
 from flawsift.grid import parse_config, plan, read_config

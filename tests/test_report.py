@@ -21,12 +21,12 @@ from flawsift.datasets import Dataset
 from flawsift.detector import make_detector
 from flawsift.errors import InputError, OutputError
 from flawsift.evaluation import write_evaluation_report
+from flawsift.histogram import Histogram
 from flawsift.images import ImageSet
 from flawsift.lookalikes import describe, nearest
 from flawsift.models import Model, evaluate
 from flawsift.overlays import Scale, overlay, save_overlay
 from flawsift.report import (
-    Histogram,
     agreement,
     map_scale,
     screening_report,

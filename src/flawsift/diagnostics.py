@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from torch import Tensor
 
 from flawsift.errors import InputError
@@ -28,6 +27,7 @@ from flawsift.files import ensure_folder, write_json, write_text
 from flawsift.images import ImageSet, name_some, show
 from flawsift.metrics import GroundTruth, image_auroc
 from flawsift.nn import NearestNeighbors, mutual_pairs
+from flawsift.pages import template
 from flawsift.training import channel_statistics, standardized
 
 Floats = npt.NDArray[np.float64]
@@ -414,7 +414,7 @@ def write_diagnosis(found: Diagnosis, folder: str | Path, *, title: str = "Diagn
 def diagnosis_page(found: Diagnosis, *, title: str = "Diagnosis") -> str:
     """The diagnosis as one self-contained HTML page."""
     shown = found.as_json()
-    return _template().render(
+    return template(PAGE).render(
         title=title,
         plot=_plot(found.distances),
         width=WIDTH,
@@ -443,12 +443,6 @@ def _plot(distances: Mapping[str, Floats]) -> dict[str, Any]:
 
 
 @functools.cache
-def _template() -> Template:
-    loader = PackageLoader("flawsift", "templates")
-    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return made.get_template(PAGE)
-
-
 def _draw(n: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
     """Positions, ascending, of at most MAX_IMAGES of n images; a rarer class is not thinned out below RARE_SHARE."""
     order = torch.randperm(n, generator=generator)

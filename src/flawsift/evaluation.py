@@ -11,10 +11,12 @@ import numpy.typing as npt
 from flawsift import models
 from flawsift.detector import Prediction
 from flawsift.files import ensure_folder, write_text
+from flawsift.histogram import Histogram
 from flawsift.images import ImageSet, UnreadableImage, show
 from flawsift.metrics import GroundTruth
 from flawsift.overlays import Scale, overlay, shrink
-from flawsift.report import MAX_UNREADABLE, NAME, THUMB, Histogram, css_ramp, data_uri, flat, number, place_of, template
+from flawsift.pages import css_ramp, data_uri, flat, number, template
+from flawsift.report import MAX_UNREADABLE, NAME, THUMB, place_of
 from flawsift.results import Predictions, scaled_map
 
 N_WORST = 12  # of each kind of error: a screen or two

@@ -1,17 +1,13 @@
 """Stage 1 and a fit as one HTML page that needs nothing but a browser: who was set aside, why, and what to do next."""
 
-import base64
-import functools
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 from torch import Tensor
 
@@ -19,11 +15,13 @@ from flawsift.consensus import MIN_KEEP, SUSPECT, own_mask
 from flawsift.decisions import decided
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_text
+from flawsift.histogram import Histogram
 from flawsift.images import ImageSet, UnreadableImage, name_some, show
 from flawsift.lookalikes import nearest
 from flawsift.maps import to_image_grid
 from flawsift.models import Model
-from flawsift.overlays import Scale, colours, overlay, shrink
+from flawsift.overlays import Scale, overlay, shrink
+from flawsift.pages import css_ramp, data_uri, flat, number, plural, template
 from flawsift.results import images_of, read_screening
 from flawsift.screening import Screening
 
@@ -32,14 +30,10 @@ TITLE, FIT_TITLE = "Screening report", "Fit report"
 THUMB = 320  # pixels: sharp at half a phone's width
 SMALL = 160  # pixels, of pictures for comparison: a third of a card
 N_ALIKE = 3  # typical images beside each suspect
-JPEG_QUALITY = 85
 MAP_SIZE = 64  # pixels; just fine enough for the smoothing's sigma of 1, and cheap for thousands of maps
 SCALE_SAMPLE = 500  # kept maps, evenly spaced, that the colours rest on: enough for a 99 % quantile
 TOP_SHARE = 0.1  # a sub-model suspects at least this share of the images, however few were set aside
 MAX_UNREADABLE = 200  # rows; the table of the screening has all
-MIN_BAR = 2.0  # units of the drawing
-MIN_BINS, MAX_BINS = 12, 48  # fewer hide the shape, more leave single images
-TAIL_SPANS = 4  # the axis ends this many times the width of the kept side above the cut, so that both sides are seen
 
 
 @dataclass(frozen=True)
@@ -187,14 +181,6 @@ def _model(model: Model, screening: Screening) -> dict[str, Any]:
     return {"text": text, "histogram": drawn, "cut_text": f"threshold {number(threshold.value)}"}
 
 
-@functools.cache
-def template(name: str) -> Template:
-    """A page of the folder templates; what is put into it is escaped."""
-    loader = PackageLoader("flawsift", "templates")
-    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return made.get_template(name)
-
-
 def _matching(images: ImageSet, screening: Screening) -> ImageSet:
     """The screening's view of a set; a folder that was listed anew may have other images under the same ids."""
     view = images.select(screening.ids)
@@ -225,7 +211,7 @@ def headline(screening: Screening) -> str:
     """The result in one sentence or two."""
     n, n_kept, n_bad = len(screening.ids), len(screening.kept), len(screening.unreadable)
     n_removed = n - n_kept
-    start = f"Of {n:,} {_plural(n, 'image')}, "
+    start = f"Of {n:,} {plural(n, 'image')}, "
     end = f"{n_kept:,} {'was' if n_kept == 1 else 'were'} kept."
     if not n_removed:
         text = f"{start}none was set aside; all were kept." if n > 1 else "The only image was kept."
@@ -234,7 +220,7 @@ def headline(screening: Screening) -> str:
     else:
         looks = "looks defective and was" if n_removed == 1 else "look defective and were"
         text = f"{start}{n_removed:,} {looks} set aside; {end}"
-    return text + (f" {n_bad:,} {_plural(n_bad, 'file')} could not be read." if n_bad else "")
+    return text + (f" {n_bad:,} {plural(n_bad, 'file')} could not be read." if n_bad else "")
 
 
 def contamination_text(screening: Screening) -> str:
@@ -396,157 +382,8 @@ def map_scale(screening: Screening) -> Scale | None:
     return Scale.of(maps.amax((1, 2)).numpy(), None)
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """Counts of consensus scores, drawn in a box of `WIDTH` x `HEIGHT` units.
-
-    Attributes:
-        bars: (x, y, width, height, kept, text) of each coloured bar.
-        x_ticks, y_ticks: (position, text).
-        cut: Position of the cut line, or None where no score parts kept from removed.
-        table: (from, to, kept, removed) of each bin that is not empty.
-        n_beyond: Images above the axis, counted in the last bin.
-        sides: What the two colours mean.
-        totals: Images of each.
-    """
-
-    bars: Sequence[tuple[float, float, float, float, bool, str]]
-    x_ticks: Sequence[tuple[float, str]]
-    y_ticks: Sequence[tuple[float, str]]
-    cut: float | None
-    table: Sequence[tuple[str, str, int, int]]
-    n_beyond: int
-    sides: tuple[str, str]
-    totals: tuple[int, int]
-
-    WIDTH: ClassVar[float] = 720.0
-    HEIGHT: ClassVar[float] = 220.0
-
-    @classmethod
-    def of(
-        cls,
-        scores: npt.NDArray[np.float64],
-        is_kept: npt.NDArray[np.bool_],
-        *,
-        cut: float | None = None,
-        sides: tuple[str, str] = ("kept", "set aside"),
-    ) -> Self:
-        """From (N,) scores.
-
-        Args:
-            scores: (N,); what is not finite is left out.
-            is_kept: (N,) whether each image is of the first side.
-            cut: Where the line stands; None takes the score between the sides, where there is one.
-            sides: What the two are called.
-        """
-        finite = np.isfinite(scores)
-        scores, is_kept = scores[finite], is_kept[finite]
-        cut = _cut(scores, is_kept) if cut is None else cut
-        edges = _bin_edges(scores, cut)
-        clipped = np.clip(scores, edges[0], edges[-1])
-        counts = np.stack([np.histogram(clipped[side], edges)[0] for side in (is_kept, ~is_kept)], axis=1)  # (bins, 2)
-        step = _nice_step(int(counts.sum(1).max()), 5, least=1)
-        y_max = step * max(1, np.ceil(counts.sum(1).max() / step))
-        x_step = _nice_step(edges[-1] - edges[0], 6)
-        per_unit = cls.WIDTH / (edges[-1] - edges[0])
-        x_values = x_step * np.arange(np.ceil(edges[0] / x_step), np.floor(edges[-1] / x_step) + 1)
-        labels = [number(edge) for edge in edges]
-        return cls(
-            bars=list(_bars(counts, labels, cls.WIDTH / (len(edges) - 1), cls.HEIGHT / y_max, sides)),
-            x_ticks=[(per_unit * (x - edges[0]), number(x)) for x in x_values],
-            y_ticks=[(cls.HEIGHT * (1 - y / y_max), f"{y:,.0f}") for y in np.arange(0, y_max + step / 2, step)],
-            cut=None if cut is None else per_unit * (cut - edges[0]),
-            table=[(labels[b], labels[b + 1], int(k), int(r)) for b, (k, r) in enumerate(counts) if k or r],
-            n_beyond=int((scores > edges[-1] + 1e-6 * (edges[1] - edges[0])).sum()),
-            sides=sides,
-            totals=(int(is_kept.sum()), int((~is_kept).sum())),
-        )
-
-
-def _bars(
-    counts: npt.NDArray[np.int64], labels: Sequence[str], width: float, per_count: float, sides: tuple[str, str]
-) -> Iterator[tuple[float, float, float, float, bool, str]]:
-    """Kept below, removed on top of them."""
-    for b, pair in enumerate(counts):
-        base = Histogram.HEIGHT
-        for count, is_kept in zip(pair.tolist(), (True, False), strict=True):
-            if not count:
-                continue
-            height = max(MIN_BAR, per_count * count)  # a single image in thousands must still be seen
-            base -= height
-            text = f"{count:,} {sides[0] if is_kept else sides[1]}, {labels[b]} to {labels[b + 1]}"
-            yield b * width, base, max(1.0, width - 1), height, is_kept, text
-
-
-def _cut(scores: npt.NDArray[np.float64], is_kept: npt.NDArray[np.bool_]) -> float | None:
-    """The score between kept and removed, where there is one."""
-    if is_kept.all() or not is_kept.any():
-        return None
-    highest_kept, lowest_removed = scores[is_kept].max(), scores[~is_kept].min()
-    return float((highest_kept + lowest_removed) / 2) if highest_kept <= lowest_removed else None
-
-
-def _bin_edges(scores: npt.NDArray[np.float64], cut: float | None) -> npt.NDArray[np.float64]:
-    """Equal bins with an edge at the cut, so that no bar is half kept; a far tail is cut off."""
-    if not len(scores) or scores.min() == scores.max():
-        middle = float(scores[0]) if len(scores) else 0.0
-        low, high = middle - 0.5 * max(1.0, abs(middle)), middle + 0.5 * max(1.0, abs(middle))
-        return np.linspace(low, high, MIN_BINS)
-    low, high = float(scores.min()), float(scores.max())
-    if cut is not None:  # the line is always on the axis
-        low, high = min(low, cut), max(high, cut)
-    pivot = max(cut if cut is not None else float(np.quantile(scores, 0.75)), low + (high - low) / 1000)
-    high = min(high, pivot + TAIL_SPANS * (pivot - low))
-    n_bins = int(np.clip(2 * np.sqrt(len(scores)), MIN_BINS, MAX_BINS))
-    width = (high - low) / n_bins
-    start = low if cut is None else cut - width * np.ceil((cut - low) / width - 1e-9)
-    count = max(1, int(np.ceil((high - start) / width - 1e-9)))
-    return np.linspace(start, start + count * width, count + 1)
-
-
-def _nice_step(span: float, n_ticks: int, *, least: float = 0.0) -> float:
-    """1, 2 or 5 times a power of ten, for about `n_ticks` ticks in a span."""
-    rough = max(span / n_ticks, least, 1e-12)
-    power = 10.0 ** np.floor(np.log10(rough))
-    return float(next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9)))
-
-
 def place_of(grid: npt.NDArray[np.float16]) -> str:
     """Where a map is highest, for those who cannot see it."""
     h, w = grid.shape
     row, column = divmod(int(np.nan_to_num(grid.astype(np.float32), nan=-np.inf).argmax()), w)
     return f"highest {100 * (column + 0.5) / w:.0f} % from the left and {100 * (row + 0.5) / h:.0f} % from the top"
-
-
-def data_uri(image: Image.Image, *, subsampling: int = -1) -> str:
-    """A picture as JPEG in a data URI."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=subsampling)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-
-
-def css_ramp() -> str:
-    """The heatmap's colours as stops of a CSS gradient."""
-    stops = colours(np.linspace(0, 1, 9)).tolist()
-    return ", ".join(f"rgba({r}, {g}, {b}, {a / 255:.2f})" for r, g, b, a in stops)
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as (dotted name, text)."""
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{name}.")
-        elif isinstance(value, list | tuple):
-            yield show(name), show(", ".join(map(str, value)))
-        else:
-            yield show(name), "none" if value is None else show(str(value))
-
-
-def number(value: float) -> str:
-    """Four significant digits, no negative zero."""
-    return f"{value + 0.0:.4g}" if abs(value) > 1e-12 else "0"
-
-
-def _plural(n: int, noun: str) -> str:
-    return noun if n == 1 else f"{noun}s"

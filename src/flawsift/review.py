@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flawsift import report
+from flawsift import pages, report
 from flawsift.decisions import NAME as DECISIONS
 from flawsift.decisions import Change, Decision, DecisionStore, decided
 from flawsift.errors import InputError, ParameterError
@@ -195,8 +195,8 @@ class Review:
             "ids": s.ids.tolist(),
             "names": [show(name) for name in s.names],
             "rank": rank.tolist(),
-            "consensus": [report.number(v) for v in s.consensus.tolist()],
-            "held_out": [report.number(v) for v in s.held_out_scores.tolist()],
+            "consensus": [pages.number(v) for v in s.consensus.tolist()],
+            "held_out": [pages.number(v) for v in s.held_out_scores.tolist()],
             "votes": votes.tolist(),
             "kept": s.is_kept.astype(int).tolist(),
             "places": [] if s.grids is None else [report.place_of(grid) for grid in s.grids],
@@ -212,19 +212,19 @@ class Review:
 
     def page(self) -> str:
         """The page's frame."""
-        return report.template("review.html").render(
+        return pages.template("review.html").render(
             folder=show(self.folder), out=show(self.out), has_maps=self.screening.grids is not None
         )
 
     def style(self) -> str:
         """The style that the page shares with the report."""
-        return report.template("style.css").render(ramp=report.css_ramp())
+        return pages.template("style.css").render(ramp=pages.css_ramp())
 
     def overview(self) -> str:
         """What the report says beyond single images, with the decisions in force."""
         now = self.decided()
         unreadable = [(show(name), show(reason)) for name, reason in now.unreadable.items()]
-        return report.template("overview.html").render(
+        return pages.template("overview.html").render(
             headline=report.headline(self.screening),
             n_kept=len(now.kept),
             n_removed=len(now.ids) - len(now.kept),
@@ -232,7 +232,7 @@ class Review:
             **report.histogram_of(now),
             unreadable=unreadable[: report.MAX_UNREADABLE],
             n_unreadable=len(unreadable),
-            details=list(report.flat({"options": now.options, **now.provenance})),
+            details=list(pages.flat({"options": now.options, **now.provenance})),
         )
 
     def alike(self, id_: int) -> list[int]:
