@@ -186,7 +186,7 @@ def screen_options(
     divergence_weight: float | None,
     reject_patches: float | None,
 ) -> "ScreenOptions":
-    """The options of stage 1: a preset's, less what is given one by one."""
+    """The options of stage 1: a preset's, and in their place what is given one by one."""
     from flawsift.screening import PRESETS, check_options
 
     options: dict[str, Any] = dict(PRESETS[preset.value])

@@ -10,7 +10,6 @@ Reference: Im et al. (FUN-AD), WACV 2025, arXiv 2411.16110, the analysis of pair
 """
 
 import csv
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -442,7 +441,6 @@ def _plot(distances: Mapping[str, Floats]) -> dict[str, Any]:
     return {"curves": curves, "ticks": ticks}
 
 
-@functools.cache
 def _draw(n: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
     """Positions, ascending, of at most MAX_IMAGES of n images; a rarer class is not thinned out below RARE_SHARE."""
     order = torch.randperm(n, generator=generator)
