@@ -12,7 +12,7 @@ ORDER += ["models", "pipeline", "report", "evaluation", "export", "refit", "revi
 ORDER += ["demo", "cli_options", "cli_benchmark", "cli"]
 LEAVES = {"errors", "executors", "files", "progress", "maps", "nn", "consensus", "calibration", "overlays", "views"}
 LEAVES |= {"coreset", "corruption", "decisions", "flows", "lookalikes", "networks", "rows", "runtimes", "training"}
-LEAVES |= {"aupro", "histogram", "pages", "trunks"}
+LEAVES |= {"aupro", "histogram", "pages", "pairs", "trunks"}
 # Leaves may use other leaves and the id type; these stand on top of the numbered modules.
 TOP = {"testing", "datasets", "contamination", "grid", "trial", "benchmark", "benchmark_report", "benchmark_tables"}
 

@@ -16,25 +16,27 @@ from flawsift import diagnostics
 from flawsift.cli import main
 from flawsift.datasets.synthetic import synthetic
 from flawsift.diagnostics import (
-    ALL,
-    ANOMALY_ANOMALY,
-    NORMAL_ANOMALY,
-    NORMAL_NORMAL,
-    chance_below,
     diagnose,
     examine,
     find_recurrence,
-    matching,
-    pair_distances,
     read_labels,
     reference_distances,
-    synthetic_setting,
     write_diagnosis,
 )
 from flawsift.errors import InputError
 from flawsift.features import MemoryFeatures
 from flawsift.images import ImageSet
 from flawsift.metrics import GroundTruth
+from flawsift.pairs import (
+    ALL,
+    ANOMALY_ANOMALY,
+    NORMAL_ANOMALY,
+    NORMAL_NORMAL,
+    chance_below,
+    matching,
+    pair_distances,
+    synthetic_setting,
+)
 
 TINY = ["--backbone", "tiny", "--size", "64", "--layer", "stride8"]
 
