@@ -1,4 +1,4 @@
-"""Distances of pairs of vectors by class, and mutual matches: what detectors for contaminated sets assume of patches."""
+"""Distances of pairs of vectors by class, and mutual matches: what methods for contaminated sets assume."""
 
 import math
 from collections.abc import Mapping
