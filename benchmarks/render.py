@@ -211,6 +211,7 @@ def goals(results: Path) -> str | None:
     return table(header, body) + source(used)
 
 
+LEAST_GAP = 0.01  # between training on everything and the oracle, for a cell to count in a recovery
 VARIANT_OF = {"all_data": "all data", "oracle_clean": "oracle", "images above 2, patches above 2": "default"}
 
 
@@ -242,6 +243,48 @@ def confirmation(results: Path) -> str | None:
     if not body:
         return None
     return table(["detector, set", "defective", "no screening", "default", "oracle"], body) + source(used)
+
+
+def choice(results: Path, *, confirmed: bool = False) -> str | None:
+    """What `flawsift.screening.suited` is worth: two detectors, and of each seed the one that stage 1 chooses."""
+    if confirmed:
+        folder = results / "confirmation"
+        cut = [{**r, "detector": "patchcore", "arm": r["variant"]} for r in _rows.read_rows(folder / "ablation.csv")]
+        cells = {**latest(cut), **accuracy_cells(folder, "softpatch")}
+    else:
+        cells = accuracy_cells(results, "patchcore", "softpatch")
+    of = {
+        (data, alpha, row["seed"], name, VARIANT_OF.get(arm, "default" if arm == "default" else arm)): row
+        for (data, name, alpha, arm), rows in cells.items()
+        for row in rows
+    }
+    columns = [("patchcore", "all data"), ("softpatch", "all data"), ("patchcore", "default"), ("softpatch", "default")]
+    columns += [("auto", "default"), ("patchcore", "oracle")]
+    body, used, means = [], [], {}
+    for data, alpha in _sets(cells):
+        seeds = sorted(key[2] for key in of if key[:2] == (data, alpha) and key[3:] == ("softpatch", "default"))
+        for seed in seeds:
+            plain = of[data, alpha, seed, "patchcore", "default"]
+            evidence = float(plain["keep_share"]) < 1 or float(plain["rejected_patches"] or 0) > 0
+            of[data, alpha, seed, "auto", "default"] = of[
+                data, alpha, seed, "softpatch" if evidence else "patchcore", "default"
+            ]
+        found = [[of[data, alpha, seed, *column] for seed in seeds] for column in columns]
+        used += [row for rows in found for row in rows]
+        means[data, alpha] = [statistics.mean(float(r["image_auroc"]) for r in rows) for rows in found]
+        body.append([data, f"{float(alpha):.0%}", *(mean_sd(rows, "image_auroc") for rows in found)])
+    if not body:
+        return None
+    for alpha in sorted({alpha for _, alpha in means}, key=float):
+        mine = [values for (_, a), values in means.items() if a == alpha]
+        body.append(
+            ["mean of sets", f"{float(alpha):.0%}", *(f"{statistics.mean(v):.3f}" for v in zip(*mine, strict=True))]
+        )
+    gaps = [values for (_, alpha), values in means.items() if float(alpha) > 0 and values[-1] - values[0] >= LEAST_GAP]
+    won = [sum(v[k] - v[0] for v in gaps) / sum(v[-1] - v[0] for v in gaps) for k in range(len(columns))]
+    body.append(["recovery", "", *(f"{share:.0%}" for share in won)])
+    header = ["set", "defective", "PatchCore", "SoftPatch", "PatchCore, default screening"]
+    return table([*header, "SoftPatch, default screening", "auto", "PatchCore, oracle"], body) + source(used)
 
 
 def gain_of(at: Mapping[tuple[str, str, str, str], float], cell: tuple[str, str], variant: str) -> float:
@@ -318,7 +361,7 @@ def recovery(at: Mapping[tuple[str, str, str, str], float], variant: str) -> flo
         base, mine, best = (
             statistics.mean(at[data, alpha, seed, v] for seed in seeds) for v in ("all data", variant, "oracle")
         )
-        if best - base >= 0.01:
+        if best - base >= LEAST_GAP:
             won, gap = won + mine - base, gap + best - base
     return won / gap if gap else float("nan")
 
@@ -412,6 +455,8 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "speed": speed,
     "scale": scale,
     "confirmation": confirmation,
+    "choice": choice,
+    "choice-confirmed": lambda r: choice(r, confirmed=True),
     "overlap": lambda r: detectors(r, "all_data", "image_auroc", overlap=True),
     "semantic": semantic,
     "peers": peers,

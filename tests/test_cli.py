@@ -68,6 +68,7 @@ def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
         "descriptions.npy",
         "report.html",
     }
+    bank += ["--detector", "patchcore"]
     fitted = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, *bank, "--screening", tmp_path / "s", "--json")
     assert fitted.code == 0, fitted.err
     assert fitted.json["n_kept"] == screened.json["n_kept"]
@@ -232,6 +233,8 @@ def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) ->
         (["screen", "{images}", "--out", "{out}", "--groups", "{missing}"], "cannot be read"),
         (["screen", "{images}"], "Missing option '--out'"),
         (["fit", "{images}", "--out", "{out}", "--false-alarm-rate", "7"], "false_alarm_rate must be in"),
+        (["fit", "{images}", "--out", "{out}", "--set", "seed=1"], "name a detector by --detector"),
+        (["fit", "{images}", "--out", "{out}", "--detector-preset", "paper"], "name a detector by --detector"),
         (["predict", "{images}", "{images}", "--out", "{out}"], "is not a model folder"),
         (["fit", "{images}", "--out", "{out}", "--decisions", "{missing}"], "cannot be read"),
         (["review", "{empty}", "--no-browser"], "holds no screening"),

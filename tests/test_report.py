@@ -409,7 +409,7 @@ def test_the_report_of_a_fit_names_its_threshold_and_decisions(folder: Path, tmp
     path = write_fit_report(model, tmp_path / "s", tmp_path / "m", choices={back: "keep"})
     page = Page(path.read_text("utf-8"))
     text = words(page.text["model"])
-    assert "Trained on 33 of 40 images; a person decided to keep 1 and to remove 0" in text
+    assert " was trained on 33 of 40 images; a person decided to keep 1 and to remove 0" in text
     assert "above 123.5" in text
     assert "threshold 123.5" in text
     assert "training.seed 7" in words(page.text["details"])

@@ -27,6 +27,7 @@ from flawsift.cli_options import (
     ExcludeOwn,
     ExecutorOption,
     ExportName,
+    FinalDetector,
     Groups,
     Images,
     Keep,
@@ -161,7 +162,7 @@ def screen(
 def fit(
     images: Images,
     out: Out,
-    detector: DetectorName = "patchcore",
+    detector: FinalDetector = "auto",
     detector_preset: DetectorPreset = "default",
     settings: Settings = None,
     backbone: BackboneName = "efficientnet_lite0",
@@ -222,7 +223,10 @@ def fit(
         )
     threshold = result.threshold()
     training = dict(result.training)
-    lines = [f"Trained {detector} on {training['n_kept']} of {training['n_images']} images: {out}"]
+    why = ""
+    if training["chosen_by_screening"]:
+        why = " (stage 1 found evidence of defects)" if result.detector.name == "softpatch" else " (no sign of defects)"
+    lines = [f"Trained {result.detector.name} on {training['n_kept']} of {training['n_images']} images{why}: {out}"]
     if note := training.get("screening_note"):
         lines.append(f"Note: {note} Screen the folder again to have them judged.")
     lines += threshold_lines(threshold)

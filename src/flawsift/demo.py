@@ -10,6 +10,7 @@ import numpy as np
 
 from flawsift import models, pipeline, report
 from flawsift.backbones import load_backbone
+from flawsift.calibration import Calibration
 from flawsift.contamination import contaminate
 from flawsift.datasets import load
 from flawsift.detector import make_detector
@@ -18,7 +19,7 @@ from flawsift.files import write_json
 from flawsift.metrics import GroundTruth
 from flawsift.progress import Progress, silent
 from flawsift.results import OverlayWriter, write_predictions
-from flawsift.screening import Screening
+from flawsift.screening import AUTO, Screening
 
 # Sizes that end within five minutes on two cores, features of all images included.
 N_TRAIN = 400
@@ -41,8 +42,9 @@ class DemoResult:
         top_defective: How many of those are truly defective.
         removed: Images set aside.
         removed_defective: How many of those are truly defective.
-        without_screening: Metrics on the test images of a detector trained on everything.
-        with_screening: Metrics of the one trained on what was kept.
+        detector: The detector that stage 1 chose.
+        without_screening: Metrics on the test images of PatchCore trained on everything.
+        with_screening: Metrics of that detector trained on what was kept.
         seconds: All of it.
     """
 
@@ -54,6 +56,7 @@ class DemoResult:
     top_defective: int
     removed: int
     removed_defective: int
+    detector: str
     without_screening: Mapping[str, Any]
     with_screening: Mapping[str, Any]
     seconds: float
@@ -70,7 +73,8 @@ class DemoResult:
             f"{self.n_train} real solar cells, {self.n_defective} of them defective ({share:.0f} %), unlabelled.",
             f"Of its top {self.top} suspects, {self.top_defective} are truly defective.",
             f"It set {self.removed} images aside, {self.removed_defective} of them truly defective.",
-            f"Image AUROC on {2 * N_TEST} new cells: {before:.3f} trained on everything, {after:.3f} on what was kept.",
+            f"Image AUROC on {2 * N_TEST} new cells: {before:.3f} by PatchCore trained on everything, {after:.3f} by "
+            f"{self.detector} trained on what was kept.",
             f"Took {self.seconds:.0f} s.",
             f"Heatmaps: {self.out / 'maps'}",
             f"Next:     flawsift predict {self.out / 'model'} YOUR_IMAGES --out predictions",
@@ -101,11 +105,11 @@ def run_demo(
     backbone, detector = load_backbone(device=device), make_detector("patchcore", seed=seed)
     found: list[Screening] = []
     common: dict[str, Any] = {"store": store or FeatureStore(), "seed": seed, "device": device, "progress": progress}
-    model = pipeline.fit(train, detector, backbone, out=out / "model", on_screened=found.append, **common)
+    model = pipeline.fit(train, AUTO, backbone, out=out / "model", on_screened=found.append, **common)
     page = report.write_screening_report(found[0], train, out / "model" / "screening")
     features, _ = attach(train, backbone, detector.layers, store=common["store"])  # cached by now
     plain = detector.clone().fit(features, device=device)
-    unscreened = models.Model(plain, backbone, model.calibration, {})
+    unscreened = models.Model(plain, backbone, Calibration.of([]), {})
     test, _ = attach(test, backbone, detector.layers, store=common["store"])  # once for both models
     before, _ = models.evaluate(unscreened, test, data.truth, device=device, progress=progress)
     after, predictions = models.evaluate(model, test, data.truth, device=device, progress=progress)
@@ -118,6 +122,7 @@ def run_demo(
     return DemoResult(
         out=out,
         report=page,
+        detector=type(model.detector).__name__,
         without_screening=before,
         with_screening=after,
         seconds=round(time.monotonic() - started, 1),

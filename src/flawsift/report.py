@@ -168,7 +168,9 @@ def histogram_of(screening: Screening) -> dict[str, Any]:
 def _model(model: Model, screening: Screening) -> dict[str, Any]:
     """What the page says of a trained model."""
     threshold = model.threshold()
-    text = f"Trained on {len(screening.kept):,} of {len(screening.ids):,} images"
+    why = ", chosen by stage 1," if model.training.get("chosen_by_screening") else ""
+    trained = f"{len(screening.kept):,} of {len(screening.ids):,} images"
+    text = f"{type(model.detector).__name__}{why} was trained on {trained}"
     if counts := model.training.get("decisions"):
         text += f"; a person decided to keep {counts['keep']:,} and to remove {counts['remove']:,}"
     if threshold is None:
@@ -177,8 +179,15 @@ def _model(model: Model, screening: Screening) -> dict[str, Any]:
         f". Images that score above {number(threshold.value)} are called anomalous: "
         f"about {threshold.per_hundred:.2g} false alarms per 100 good parts are expected."
     )
-    drawn = Histogram.of(screening.held_out_scores, screening.is_kept, cut=threshold.value)
-    return {"text": text, "histogram": drawn, "cut_text": f"threshold {number(threshold.value)}"}
+    # the scores of stage 1 are the model's own where it had the same detector; else there are none of removed images
+    own, kept = model.calibration.scores, screening.held_out_scores[screening.is_kept]
+    shared = len(own) == len(kept) and np.allclose(np.sort(own), np.sort(kept), rtol=1e-4)
+    if shared:
+        drawn = Histogram.of(screening.held_out_scores, screening.is_kept, cut=threshold.value)
+    else:
+        drawn = Histogram.of(own, np.ones(len(own), bool), cut=threshold.value)
+    cut_text = f"threshold {number(threshold.value)}"
+    return {"text": text, "histogram": drawn, "cut_text": cut_text, "has_removed": shared}
 
 
 def _matching(images: ImageSet, screening: Screening) -> ImageSet:

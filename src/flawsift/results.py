@@ -49,6 +49,12 @@ class SavedScreening:
     rejected: Mapping[str, npt.NDArray[np.bool_]]
     content: Mapping[str, Any]
 
+    @property
+    def contamination(self) -> Contamination | None:
+        """The estimate behind what it keeps; None where it had to keep a given share."""
+        estimate = self.content["contamination"]
+        return None if estimate is None else _estimate(**estimate)
+
     def decided(self, choices: Mapping[str, str]) -> tuple[Self, dict[str, int]]:
         """The same with a person's decisions in place of the `kept` column; see `flawsift.decisions.decided`."""
         names = list(self.kept)
