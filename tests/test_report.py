@@ -412,6 +412,9 @@ def test_the_report_of_a_fit_names_its_threshold_and_decisions(folder: Path, tmp
     assert " was trained on 33 of 40 images; a person decided to keep 1 and to remove 0" in text
     assert "above 123.5" in text
     assert "threshold 123.5" in text
+    # the detector is not the screener: its histogram is of its own scores, and nothing was set aside by them
+    assert "trained on (3)" in text
+    assert "set aside (" not in text
     assert "training.seed 7" in words(page.text["details"])
     assert "kept" in page.cards["suspects"][0]["text"]
     assert page.names("suspects")[0] == back

@@ -24,7 +24,7 @@ class Histogram:
         cut: Position of the cut line, or None where no score parts kept from removed.
         table: (from, to, kept, removed) of each bin that is not empty.
         n_beyond: Images above the axis, counted in the last bin.
-        sides: What the two colours mean.
+        sides: What the two colours mean; the second is empty where there is only one.
         totals: Images of each.
     """
 
@@ -55,7 +55,7 @@ class Histogram:
             scores: (N,); what is not finite is left out.
             is_kept: (N,) whether each image is of the first side.
             cut: Where the line stands; None takes the score between the sides, where there is one.
-            sides: What the two are called.
+            sides: What the two are called; an empty second one is not shown.
         """
         finite = np.isfinite(scores)
         scores, is_kept = scores[finite], is_kept[finite]

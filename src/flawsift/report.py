@@ -185,7 +185,7 @@ def _model(model: Model, screening: Screening) -> dict[str, Any]:
     if shared:
         drawn = Histogram.of(screening.held_out_scores, screening.is_kept, cut=threshold.value)
     else:
-        drawn = Histogram.of(own, np.ones(len(own), bool), cut=threshold.value)
+        drawn = Histogram.of(own, np.ones(len(own), bool), cut=threshold.value, sides=("trained on", ""))
     cut_text = f"threshold {number(threshold.value)}"
     return {"text": text, "histogram": drawn, "cut_text": cut_text, "has_removed": shared}
 
