@@ -189,7 +189,7 @@ def test_ray_equals_serial_bit_for_bit(
             (tmp_path / "c").rename(tmp_path / "gone")
             return found
 
-        monkeypatch.setattr("flawsift.screening.loaded", load_and_hide)
+        monkeypatch.setattr("flawsift.submodels.loaded", load_and_hide)
     together = screen(data, detector, n_subsets=3, executor=Ray(address=cluster.address, sees_files=sees_files))
     assert (tmp_path / "c").exists() == sees_files
     np.testing.assert_array_equal(alone.score_matrix, together.score_matrix)
