@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
+from flawsift.datasets import Dataset
 from flawsift.detector import DETECTORS, Detector, make_detector
-from flawsift.testing import CHECKS
+from flawsift.images import Batch
+from flawsift.testing import CHECKS, with_features
 
 # smaller than the defaults, so that a check takes a second
 SMALL: dict[str, dict[str, Any]] = {
@@ -49,3 +52,25 @@ def test_detector(name: str, check: Callable[[Detector], None], request: pytest.
     if reason := UNMET.get((name, check.__name__)):
         request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
     check(make_detector(name, **SMALL[name]))
+
+
+@pytest.mark.parametrize("name", sorted(DETECTORS))
+def test_a_detector_says_whether_it_leaves_out_patches(
+    name: str, easy: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: dict[str, Any] = {"steps": 2, "student_steps": 2, "head_steps": 2, "epochs": 2, "warmup": 0}
+    short = {key: value for key, value in lengths.items() if key in SMALL[name]}
+    detector = make_detector(name, **{**SMALL[name], **short})
+    corner = np.zeros((8, 8), bool)
+    corner[:2, :2] = True
+    images = with_features(easy.images.select(range(8)), detector)
+    asked: list[int] = []
+    accepted = Batch.accepted
+
+    def ask(batch: Batch, height: int, width: int) -> Any:
+        asked.append(1)
+        return accepted(batch, height, width)
+
+    monkeypatch.setattr(Batch, "accepted", ask)
+    detector.fit(images.without_patches(dict.fromkeys(range(8), corner)))
+    assert bool(asked) == detector.leaves_out_patches

@@ -363,6 +363,7 @@ def test_settings_reach_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.optimizer.defaults == {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-10, "weight_decay": 0.02}
     recipe = found.recipe
     assert (recipe.steps, recipe.batch_size, recipe.clip_norm, recipe.seed) == (11, 3, 0.7, 5)
+    assert recipe.large_products, "half the time where the CPU multiplies bfloat16"
     assert recipe.schedule is not None
     assert [recipe.schedule(step) for step in (0, 2, 4, 10)] == pytest.approx([0, 0.5, 1, 0.3])
     assert {part.p for part in found.module.modules() if isinstance(part, nn.Dropout)} == {0.35}

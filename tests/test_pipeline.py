@@ -80,6 +80,8 @@ def test_stage_one_chooses_the_detector(n: int, name: str, tiny: Backbone, easy:
     model = pipeline.fit(images, backbone=tiny, store=store)
     assert model.detector.name == name
     assert model.training["chosen_by_screening"]
+    assert model.training["detector"] == {"name": name, "params": model.detector.params()}
+    assert model.training["rejected_patches"] == 0, "SoftPatch learns from all patches, and a clean set loses none"
     named = pipeline.fit(images, name, tiny, store=store)
     assert not named.training["chosen_by_screening"]
     np.testing.assert_array_equal(model.calibration.scores, named.calibration.scores)
@@ -95,6 +97,23 @@ def test_a_saved_stage_one_chooses_too(tiny: Backbone, easy_folder: Path, store:
     # its scores are not those of the sub-models of stage 1, which were PatchCore
     expected = pipeline.fit(easy_folder, "softpatch", tiny, store=store).calibration.scores
     np.testing.assert_array_equal(model.calibration.scores, expected)
+
+
+def test_a_screening_without_its_estimate_is_damaged(
+    tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path
+) -> None:
+    pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, out=tmp_path / "s")
+    content = json.loads((tmp_path / "s" / "screening.json").read_text())
+    del content["contamination"]
+    (tmp_path / "s" / "screening.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="is damaged"):
+        pipeline.fit(easy_folder, SMALL["patchcore"], tiny, store=store, screening=tmp_path / "s")
+
+
+def test_few_images_are_no_choice_of_stage_one(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
+    model = pipeline.fit(easy.images.select(range(12)), backbone=tiny, store=store)  # too few to estimate anything
+    assert model.detector.name == "patchcore"
+    assert not model.training["chosen_by_screening"]
 
 
 @pytest.mark.parametrize("given", [{"keep": 0.6}, {"no_screen": True}])

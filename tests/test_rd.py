@@ -260,6 +260,17 @@ def test_settings_reach_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.parametrize(("edges", "large"), [((8, 4, 2), True), ((4, 2, 1), False)])
+def test_one_cell_is_halved_in_full_precision(
+    edges: tuple[int, ...], large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+    monkeypatch.setattr("flawsift.training.train", lambda *given, **_: seen.append(given[-1]))
+    taps = [normal(2, c, s, s) for c, s in zip((3, 4, 5), edges, strict=True)]
+    RD(layers=("0", "1", "2"), n_blocks=(1, 1, 1, 1)).fit(feature_set(taps))
+    assert [recipe.large_products for recipe in seen] == [large]
+
+
 def test_channels_are_scaled_where_asked() -> None:
     data = easy(4)
     batch = next(data.batches(RD().layers))

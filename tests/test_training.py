@@ -199,6 +199,31 @@ def test_large_products_are_in_bfloat16_where_the_cpu_multiplies_it(
     assert all(p.dtype == torch.float32 for p in module.parameters()), "weights stay in full precision"
 
 
+def test_a_checkpoint_of_another_precision_is_not_used(
+    data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("flawsift.training.cpu_multiplies_bfloat16", lambda: True)
+    seen: list[int] = []
+    watch = Watch(lambda _, done, total: seen.append(done), tmp_path / "state")
+    recipe = Recipe(steps=4, batch_size=4, large_products=True)
+
+    def loss_of(batch: Batch, step: int) -> Tensor:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        found: Tensor = module(batch.features[LAYER]).float().square().mean()
+        return found
+
+    module, optimizer = make(data)
+    with pytest.raises(KeyboardInterrupt):
+        train(module, optimizer, data, (LAYER,), loss_of, recipe, device="cpu", watch=watch)
+    monkeypatch.setattr("flawsift.training.cpu_multiplies_bfloat16", lambda: False)
+    seen.append(0)
+    module, optimizer = make(data)
+    train(module, optimizer, data, (LAYER,), loss_of, recipe, device="cpu", watch=watch)
+    assert seen == [1, 2, 0, 1, 2, 3, 4]
+
+
 def test_what_a_cpu_multiplies_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     assert cpu_multiplies_bfloat16()

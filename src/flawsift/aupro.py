@@ -165,6 +165,7 @@ def floats(values: ArrayLike, what: str) -> FloatArray:
 
 
 def checked_pair(anomaly_map: ArrayLike, mask: ArrayLike, what: str) -> tuple[FloatArray, BoolArray]:
+    """A map and its mask as arrays of one shape, (h, w)."""
     values, defect = floats(anomaly_map, what), np.asarray(mask) != 0
     if values.ndim != 2 or values.shape != defect.shape:
         raise InputError(f"{what} has shape {values.shape} and its mask {defect.shape}; give (h, w) for both.")

@@ -211,6 +211,7 @@ def _given(value: float | None) -> Figure | None:
 
 
 def grouped(rows: Rows, *keys: str) -> dict[tuple[str, ...], list[Mapping[str, str]]]:
+    """Rows by the values of some columns."""
     found: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
     for row in rows:
         found.setdefault(tuple(row.get(key, "") for key in keys), []).append(row)

@@ -195,7 +195,7 @@ def fit(
     from flawsift.calibration import DEFAULT_RATE
     from flawsift.decisions import read_decisions
     from flawsift.executors import make_executor
-    from flawsift.screening import SCREENERS
+    from flawsift.screening import SCREENERS, suited
 
     choices = None if decisions is None else read_decisions(decisions)
     options = screen_options(
@@ -225,7 +225,7 @@ def fit(
     training = dict(result.training)
     why = ""
     if training["chosen_by_screening"]:
-        why = " (stage 1 found evidence of defects)" if result.detector.name == "softpatch" else " (no sign of defects)"
+        why = " (no sign of defects)" if result.detector.name == suited(None) else " (evidence of defects)"
     lines = [f"Trained {result.detector.name} on {training['n_kept']} of {training['n_images']} images{why}: {out}"]
     if note := training.get("screening_note"):
         lines.append(f"Note: {note} Screen the folder again to have them judged.")

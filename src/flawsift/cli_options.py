@@ -159,7 +159,7 @@ def detector_of(name: str, preset: str, settings: Sequence[str] | None, seed: in
 
     if name == AUTO:
         if settings or preset != "default":
-            raise ParameterError("--set and --detector-preset need to know whose: name a detector by --detector.")
+            raise ParameterError("--set and --detector-preset need a named detector, such as --detector patchcore.")
         return name
 
     params: dict[str, Any] = {"seed": seed}

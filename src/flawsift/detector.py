@@ -76,6 +76,8 @@ class Detector(ABC):
     # Robust deviations above which a stage 1 by this detector takes a patch out of the training of stage 2, by default;
     # 0, for none, where its maps are poor evidence on single patches.
     patch_rejection: ClassVar[float] = 0.0
+    # Whether it leaves out rejected patches when it learns (`Batch.accepted`); others learn from all of an image.
+    leaves_out_patches: ClassVar[bool] = False
     # Whether defects in its training set teach it what one is, so that taking them out makes it worse.
     learns_from_defects: ClassVar[bool] = False
 

@@ -16,7 +16,7 @@ TAIL_SPANS = 4  # the axis ends this many times the width of the kept side above
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of consensus scores, drawn in a box of `WIDTH` x `HEIGHT` units.
+    """Counts of scores, drawn in a box of `WIDTH` x `HEIGHT` units.
 
     Attributes:
         bars: (x, y, width, height, kept, text) of each coloured bar.

@@ -162,6 +162,8 @@ def fit(
         is_kept, counts = decided(done.names, done.is_kept, choices)
         purified = done.purified(p.data, done.ids[is_kept])
         held_out = done.held_out_scores[is_kept] if p.screener is p.detector and not additive else None
+    if not p.detector.leaves_out_patches:
+        purified = purified.without_patches({})  # so that what is said of the training is true
     resume = None if out is None else Path(out) / ".resume"
     run = None if resume is None else _run_folder(resume, p, set_digest(purified))
     progress("detector", 0, 1)
@@ -185,7 +187,8 @@ def fit(
         "rejected_patches": purified.rejected_share,
         "screened": not no_screen,
         "screener": None if no_screen or screening is not None else p.screener.name,
-        "chosen_by_screening": detector == AUTO and estimate is not None,
+        "chosen_by_screening": detector == AUTO and estimate is not None and estimate.interval is not None,
+        "detector": {"name": fitted.name, "params": fitted.params()},
         **({"screening_note": note} if note else {}),
         **({"decisions": counts} if choices else {}),
         "false_alarm_rate": false_alarm_rate,

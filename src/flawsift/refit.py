@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ def refit(
 ) -> dict[str, Any]:
     """Train on what a screening keeps once a person has decided.
 
-    Detector, backbone and false-alarm rate are those of the model that is replaced; where there is none, the detector
-    and backbone of the screening.
+    Detector, backbone and false-alarm rate are those of the model that is replaced; where there is none, the backbone
+    of the screening, and its detector, unless that is the default: then stage 1 chooses, as in `flawsift.pipeline.fit`.
 
     Args:
         screening: Its folder.
@@ -54,15 +54,18 @@ def refit(
     from flawsift.images import show
     from flawsift.progress import silent
     from flawsift.results import images_of, read_screening
+    from flawsift.screening import AUTO
 
     found = read_screening(screening)
     try:
-        detector, spec, rate = _replaced(Path(out)) or (
+        detector, spec, rate, chosen = _replaced(Path(out)) or (
             found.provenance["detector"],
             found.provenance["backbone"]["spec"],
             DEFAULT_RATE,
+            _is_default(found.provenance["detector"]),
         )
-        made, loaded = make_detector(detector["name"], **detector["params"]), load_backbone(**spec)
+        made = AUTO if chosen else make_detector(detector["name"], **detector["params"])
+        loaded = load_backbone(**spec)
     except (KeyError, TypeError) as error:
         raise InputError(f"The screening does not say how it was made: {error!r}. Screen the folder again.") from error
     choices = read_decisions(decisions)
@@ -91,12 +94,24 @@ def refit(
     }
 
 
-def _replaced(out: Path) -> tuple[dict[str, Any], dict[str, Any], float] | None:
-    """(name and parameters of the detector, spec of the backbone, false-alarm rate) of a model folder, if it is one."""
+def _is_default(detector: Mapping[str, Any]) -> bool:
+    """Whether a screening was made by the detector that nobody had to name, as nobody names one for the model then."""
+    from flawsift.detector import make_detector
+    from flawsift.screening import suited
+
+    plain = make_detector(suited(None), seed=detector["params"]["seed"])
+    return (detector["name"], detector["params"]) == (plain.name, json.loads(json.dumps(plain.params())))
+
+
+def _replaced(out: Path) -> tuple[dict[str, Any], dict[str, Any], float, bool] | None:
+    """Of a model folder, if it is one: name and parameters of its detector, spec of its backbone, its false-alarm rate,
+    and whether stage 1 chose the detector."""
     try:
         model = json.loads((out / "model.json").read_text("utf-8"))
         detector = json.loads((out / "detector.json").read_text("utf-8"))
-        return detector, model["backbone"]["spec"], float(model["training"]["false_alarm_rate"])
+        training = model["training"]
+        chosen = bool(training.get("chosen_by_screening"))
+        return detector, model["backbone"]["spec"], float(training["false_alarm_rate"]), chosen
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

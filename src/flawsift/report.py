@@ -100,7 +100,8 @@ def write_fit_report(
     """
     found = read_screening(screening)
     is_kept, _ = decided(found.names, found.is_kept, choices or {})
-    found = replace(found, kept=found.ids[is_kept])
+    rejected = found.rejected if model.detector.leaves_out_patches else None
+    found = replace(found, kept=found.ids[is_kept], rejected=rejected)
     path = ensure_folder(folder) / NAME
     write_text(path, screening_report(found, images_of(found, images), title=FIT_TITLE, model=model))
     return path

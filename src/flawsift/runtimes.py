@@ -30,7 +30,8 @@ class Engine(Protocol):
 
     name: str
 
-    def run(self, pixels: Tensor, taps: Sequence[int]) -> list[Tensor]: ...
+    def run(self, pixels: Tensor, taps: Sequence[int]) -> list[Tensor]:
+        """The outputs of the asked layers."""
 
 
 def place_of(runtime: Runtime, device: str) -> torch.device:

@@ -281,7 +281,7 @@ def _choose(
 def suited(contamination: Contamination | None) -> str:
     """The name of the final detector that fits what stage 1 found.
 
-    PatchCore where there is no evidence of defects, since it is the best of all on clean sets; SoftPatch where there
+    PatchCore where there is no evidence of defects, since it is better on clean sets on average; SoftPatch where there
     is: what escaped the screening is rare at its position, and SoftPatch distrusts it
     (`benchmarks/README.md`, "The choice of the detector").
 

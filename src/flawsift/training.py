@@ -114,10 +114,10 @@ def train(
     if not len(data):
         raise InputError("Training needs at least one image, got an empty set.")
     base = [group["lr"] for group in optimizer.param_groups]
-    settings = "" if watch.checkpoint is None else _signature(module, optimizer, data, layers, recipe)
-    first, last = _resume(module, optimizer, watch.checkpoint, settings), float("nan")
     kind = device.partition(":")[0]
     mixed = recipe.large_products and cpu_multiplies_bfloat16() if kind == "cpu" else has_bfloat16(kind)
+    settings = "" if watch.checkpoint is None else _signature(module, optimizer, data, layers, recipe, mixed)
+    first, last = _resume(module, optimizer, watch.checkpoint, settings), float("nan")
     saved_at = time.monotonic()
     with seeded(recipe.seed, device):
         for step in range(first, recipe.steps):
@@ -340,13 +340,27 @@ def _mix(seed: int, step: int) -> int:
 
 
 def _signature(
-    module: nn.Module, optimizer: torch.optim.Optimizer, data: ImageSet, layers: Sequence[str], recipe: Recipe
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: ImageSet,
+    layers: Sequence[str],
+    recipe: Recipe,
+    mixed: bool,
 ) -> str:
     """SHA-256 of all that decides a training but its loss, before its first step."""
     shapes = [f"{name}{tuple(value.shape)}" for name, value in module.state_dict().items()]
     groups = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
     rates = [recipe.schedule(step) for step in range(recipe.steps)] if recipe.schedule else []
-    rule = [recipe.steps, recipe.batch_size, recipe.seed, recipe.clip_norm, rates, type(optimizer).__name__, groups]
+    rule = [
+        recipe.steps,
+        recipe.batch_size,
+        recipe.seed,
+        recipe.clip_norm,
+        rates,
+        type(optimizer).__name__,
+        groups,
+        mixed,
+    ]
     rejected = {i: (mask.shape, np.packbits(mask).tobytes()) for i, mask in data.rejected.items()}
     features = data.reader.key if data.reader is not None else ""
     seen = [data.ids.tolist(), data.names, data.derived, features, list(layers), sorted(rejected.items())]

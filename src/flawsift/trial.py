@@ -150,7 +150,10 @@ def _select(
             stages[shape] = Stage(found, first.name, first is detector), time.perf_counter() - started
         stage, seconds = stages[shape]
         found = reselected(stage.screening, options, first) if plain else stage.screening
-        selection = Selection(found.purified(train), found.consensus, found.contamination)
+        purified = found.purified(train)
+        if not detector.leaves_out_patches:
+            purified = purified.without_patches({})
+        selection = Selection(purified, found.consensus, found.contamination)
         chosen[preset] = selection, stage, seconds
     return chosen
 

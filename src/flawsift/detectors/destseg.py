@@ -40,7 +40,7 @@ class Networks(nn.Module):
     def forward(self, pixels: Tensor, teacher: Levels) -> Tensor:
         """(B, h, w) logits on the finest grid; the student gets no gradient from them."""
         with torch.no_grad():
-            restored = self.student(pixels)
+            restored = {stride: level.float() for stride, level in self.student(pixels).items()}
         logits: Tensor = self.segmenter(disagreement(teacher, restored))
         return logits
 

@@ -158,6 +158,7 @@ class Dinomaly(Detector):
     """
 
     name: ClassVar[str] = "dinomaly"
+    leaves_out_patches: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "paper": PAPER, "llbnad": LLBNAD, "budget": {}}
 
     layers: Sequence[str] = ("stride8", "stride16")

@@ -84,6 +84,7 @@ class PaDiM(Detector):
     """
 
     name: ClassVar[str] = "padim"
+    leaves_out_patches: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
         # section 4.1: ResNet-18 with 100 of 448 channels, epsilon 0.01 (550 of 1792 for WideResNet-50)

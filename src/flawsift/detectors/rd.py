@@ -155,6 +155,7 @@ class RD(Detector):
     """
 
     name: ClassVar[str] = "rd"
+    leaves_out_patches: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
         "paper": PAPER,

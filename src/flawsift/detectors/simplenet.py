@@ -97,6 +97,7 @@ class SimpleNet(Detector):
     """
 
     name: ClassVar[str] = "simplenet"
+    leaves_out_patches: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
         "budget": {"embedding_dim": 192, "hidden_dim": 128, "steps": 300},

@@ -128,6 +128,7 @@ class UniAD(Detector):
     """
 
     name: ClassVar[str] = "uniad"
+    leaves_out_patches: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
         "budget": {},  # the default: two minutes for 200 images on two cores
