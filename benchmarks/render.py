@@ -224,12 +224,17 @@ def _by_seed(cells: Mapping[tuple[str, ...], Rows]) -> dict[tuple[str, str, str,
     }
 
 
+def _ablated(results: Path) -> dict[tuple[str, ...], list[Mapping[str, str]]]:
+    """PatchCore's rows of an ablation by cell, whose chosen cuts are the default."""
+    rows = _rows.read_rows(results / "ablation.csv")
+    return latest([{**row, "detector": "patchcore", "arm": row["variant"]} for row in rows])
+
+
 def confirmation(results: Path) -> str | None:
     """Cell by cell, on seeds that no choice was made on: no screening, and the gains of default and oracle."""
-    folder = results / "confirmation"  # PatchCore's rows are those of the ablation, whose chosen cuts are the default
-    cut = [{**row, "detector": "patchcore", "arm": row["variant"]} for row in _rows.read_rows(folder / "ablation.csv")]
+    folder = results / "confirmation"
     body, used = [], []
-    for name, cells in (("patchcore", latest(cut)), ("padim", accuracy_cells(folder, "padim"))):
+    for name, cells in (("patchcore", _ablated(folder)), ("padim", accuracy_cells(folder, "padim"))):
         at = _by_seed(cells)
         used += _joined(cells)
         for data, alpha in _sets(cells):
@@ -245,46 +250,51 @@ def confirmation(results: Path) -> str | None:
     return table(["detector, set", "defective", "no screening", "default", "oracle"], body) + source(used)
 
 
+# Columns of `choice`: the variant's name for `recovery`, the title, the detector and the arm.
+CHOICES = (
+    ("all data", "PatchCore", "patchcore", "all data"),
+    ("SoftPatch", "SoftPatch", "softpatch", "all data"),
+    ("default", "PatchCore, default screening", "patchcore", "default"),
+    ("SoftPatch, default", "SoftPatch, default screening", "softpatch", "default"),
+    ("auto", "auto", "auto", "default"),
+    ("oracle", "PatchCore, oracle", "patchcore", "oracle"),
+)
+
+
 def choice(results: Path, *, confirmed: bool = False) -> str | None:
     """What `flawsift.screening.suited` is worth: two detectors, and of each seed the one that stage 1 chooses."""
-    if confirmed:
-        folder = results / "confirmation"
-        cut = [{**r, "detector": "patchcore", "arm": r["variant"]} for r in _rows.read_rows(folder / "ablation.csv")]
-        cells = {**latest(cut), **accuracy_cells(folder, "softpatch")}
-    else:
-        cells = accuracy_cells(results, "patchcore", "softpatch")
+    folder = results / "confirmation" if confirmed else results
+    first = _ablated(folder) if confirmed else accuracy_cells(folder, "patchcore")
+    cells = {**first, **accuracy_cells(folder, "softpatch")}
     of = {
-        (data, alpha, row["seed"], name, VARIANT_OF.get(arm, "default" if arm == "default" else arm)): row
+        (data, alpha, row["seed"], name, VARIANT_OF.get(arm, arm)): row
         for (data, name, alpha, arm), rows in cells.items()
         for row in rows
     }
-    columns = [("patchcore", "all data"), ("softpatch", "all data"), ("patchcore", "default"), ("softpatch", "default")]
-    columns += [("auto", "default"), ("patchcore", "oracle")]
-    body, used, means = [], [], {}
+    body, used = [], []
+    at: dict[tuple[str, str, str, str], float] = {}
     for data, alpha in _sets(cells):
         seeds = sorted(key[2] for key in of if key[:2] == (data, alpha) and key[3:] == ("softpatch", "default"))
         for seed in seeds:
             plain = of[data, alpha, seed, "patchcore", "default"]
             evidence = float(plain["keep_share"]) < 1 or float(plain["rejected_patches"] or 0) > 0
-            of[data, alpha, seed, "auto", "default"] = of[
-                data, alpha, seed, "softpatch" if evidence else "patchcore", "default"
-            ]
-        found = [[of[data, alpha, seed, *column] for seed in seeds] for column in columns]
-        used += [row for rows in found for row in rows]
-        means[data, alpha] = [statistics.mean(float(r["image_auroc"]) for r in rows) for rows in found]
-        body.append([data, f"{float(alpha):.0%}", *(mean_sd(rows, "image_auroc") for rows in found)])
+            by_softpatch = of[data, alpha, seed, "softpatch", "default"]
+            of[data, alpha, seed, "auto", "default"] = by_softpatch if evidence else plain
+        shown = [f"{float(alpha):.0%}"]
+        for variant, _, name, arm in CHOICES:
+            rows = [of[data, alpha, seed, name, arm] for seed in seeds]
+            at |= {(data, alpha, row["seed"], variant): float(row["image_auroc"]) for row in rows}
+            shown.append(mean_sd(rows, "image_auroc"))
+            used += rows
+        body.append([data, *shown])
     if not body:
         return None
-    for alpha in sorted({alpha for _, alpha in means}, key=float):
-        mine = [values for (_, a), values in means.items() if a == alpha]
-        body.append(
-            ["mean of sets", f"{float(alpha):.0%}", *(f"{statistics.mean(v):.3f}" for v in zip(*mine, strict=True))]
-        )
-    gaps = [values for (_, alpha), values in means.items() if float(alpha) > 0 and values[-1] - values[0] >= LEAST_GAP]
-    won = [sum(v[k] - v[0] for v in gaps) / sum(v[-1] - v[0] for v in gaps) for k in range(len(columns))]
-    body.append(["recovery", "", *(f"{share:.0%}" for share in won)])
-    header = ["set", "defective", "PatchCore", "SoftPatch", "PatchCore, default screening"]
-    return table([*header, "SoftPatch, default screening", "auto", "PatchCore, oracle"], body) + source(used)
+    variants = [variant for variant, *_ in CHOICES]
+    for alpha in sorted({key[1] for key in at}, key=float):
+        means = [statistics.mean(v for k, v in at.items() if (k[1], k[3]) == (alpha, variant)) for variant in variants]
+        body.append(["mean of sets", f"{float(alpha):.0%}", *(f"{mean:.3f}" for mean in means)])
+    body.append(["recovery", "", *(f"{recovery(at, variant):.0%}" for variant in variants)])
+    return table(["set", "defective", *(title for _, title, _, _ in CHOICES)], body) + source(used)
 
 
 def gain_of(at: Mapping[tuple[str, str, str, str], float], cell: tuple[str, str], variant: str) -> float:

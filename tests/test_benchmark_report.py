@@ -251,3 +251,13 @@ def test_rows_of_a_run_can_be_reported(tmp_path: Path) -> None:
     (curve,) = curves(rows)
     n = int(rows[0]["n_train"])
     assert curve.table[0][1] == f"{100 * int(0.4 * n) / n:.0f}"  # of a clean set, the paper keeps 40 %
+
+
+@pytest.mark.parametrize("name", ["table1", "table1_quick"])
+def test_the_tables_of_the_project_are_those_of_their_rows(name: str) -> None:
+    folder = Path(__file__).parent.parent / "benchmarks" / "results" / name
+    if not folder.exists():
+        pytest.skip("benchmarks are not in the source distribution")
+    good, _ = newest(read_rows(folder / "results.csv"))
+    expected = "\n".join(markdown(table) for table in [*measured_tables(good), *quoted_tables()])
+    assert (folder / "table.md").read_text("utf-8") == expected

@@ -182,9 +182,7 @@ def test_another_detector_screens_and_the_threshold_is_the_final_ones_own(
     options: dict[str, Any] = {"screening": tmp_path / "s"} if saved else {"out": tmp_path / "m"}
     model = pipeline.fit(easy_folder, final, tiny, store=store, **options)
     data, _ = attach(ImageSet.from_folder(easy_folder), tiny, final.layers, store=store)
-    purified = stage1.purified(data)
-    if not final.leaves_out_patches:
-        purified = purified.without_patches({})
+    purified = final.learned_from(stage1.purified(data))
     assert model.training["kept_digest"] == models.set_digest(purified)
     if name == "padim":
         judged = left_out_scores(final, purified)

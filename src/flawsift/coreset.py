@@ -4,7 +4,6 @@ Plain tensors of feature vectors, one row per vector. Letters: N rows to select 
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flawsift.errors import ParameterError
-from flawsift.nn import blas, blocks
+from flawsift.nn import blocks, own_threads
 
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int64]
@@ -145,7 +144,7 @@ class _LazyGreedy:
         self.centres = np.zeros((n_select, channels + 1), np.float32)  # c, then -|c|^2 / 2; the first is the origin
 
     def run(self) -> _Ints:
-        with blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with own_threads() as pool:
             while self.count < self.n_select and self.bounds.max() > 0:
                 rows, limit, tie = self._candidates()
                 x = np.ones((len(rows), self.centres.shape[1]), np.float32)

@@ -4,7 +4,6 @@ A version counts how often a row was written. Whoever writes says which version 
 that decide on different images both win; where they decide on the same one, the later is told instead of overwriting.
 """
 
-import contextlib
 import csv
 import io
 import threading
@@ -19,13 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.errors import InputError, OutputError, ParameterError
-from flawsift.files import write_csv
+from flawsift.files import take_lock, write_csv
 from flawsift.images import show
-
-try:
-    import fcntl
-except ImportError:  # Windows: two programs on one folder are not kept apart, two tabs are
-    fcntl = None  # type: ignore[assignment]
 
 NAME = "decisions.csv"
 CHOICES = ("keep", "remove", "unsure")
@@ -242,14 +236,10 @@ def _alone(path: Path) -> Iterator[None]:
     Raises:
         OutputError: The folder is gone, full, or not to be written.
     """
-    if fcntl is None:
-        yield
-        return
     try:
         lock = path.with_name(f".{path.name}.lock").open("w")
     except OSError as error:
         raise OutputError(f"Cannot write '{show(path)}': {error.strerror or error}.") from error
     with lock:
-        with contextlib.suppress(OSError):  # some network drives know no locks: as on Windows then
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        take_lock(lock)
         yield

@@ -9,9 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from flawsift.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: programs are not kept apart
+    fcntl = None  # type: ignore[assignment]
 
 SPARE_BYTES = 16 * 2**20  # an output folder needs at least this much free space for tables and a report
 
@@ -108,6 +113,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def take_lock(handle: int | IO[str]) -> None:
+    """Wait until no other program has an open file, or folder, locked; closing it gives the lock back."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # some network drives know no locks: as on Windows then
+            fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:

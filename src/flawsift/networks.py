@@ -98,7 +98,7 @@ class Student(nn.Module):
                 x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
             x = group(x)
             if stride in self.heads:
-                found[int(stride)] = self.heads[stride](x)
+                found[int(stride)] = self.heads[stride](x).float()  # losses are in full precision
         return found
 
 
@@ -152,7 +152,7 @@ class Segmenter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.residual(x)
         views = [self.whole(x).expand_as(x), *(branch(x) for branch in self.pyramid)]
-        logits: Tensor = self.out(torch.cat(views, 1)).squeeze(1)
+        logits: Tensor = self.out(torch.cat(views, 1)).squeeze(1).float()
         return logits
 
 

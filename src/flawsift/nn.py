@@ -4,6 +4,7 @@ Everything here works on plain tensors of feature vectors, one row per vector: i
 Letters: Q queries, M bank rows, C channels, k neighbours, G groups.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -353,18 +354,25 @@ def _rows_by_owner(owners: Tensor) -> dict[int, Tensor]:
 
 
 @functools.cache
-def blas() -> ThreadpoolController:
+def _blas() -> ThreadpoolController:
     """What sets the threads of numpy's BLAS: finding it reads all loaded libraries, so it is found once."""
     return ThreadpoolController()
 
 
+@contextlib.contextmanager
+def own_threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads of our own, as many as torch has, with one thread each for numpy's BLAS."""
+    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        yield pool
+
+
 def in_threads(work: Callable[[slice], object], blocks: Iterable[slice]) -> None:
-    """`work` on each block, on threads of our own, with one thread each for numpy's BLAS.
+    """`work` on each block, on `own_threads`.
 
     Threads of BLAS, and torch's, meet at every product, and wait there for seconds on a busy machine; these meet at the
     end. numpy lets other threads run during its products, factorisations and reductions.
     """
-    with blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with own_threads() as pool:
         for _ in pool.map(work, blocks):
             pass  # only re-raises what a thread raised
 

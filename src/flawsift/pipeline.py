@@ -162,8 +162,7 @@ def fit(
         is_kept, counts = decided(done.names, done.is_kept, choices)
         purified = done.purified(p.data, done.ids[is_kept])
         held_out = done.held_out_scores[is_kept] if p.screener is p.detector and not additive else None
-    if not p.detector.leaves_out_patches:
-        purified = purified.without_patches({})  # so that what is said of the training is true
+    purified = p.detector.learned_from(purified)  # so that what is said of the training is true
     resume = None if out is None else Path(out) / ".resume"
     run = None if resume is None else _run_folder(resume, p, set_digest(purified))
     progress("detector", 0, 1)

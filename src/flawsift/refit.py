@@ -100,7 +100,7 @@ def _is_default(detector: Mapping[str, Any]) -> bool:
     from flawsift.screening import suited
 
     plain = make_detector(suited(None), seed=detector["params"]["seed"])
-    return (detector["name"], detector["params"]) == (plain.name, json.loads(json.dumps(plain.params())))
+    return (detector["name"], detector["params"]) == (plain.name, plain.params())
 
 
 def _replaced(out: Path) -> tuple[dict[str, Any], dict[str, Any], float, bool] | None:

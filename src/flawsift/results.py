@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -142,7 +142,7 @@ def load_screening(folder: str | Path) -> SavedScreening:
         masks = _array(folder / REJECTED, len(rows), 3, np.bool_)
         named = [] if masks is None else list(zip(rows, masks, strict=True))
         rejected = {row["path"]: mask for row, mask in named if mask.any()}
-        estimate = None if content["contamination"] is None else _estimate(**content["contamination"])
+        estimate = _estimate(content["contamination"])
     return SavedScreening(folder, kept, held_out, rejected, content, estimate)
 
 
@@ -173,7 +173,7 @@ def read_screening(folder: str | Path) -> Screening:
             consensus=np.array([float(row["consensus"]) for row in rows]),
             divergence=np.array([float(d) for d in divergence]) if all(divergence) else None,
             kept=ids[[_truth(row["kept"]) for row in rows]],
-            contamination=None if estimate is None else _estimate(**estimate),
+            contamination=_estimate(estimate),
             options=content["options"],
             grids=_array(folder / MAPS, len(rows), 3, np.float16),
             rejected=_array(folder / REJECTED, len(rows), 3, np.bool_),
@@ -183,9 +183,12 @@ def read_screening(folder: str | Path) -> Screening:
         )
 
 
-def _estimate(interval: Sequence[float] | None = None, **fields: Any) -> Contamination:
+def _estimate(found: Mapping[str, Any] | None) -> Contamination | None:
     """From JSON, which has no tuples; screenings of earlier versions have no interval."""
-    return Contamination(**fields, interval=None if interval is None else (float(interval[0]), float(interval[1])))
+    if found is None:
+        return None
+    ends = found.get("interval")
+    return Contamination(**{**found, "interval": None if ends is None else (float(ends[0]), float(ends[1]))})
 
 
 def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import fcntl
 import functools
 import json
 import os
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flawsift.files import ensure_folder, write_csv
+from flawsift.files import ensure_folder, take_lock, write_csv
 
 Row = dict[str, Any]
 
@@ -82,8 +81,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """Wait for other processes that hold this folder; the lock is on the folder itself and leaves no file behind."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a network file system without locks: as good as it gets
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        take_lock(handle)
         yield
     finally:
         os.close(handle)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -84,15 +84,8 @@ class SubModels:
         if not executor.shares_files:
             train = loaded(train, self.detector.layers, self.detector.views, pixels=self.detector.reads_pixels)
             checkpoint = None
-        task = _SubModel(
-            train,
-            self.detector,
-            self.subset_of,
-            self.n_subsets,
-            device,
-            checkpoint,
-            keep_models or on_submodel is not None,
-        )
+        runs = replace(self, train=train, device=device, checkpoint=checkpoint, progress=silent)
+        task = _SubModel(runs, keep_models or on_submodel is not None)
         results = executor.map(task, missing)
         for m in range(n_models):  # in this order, like `all`: sums of maps depend on it
             self.progress("sub-models", m, n_models)
@@ -157,20 +150,14 @@ class SubModels:
 
 @dataclass(frozen=True, eq=False)
 class _SubModel:
-    """What a worker needs to train any sub-model and to score all images with it."""
+    """What a worker needs to train any sub-model and to score all images with it; its device may be "auto"."""
 
-    train: ImageSet
-    detector: Detector
-    subset_of: npt.NDArray[np.int64]
-    n_subsets: int
-    device: str
-    checkpoint: Path | None
+    runs: SubModels
     wants_model: bool
 
     def __call__(self, m: int) -> tuple[npt.NDArray[np.float32], Tensor, Detector | None]:
         """Scores and grids of sub-model m, and the sub-model where it is wanted."""
-        device = resolve_device(self.device)
-        runs = SubModels(self.train, self.detector, self.subset_of, self.n_subsets, device, self.checkpoint, silent)
-        model = self.detector.clone().fit(runs._subset(m), device=device, watch=runs._watch(m))
-        ((scores, grids, _),) = score_together([model], self.train, device, 64, keep_grids=True)
+        runs, device = self.runs, resolve_device(self.runs.device)
+        model = runs.detector.clone().fit(runs._subset(m), device=device, watch=runs._watch(m))
+        ((scores, grids, _),) = score_together([model], runs.train, device, 64, keep_grids=True)
         return scores, grids, model if self.wants_model else None

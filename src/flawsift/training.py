@@ -115,7 +115,10 @@ def train(
         raise InputError("Training needs at least one image, got an empty set.")
     base = [group["lr"] for group in optimizer.param_groups]
     kind = device.partition(":")[0]
-    mixed = recipe.large_products and cpu_multiplies_bfloat16() if kind == "cpu" else has_bfloat16(kind)
+    if kind == "cpu":
+        mixed = recipe.large_products and cpu_multiplies_bfloat16()
+    else:
+        mixed = kind == "cuda" and torch.cuda.is_bf16_supported()
     settings = "" if watch.checkpoint is None else _signature(module, optimizer, data, layers, recipe, mixed)
     first, last = _resume(module, optimizer, watch.checkpoint, settings), float("nan")
     saved_at = time.monotonic()
@@ -150,11 +153,6 @@ def train(
     if watch.checkpoint is not None:
         watch.checkpoint.unlink(missing_ok=True)
     return last
-
-
-def has_bfloat16(kind: str) -> bool:
-    """Whether this kind of device is a GPU that computes in bfloat16."""
-    return kind == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def cpu_multiplies_bfloat16() -> bool:

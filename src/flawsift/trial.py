@@ -150,9 +150,7 @@ def _select(
             stages[shape] = Stage(found, first.name, first is detector), time.perf_counter() - started
         stage, seconds = stages[shape]
         found = reselected(stage.screening, options, first) if plain else stage.screening
-        purified = found.purified(train)
-        if not detector.leaves_out_patches:
-            purified = purified.without_patches({})
+        purified = detector.learned_from(found.purified(train))
         selection = Selection(purified, found.consensus, found.contamination)
         chosen[preset] = selection, stage, seconds
     return chosen

@@ -40,7 +40,7 @@ class Networks(nn.Module):
     def forward(self, pixels: Tensor, teacher: Levels) -> Tensor:
         """(B, h, w) logits on the finest grid; the student gets no gradient from them."""
         with torch.no_grad():
-            restored = {stride: level.float() for stride, level in self.student(pixels).items()}
+            restored = self.student(pixels)
         logits: Tensor = self.segmenter(disagreement(teacher, restored))
         return logits
 
@@ -182,8 +182,8 @@ class DeSTSeg(Detector):
             nets.train_one(first_phase)
             teacher = self._teacher(images if first_phase else images.view(view), target)
             if first_phase:  # what the teacher sees of the clean image, from the corrupted one
-                return cosine_loss(teacher, {s: level.float() for s, level in nets.student(pixels).items()})
-            return mask_loss(nets(pixels, teacher).float(), mask.to(target), GAMMA)
+                return cosine_loss(teacher, nets.student(pixels))
+            return mask_loss(nets(pixels, teacher), mask.to(target), GAMMA)
 
         recipe = training.Recipe(
             steps=self.student_steps + self.head_steps,
