@@ -30,6 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "rd": {"n_blocks": (1, 1, 1, 1), "epochs": 20, "batch_size": 8},
     "simplenet": {"embedding_dim": 32, "hidden_dim": 32, "steps": 60, "adaptor_rate": 1e-3, "discriminator_rate": 1e-2},
     "softpatch": {"coreset_ratio": 0.05},
+    "twobanks": {"coreset_ratio": 0.05},
     "uniad": {"patch": 8, "width": 32, "epochs": 12, "batch_size": 4},
 }
 

@@ -38,6 +38,7 @@ DETECTORS: Mapping[str, tuple[str, str]] = {
     "rd": ("flawsift.detectors.rd", "RD"),
     "simplenet": ("flawsift.detectors.simplenet", "SimpleNet"),
     "softpatch": ("flawsift.detectors.softpatch", "SoftPatch"),
+    "twobanks": ("flawsift.detectors.twobanks", "TwoBanks"),
     "uniad": ("flawsift.detectors.uniad", "UniAD"),
 }
 

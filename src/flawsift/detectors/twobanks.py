@@ -1,0 +1,89 @@
+"""TwoBanks: a PatchCore that trusts all patches and a SoftPatch that does not, side by side."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from flawsift.detector import Detector
+from flawsift.detectors.patchcore import PatchCore
+from flawsift.detectors.softpatch import SoftPatch
+from flawsift.images import Batch, ImageSet
+from flawsift.maps import top_mean
+from flawsift.training import UNWATCHED, Watch
+
+
+@dataclass(kw_only=True, eq=False)
+class TwoBanks(Detector):
+    """Mean of the distance to a bank of all patches and the weighted distance to a denoised one.
+
+    The first bank is PatchCore's, the second SoftPatch's, both learned from the same images. A rare good patch is in
+    the first and a good match there; a defect that was learned is doubted by the second. The map is the mean of the two
+    maps, which are distances between the same embeddings and need no common scale. The image score is the mean, over
+    the two maps, of the mean of the `top_share` highest patches: each bank names its own worst places.
+
+    Cost: Both: about twice that of PatchCore for the fit, and a second search of a bank of the same size for scoring.
+    Contamination: Between the two. On real sets the mean lost nothing on clean training sets, where SoftPatch loses
+        its rare good patches, and kept most of what SoftPatch wins on contaminated ones.
+    Differs from the paper: There is none; the parts differ from theirs as `PatchCore` and `SoftPatch` say.
+    Reference: The two papers that those name, and the rows of `benchmarks/README.md`, "The default detector".
+
+    Attributes:
+        coreset_ratio: Size of each bank as a share of the pooled patches.
+        max_patches: Most patches in each pool; None for all.
+        outlier_share: Share of the patches that the second bank is not chosen from.
+        top_share: Share of the patches of a map, the highest, that its image score is the mean of: 4 of 32 x 32.
+    """
+
+    name: ClassVar[str] = "twobanks"
+    leaves_out_patches: ClassVar[bool] = True  # the first bank; the second has means of its own
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
+
+    coreset_ratio: float = 0.01
+    max_patches: int | None = 200_000
+    outlier_share: float = 0.15
+    top_share: float = 0.004
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("top_share", 0 < self.top_share <= 1, "be in (0, 1]")
+        self._parts()  # which check what they are given
+
+    def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
+        """See `Detector.fit`."""
+        self._forget()
+        trusting, doubting = self._parts()
+        self.trusting_ = trusting.fit(data, device=device)._state()
+        self.doubting_ = doubting.fit(data, device=device)._state()
+        return self
+
+    def _parts(self) -> tuple[PatchCore, SoftPatch]:
+        """The two, unfitted."""
+        shared: dict[str, Any] = {
+            "layers": self.layers,
+            "seed": self.seed,
+            "coreset_ratio": self.coreset_ratio,
+            "max_patches": self.max_patches,
+        }
+        return PatchCore(**shared), SoftPatch(**shared, outlier_share=self.outlier_share)
+
+    def _fitted_parts(self) -> tuple[PatchCore, SoftPatch]:
+        """The two with what they learned. Made once, never saved."""
+        if "_made" not in vars(self):
+            self._made = self._parts()
+            for part, state in zip(self._made, (self.trusting_, self.doubting_), strict=True):
+                vars(part).update(state)
+        return self._made
+
+    def _maps(self, batch: Batch, device: str) -> Tensor:
+        return self._score_batch(batch, device)[0]
+
+    def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
+        maps = torch.stack([part._maps(batch, device) for part in self._fitted_parts()])  # (2, B, h, w)
+        scores = torch.stack([top_mean(one, self.top_share) for one in maps])
+        return maps.mean(0), scores.mean(0)
+
+    def _expected(self, batch: Batch, device: str) -> Tensor:
+        return self._fitted_parts()[0]._expected(batch, device)
