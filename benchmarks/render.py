@@ -22,6 +22,7 @@ PAGES = (_rows.ROOT / "benchmarks" / "README.md", _rows.ROOT / "README.md")
 MARKERS = re.compile(r"(<!-- rows:([\w-]+) -->\n)(.*?)(<!-- /rows -->)", re.DOTALL)
 ARMS = {"all_data": "no screening", "paper": "paper", "default": "default", "oracle_clean": "oracle"}
 DETECTORS = {
+    "twobanks": "TwoBanks",
     "patchcore": "PatchCore",
     "padim": "PaDiM",
     "softpatch": "SoftPatch",
@@ -143,6 +144,18 @@ def detectors(results: Path, arm: str, metric: str, *, overlap: bool = False) ->
             for rows, mean in zip(found, means, strict=True)
         ]
         body.append([data, f"{float(alpha):.0%}", *shown])
+    sets = {key[0] for key in cells}
+    for alpha in sorted({key[2] for key in cells}, key=float):
+        whole = [[cells.get((data, name, alpha, arm)) for data in sets] for name in names]
+        means = [
+            statistics.mean(statistics.mean(float(r[metric]) for r in rows) for rows in mine if rows)
+            if all(mine)
+            else None
+            for mine in whole
+        ]
+        best = max((m for m in means if m is not None), default=None)
+        shown = ["-" if m is None else f"**{m:.3f}**" if m == best else f"{m:.3f}" for m in means]
+        body.append(["mean of sets", f"{float(alpha):.0%}", *shown])
     return table(["set", "defective in training", *(DETECTORS[name] for name in names)], body) + source(_joined(cells))
 
 
@@ -250,22 +263,24 @@ def confirmation(results: Path) -> str | None:
     return table(["detector, set", "defective", "no screening", "default", "oracle"], body) + source(used)
 
 
-# Columns of `choice`: the variant's name for `recovery`, the title, the detector and the arm.
-CHOICES = (
+# Columns of `finals`: the variant's name for `recovery`, the title, the detector and the arm.
+FINALS = (
     ("all data", "PatchCore", "patchcore", "all data"),
     ("SoftPatch", "SoftPatch", "softpatch", "all data"),
-    ("default", "PatchCore, default screening", "patchcore", "default"),
-    ("SoftPatch, default", "SoftPatch, default screening", "softpatch", "default"),
-    ("auto", "auto", "auto", "default"),
+    ("TwoBanks", "TwoBanks", "twobanks", "all data"),
+    ("default", "PatchCore, screened", "patchcore", "default"),
+    ("SoftPatch, default", "SoftPatch, screened", "softpatch", "default"),
+    ("TwoBanks, default", "TwoBanks, screened", "twobanks", "default"),
     ("oracle", "PatchCore, oracle", "patchcore", "oracle"),
+    ("TwoBanks, oracle", "TwoBanks, oracle", "twobanks", "oracle"),
 )
 
 
-def choice(results: Path, *, confirmed: bool = False) -> str | None:
-    """What `flawsift.screening.suited` is worth: two detectors, and of each seed the one that stage 1 chooses."""
+def finals(results: Path, *, confirmed: bool = False) -> str | None:
+    """What the default final detector is worth beside its two parts, with and without the default screening."""
     folder = results / "confirmation" if confirmed else results
     first = _ablated(folder) if confirmed else accuracy_cells(folder, "patchcore")
-    cells = {**first, **accuracy_cells(folder, "softpatch")}
+    cells = {**first, **accuracy_cells(folder, "softpatch", "twobanks")}
     of = {
         (data, alpha, row["seed"], name, VARIANT_OF.get(arm, arm)): row
         for (data, name, alpha, arm), rows in cells.items()
@@ -274,14 +289,11 @@ def choice(results: Path, *, confirmed: bool = False) -> str | None:
     body, used = [], []
     at: dict[tuple[str, str, str, str], float] = {}
     for data, alpha in _sets(cells):
-        seeds = sorted(key[2] for key in of if key[:2] == (data, alpha) and key[3:] == ("softpatch", "default"))
-        for seed in seeds:
-            plain = of[data, alpha, seed, "patchcore", "default"]
-            evidence = float(plain["keep_share"]) < 1 or float(plain["rejected_patches"] or 0) > 0
-            by_softpatch = of[data, alpha, seed, "softpatch", "default"]
-            of[data, alpha, seed, "auto", "default"] = by_softpatch if evidence else plain
+        seeds = sorted(key[2] for key in of if key[:2] == (data, alpha) and key[3:] == ("twobanks", "default"))
+        if not seeds:
+            continue
         shown = [f"{float(alpha):.0%}"]
-        for variant, _, name, arm in CHOICES:
+        for variant, _, name, arm in FINALS:
             rows = [of[data, alpha, seed, name, arm] for seed in seeds]
             at |= {(data, alpha, row["seed"], variant): float(row["image_auroc"]) for row in rows}
             shown.append(mean_sd(rows, "image_auroc"))
@@ -289,12 +301,17 @@ def choice(results: Path, *, confirmed: bool = False) -> str | None:
         body.append([data, *shown])
     if not body:
         return None
-    variants = [variant for variant, *_ in CHOICES]
+    variants = [variant for variant, *_ in FINALS]
     for alpha in sorted({key[1] for key in at}, key=float):
         means = [statistics.mean(v for k, v in at.items() if (k[1], k[3]) == (alpha, variant)) for variant in variants]
         body.append(["mean of sets", f"{float(alpha):.0%}", *(f"{mean:.3f}" for mean in means)])
     body.append(["recovery", "", *(f"{recovery(at, variant):.0%}" for variant in variants)])
-    return table(["set", "defective", *(title for _, title, _, _ in CHOICES)], body) + source(used)
+    contaminated = {key[:2] for key in at if float(key[1]) > 0}
+    worst = [min(gain_of(at, cell, variant) for cell in contaminated) for variant in variants]
+    body.append(["worst contaminated cell, points", "", *(f"{100 * gain:+.1f}" for gain in worst)])
+    clean = [min(gain_of(at, cell, variant) for cell in {key[:2] for key in at} - contaminated) for variant in variants]
+    body.append(["worst clean set, points", "", *(f"{100 * gain:+.1f}" for gain in clean)])
+    return table(["set", "defective", *(title for _, title, _, _ in FINALS)], body) + source(used)
 
 
 def gain_of(at: Mapping[tuple[str, str, str, str], float], cell: tuple[str, str], variant: str) -> float:
@@ -465,8 +482,8 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "speed": speed,
     "scale": scale,
     "confirmation": confirmation,
-    "choice": choice,
-    "choice-confirmed": lambda r: choice(r, confirmed=True),
+    "finals": finals,
+    "finals-confirmed": lambda r: finals(r, confirmed=True),
     "overlap": lambda r: detectors(r, "all_data", "image_auroc", overlap=True),
     "semantic": semantic,
     "peers": peers,

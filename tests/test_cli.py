@@ -102,14 +102,13 @@ def test_fit_screens_and_reports(run: Any, easy_folder: Path, tmp_path: Path) ->
     assert (options["keep"], options["exclude_own"], options["seed"]) == (0.4, False, 3)
 
 
-def test_fit_says_which_detector_stage_one_chose(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+def test_fit_without_a_detector_trains_two_banks(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     found = run("fit", easy_folder, "--out", tmp_path / "m", *TINY)
     assert found.code == 0, found.err
-    assert "Trained softpatch on " in found.out
-    assert "(evidence of defects)" in found.out
+    assert "Trained twobanks on " in found.out
     page = (tmp_path / "m" / "report.html").read_text("utf-8")
-    assert "SoftPatch, chosen by stage 1, was trained on" in page
-    assert "are not learned from" not in page, "SoftPatch learns from all patches of what is kept"
+    assert "TwoBanks was trained on" in page
+    assert "are not learned from" in page
 
 
 @pytest.mark.parametrize(
@@ -243,8 +242,7 @@ def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) ->
         (["screen", "{images}", "--out", "{out}", "--groups", "{missing}"], "cannot be read"),
         (["screen", "{images}"], "Missing option '--out'"),
         (["fit", "{images}", "--out", "{out}", "--false-alarm-rate", "7"], "false_alarm_rate must be in"),
-        (["fit", "{images}", "--out", "{out}", "--set", "seed=1"], "need a named detector"),
-        (["fit", "{images}", "--out", "{out}", "--detector-preset", "paper"], "need a named detector"),
+        (["fit", "{images}", "--out", "{out}", "--detector-preset", "paper"], "Unknown preset of twobanks"),
         (["predict", "{images}", "{images}", "--out", "{out}"], "is not a model folder"),
         (["fit", "{images}", "--out", "{out}", "--decisions", "{missing}"], "cannot be read"),
         (["review", "{empty}", "--no-browser"], "holds no screening"),

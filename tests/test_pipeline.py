@@ -22,7 +22,7 @@ from flawsift.errors import InputError, ModelError, OutputError, ParameterError
 from flawsift.features import FeatureStore, attach
 from flawsift.images import ImageSet
 from flawsift.results import load_screening, save_screening
-from flawsift.screening import Screening, suited
+from flawsift.screening import FINAL, Screening
 from flawsift.screening import screen as screen_features
 from flawsift.testing import SIZE
 
@@ -71,32 +71,25 @@ def test_stage_two_trains_on_exactly_what_was_kept(
     np.testing.assert_allclose(model.calibration.scores, np.sort(judged), rtol=1e-2 if name == "padim" else 2e-3)
 
 
-@pytest.mark.parametrize(("n", "name"), [(50, "softpatch"), (40, "patchcore")])  # the last ten are defective
-def test_stage_one_chooses_the_detector(n: int, name: str, tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
-    images = easy.images.select(np.arange(n))
-    screening = pipeline.screen(images, "patchcore", tiny, store=store)
-    assert screening.contamination is not None
-    assert suited(screening.contamination) == name, "the set is not what the test is about"
-    model = pipeline.fit(images, backbone=tiny, store=store)
-    assert model.detector.name == name
-    assert model.training["chosen_by_screening"]
-    assert model.training["detector"] == {"name": name, "params": model.detector.params()}
-    assert model.training["rejected_patches"] == 0, "SoftPatch learns from all patches, and a clean set loses none"
-    named = pipeline.fit(images, name, tiny, store=store)
-    assert not named.training["chosen_by_screening"]
+def test_the_default_detector_is_that_of_its_name(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
+    model = pipeline.fit(easy.images, backbone=tiny, store=store)
+    assert model.detector.name == FINAL
+    assert model.training["detector"] == {"name": FINAL, "params": model.detector.params()}
+    assert model.training["screener"] == "patchcore"
+    assert model.training["rejected_patches"] > 0
+    named = pipeline.fit(easy.images, FINAL, tiny, store=store)
     np.testing.assert_array_equal(model.calibration.scores, named.calibration.scores)
-    data, _ = attach(images, tiny, model.detector.layers, store=store)
-    found, expected = (m.detector.predict(data, maps=False).scores for m in (model, named))
-    np.testing.assert_array_equal(found, expected)
 
 
-def test_a_saved_stage_one_chooses_too(tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path) -> None:
+def test_a_saved_stage_one_gives_the_same_model(
+    tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path
+) -> None:
     pipeline.screen(easy_folder, "patchcore", tiny, store=store, out=tmp_path / "s")
     model = pipeline.fit(easy_folder, backbone=tiny, store=store, screening=tmp_path / "s")
-    assert model.detector.name == "softpatch"
+    expected = pipeline.fit(easy_folder, backbone=tiny, store=store)
+    assert model.detector.name == FINAL
     # its scores are not those of the sub-models of stage 1, which were PatchCore
-    expected = pipeline.fit(easy_folder, "softpatch", tiny, store=store).calibration.scores
-    np.testing.assert_array_equal(model.calibration.scores, expected)
+    np.testing.assert_array_equal(model.calibration.scores, expected.calibration.scores)
 
 
 def test_a_screening_without_its_estimate_is_damaged(
@@ -108,21 +101,6 @@ def test_a_screening_without_its_estimate_is_damaged(
     (tmp_path / "s" / "screening.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="is damaged"):
         pipeline.fit(easy_folder, SMALL["patchcore"], tiny, store=store, screening=tmp_path / "s")
-
-
-def test_few_images_are_no_choice_of_stage_one(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
-    model = pipeline.fit(easy.images.select(range(12)), backbone=tiny, store=store)  # too few to estimate anything
-    assert model.detector.name == "patchcore"
-    assert not model.training["chosen_by_screening"]
-
-
-@pytest.mark.parametrize("given", [{"keep": 0.6}, {"no_screen": True}])
-def test_without_a_test_for_defects_it_is_patchcore(
-    given: dict[str, Any], tiny: Backbone, easy: Dataset, store: FeatureStore
-) -> None:
-    model = pipeline.fit(easy.images, backbone=tiny, store=store, **given)
-    assert model.detector.name == "patchcore"
-    assert not model.training["chosen_by_screening"], "nobody asked stage 1"
 
 
 def test_a_detector_that_learns_from_defects_keeps_them(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:

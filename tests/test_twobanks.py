@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from flawsift import maps
 from flawsift.detectors.patchcore import PatchCore
 from flawsift.detectors.softpatch import SoftPatch
 from flawsift.detectors.twobanks import TwoBanks
 from flawsift.errors import ParameterError
 from flawsift.features import MemoryFeatures
 from flawsift.images import ImageSet
+from flawsift.maps import embed_patches
 
 LAYERS = ("a", "b")
 SIDE = 8  # patches, of the larger layer
@@ -32,10 +34,10 @@ def feature_set(n: int, seed: int = 0, outliers: int = 0) -> ImageSet:
 @pytest.mark.parametrize("top_share", [0.01, 0.1, 1.0])
 def test_maps_and_scores_are_the_means_of_those_of_both_parts(top_share: float) -> None:
     train, test = feature_set(20, outliers=2), feature_set(5, seed=1, outliers=1)
-    scores, maps = TwoBanks(**SHARED, top_share=top_share).fit(train).predict_grids(test)
+    scores, grids = TwoBanks(**SHARED, top_share=top_share).fit(train).predict_grids(test)
     parts = [PatchCore(**SHARED).fit(train), SoftPatch(**SHARED).fit(train)]
     expected = [part.predict_grids(test)[1].numpy() for part in parts]
-    np.testing.assert_allclose(maps.numpy(), (expected[0] + expected[1]) / 2, rtol=1e-5)
+    np.testing.assert_allclose(grids.numpy(), (expected[0] + expected[1]) / 2, rtol=1e-5)
     n = max(1, int(top_share * SIDE * SIDE))
     worst = [np.sort(one.reshape(5, -1), 1)[:, -n:].mean(1) for one in expected]
     np.testing.assert_allclose(scores, (worst[0] + worst[1]) / 2, rtol=1e-5)
@@ -45,9 +47,9 @@ def test_each_bank_names_its_own_worst_places() -> None:
     """The score is not that of the mean map, unless one cell is the highest in both."""
     train, test = feature_set(20, outliers=2), feature_set(30, seed=1)
     found = TwoBanks(**SHARED, top_share=0.01).fit(train)
-    scores, maps = found.predict_grids(test)
-    assert (scores >= maps.amax((1, 2)).numpy() - 1e-5).all()
-    assert (scores > maps.amax((1, 2)).numpy() + 1e-3).any()
+    scores, grids = found.predict_grids(test)
+    assert (scores >= grids.amax((1, 2)).numpy() - 1e-5).all()
+    assert (scores > grids.amax((1, 2)).numpy() + 1e-3).any()
 
 
 def test_parameters_reach_the_parts() -> None:
@@ -70,6 +72,13 @@ def test_only_the_first_bank_leaves_out_rejected_patches() -> None:
     assert torch.equal(found.trusting_["memory_bank_"], PatchCore(**SHARED).fit(purified).memory_bank_)
     assert not torch.equal(found.trusting_["memory_bank_"], plain.trusting_["memory_bank_"])
     assert torch.equal(found.doubting_["memory_bank_"], plain.doubting_["memory_bank_"])
+
+
+def test_both_banks_are_asked_with_patches_that_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, calls = TwoBanks(**SHARED).fit(feature_set(10)), []
+    monkeypatch.setattr(maps, "embed_patches", lambda taps: calls.append(1) or embed_patches(taps))
+    found.predict(feature_set(5, seed=1), batch_size=2)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ from flawsift.cli_options import (
     ExcludeOwn,
     ExecutorOption,
     ExportName,
-    FinalDetector,
     Groups,
     Images,
     Keep,
@@ -162,7 +161,7 @@ def screen(
 def fit(
     images: Images,
     out: Out,
-    detector: FinalDetector = "auto",
+    detector: DetectorName = "twobanks",
     detector_preset: DetectorPreset = "default",
     settings: Settings = None,
     backbone: BackboneName = "efficientnet_lite0",
@@ -195,7 +194,7 @@ def fit(
     from flawsift.calibration import DEFAULT_RATE
     from flawsift.decisions import read_decisions
     from flawsift.executors import make_executor
-    from flawsift.screening import SCREENERS, suited
+    from flawsift.screening import SCREENERS
 
     choices = None if decisions is None else read_decisions(decisions)
     options = screen_options(
@@ -223,10 +222,7 @@ def fit(
         )
     threshold = result.threshold()
     training = dict(result.training)
-    why = ""
-    if training["chosen_by_screening"]:
-        why = " (no sign of defects)" if result.detector.name == suited(None) else " (evidence of defects)"
-    lines = [f"Trained {result.detector.name} on {training['n_kept']} of {training['n_images']} images{why}: {out}"]
+    lines = [f"Trained {result.detector.name} on {training['n_kept']} of {training['n_images']} images: {out}"]
     if note := training.get("screening_note"):
         lines.append(f"Note: {note} Screen the folder again to have them judged.")
     lines += threshold_lines(threshold)

@@ -67,13 +67,6 @@ class Runtime(StrEnum):
 Images = Annotated[Path, typer.Argument(help="Folder of images, flat or nested.", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.", show_default=False)]
 DetectorName = Annotated[str, typer.Option("--detector", help="See `flawsift detectors`.")]
-FinalDetector = Annotated[
-    str,
-    typer.Option(
-        "--detector",
-        help="See `flawsift detectors`; 'auto' is PatchCore, or SoftPatch where stage 1 finds evidence of defects.",
-    ),
-]
 ScreenerName = Annotated[
     str | None, typer.Option("--screener", help="Detector of stage 1; 'own' for --detector. [preset: patchcore]")
 ]
@@ -152,15 +145,9 @@ def tested_images(data: "Dataset") -> "ImageSet":
     return data.images.select(data.test_ids) if len(data.test_ids) else data.images
 
 
-def detector_of(name: str, preset: str, settings: Sequence[str] | None, seed: int) -> "Detector | str":
+def detector_of(name: str, preset: str, settings: Sequence[str] | None, seed: int) -> "Detector":
     """The detector of --detector, --detector-preset and --set."""
     from flawsift.detector import make_detector
-    from flawsift.screening import AUTO
-
-    if name == AUTO:
-        if settings or preset != "default":
-            raise ParameterError("--set and --detector-preset need a named detector, such as --detector patchcore.")
-        return name
 
     params: dict[str, Any] = {"seed": seed}
     for setting in settings or ():

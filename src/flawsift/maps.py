@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flawsift.images import Batch
+
 # Gaussian sigma 4 on a 256 px map is what PaDiM, PatchCore and RD share (their 224 to 288 px); it scales with the map.
 SIGMA_PER_PIXEL = 4.0 / 256
 TRUNCATE = 4.0  # scipy's default: kernel radius in sigmas, so that maps match `scipy.ndimage.gaussian_filter`
@@ -76,6 +78,15 @@ def top_mean(maps: Tensor, share: float) -> Tensor:
     """(B,) mean of the highest `share` of the cells of (B, h, w) maps, at least one cell."""
     flat = maps.flatten(1)
     return flat.topk(max(1, int(share * flat.shape[1])), dim=1).values.mean(1)
+
+
+def embed_batch(batch: Batch, layers: Sequence[str]) -> Tensor:
+    """`embed_patches` of some layers of a batch, made once: sub-models that look at one batch share it."""
+    key = ("embed_patches", *layers)
+    if key not in batch.memo:
+        batch.memo[key] = embed_patches([batch.features[layer] for layer in layers])
+    found: Tensor = batch.memo[key]
+    return found
 
 
 def embed_patches(taps: Sequence[Tensor]) -> Tensor:

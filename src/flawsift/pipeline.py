@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from flawsift.backbones import Backbone, load_backbone
 from flawsift.calibration import DEFAULT_RATE, Calibration
-from flawsift.consensus import Contamination
 from flawsift.decisions import decided, read_decisions
 from flawsift.detector import Additive, Detector, make_detector
 from flawsift.errors import InputError, ParameterError
@@ -27,7 +26,7 @@ from flawsift.lookalikes import describe
 from flawsift.models import Model, set_digest, versions
 from flawsift.progress import Progress, silent
 from flawsift.results import ROOT, SavedScreening, load_screening, save_screening
-from flawsift.screening import AUTO, OWN, PRESETS, SCREENERS, Screening, ScreenOptions, suited
+from flawsift.screening import FINAL, OWN, PRESETS, SCREENERS, Screening, ScreenOptions
 from flawsift.screening import screen as screen_features
 from flawsift.training import Watch
 
@@ -74,7 +73,7 @@ def screen(
 
 def fit(
     images: ImageSet | str | Path,
-    detector: Detector | str = AUTO,
+    detector: Detector | str = FINAL,
     backbone: Backbone | str = "efficientnet_lite0",
     *,
     screening: str | Path | None = None,
@@ -98,7 +97,6 @@ def fit(
 
     Args:
         images: As for `screen`, and so are detector, backbone, store, seed, device, progress, executor and options.
-            The detector "auto" is chosen by stage 1, see `flawsift.screening.suited`.
             With keep="auto", a detector that learns from defects (`Detector.learns_from_defects`) is trained on
             everything; stage 1 ranks the images all the same.
         screening: A folder that `screen` wrote, its `kept` column perhaps edited, instead of a new stage 1. Any
@@ -124,7 +122,6 @@ def fit(
     Calibration.of([]).threshold(false_alarm_rate)  # a bad rate is told now, not after the work
     choices = decisions if isinstance(decisions, Mapping) else read_decisions(decisions) if decisions else {}
     counts: dict[str, int] = {}
-    estimate: Contamination | None = None
     own = no_screen or screening is not None  # no other detector's stage 1
     p = _prepare(images, detector, backbone, store, seed, progress, OWN if own else screener)
     if p.detector.learns_from_defects and options.get("keep", PRESETS["default"]["keep"]) == "auto":
@@ -135,8 +132,6 @@ def fit(
     held_out: npt.NDArray[np.float64] | None  # None: to be had by cross-fitting
     if screening is not None:
         saved, counts = load_screening(screening).decided(choices)
-        estimate = saved.contamination
-        p = _chosen(p, detector, estimate, seed)
         purified, held_out = saved.match(p.data)
         note = _difference(saved, p.data)
         if additive or not _same_scores(saved, p):
@@ -157,8 +152,6 @@ def fit(
         )
         if on_screened is not None and not no_screen:
             on_screened(done)
-        estimate = done.contamination
-        p = _chosen(p, detector, estimate, seed)
         is_kept, counts = decided(done.names, done.is_kept, choices)
         purified = done.purified(p.data, done.ids[is_kept])
         held_out = done.held_out_scores[is_kept] if p.screener is p.detector and not additive else None
@@ -186,7 +179,6 @@ def fit(
         "rejected_patches": purified.rejected_share,
         "screened": not no_screen,
         "screener": None if no_screen or screening is not None else p.screener.name,
-        "chosen_by_screening": detector == AUTO and estimate is not None and estimate.interval is not None,
         "detector": {"name": fitted.name, "params": fitted.params()},
         **({"screening_note": note} if note else {}),
         **({"decisions": counts} if choices else {}),
@@ -224,22 +216,13 @@ def _prepare(
     screener: Detector | str = OWN,
 ) -> _Prepared:
     found = images if isinstance(images, ImageSet) else ImageSet.from_folder(images)
-    name = suited(None) if detector == AUTO else detector
-    made = make_detector(name, seed=seed) if isinstance(name, str) else name
+    made = make_detector(detector, seed=seed) if isinstance(detector, str) else detector
     loaded = load_backbone(backbone) if isinstance(backbone, str) else backbone
     first = resolve_screener(screener, made, loaded, seed)
     layers = tuple(dict.fromkeys([*made.layers, *first.layers]))
     views = tuple(dict.fromkeys([*made.views, *first.views]))
     data, failed = attach(found, loaded, layers, views=views, store=store or FeatureStore(), progress=progress)
     return _Prepared(data, made, first, loaded, {found.source.name(i): reason for i, reason in sorted(failed.items())})
-
-
-def _chosen(p: _Prepared, asked: Detector | str, contamination: Contamination | None, seed: int) -> _Prepared:
-    """With the final detector that stage 1 chooses, where it is asked to."""
-    name = suited(contamination)
-    if asked != AUTO or name == p.detector.name:
-        return p
-    return replace(p, detector=make_detector(name, seed=seed, layers=p.detector.layers))
 
 
 def resolve_screener(screener: Detector | str, detector: Detector, backbone: Backbone, seed: int) -> Detector:

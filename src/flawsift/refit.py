@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +54,15 @@ def refit(
     from flawsift.images import show
     from flawsift.progress import silent
     from flawsift.results import images_of, read_screening
-    from flawsift.screening import AUTO
 
     found = read_screening(screening)
     try:
-        detector, spec, rate, chosen = _replaced(Path(out)) or (
-            found.provenance["detector"],
+        detector, spec, rate = _replaced(Path(out)) or (
+            _final_of(found.provenance["detector"]),
             found.provenance["backbone"]["spec"],
             DEFAULT_RATE,
-            _is_default(found.provenance["detector"]),
         )
-        made = AUTO if chosen else make_detector(detector["name"], **detector["params"])
+        made = make_detector(detector["name"], **detector["params"])
         loaded = load_backbone(**spec)
     except (KeyError, TypeError) as error:
         raise InputError(f"The screening does not say how it was made: {error!r}. Screen the folder again.") from error
@@ -94,24 +92,24 @@ def refit(
     }
 
 
-def _is_default(detector: Mapping[str, Any]) -> bool:
-    """Whether a screening was made by the detector that nobody had to name, as nobody names one for the model then."""
+def _final_of(screener: dict[str, Any]) -> dict[str, Any]:
+    """The detector that a screening was made by, or the default of stage 2 where nobody had named one."""
     from flawsift.detector import make_detector
-    from flawsift.screening import suited
+    from flawsift.screening import FINAL, SCREENERS
 
-    plain = make_detector(suited(None), seed=detector["params"]["seed"])
-    return (detector["name"], detector["params"]) == (plain.name, plain.params())
+    seed = screener["params"]["seed"]
+    plain = make_detector(SCREENERS["default"], seed=seed)
+    if (screener["name"], screener["params"]) != (plain.name, plain.params()):
+        return screener
+    return {"name": FINAL, "params": {"seed": seed}}
 
 
-def _replaced(out: Path) -> tuple[dict[str, Any], dict[str, Any], float, bool] | None:
-    """Of a model folder, if it is one: name and parameters of its detector, spec of its backbone, its false-alarm rate,
-    and whether stage 1 chose the detector."""
+def _replaced(out: Path) -> tuple[dict[str, Any], dict[str, Any], float] | None:
+    """Of a model folder: its detector's name and parameters, its backbone's spec, its false-alarm rate; else None."""
     try:
         model = json.loads((out / "model.json").read_text("utf-8"))
         detector = json.loads((out / "detector.json").read_text("utf-8"))
-        training = model["training"]
-        chosen = bool(training.get("chosen_by_screening"))
-        return detector, model["backbone"]["spec"], float(training["false_alarm_rate"]), chosen
+        return detector, model["backbone"]["spec"], float(model["training"]["false_alarm_rate"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -169,9 +169,8 @@ def histogram_of(screening: Screening) -> dict[str, Any]:
 def _model(model: Model, screening: Screening) -> dict[str, Any]:
     """What the page says of a trained model."""
     threshold = model.threshold()
-    why = ", chosen by stage 1," if model.training.get("chosen_by_screening") else ""
     trained = f"{len(screening.kept):,} of {len(screening.ids):,} images"
-    text = f"{type(model.detector).__name__}{why} was trained on {trained}"
+    text = f"{type(model.detector).__name__} was trained on {trained}"
     if counts := model.training.get("decisions"):
         text += f"; a person decided to keep {counts['keep']:,} and to remove {counts['remove']:,}"
     if threshold is None:

@@ -82,7 +82,7 @@ PRESETS: Mapping[str, ScreenOptions] = {
 }
 
 OWN = "own"  # the screener that is the final detector itself
-AUTO = "auto"  # the final detector that stage 1 chooses, see `suited`
+FINAL = "twobanks"  # the detector of stage 2 where none is named
 # Detector of stage 1 by preset. The paper trains sub-models of the final detector; a memory bank sees rare patches
 # better than the other detectors do, and k of them cost less than one training of most.
 SCREENERS: Mapping[str, str] = {"paper": OWN, "default": "patchcore"}
@@ -276,19 +276,6 @@ def _choose(
         return ids[is_kept], rejected, estimate
     kept = keep_lowest(ids, voted, float(keep))
     return kept, rejected_patches(grids, z) & np.isin(ids, kept)[:, None, None], None
-
-
-def suited(contamination: Contamination | None) -> str:
-    """The name of the final detector that fits what stage 1 found.
-
-    PatchCore where there is no evidence of defects, since it is better on clean sets on average; SoftPatch where there
-    is: what escaped the screening is rare at its position, and SoftPatch distrusts it
-    (`benchmarks/README.md`, "The choice of the detector").
-
-    Args:
-        contamination: The estimate of a screening; None where it had to keep a given share.
-    """
-    return "softpatch" if contamination is not None and contamination.alpha_hat > 0 else "patchcore"
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from flawsift import coreset, nn
 from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
-from flawsift.maps import embed_patches
+from flawsift.maps import embed_batch
 from flawsift.training import UNWATCHED, Watch
 
 
@@ -148,12 +148,5 @@ class PatchCore(Detector):
         return nn.device_search(vars(self).setdefault("_searches", {}), self.memory_bank_, device)
 
     def _embed(self, batch: Batch) -> Tensor:
-        """(B, C, h, w): locally averaged taps on the largest grid (section 3.1, patch size 3, stride 1).
-
-        Sub-models that look at one batch share it.
-        """
-        key = (self.name, self.layers)
-        if key not in batch.memo:
-            batch.memo[key] = embed_patches([batch.features[layer] for layer in self.layers])
-        found: Tensor = batch.memo[key]
-        return found
+        """(B, C, h, w): locally averaged taps on the largest grid (section 3.1, patch size 3, stride 1)."""
+        return embed_batch(batch, self.layers)

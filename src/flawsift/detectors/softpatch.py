@@ -11,7 +11,7 @@ from flawsift import coreset, nn
 from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError
 from flawsift.images import Batch, ImageSet
-from flawsift.maps import embed_patches
+from flawsift.maps import embed_batch
 from flawsift.training import UNWATCHED, Watch
 
 RIDGE = 0.01  # on the covariances of "gaussian": the authors' constant, here in units of the mean variance
@@ -167,7 +167,7 @@ class SoftPatch(Detector):
 
     def _embed(self, batch: Batch) -> Tensor:
         """(B, C, h, w)."""
-        return embed_patches([batch.features[layer] for layer in self.layers])
+        return embed_batch(batch, self.layers)
 
 
 def lowest(values: Tensor, share: float) -> Tensor:
