@@ -75,10 +75,15 @@ def test_only_the_first_bank_leaves_out_rejected_patches() -> None:
 
 
 def test_both_banks_are_asked_with_patches_that_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, calls = TwoBanks(**SHARED).fit(feature_set(10)), []
-    monkeypatch.setattr(maps, "embed_patches", lambda taps: calls.append(1) or embed_patches(taps))
+    found, made = TwoBanks(**SHARED).fit(feature_set(10)), []
+
+    def embed(taps: Any) -> Any:
+        made.append(len(taps[0]))
+        return embed_patches(taps)
+
+    monkeypatch.setattr(maps, "embed_patches", embed)
     found.predict(feature_set(5, seed=1), batch_size=2)
-    assert len(calls) == 3
+    assert made == [2, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +95,6 @@ def test_both_banks_are_asked_with_patches_that_are_made_once(monkeypatch: pytes
         ("max_patches", 0, "max_patches must be at least 1"),
     ],
 )
-def test_parameters_out_of_range_are_refused(parameter: str, value: float, message: str) -> None:
+def test_parameters_out_of_range_are_refused(parameter: str, value: Any, message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         TwoBanks(**{parameter: value})
