@@ -9,6 +9,7 @@ and the standard deviation over seeds, of the newest commit that has rows of a c
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -276,11 +277,12 @@ FINALS = (
 )
 
 
-def finals(results: Path, *, confirmed: bool = False) -> str | None:
+def finals(results: Path, metric: str = "image_auroc", *, confirmed: bool = False) -> str | None:
     """What the default final detector is worth beside its two parts, with and without the default screening."""
     folder = results / "confirmation" if confirmed else results
     first = _ablated(folder) if confirmed else accuracy_cells(folder, "patchcore")
     cells = {**first, **accuracy_cells(folder, "softpatch", "twobanks")}
+    cells = {key: rows for key, rows in cells.items() if all(row.get(metric) for row in rows)}
     of = {
         (data, alpha, row["seed"], name, VARIANT_OF.get(arm, arm)): row
         for (data, name, alpha, arm), rows in cells.items()
@@ -289,14 +291,15 @@ def finals(results: Path, *, confirmed: bool = False) -> str | None:
     body, used = [], []
     at: dict[tuple[str, str, str, str], float] = {}
     for data, alpha in _sets(cells):
-        seeds = sorted(key[2] for key in of if key[:2] == (data, alpha) and key[3:] == ("twobanks", "default"))
+        seeds = sorted({key[2] for key in of if key[:2] == (data, alpha)})
+        seeds = [s for s in seeds if all((data, alpha, s, name, arm) in of for _, _, name, arm in FINALS)]
         if not seeds:
             continue
         shown = [f"{float(alpha):.0%}"]
         for variant, _, name, arm in FINALS:
-            rows = [of[data, alpha, seed, name, arm] for seed in seeds]
-            at |= {(data, alpha, row["seed"], variant): float(row["image_auroc"]) for row in rows}
-            shown.append(mean_sd(rows, "image_auroc"))
+            rows = [of[data, alpha, seed, name, arm] for seed in seeds]  # the same seeds in all columns
+            at |= {(data, alpha, row["seed"], variant): float(row[metric]) for row in rows}
+            shown.append(mean_sd(rows, metric))
             used += rows
         body.append([data, *shown])
     if not body:
@@ -307,11 +310,32 @@ def finals(results: Path, *, confirmed: bool = False) -> str | None:
         body.append(["mean of sets", f"{float(alpha):.0%}", *(f"{mean:.3f}" for mean in means)])
     body.append(["recovery", "", *(f"{recovery(at, variant):.0%}" for variant in variants)])
     contaminated = {key[:2] for key in at if float(key[1]) > 0}
-    worst = [min(gain_of(at, cell, variant) for cell in contaminated) for variant in variants]
-    body.append(["worst contaminated cell, points", "", *(f"{100 * gain:+.1f}" for gain in worst)])
-    clean = [min(gain_of(at, cell, variant) for cell in {key[:2] for key in at} - contaminated) for variant in variants]
-    body.append(["worst clean set, points", "", *(f"{100 * gain:+.1f}" for gain in clean)])
+    for what, some in (("contaminated cell", contaminated), ("clean set", {key[:2] for key in at} - contaminated)):
+        worst = [min((gain_of(at, cell, variant) for cell in some), default=math.nan) for variant in variants]
+        body.append([f"worst {what}, points", "", *(f"{100 * gain:+.1f}" for gain in worst)])
     return table(["set", "defective", *(title for _, title, _, _ in FINALS)], body) + source(used)
+
+
+def headline(results: Path) -> str | None:
+    """Both stages by default, beside PatchCore on everything and the same detector on the good images alone."""
+    columns = (
+        ("PatchCore on everything", "patchcore", "all_data"),
+        ("SoftPatch on everything", "softpatch", "all_data"),
+        ("flawsift fit", "twobanks", "default"),
+        ("the same detector, trained on the good images only", "twobanks", "oracle_clean"),
+    )
+    cells = accuracy_cells(results, "patchcore", "softpatch", "twobanks")
+    body, used = [], []
+    mine = {key: rows for key, rows in cells.items() if key[1] == "twobanks"}
+    if not mine:
+        return None
+    for data, alpha in _sets(mine):
+        found = [cells.get((data, name, alpha, arm), []) for _, name, arm in columns]
+        shared = set.intersection(*({row["seed"] for row in rows} for rows in found))
+        found = [[row for row in rows if row["seed"] in shared] for rows in found]
+        used += [row for rows in found for row in rows]
+        body.append([data, f"{float(alpha):.0%}", *(mean_sd(rows, "image_auroc") for rows in found)])
+    return table(["set", "defective in training", *(title for title, *_ in columns)], body) + source(used)
 
 
 def gain_of(at: Mapping[tuple[str, str, str, str], float], cell: tuple[str, str], variant: str) -> float:
@@ -482,7 +506,9 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "speed": speed,
     "scale": scale,
     "confirmation": confirmation,
+    "headline": headline,
     "finals": finals,
+    "finals-aupro": lambda r: finals(r, "aupro"),
     "finals-confirmed": lambda r: finals(r, confirmed=True),
     "overlap": lambda r: detectors(r, "all_data", "image_auroc", overlap=True),
     "semantic": semantic,

@@ -54,6 +54,21 @@ def test_mean_and_sd_of_the_newest_commit_and_last_row_of_a_seed(rows: Any, rend
     assert "Commit `new`; A CPU, 2 cores, 8 GiB, Linux; 3 seeds." in text
 
 
+def test_finals_compare_the_seeds_that_all_have(rows: Any, render: Any, tmp_path: Path) -> None:
+    found = {"patchcore": (0.7, 0.75, 0.9), "softpatch": (0.8, 0.78, 0.85), "twobanks": (0.8, 0.85, 0.95)}
+    arms = ("all_data", "default", "oracle_clean")
+    for name, values in found.items():
+        some = [{**cell(s, v, arm=arm), "detector": name} for s in (0, 1) for arm, v in zip(arms, values, strict=True)]
+        rows.append_rows(tmp_path / "accuracy.csv", some)
+    rows.append_rows(tmp_path / "accuracy.csv", [cell(2, 0.1, arm=arm) for arm in arms])  # PatchCore alone has it
+    text = render.finals(tmp_path)
+    assert text.count("0.700 ± 0.000") == 1
+    assert "| recovery |  | 0% | 50% | 50% | 25% | 40% | 75% | 100% | 125% |" in text
+    assert "| worst contaminated cell, points |  | +0.0 | +10.0 | +10.0 | +5.0 | +8.0 | +15.0 | +20.0 | +25.0 |" in text
+    assert "| worst clean set, points |  | +nan" in text
+    assert "| elpv | 20% | 0.700 ± 0.000 | 0.800 ± 0.000 | 0.850 ± 0.000 | 0.950 ± 0.000 |" in render.headline(tmp_path)
+
+
 def test_render_fills_markers_and_keeps_what_has_no_rows(rows: Any, render: Any, tmp_path: Path) -> None:
     rows.append_rows(tmp_path / "accuracy.csv", [cell(0, 0.75)])
     page = "a\n<!-- rows:accuracy -->\nold\n<!-- /rows -->\nb\n<!-- rows:speed -->\nkept\n<!-- /rows -->\n"

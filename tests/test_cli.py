@@ -98,8 +98,10 @@ def test_fit_screens_and_reports(run: Any, easy_folder: Path, tmp_path: Path) ->
     assert "on 20 of 50 images" in found.out
     assert "false alarms per 100 good parts" in found.out
     assert (tmp_path / "m" / "screening" / "report.html").exists()
-    options = json.loads((tmp_path / "m" / "screening" / "screening.json").read_text())["options"]
+    content = json.loads((tmp_path / "m" / "screening" / "screening.json").read_text())
+    options = content["options"]
     assert (options["keep"], options["exclude_own"], options["seed"]) == (0.4, False, 3)
+    assert content["detector"]["name"] == "twobanks", "the paper's sub-models are of the final detector"
 
 
 def test_fit_without_a_detector_trains_two_banks(run: Any, easy_folder: Path, tmp_path: Path) -> None:
@@ -108,7 +110,7 @@ def test_fit_without_a_detector_trains_two_banks(run: Any, easy_folder: Path, tm
     assert "Trained twobanks on " in found.out
     page = (tmp_path / "m" / "report.html").read_text("utf-8")
     assert "TwoBanks was trained on" in page
-    assert "are not learned from" in page
+    assert "of the patches that look least like the others are suspect, and left out of training" in page
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
-from flawsift.maps import embed_patches, on_one_grid, smooth, to_image_grid, top_mean, upsample
+from flawsift.images import Batch
+from flawsift.maps import embed_batch, embed_patches, on_one_grid, smooth, to_image_grid, top_mean, upsample
 
 
 @pytest.mark.parametrize("sigma", [0.6, 1.0, 4.0])
@@ -72,3 +73,13 @@ def test_embedding_is_the_mean_of_unfolded_neighbourhoods() -> None:
         parts.append(F.interpolate(unfolded.mean(2), (8, 6), mode="bilinear", align_corners=False))
     torch.testing.assert_close(embed_patches([fine, coarse]), torch.cat(parts, 1))
     assert embed_patches([coarse, fine]).shape == (2, 8, 8, 6)
+
+
+def test_a_batch_embeds_each_choice_of_layers_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = {name: torch.randn(2, 3, 8, 8, generator=generator) for name in "ab"}
+    batch = Batch(np.arange(2), features, None, 32)
+    for layers in (("a", "b"), ("b", "a"), ("a",)):
+        found = embed_batch(batch, layers)
+        torch.testing.assert_close(found, embed_patches([features[name] for name in layers]))
+        assert embed_batch(batch, list(layers)) is found

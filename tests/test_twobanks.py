@@ -74,6 +74,26 @@ def test_only_the_first_bank_leaves_out_rejected_patches() -> None:
     assert torch.equal(found.doubting_["memory_bank_"], plain.doubting_["memory_bank_"])
 
 
+def test_a_second_fit_forgets_the_banks_of_the_first() -> None:
+    first, second, test = feature_set(10), feature_set(12, seed=5), feature_set(5, seed=1)
+    found = TwoBanks(**SHARED).fit(first)
+    before = found.predict(test, maps=False).scores
+    after = found.fit(second).predict(test, maps=False).scores
+    np.testing.assert_array_equal(after, TwoBanks(**SHARED).fit(second).predict(test, maps=False).scores)
+    assert (before != after).all()
+
+
+def test_nothing_is_fitted_by_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(SoftPatch, "fit", fail)
+    found = TwoBanks(**SHARED)
+    with pytest.raises(MemoryError):
+        found.fit(feature_set(10))
+    assert not found.fitted
+
+
 def test_both_banks_are_asked_with_patches_that_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found, made = TwoBanks(**SHARED).fit(feature_set(10)), []
 
@@ -90,9 +110,9 @@ def test_both_banks_are_asked_with_patches_that_are_made_once(monkeypatch: pytes
     ("parameter", "value", "message"),
     [
         ("top_share", 0.0, r"TwoBanks.top_share must be in \(0, 1\]"),
-        ("coreset_ratio", 2.0, r"coreset_ratio must be in \(0, 1\]"),
-        ("outlier_share", 1.0, r"outlier_share must be in \[0, 1\)"),
-        ("max_patches", 0, "max_patches must be at least 1"),
+        ("coreset_ratio", 2.0, r"TwoBanks.coreset_ratio must be in \(0, 1\]"),
+        ("outlier_share", 1.0, r"TwoBanks.outlier_share must be in \[0, 1\)"),
+        ("max_patches", 0, "TwoBanks.max_patches must be at least 1"),
     ],
 )
 def test_parameters_out_of_range_are_refused(parameter: str, value: Any, message: str) -> None:

@@ -70,7 +70,9 @@ DetectorName = Annotated[str, typer.Option("--detector", help="See `flawsift det
 ScreenerName = Annotated[
     str | None, typer.Option("--screener", help="Detector of stage 1; 'own' for --detector. [preset: patchcore]")
 ]
-DetectorPreset = Annotated[str, typer.Option("--detector-preset", help="'default', or 'paper' for its constants.")]
+DetectorPreset = Annotated[
+    str, typer.Option("--detector-preset", help="'default', or another of `flawsift detectors`, such as 'paper'.")
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Detector parameter, such as coreset_ratio=0.1. Repeatable.")
 ]

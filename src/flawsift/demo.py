@@ -42,7 +42,7 @@ class DemoResult:
         top_defective: How many of those are truly defective.
         removed: Images set aside.
         removed_defective: How many of those are truly defective.
-        detector: The detector that stage 1 chose.
+        detector: The class of the model's detector.
         without_screening: Metrics on the test images of PatchCore trained on everything.
         with_screening: Metrics of that detector trained on what was kept.
         seconds: All of it.

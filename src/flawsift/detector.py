@@ -354,7 +354,7 @@ def make_detector(name: str, preset: str | None = None, **params: Any) -> Detect
 
     Args:
         name: Such as "patchcore".
-        preset: "default", or "paper" for the published constants.
+        preset: "default", or another of the class, such as "paper" for the published constants.
         params: Hyper-parameters, above those of the preset.
 
     Raises:

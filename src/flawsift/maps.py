@@ -81,7 +81,7 @@ def top_mean(maps: Tensor, share: float) -> Tensor:
 
 
 def embed_batch(batch: Batch, layers: Sequence[str]) -> Tensor:
-    """`embed_patches` of some layers of a batch, made once: sub-models that look at one batch share it."""
+    """(B, C, h, w) `embed_patches` of some layers of a batch, made once: all who look at one batch share it."""
     key = ("embed_patches", *layers)
     if key not in batch.memo:
         batch.memo[key] = embed_patches([batch.features[layer] for layer in layers])

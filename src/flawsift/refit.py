@@ -28,7 +28,7 @@ def refit(
     """Train on what a screening keeps once a person has decided.
 
     Detector, backbone and false-alarm rate are those of the model that is replaced; where there is none, the backbone
-    of the screening, and its detector, unless that is the default: then stage 1 chooses, as in `flawsift.pipeline.fit`.
+    of the screening, and its detector, unless that is the default screener: then the default detector of `fit`.
 
     Args:
         screening: Its folder.

@@ -266,7 +266,8 @@ def selection_text(screening: Screening) -> str:
     if screening.rejected is None or not screening.rejected.any():
         return ""
     share = 100 * float(screening.rejected[screening.is_kept].mean())
-    text = f"Of the kept images, the {share:.1f} % of the patches that look least like the others are not learned from."
+    text = f"Of the kept images, the {share:.1f} % of the patches that look least like the others are suspect,"
+    text += " and left out of training, except where a detector judges its patches itself."
     if screening.contamination is None:
         return text
     return text + f" Images more than {SUSPECT:g} robust deviations above the median score were set aside."

@@ -41,7 +41,6 @@ class SavedScreening:
         held_out: {relative path as shown: mean raw score of the sub-models that had not seen the image}.
         rejected: {relative path as shown: (h, w) bool}, patches that stage 2 does not learn from.
         content: screening.json.
-        contamination: The estimate behind what it keeps; None where it had to keep a given share.
     """
 
     folder: Path
@@ -49,7 +48,6 @@ class SavedScreening:
     held_out: Mapping[str, float]
     rejected: Mapping[str, npt.NDArray[np.bool_]]
     content: Mapping[str, Any]
-    contamination: Contamination | None
 
     def decided(self, choices: Mapping[str, str]) -> tuple[Self, dict[str, int]]:
         """The same with a person's decisions in place of the `kept` column; see `flawsift.decisions.decided`."""
@@ -142,8 +140,7 @@ def load_screening(folder: str | Path) -> SavedScreening:
         masks = _array(folder / REJECTED, len(rows), 3, np.bool_)
         named = [] if masks is None else list(zip(rows, masks, strict=True))
         rejected = {row["path"]: mask for row, mask in named if mask.any()}
-        estimate = _estimate(content["contamination"])
-    return SavedScreening(folder, kept, held_out, rejected, content, estimate)
+    return SavedScreening(folder, kept, held_out, rejected, content)
 
 
 def read_screening(folder: str | Path) -> Screening:

@@ -1,9 +1,9 @@
-"""One paper, one file. `flawsift.detector.DETECTORS` maps registry names to these classes.
+"""One method, one file. `flawsift.detector.DETECTORS` maps registry names to these classes.
 
 cflow      CFlow       the likelihood of a patch under a flow that knows its place
 destseg    DeSTSeg     where a student that restores corrupted images differs from its teacher
 dinomaly   Dinomaly    reconstruction of grouped features through a noisy bottleneck
-funad      FUN-AD      a discriminator on pseudo-labels from a memory bank that is made anew as it learns
+funad      FUNAD       a discriminator on pseudo-labels from a memory bank that is made anew as it learns
 inreach    InReaCh     a memory bank of patches that find each other in many images
 padim      PaDiM       a Gaussian per patch position
 patchcore  PatchCore   nearest neighbour in a memory bank of patches

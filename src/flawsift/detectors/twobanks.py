@@ -21,12 +21,14 @@ class TwoBanks(Detector):
 
     The first bank is PatchCore's, the second SoftPatch's, both learned from the same images. A rare good patch is in
     the first and a good match there; a defect that was learned is doubted by the second. The map is the mean of the two
-    maps, which are distances between the same embeddings and need no common scale. The image score is the mean, over
-    the two maps, of the mean of the `top_share` highest patches: each bank names its own worst places.
+    maps, which need no common scale: both are distances between the same embeddings, the second times a factor that is
+    about 1 for inliers. The image score is the mean, over the two maps, of the mean of the `top_share` highest patches:
+    each bank names its own worst places, so that it can exceed every cell of the mean map. What stage 1 compares as
+    expected by the model is the first bank's.
 
-    Cost: Both: about twice that of PatchCore for the fit, and a second search of a bank of the same size for scoring.
-    Contamination: Between the two. On real sets the mean lost nothing on clean training sets, where SoftPatch loses
-        its rare good patches, and kept most of what SoftPatch wins on contaminated ones.
+    Cost: That of both: about twice PatchCore's for the fit, and a second search of a bank of the same size for scoring.
+    Contamination: Resisted by the second bank as by SoftPatch alone, by half of the score. Patches that stage 1 rejects
+        are left out of the first bank only.
     Differs from the paper: There is none; the parts differ from theirs as `PatchCore` and `SoftPatch` say.
     Reference: The two papers that those name, and the rows of `benchmarks/README.md`, "The default detector".
 
@@ -48,15 +50,17 @@ class TwoBanks(Detector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require("coreset_ratio", 0 < self.coreset_ratio <= 1, "be in (0, 1]")
+        self._require("max_patches", self.max_patches is None or self.max_patches >= 1, "be at least 1, or None")
+        self._require("outlier_share", 0 <= self.outlier_share < 1, "be in [0, 1)")
         self._require("top_share", 0 < self.top_share <= 1, "be in (0, 1]")
-        self._parts()  # which check what they are given
 
     def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
         """See `Detector.fit`."""
         self._forget()
-        trusting, doubting = self._parts()
-        self.trusting_ = trusting.fit(data, device=device)._state()
-        self.doubting_ = doubting.fit(data, device=device)._state()
+        trusting, doubting = (part.fit(data, device=device)._state() for part in self._parts())
+        self.trusting_ = trusting  # memory_bank_ (M, C) and owner_ (M,) of PatchCore
+        self.doubting_ = doubting  # memory_bank_ (M, C), owner_ and weight_ (M,) of SoftPatch
         return self
 
     def _parts(self) -> tuple[PatchCore, SoftPatch]:
@@ -72,9 +76,10 @@ class TwoBanks(Detector):
     def _fitted_parts(self) -> tuple[PatchCore, SoftPatch]:
         """The two with what they learned. Made once, never saved."""
         if "_made" not in vars(self):
-            self._made = self._parts()
-            for part, state in zip(self._made, (self.trusting_, self.doubting_), strict=True):
+            made = self._parts()
+            for part, state in zip(made, (self.trusting_, self.doubting_), strict=True):
                 vars(part).update(state)
+            self._made = made
         return self._made
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
