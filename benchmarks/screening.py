@@ -1,7 +1,7 @@
 """What screening costs: both stages (k = 5) against one plain fit on everything, from a cold feature cache.
 
 Sub-models are of the detector itself (`--screener own`), as the goals mean it. Screening by PatchCore, which is the
-default, is timed for PaDiM too, and alone for TwoBanks, the two sub-models for the threshold included. Repeats alternate
+default, is timed for PaDiM too, and alone for TwoBanks, with the two sub-models for the threshold. Repeats alternate
 between the arms, each in a process of its own. The backbone is compiled before the clock starts.
 """
 
