@@ -213,9 +213,14 @@ def stored(easy: Dataset, tiny: Backbone, detector: Detector, tmp_path: Path) ->
     return attach(easy.images, tiny, detector.layers, views=detector.views, store=FeatureStore(tmp_path / "c"))[0]
 
 
-@pytest.mark.parametrize("name", ["padim", "patchcore"])
+@pytest.mark.parametrize("name", ["padim", "patchcore", "twobanks", "dinomaly"])  # the last in bfloat16 where it pays
 def test_processes_equal_serial_bit_for_bit(easy: Dataset, tiny: Backbone, tmp_path: Path, name: str) -> None:
-    params: dict[str, dict[str, Any]] = {"padim": {"n_features": 20}, "patchcore": {"coreset_ratio": 0.05}}
+    params: dict[str, dict[str, Any]] = {
+        "padim": {"n_features": 20},
+        "patchcore": {"coreset_ratio": 0.05},
+        "twobanks": {"coreset_ratio": 0.05},
+        "dinomaly": {"width": 32, "n_blocks": 2, "steps": 6, "batch_size": 8, "warmup": 2, "easy_ramp": 3},
+    }
     detector = make_detector(name, **params[name])
     data = stored(easy, tiny, detector, tmp_path)
     alone = screen(data, detector, n_subsets=3, divergence_weight=0.5)
