@@ -13,7 +13,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import _rows
@@ -208,8 +208,7 @@ def _joined(cells: Mapping[tuple[str, ...], Rows]) -> Rows:
 def goals(results: Path) -> str | None:
     """What the default screening was built for, by detector, against what came out."""
     body, used = [], []
-    for name, title in DETECTORS.items():
-        cells = accuracy_cells(results, name)
+    for title, cells in _judged(results):
         at = _by_seed(cells)
         if not {"all data", "default", "oracle"} <= {key[3] for key in at}:
             continue
@@ -231,6 +230,23 @@ def goals(results: Path) -> str | None:
     body.append(["goal", ">= -0.3", ">= 60 %", ">= -0.5", ""])
     header = ["detector", "clean set, worst", "recovery", "contaminated cell, worst", "recovery of the paper's preset"]
     return table(header, body) + source(used)
+
+
+ARM_OF = {"none": "all_data", "default": "default", "oracle_clean": "oracle_clean"}  # presets of the full table
+
+
+def _judged(results: Path) -> Iterator[tuple[str, dict[tuple[str, ...], list[Mapping[str, str]]]]]:
+    """(title, rows by cell) of each detector: those of `accuracy.py`, then those of the full table."""
+    for name, title in DETECTORS.items():
+        yield title, accuracy_cells(results, name)
+    full = [row for row in _rows.read_rows(results / "table1" / "results.csv") if row["preset"] in ARM_OF]
+    for title in dict.fromkeys(row["detector"] for row in full):
+        mine = [{**row, "arm": ARM_OF[row["preset"]]} for row in full if row["detector"] == title]
+        cells: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+        for row in mine:
+            cells.setdefault(tuple(row[key] for key in CELL), []).append(row)
+        clean = {key[0] for key in cells if float(key[2]) == 0 and key[3] == "default"}
+        yield f"{title}, full table", {key: rows for key, rows in cells.items() if key[0] in clean}
 
 
 LEAST_GAP = 0.01  # between training on everything and the oracle, for a cell to count in a recovery
