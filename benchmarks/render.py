@@ -168,6 +168,21 @@ def detectors(results: Path, arm: str, metric: str, *, overlap: bool = False) ->
     return table(["set", "defective in training", *(DETECTORS[name] for name in names)], body) + source(_joined(cells))
 
 
+def trim(results: Path) -> str | None:
+    """Dinomaly with and without the gradient of its hardest points."""
+    rows = [{**row, "arm": row["preset"]} for row in _rows.read_rows(results / "trim" / "results.csv")]
+    if not rows:
+        return None
+    cells = latest(rows)
+    names = list(dict.fromkeys(row["detector"] for row in rows))
+    body = []
+    for data, alpha in _sets(cells):
+        found = [cells.get((data, name, alpha, "none"), []) for name in names]
+        shown = [f"{mean_sd(r, 'image_auroc')} / {mean_sd(r, 'aupro')}" for r in found]
+        body.append([data, f"{float(alpha):.0%}", *shown])
+    return table(["set", "defective in training", *names], body) + source(rows)
+
+
 def semantic(results: Path) -> str | None:
     """One row per ratio, one column per detector, over digits and seeds."""
     rows = _rows.read_rows(results / "semantic.csv")
@@ -531,6 +546,7 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "scale": scale,
     "confirmation": confirmation,
     "headline": headline,
+    "trim": trim,
     "finals": finals,
     "finals-aupro": lambda r: finals(r, "aupro"),
     "finals-confirmed": lambda r: finals(r, confirmed=True),
