@@ -17,8 +17,8 @@ def main() -> None:
         backbone = flawsift.load_backbone(size=128)
         store = flawsift.FeatureStore(Path(folder) / "cache")
 
-        screening = flawsift.screen(parts, "patchcore", backbone, store=store)
-        model = flawsift.fit(parts, "patchcore", backbone, store=store)
+        screening = flawsift.screen(parts, backbone=backbone, store=store)
+        model = flawsift.fit(parts, backbone=backbone, store=store)
         found = flawsift.predict(model, parts)
 
         threshold = model.threshold()
