@@ -232,12 +232,24 @@ def test_a_screening_of_something_else_is_refused(
         load_screening(tmp_path / "none")
 
 
+@pytest.mark.parametrize("name", ["patchcore", "padim"])
+def test_decisions_hold_without_a_screening(name: str, tiny: Backbone, easy_folder: Path, store: FeatureStore) -> None:
+    images = ImageSet.from_folder(easy_folder)
+    choices = {images.names[3]: "remove", images.names[4]: "keep"}
+    model = pipeline.fit(images, SMALL[name], tiny, store=store, no_screen=True, decisions=choices)
+    assert model.training["n_kept"] == len(images) - 1
+    assert model.training["decisions"] == {"keep": 1, "remove": 1, "unsure": 0, "elsewhere": 0}
+
+
 def test_no_screen_trains_on_everything_and_still_has_a_threshold(
     tiny: Backbone, easy: Dataset, store: FeatureStore
 ) -> None:
     model = pipeline.fit(easy.images, SMALL["patchcore"], tiny, store=store, no_screen=True)
     assert model.training["n_kept"] == 50
-    assert len(model.calibration.scores) == 50
+    assert model.training["rejected_patches"] == 0
+    data, _ = attach(easy.images, tiny, model.detector.layers, store=store)
+    halves = screen_features(data, SMALL["patchcore"], n_subsets=2, keep=1.0, reject_patches=0.0)
+    np.testing.assert_array_equal(model.calibration.scores, np.sort(halves.held_out_scores))
     few = pipeline.fit(easy.images.select([0, 1, 2]), SMALL["patchcore"], tiny, store=store, no_screen=True)
     assert len(few.calibration.scores) == 3
     one = pipeline.fit(easy.images.select([0]), SMALL["patchcore"], tiny, store=store, no_screen=True)

@@ -103,7 +103,7 @@ def fit(
             detector and backbone may have made it.
         decisions: What a person decided, from `flawsift review`: a CSV file with the columns path and decision, or
             {relative path: decision}. "keep" and "remove" override the screening; "unsure" leaves it.
-        no_screen: Train on everything. Sub-models are trained all the same, for the threshold's held-out scores.
+        no_screen: Train on everything but what `decisions` remove, with a threshold from `cross_fitted_scores`.
         screener: The detector of stage 1, "own" for `detector` itself as in the paper. A name that is the detector's
             own means the detector as it is given.
         false_alarm_rate: The share of good parts that the threshold may stop.
@@ -136,21 +136,15 @@ def fit(
         note = _difference(saved, p.data)
         if additive or not _same_scores(saved, p):
             held_out = None
-    elif no_screen and (additive or len(p.data) < 2):
-        purified, held_out = p.data, None
+    elif no_screen:
+        is_kept, counts = decided(p.data.names, np.ones(len(p.data), np.bool_), choices)
+        purified, held_out = p.data.select(p.data.ids[is_kept]), None
     else:
-        if no_screen:
-            options = {
-                **options,
-                "keep": 1.0,
-                "reject_patches": 0.0,
-                "n_subsets": min(options.get("n_subsets", 5), len(set(p.data.group_names))),
-            }
         folder = None if out is None else Path(out) / "screening"
         done, total = _screen_prepared(
             p, seed=seed, device=device, out=folder, progress=progress, executor=executor, options=options
         )
-        if on_screened is not None and not no_screen:
+        if on_screened is not None:
             on_screened(done)
         is_kept, counts = decided(done.names, done.is_kept, choices)
         purified = done.purified(p.data, done.ids[is_kept])
