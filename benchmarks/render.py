@@ -168,6 +168,21 @@ def detectors(results: Path, arm: str, metric: str, *, overlap: bool = False) ->
     return table(["set", "defective in training", *(DETECTORS[name] for name in names)], body) + source(_joined(cells))
 
 
+def threshold(results: Path) -> str | None:
+    """What the default detector's threshold without labels does on test images."""
+    cells = accuracy_cells(results, "twobanks")
+    cells = {k: rows for k, rows in cells.items() if k[3] == "default" and all(r["missed_per_100"] for r in rows)}
+    if not cells:
+        return None
+    columns = ("false_alarms_per_100", "missed_per_100", "keep_share")
+    body = [
+        [data, f"{float(alpha):.0%}", *(mean_sd(rows, c, 2 if c == "keep_share" else 1) for c in columns)]
+        for (data, _, alpha, _), rows in cells.items()
+    ]
+    header = ["set", "defective in training", "false alarms per 100 good", "missed per 100 defective", "kept"]
+    return table(header, body) + source(_joined(cells))
+
+
 def trim(results: Path) -> str | None:
     """Dinomaly with and without the gradient of its hardest points."""
     rows = [{**row, "arm": row["preset"]} for row in _rows.read_rows(results / "trim" / "results.csv")]
@@ -547,6 +562,7 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "confirmation": confirmation,
     "headline": headline,
     "trim": trim,
+    "threshold": threshold,
     "finals": finals,
     "finals-aupro": lambda r: finals(r, "aupro"),
     "finals-confirmed": lambda r: finals(r, confirmed=True),
