@@ -222,7 +222,10 @@ def test_pictures_need_maps_and_the_grid(tmp_path: Path) -> None:
     assert "--config" in examples(rows, tmp_path, None).problem
 
 
-@pytest.mark.parametrize(("name", "n_cells"), [("table1.toml", 11 * 3 * 4 * 3), ("table1_quick.toml", 4 * 3 * 2 * 2)])
+GRIDS = [("table1.toml", 12 * 3 * 4 * 3), ("table1_quick.toml", 4 * 3 * 2 * 2), ("trim.toml", 2 * 2 * 3 * 3)]
+
+
+@pytest.mark.parametrize(("name", "n_cells"), GRIDS)
 def test_the_grids_of_the_project_can_be_read(name: str, n_cells: int) -> None:
     path = Path(__file__).parent.parent / "benchmarks" / name
     if not path.exists():
