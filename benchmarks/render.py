@@ -275,8 +275,9 @@ def _judged(results: Path) -> Iterator[tuple[str, dict[tuple[str, ...], list[Map
         cells: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
         for row in mine:
             cells.setdefault(tuple(row[key] for key in CELL), []).append(row)
-        clean = {key[0] for key in cells if float(key[2]) == 0 and key[3] == "default"}
-        yield f"{title}, full table", {key: rows for key, rows in cells.items() if key[0] in clean}
+        clean = dict.fromkeys(key[0] for key in cells if float(key[2]) == 0 and key[3] == "default")
+        told = f"{title} ({', '.join(clean)}; full table)"
+        yield told, {key: rows for key, rows in cells.items() if key[0] in clean}
 
 
 LEAST_GAP = 0.01  # between training on everything and the oracle, for a cell to count in a recovery
