@@ -223,7 +223,8 @@ def screening_folder(folder: str | Path) -> Path:
         if (place / CSV).is_file():
             return place
     raise InputError(
-        f"'{show(folder)}' holds no screening. Give the folder that `flawsift screen` or `flawsift fit` wrote."
+        f"'{show(folder)}' holds no screening. Give the folder that `flawsift screen` wrote, or `flawsift fit` without "
+        "--no-screen."
     )
 
 
