@@ -137,6 +137,20 @@ def accuracy_cells(
     return latest([row for row in rows if row.get("protocol", "").endswith("overlap") == overlap])
 
 
+ARM_OF = {"none": "all_data", "default": "default", "oracle_clean": "oracle_clean"}  # by preset
+
+
+def preset_rows(folder: Path) -> Rows:
+    """Rows of a run of `flawsift benchmark` under presets that are arms of `accuracy.py`, with those arms."""
+    rows = _rows.read_rows(folder / "results.csv")
+    return [{**row, "arm": ARM_OF[row["preset"]]} for row in rows if row["preset"] in ARM_OF]
+
+
+def bold_best(texts: Sequence[str], values: Sequence[float]) -> list[str]:
+    """The texts, with those of the highest value in bold."""
+    return [f"**{text}**" if value == max(values) >= 0 else text for text, value in zip(texts, values, strict=True)]
+
+
 def detectors(results: Path, arm: str, metric: str, *, overlap: bool = False) -> str | None:
     """One row per set and alpha, one column per detector, of one arm; the best of a row is bold."""
     cells = accuracy_cells(results, *DETECTORS, overlap=overlap)
@@ -148,22 +162,15 @@ def detectors(results: Path, arm: str, metric: str, *, overlap: bool = False) ->
     for data, alpha in _sets(cells):
         found = [cells.get((data, name, alpha, arm), []) for name in names]
         means = [statistics.mean(float(r[metric]) for r in rows) if rows else -1.0 for rows in found]
-        shown = [
-            f"**{mean_sd(rows, metric)}**" if mean == max(means) else mean_sd(rows, metric)
-            for rows, mean in zip(found, means, strict=True)
-        ]
-        body.append([data, f"{float(alpha):.0%}", *shown])
+        body.append([data, f"{float(alpha):.0%}", *bold_best([mean_sd(rows, metric) for rows in found], means)])
     sets = {key[0] for key in cells}
     for alpha in sorted({key[2] for key in cells}, key=float):
-        whole = [[cells.get((data, name, alpha, arm)) for data in sets] for name in names]
-        means = [
-            statistics.mean(statistics.mean(float(r[metric]) for r in rows) for rows in mine if rows)
-            if all(mine)
-            else None
-            for mine in whole
-        ]
-        best = max((m for m in means if m is not None), default=None)
-        shown = ["-" if m is None else f"**{m:.3f}**" if m == best else f"{m:.3f}" for m in means]
+        means = []
+        for name in names:
+            found = [cells.get((data, name, alpha, arm), []) for data in sets]
+            of_sets = [statistics.mean(float(r[metric]) for r in rows) for rows in found if rows]
+            means.append(statistics.mean(of_sets) if len(of_sets) == len(sets) else -1.0)
+        shown = bold_best([f"{mean:.3f}" if mean >= 0 else "-" for mean in means], means)
         body.append(["mean of sets", f"{float(alpha):.0%}", *shown])
     return table(["set", "defective in training", *(DETECTORS[name] for name in names)], body) + source(_joined(cells))
 
@@ -185,14 +192,14 @@ def threshold(results: Path) -> str | None:
 
 def trim(results: Path) -> str | None:
     """Dinomaly with and without the gradient of its hardest points."""
-    rows = [{**row, "arm": row["preset"]} for row in _rows.read_rows(results / "trim" / "results.csv")]
+    rows = preset_rows(results / "trim")
     if not rows:
         return None
     cells = latest(rows)
     names = list(dict.fromkeys(row["detector"] for row in rows))
     body = []
     for data, alpha in _sets(cells):
-        found = [cells.get((data, name, alpha, "none"), []) for name in names]
+        found = [cells.get((data, name, alpha, "all_data"), []) for name in names]
         shown = [f"{mean_sd(r, 'image_auroc')} / {mean_sd(r, 'aupro')}" for r in found]
         body.append([data, f"{float(alpha):.0%}", *shown])
     return table(["set", "defective in training", *names], body) + source(rows)
@@ -262,19 +269,13 @@ def goals(results: Path) -> str | None:
     return table(header, body) + source(used)
 
 
-ARM_OF = {"none": "all_data", "default": "default", "oracle_clean": "oracle_clean"}  # presets of the full table
-
-
 def _judged(results: Path) -> Iterator[tuple[str, dict[tuple[str, ...], list[Mapping[str, str]]]]]:
     """(title, rows by cell) of each detector: those of `accuracy.py`, then those of the full table."""
     for name, title in DETECTORS.items():
         yield title, accuracy_cells(results, name)
-    full = [row for row in _rows.read_rows(results / "table1" / "results.csv") if row["preset"] in ARM_OF]
+    full = preset_rows(results / "table1")
     for title in dict.fromkeys(row["detector"] for row in full):
-        mine = [{**row, "arm": ARM_OF[row["preset"]]} for row in full if row["detector"] == title]
-        cells: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
-        for row in mine:
-            cells.setdefault(tuple(row[key] for key in CELL), []).append(row)
+        cells = latest([row for row in full if row["detector"] == title])
         clean = dict.fromkeys(key[0] for key in cells if float(key[2]) == 0 and key[3] == "default")
         told = f"{title} ({', '.join(clean)}; full table)"
         yield told, {key: rows for key, rows in cells.items() if key[0] in clean}

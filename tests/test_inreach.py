@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flawsift.detectors import inreach
+from flawsift import maps
 from flawsift.detectors.inreach import ASYMMETRY, MAD, InReaCh, prune
 from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures
@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float32]
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Taps are the embedding: 3 x 3 means would mix what a test permutes."""
-    monkeypatch.setattr(inreach, "embed_patches", lambda taps: taps[0])
+    monkeypatch.setattr(maps, "embed_patches", lambda taps: taps[0])
 
 
 def set_of(patches: npt.NDArray[Any]) -> ImageSet:

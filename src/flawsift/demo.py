@@ -19,7 +19,7 @@ from flawsift.files import write_json
 from flawsift.metrics import GroundTruth
 from flawsift.progress import Progress, silent
 from flawsift.results import OverlayWriter, write_predictions
-from flawsift.screening import FINAL, Screening
+from flawsift.screening import Screening
 
 # Sizes that end within five minutes on two cores, features of all images included.
 N_TRAIN = 400
@@ -105,7 +105,7 @@ def run_demo(
     backbone, detector = load_backbone(device=device), make_detector("patchcore", seed=seed)
     found: list[Screening] = []
     common: dict[str, Any] = {"store": store or FeatureStore(), "seed": seed, "device": device, "progress": progress}
-    model = pipeline.fit(train, FINAL, backbone, out=out / "model", on_screened=found.append, **common)
+    model = pipeline.fit(train, backbone=backbone, out=out / "model", on_screened=found.append, **common)
     page = report.write_screening_report(found[0], train, out / "model" / "screening")
     features, _ = attach(train, backbone, detector.layers, store=common["store"])  # cached by now
     plain = detector.clone().fit(features, device=device)

@@ -13,7 +13,7 @@ from flawsift import coreset, nn
 from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError
 from flawsift.images import Batch, Ids, ImageSet
-from flawsift.maps import SIGMA_PER_PIXEL, embed_patches, smooth
+from flawsift.maps import SIGMA_PER_PIXEL, embed_batch, smooth
 from flawsift.training import UNWATCHED, Watch
 
 # From here on a layout counts: how far the mean map is from its transpose, where two unrelated patches are 1 apart.
@@ -223,7 +223,7 @@ class InReaCh(Detector):
 
     def _embed(self, batch: Batch, scale: float) -> Tensor:
         """(B, C, h, w), or (B, C + 2, h, w) with rows and columns when the scale is not 0."""
-        x = embed_patches([batch.features[layer] for layer in self.layers])
+        x = embed_batch(batch, self.layers)
         if not scale:
             return x
         b, _, h, w = x.shape
