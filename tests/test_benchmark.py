@@ -66,7 +66,7 @@ def test_a_selection_from_the_score_matrix_is_that_of_a_screening(easy: Dataset,
     detector = make_detector("padim", n_features=10)
     other = screen(train, detector, **PRESETS["default" if preset == "paper" else "paper"], seed=3)
     mine = screen(train, detector, **PRESETS[preset], seed=3)
-    found = reselected(other, PRESETS[preset], detector)
+    found = reselected(other, PRESETS[preset], detector, train)
     assert found.kept.tolist() == mine.kept.tolist()
     np.testing.assert_array_equal(found.consensus, mine.consensus)
     assert (found.contamination is None) == (mine.contamination is None)

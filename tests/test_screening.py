@@ -10,11 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 from torch import Tensor
 
 from flawsift.consensus import (
+    EXPECTED_TAIL,
     choose,
     combine,
+    design_effect,
     estimate_contamination,
     keep_lowest,
     normalize_scores,
@@ -249,6 +252,70 @@ def test_the_interval_holds_the_estimate_and_shrinks_with_the_number_of_images()
         widths.append(high - low)
     assert widths[1] < 0.4 * widths[0]  # a quarter, were it only for the number
     assert estimate_contamination(np.zeros(50)).interval is None
+
+
+def views(n_objects: int, n_views: int, correlation: float, generator: np.random.Generator) -> np.ndarray:
+    """Normal scores of objects of some views each, correlated within an object."""
+    shared = np.repeat(generator.normal(size=n_objects), n_views)
+    own = generator.normal(size=n_objects * n_views)
+    scores: np.ndarray = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own
+    return scores
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.3, 0.65, 1.0])
+def test_the_design_effect_is_the_growth_of_the_variance_of_the_tail(correlation: float) -> None:
+    generator = np.random.default_rng(0)
+    sets = [views(80, 5, correlation, generator) for _ in range(1500)]
+    shares = [(s > norm.isf(EXPECTED_TAIL)).mean() for s in sets]
+    expected = np.var(shares) / (EXPECTED_TAIL * (1 - EXPECTED_TAIL) / 400)
+    members = np.arange(400).reshape(80, 5)
+    found = [design_effect(s, list(members)) for s in sets[:50]]
+    assert np.mean(found) == pytest.approx(expected, rel=0.1)
+    if correlation == 1:
+        np.testing.assert_allclose(found, 5)
+
+
+def test_images_that_are_alone_have_no_design_effect() -> None:
+    scores = np.random.default_rng(0).gumbel(size=60)
+    alone = [[i] for i in range(60)]
+    assert design_effect(scores, [np.array(a) for a in alone]) == 1
+    assert design_effect(scores, [np.arange(60)]) == 1, "one object tells nothing of others"
+    assert estimate_contamination(scores, alone) == estimate_contamination(scores)
+
+
+def test_three_odd_objects_are_weaker_evidence_than_fifteen_odd_images() -> None:
+    scores = np.random.default_rng(0).gumbel(0, 1, 200)
+    scores[:15] += 9
+    together, apart = np.arange(200).reshape(40, 5), np.arange(200).reshape(5, 40).T
+    alone, spread = estimate_contamination(scores), estimate_contamination(scores, apart.tolist())
+    grouped = estimate_contamination(scores, together.tolist())
+    assert grouped.evidence["design_effect"] > 1.1
+    assert grouped.alpha_hat == alone.alpha_hat > 0, "the excess is what it is, wherever it counts"
+    assert spread.evidence["design_effect"] == pytest.approx(1, abs=0.1)
+    assert grouped.interval is not None
+    assert alone.interval is not None
+    assert np.ptp(grouped.interval) > 1.3 * np.ptp(alone.interval)
+
+
+def test_views_that_score_alike_are_no_evidence_of_defects() -> None:
+    members = np.arange(200).reshape(40, 5).tolist()
+    false = []
+    for seed in range(100):
+        clean = -np.log(-np.log(norm.cdf(views(40, 5, 0.8, np.random.default_rng(seed)))))  # Gumbel, correlated
+        false.append([estimate_contamination(clean, m).alpha_hat > 0 for m in (None, members)])
+    unaware, aware = np.mean(false, axis=0)
+    assert aware < 0.7 * unaware
+
+
+def test_screening_knows_of_the_groups() -> None:
+    objects = {i: f"object {i // 5}" for i in range(40)}
+    effects = []
+    for groups in ({}, objects):
+        found = screen(id_set(range(40), groups), Oracle(factor=1), n_subsets=4)
+        assert found.contamination is not None
+        effects.append(found.contamination.evidence["design_effect"])
+    assert effects[0] == 1
+    assert effects[1] > 1.5
 
 
 def test_a_defect_and_its_neighbours_are_rejected() -> None:

@@ -3,13 +3,14 @@
 Scale, vote, estimate of the contamination, selection. No detector and no image is seen here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import binary_dilation
+from scipy.stats import multivariate_normal, norm, rankdata
 
 from flawsift.images import Ids
 
@@ -23,7 +24,7 @@ TRIM = 0.25  # share cut off at each end by the trimmed mean: the lowest and hig
 FIT_QUANTILES = (0.1, 0.5)  # the fit sees no score above the median: half the set may be anomalous
 TAIL_CUT = 3.0  # in Gumbel scales above the location: 5 % of normal images lie there
 EXPECTED_TAIL = float(1 - np.exp(-np.exp(-TAIL_CUT)))  # share of normal images above the cut
-TAIL_SIGMAS = 2.0  # the excess must exceed this many binomial standard errors to count
+TAIL_SIGMAS = 2.0  # the excess must exceed this many standard errors to count
 DILATION_GRID = 8  # a rejected patch takes its eight neighbours along, unless the grid is so coarse that these are much
 SUSPECT = 2.0  # robust deviations of the consensus above which an image is set aside, where defects are in evidence
 N_BOOTSTRAP, INTERVAL = 400, (0.05, 0.95)
@@ -186,29 +187,38 @@ def choose(
     return kept, rejected_patches(grids, z) & kept[:, None, None]
 
 
-def estimate_contamination(consensus: Floats) -> Contamination:
+def estimate_contamination(consensus: Floats, members: Sequence[Sequence[int]] | None = None) -> Contamination:
     """The share of anomalies, from the upper tail of the consensus.
 
     An image's score is a maximum over patches, so normal images follow roughly a Gumbel law. One is fitted to the
     lower part of the consensus, where anomalies are rare, by its quantiles; what lies above its upper tail beyond
     expectation is counted as anomalous. It underestimates when anomalies score like normals, which is the safe side.
+
+    Args:
+        consensus: (N,) consensus of the images.
+        members: Positions of the images of each group. Views of one object score alike, so that chance puts them into
+            the tail together: the variance of the tail grows by `design_effect`. None takes the images as independent.
     """
     n = len(consensus)
     location, scale = _gumbel(consensus) if n else (0.0, 0.0)
     if n < MIN_FOR_ESTIMATE or scale <= 0:
         return Contamination(0.0, "none: too few or constant scores", {"n": float(n)})
     observed = float((consensus > location + scale * TAIL_CUT).mean())
+    groups = [np.asarray(m) for m in members] if members is not None else list(np.arange(n)[:, None])
+    effect = design_effect(consensus, groups)
     generator = np.random.default_rng(0)  # the same scores have the same interval
-    samples = generator.choice(consensus, (N_BOOTSTRAP, n))
-    low, high = np.quantile([_tail_excess(sample) for sample in samples], INTERVAL)
+    drawn = generator.choice(len(groups), (N_BOOTSTRAP, len(groups)))
+    samples = (consensus[np.concatenate([groups[g] for g in row])] for row in drawn)
+    low, high = np.quantile([_tail_excess(sample, effect) for sample in samples], INTERVAL)
     evidence = {
         "location": float(location),
         "scale": float(scale),
         "cut": TAIL_CUT,
         "observed": observed,
         "expected": EXPECTED_TAIL,
+        "design_effect": effect,
     }
-    return Contamination(_tail_excess(consensus), "Gumbel tail excess", evidence, (float(low), float(high)))
+    return Contamination(_tail_excess(consensus, effect), "Gumbel tail excess", evidence, (float(low), float(high)))
 
 
 def _gumbel(consensus: Floats) -> tuple[float, float]:
@@ -219,11 +229,34 @@ def _gumbel(consensus: Floats) -> tuple[float, float]:
     return low - scale * gumbel[0], scale
 
 
-def _tail_excess(consensus: Floats) -> float:
+def design_effect(consensus: Floats, groups: Sequence[npt.NDArray[np.int64]]) -> float:
+    """How many times larger groups make the variance of the tail's share than independent images would (Kish, 1965).
+
+    1 + (k - 1) phi, with k the mean group size that an image sees, and phi the correlation between two images of a
+    group in whether they lie in the tail. It is not counted in the tail itself, where the defects are, but follows from
+    the intraclass correlation of the consensus in normal scores (by ANOVA), as if those were normal in pairs.
+    """
+    n, n_groups = len(consensus), len(groups)
+    sizes = np.array([len(g) for g in groups])
+    if n_groups in (1, n):
+        return 1.0  # nothing to tell groups and images apart by
+    scores = norm.ppf((rankdata(consensus) - 0.5) / n)
+    means = np.array([scores[g].mean() for g in groups])
+    between = (sizes * (means - scores.mean()) ** 2).sum() / (n_groups - 1)
+    within = sum(((scores[g] - mean) ** 2).sum() for g, mean in zip(groups, means, strict=True)) / (n - n_groups)
+    size = (n - (sizes**2).sum() / n) / (n_groups - 1)
+    correlation = max(0.0, (between - within) / (between + (size - 1) * within))
+    edge = norm.ppf(EXPECTED_TAIL)
+    pair = multivariate_normal(cov=[[1, correlation], [correlation, 1]], allow_singular=True).cdf([edge, edge])
+    phi = (pair - EXPECTED_TAIL**2) / (EXPECTED_TAIL * (1 - EXPECTED_TAIL))
+    return float(1 + ((sizes**2).sum() / n - 1) * phi)
+
+
+def _tail_excess(consensus: Floats, effect: float) -> float:
     """The share above the tail's cut beyond expectation; 0 where chance explains it."""
     location, scale = _gumbel(consensus)
     if scale <= 0:
         return 0.0
     excess = float((consensus > location + scale * TAIL_CUT).mean()) - EXPECTED_TAIL
-    noise = np.sqrt(EXPECTED_TAIL * (1 - EXPECTED_TAIL) / len(consensus))
+    noise = np.sqrt(effect * EXPECTED_TAIL * (1 - EXPECTED_TAIL) / len(consensus))
     return float(min(excess / (1 - EXPECTED_TAIL), 1 - MIN_KEEP)) if excess > TAIL_SIGMAS * noise else 0.0

@@ -232,7 +232,7 @@ def screen(
         spread = divergence(train, models, comparable, subset_of, n_subsets, resolve_device(device))
         voted = robust_units(voted) + divergence_weight * robust_units(spread)
     grids = runs.mean_grids()
-    kept, rejected, estimate = _choose(train.ids, voted, grids, keep, reject_patches)
+    kept, rejected, estimate = _choose(train, voted, grids, keep, reject_patches)
     return Screening(
         ids=train.ids,
         names=train.names,
@@ -249,7 +249,7 @@ def screen(
     )
 
 
-def reselected(stage1: Screening, options: ScreenOptions, detector: Detector) -> Screening:
+def reselected(stage1: Screening, options: ScreenOptions, detector: Detector, train: ImageSet) -> Screening:
     """What other options keep, from the score matrix of a screening with as many subsets and partitions.
 
     Equal to a `screen` of its own, whose sub-models would be the same; `divergence_weight` must be 0.
@@ -259,16 +259,17 @@ def reselected(stage1: Screening, options: ScreenOptions, detector: Detector) ->
     voted = combine(scores, own, options["consensus"], exclude_own=options["exclude_own"])
     given = options["reject_patches"]
     z = detector.patch_rejection if given is None else given
-    kept, rejected, estimate = _choose(stage1.ids, voted, stage1.grids, options["keep"], z)
+    kept, rejected, estimate = _choose(train, voted, stage1.grids, options["keep"], z)
     used = {**options, "reject_patches": z, "seed": stage1.options["seed"], "keep_share": len(kept) / len(stage1.ids)}
     return replace(stage1, consensus=voted, kept=kept, rejected=rejected, contamination=estimate, options=used)
 
 
 def _choose(
-    ids: Ids, voted: Floats, grids: npt.NDArray[np.float16] | None, keep: float | Literal["auto"], z: float
+    train: ImageSet, voted: Floats, grids: npt.NDArray[np.float16] | None, keep: float | Literal["auto"], z: float
 ) -> tuple[Ids, npt.NDArray[np.bool_] | None, Contamination | None]:
     """Kept ids, (N, h, w) rejected patches of the kept images and the estimate of the contamination."""
-    estimate = estimate_contamination(voted) if keep == "auto" else None
+    ids = train.ids
+    estimate = estimate_contamination(voted, list(train.members.values())) if keep == "auto" else None
     if grids is None or z <= 0:
         return keep_lowest(ids, voted, 1 - estimate.alpha_hat if estimate else float(keep)), None, estimate
     if estimate is not None:

@@ -149,7 +149,7 @@ def _select(
             found = screen(train, first, **options, seed=seed, device=device, executor=executor)
             stages[shape] = Stage(found, first.name, first is detector), time.perf_counter() - started
         stage, seconds = stages[shape]
-        found = reselected(stage.screening, options, first) if plain else stage.screening
+        found = reselected(stage.screening, options, first, train) if plain else stage.screening
         purified = detector.learned_from(found.purified(train))
         selection = Selection(purified, found.consensus, found.contamination)
         chosen[preset] = selection, stage, seconds
