@@ -372,6 +372,70 @@ def finals(results: Path, metric: str = "image_auroc", *, confirmed: bool = Fals
     return table(["set", "defective", *(title for _, title, _, _ in FINALS)], body) + source(used)
 
 
+def rivals(results: Path, metric: str) -> str | None:
+    """Mean of the sets: both stages by default against the detectors that resist contamination on their own."""
+    columns = (
+        ("TwoBanks, screened", "twobanks", "default"),
+        ("SoftPatch", "softpatch", "all_data"),
+        ("InReaCh", "inreach", "all_data"),
+        ("FUN-AD", "funad", "all_data"),
+    )
+    body, used = [], []
+    for folder in (results, results / "confirmation"):
+        cells = accuracy_cells(folder, *(name for _, name, _ in columns))
+        cells = {key: rows for key, rows in cells.items() if all(row.get(metric) for row in rows)}
+        for alpha in sorted({key[2] for key in cells}, key=float):
+            found = [
+                [r for k, rows in cells.items() if k[1:] == (name, alpha, arm) for r in rows]
+                for _, name, arm in columns
+            ]
+            shared = set.intersection(*({(r["data"], r["seed"]) for r in rows} for rows in found))
+            if not shared:
+                continue
+            found = [[r for r in rows if (r["data"], r["seed"]) in shared] for rows in found]
+            used += [r for rows in found for r in rows]
+            means = [statistics.mean(float(r[metric]) for r in rows) for rows in found]
+            seeds = sorted(int(seed) for seed in {seed for _, seed in shared})
+            sets = len({data for data, _ in shared})
+            body.append(
+                [
+                    f"{seeds[0]} to {seeds[-1]}, {sets} set{'s' if sets > 1 else ''}",
+                    f"{float(alpha):.0%}",
+                    *bold_best([f"{mean:.3f}" for mean in means], means),
+                ]
+            )
+    if not body:
+        return None
+    return table(["seeds", "defective", *(title for title, *_ in columns)], body) + source(used)
+
+
+def decisions(results: Path, detector: str) -> str | None:
+    """What a person's first decisions are worth beside the default screening alone."""
+    rows = [row for row in _rows.read_rows(results / "decisions.csv") if row["detector"] == detector]
+    cells = latest(rows)
+    if not cells:
+        return None
+    arms = {
+        "all_data": "no screening",
+        "default": "default",
+        "decided": "default, then ten decisions",
+        "oracle_clean": "oracle",
+    }
+    body = []
+    for data, alpha in _sets(cells):
+        found = [cells.get((data, detector, alpha, arm), []) for arm in arms]
+        shown = [mean_sd(mine, "image_auroc") for mine in found]
+        body.append([data, f"{float(alpha):.0%}", mean_sd(found[2], "n_removed", 1), *shown])
+    at = _by_seed(cells)
+    variants = [VARIANT_OF.get(arm, arm) for arm in arms]
+    body.append(["recovery", "", "", *(f"{recovery(at, variant):.0%}" for variant in variants)])
+    contaminated = {key[:2] for key in at if float(key[1]) > 0}
+    worst = [min(gain_of(at, cell, variant) for cell in contaminated) for variant in variants]
+    body.append(["worst contaminated cell, points", "", "", *(f"{100 * gain:+.1f}" for gain in worst)])
+    header = ["set", "defective in training", "defective among the ten", *arms.values()]
+    return table(header, body) + source(_joined(cells))
+
+
 def headline(results: Path) -> str | None:
     """Both stages by default, beside PatchCore on everything and the same detector on the good images alone."""
     columns = (
@@ -568,6 +632,10 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "finals": finals,
     "finals-aupro": lambda r: finals(r, "aupro"),
     "finals-confirmed": lambda r: finals(r, confirmed=True),
+    "decisions": lambda r: decisions(r, "twobanks"),
+    "decisions-patchcore": lambda r: decisions(r, "patchcore"),
+    "rivals": lambda r: rivals(r, "image_auroc"),
+    "rivals-aupro": lambda r: rivals(r, "aupro"),
     "overlap": lambda r: detectors(r, "all_data", "image_auroc", overlap=True),
     "semantic": semantic,
     "peers": peers,

@@ -54,6 +54,33 @@ def test_mean_and_sd_of_the_newest_commit_and_last_row_of_a_seed(rows: Any, rend
     assert "Commit `new`; A CPU, 2 cores, 8 GiB, Linux; 3 seeds." in text
 
 
+def test_rivals_are_compared_on_the_same_sets_and_seeds(rows: Any, render: Any, tmp_path: Path) -> None:
+    values = {"twobanks": (0.9, 0.8), "softpatch": (0.7, 0.5), "inreach": (0.9, 0.7), "funad": (0.6, 0.6)}
+    for name, found in values.items():
+        arm = "default" if name == "twobanks" else "all_data"
+        mine = [{**cell(seed, v, arm=arm), "detector": name} for seed, v in enumerate(found)]
+        if name == "softpatch":
+            mine.append({**mine[0], "seed": 2, "image_auroc": 0.1})  # a seed that the others lack
+        rows.append_rows(tmp_path / "accuracy.csv", mine)
+        rows.append_rows(tmp_path / "confirmation" / "accuracy.csv", [{**m, "seed": m["seed"] + 3} for m in mine[:1]])
+    text = render.rivals(tmp_path, "image_auroc")
+    assert "| 0 to 1, 1 set | 20% | **0.850** | 0.600 | 0.800 | 0.600 |" in text
+    assert "| 3 to 3, 1 set | 20% | **0.900** | 0.700 | **0.900** | 0.600 |" in text
+    assert render.rivals(tmp_path, "aupro") is None
+
+
+def test_decisions_are_measured_against_the_oracle(rows: Any, render: Any, tmp_path: Path) -> None:
+    arms = {"all_data": 0.7, "default": 0.75, "decided": 0.78, "oracle_clean": 0.8}
+    for seed in (0, 1):
+        found = [{**cell(seed, v, arm=arm), "n_removed": 6 + 2 * seed} for arm, v in arms.items()]
+        rows.append_rows(tmp_path / "decisions.csv", found)
+    text = render.decisions(tmp_path, "patchcore")
+    assert "| elpv | 20% | 7.0 ± 1.4 | 0.700 ± 0.000 | 0.750 ± 0.000 | 0.780 ± 0.000 | 0.800 ± 0.000 |" in text
+    assert "| recovery |  |  | 0% | 50% | 80% | 100% |" in text
+    assert "| worst contaminated cell, points |  |  | +0.0 | +5.0 | +8.0 | +10.0 |" in text
+    assert render.decisions(tmp_path, "twobanks") is None
+
+
 def test_finals_compare_the_seeds_that_all_have(rows: Any, render: Any, tmp_path: Path) -> None:
     found = {"patchcore": (0.7, 0.75, 0.9), "softpatch": (0.8, 0.78, 0.85), "twobanks": (0.8, 0.85, 0.95)}
     arms = ("all_data", "default", "oracle_clean")

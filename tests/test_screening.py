@@ -1,7 +1,7 @@
 """Stage 1: bookkeeping by ids, proved with a detector that scores an image by its own id."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -29,7 +29,7 @@ from flawsift.detector import Detector
 from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures
 from flawsift.images import Batch, ImageSet
-from flawsift.screening import PRESETS, screen, split
+from flawsift.screening import PRESETS, Screening, screen, split
 from flawsift.training import UNWATCHED, Watch
 
 
@@ -375,6 +375,67 @@ def test_a_contaminated_set_loses_images_and_patches() -> None:
     assert kept[:270].mean() > 0.9
     np.testing.assert_array_equal(rejected[kept], rejected_patches(grids, 3.0)[kept])
     assert not rejected[~kept].any(), "who keeps an image by hand keeps all of it"
+
+
+def decided_set(n: int, n_defective: int, seed: int = 0) -> Screening:
+    """The default screening of a `gumbel_set`."""
+    consensus, grids = gumbel_set(n, n_defective, seed)
+    estimate = estimate_contamination(consensus)
+    kept, rejected = choose(consensus, grids, 2.0, estimate)
+    ids = np.arange(n)
+    return Screening(
+        ids=ids,
+        names=[f"{i}.png" for i in ids],
+        subset_of=np.zeros((1, n), np.int64),
+        score_matrix=np.zeros((1, n), np.float32),
+        held_out_scores=consensus,
+        consensus=consensus,
+        divergence=None,
+        kept=ids[kept],
+        contamination=estimate,
+        options={"reject_patches": 2.0},
+        grids=grids.astype(np.float16),
+        rejected=rejected,
+    )
+
+
+def test_a_person_who_keeps_most_of_what_was_set_aside_acquits_the_patches() -> None:
+    found = decided_set(300, 30)
+    assert found.rejected is not None
+    assert found.rejected.any()
+    removed = [found.names[int(i)] for i in found.removed]
+    half = (len(removed) + 1) // 2
+    few, _ = found.decided(dict.fromkeys(removed[: half - 1], "keep"))
+    assert not few.acquitted
+    np.testing.assert_array_equal(few.rejected, found.rejected)
+    most, counts = found.decided(dict.fromkeys(removed[:half], "keep"))
+    assert counts["keep"] == half
+    assert most.acquitted
+    assert most.rejected is not None
+    assert not most.rejected.any()
+    assert len(most.kept) == len(found.kept) + half
+    shares = replace(found, contamination=None)  # the share to keep was given
+    everything, _ = shares.decided(dict.fromkeys(removed, "keep"))
+    np.testing.assert_array_equal(everything.rejected, found.rejected)
+
+
+def test_an_image_that_a_person_keeps_is_learned_whole() -> None:
+    found = decided_set(300, 30)
+    assert found.rejected is not None
+    one = int(np.flatnonzero(found.rejected.any((1, 2)))[0])
+    now, _ = found.decided({found.names[one]: "keep", found.names[one + 1]: "unsure"})
+    assert now.rejected is not None
+    assert not now.rejected[one].any()
+    np.testing.assert_array_equal(np.delete(now.rejected, one, 0), np.delete(found.rejected, one, 0))
+
+
+def test_a_screening_that_nobody_has_touched_stays_as_it_is() -> None:
+    for n_defective in (0, 10, 30):
+        found = decided_set(300, n_defective, seed=n_defective)
+        same, _ = found.decided({})
+        assert not found.acquitted
+        np.testing.assert_array_equal(same.kept, found.kept)
+        np.testing.assert_array_equal(same.rejected, found.rejected)
 
 
 def test_too_few_images_and_bad_options_are_told() -> None:

@@ -25,7 +25,7 @@ from flawsift.images import FileSource, ImageSet, name_some, show
 from flawsift.lookalikes import describe
 from flawsift.models import Model, set_digest, versions
 from flawsift.progress import Progress, silent
-from flawsift.results import ROOT, SavedScreening, load_screening, save_screening
+from flawsift.results import ROOT, matched, read_screening, save_screening
 from flawsift.screening import FINAL, OWN, PRESETS, SCREENERS, Screening, ScreenOptions
 from flawsift.screening import screen as screen_features
 from flawsift.training import Watch
@@ -131,8 +131,8 @@ def fit(
     total: Detector | None = None
     held_out: npt.NDArray[np.float64] | None  # None: to be had by cross-fitting
     if screening is not None:
-        saved, counts = load_screening(screening).decided(choices)
-        purified, held_out = saved.match(p.data)
+        saved, counts = read_screening(screening).decided(choices)
+        purified, held_out = matched(saved, p.data, screening)
         note = _difference(saved, p.data)
         if additive or not _same_scores(saved, p):
             held_out = None
@@ -146,9 +146,9 @@ def fit(
         )
         if on_screened is not None:
             on_screened(done)
-        is_kept, counts = decided(done.names, done.is_kept, choices)
-        purified = done.purified(p.data, done.ids[is_kept])
-        held_out = done.held_out_scores[is_kept] if p.screener is p.detector and not additive else None
+        now, counts = done.decided(choices)
+        purified = now.purified(p.data)
+        held_out = now.held_out_scores[now.is_kept] if p.screener is p.detector and not additive else None
     purified = p.detector.learned_from(purified)  # so that what is said of the training is true
     resume = None if out is None else Path(out) / ".resume"
     run = None if resume is None else _run_folder(resume, p, set_digest(purified))
@@ -366,17 +366,18 @@ def _provenance(p: _Prepared, detector: Detector) -> dict[str, Any]:
     }
 
 
-def _same_scores(saved: SavedScreening, p: _Prepared) -> bool:
+def _same_scores(saved: Screening, p: _Prepared) -> bool:
     """Whether the scores of a screening are this detector's: a threshold from another's would be nonsense."""
     mine = _provenance(p, p.detector)
     keys = (("detector", "name"), ("detector", "params"), ("backbone", "key"), ("backbone", "weights_digest"))
-    return all(saved.content.get(part, {}).get(key) == mine[part][key] for part, key in keys)
+    return all(saved.provenance.get(part, {}).get(key) == mine[part][key] for part, key in keys)
 
 
-def _difference(saved: SavedScreening, data: ImageSet) -> str | None:
+def _difference(saved: Screening, data: ImageSet) -> str | None:
     """What a screening does not know of the images that it is used for."""
-    if new := [name for name in data.names if show(name) not in saved.kept]:
+    known = {show(name) for name in saved.names}
+    if new := [name for name in data.names if show(name) not in known]:
         return f"Not in the screening, and so not trained on ({len(new)} in all): {name_some(new)}."
-    if len(data) == len(saved.kept) and saved.content.get("images_digest") not in (None, set_digest(data)):
+    if len(data) == len(known) and saved.provenance.get("images_digest") not in (None, set_digest(data)):
         return "Some images have changed since the screening."
     return None

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from flawsift.consensus import MIN_KEEP, SUSPECT, own_mask
-from flawsift.decisions import decided
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_text
 from flawsift.histogram import Histogram
@@ -99,9 +98,8 @@ def write_fit_report(
         OutputError: It cannot be written.
     """
     found = read_screening(screening)
-    is_kept, _ = decided(found.names, found.is_kept, choices or {})
-    rejected = found.rejected if model.detector.leaves_out_patches else None
-    found = replace(found, kept=found.ids[is_kept], rejected=rejected)
+    found, _ = found.decided(choices or {})
+    found = found if model.detector.leaves_out_patches else replace(found, rejected=None)
     path = ensure_folder(folder) / NAME
     write_text(path, screening_report(found, images_of(found, images), title=FIT_TITLE, model=model))
     return path
@@ -262,8 +260,12 @@ def explanation(screening: Screening) -> str:
 
 
 def selection_text(screening: Screening) -> str:
-    """What stage 2 leaves out of the kept images; empty when it is nothing."""
-    if screening.rejected is None or not screening.rejected.any():
+    """What stage 2 leaves out of the kept images; empty when it is nothing, unless a person has decided so."""
+    if screening.rejected is None:
+        return ""
+    if screening.acquitted:
+        return "Most of the images that were set aside are kept by decision, so all patches of kept images are learned."
+    if not screening.rejected.any():
         return ""
     share = 100 * float(screening.rejected[screening.is_kept].mean())
     text = f"Of the kept images, the {share:.1f} % of the patches that look least like the others are suspect,"

@@ -5,16 +5,15 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from flawsift.calibration import Calibration, Threshold
 from flawsift.consensus import Contamination
-from flawsift.decisions import decided
 from flawsift.detector import Prediction
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_bytes, write_csv, write_json
@@ -29,54 +28,6 @@ ROOT = "images_root"  # in screening.json: the folder that the paths are relativ
 Kind = TypeVar("Kind", bound=np.generic)
 YES = frozenset({"1", "true", "yes"})  # what counts as kept in an edited table
 NO = frozenset({"0", "false", "no", ""})
-
-
-@dataclass(frozen=True, eq=False)
-class SavedScreening:
-    """What stage 2 needs of a screening read from disk.
-
-    Attributes:
-        folder: Where it was read from.
-        kept: {relative path as shown: whether it goes on to stage 2}, unreadable images left out.
-        held_out: {relative path as shown: mean raw score of the sub-models that had not seen the image}.
-        rejected: {relative path as shown: (h, w) bool}, patches that stage 2 does not learn from.
-        content: screening.json.
-    """
-
-    folder: Path
-    kept: Mapping[str, bool]
-    held_out: Mapping[str, float]
-    rejected: Mapping[str, npt.NDArray[np.bool_]]
-    content: Mapping[str, Any]
-
-    def decided(self, choices: Mapping[str, str]) -> tuple[Self, dict[str, int]]:
-        """The same with a person's decisions in place of the `kept` column; see `flawsift.decisions.decided`."""
-        names = list(self.kept)
-        kept, counts = decided(names, np.array([self.kept[n] for n in names], np.bool_), choices)
-        return replace(self, kept=dict(zip(names, kept.tolist(), strict=True))), counts
-
-    def match(self, images: ImageSet) -> tuple[ImageSet, npt.NDArray[np.float64]]:
-        """The kept images of a set, less their rejected patches, and their (m,) held-out scores.
-
-        An image that stage 1 had removed and a person has kept is good: it keeps all its patches.
-
-        Raises:
-            InputError: Kept images are missing from the set.
-        """
-        by_name = {show(name): int(i) for i, name in zip(images.ids, images.names, strict=True)}
-        wanted = [name for name, kept in self.kept.items() if kept]
-        if missing := [name for name in wanted if name not in by_name]:
-            raise InputError(
-                f"{len(missing)} images kept by the screening '{show(self.folder)}' are not in the folder: "
-                f"{name_some(missing)}. Screen the folder again."
-            )
-        if not wanted:
-            raise InputError(f"The screening '{show(self.folder)}' keeps no image.")
-        ids = np.array([by_name[name] for name in wanted], dtype=np.int64)
-        rejected = {
-            i: self.rejected[name] for i, name in zip(ids.tolist(), wanted, strict=True) if name in self.rejected
-        }
-        return images.select(ids).without_patches(rejected), np.array([self.held_out[name] for name in wanted])
 
 
 def save_screening(screening: Screening, folder: str | Path) -> Path:
@@ -124,23 +75,6 @@ def _table(screening: Screening) -> tuple[list[str], list[list[object]]]:
     blank = [""] * (n_models + 3)
     rows += [["", name, "", *blank, 0, reason] for name, reason in screening.unreadable.items()]
     return header, rows
-
-
-def load_screening(folder: str | Path) -> SavedScreening:
-    """Read a screening folder, with the `kept` column as a person may have edited it.
-
-    Raises:
-        InputError: A file is missing or damaged, or a cell of `kept` is neither yes nor no.
-    """
-    folder = Path(folder)
-    with _damage_told(folder):
-        rows, content = _read(folder)
-        held_out = {row["path"]: float(row["held_out_score"]) for row in rows}
-        kept = {row["path"]: _truth(row["kept"]) for row in rows}
-        masks = _array(folder / REJECTED, len(rows), 3, np.bool_)
-        named = [] if masks is None else list(zip(rows, masks, strict=True))
-        rejected = {row["path"]: mask for row, mask in named if mask.any()}
-    return SavedScreening(folder, kept, held_out, rejected, content)
 
 
 def read_screening(folder: str | Path) -> Screening:
@@ -210,6 +144,35 @@ def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:
             f"None of the {len(names)} images of the screening is in '{show(folder)}'. Give their folder with --images."
         )
     return ImageSet.from_files(folder, names)
+
+
+def matched(screening: Screening, images: ImageSet, folder: str | Path) -> tuple[ImageSet, npt.NDArray[np.float64]]:
+    """The kept images of a set, found by name, less their rejected patches, and their (m,) held-out scores.
+
+    Args:
+        screening: From `read_screening`; its ids may be other than those of the set.
+        images: The set to train on.
+        folder: Where the screening was read from, for the messages.
+
+    Raises:
+        InputError: Kept images are missing from the set, or there are none.
+    """
+    by_name = {show(name): int(i) for i, name in zip(images.ids, images.names, strict=True)}
+    positions = np.flatnonzero(screening.is_kept).tolist()
+    wanted = [show(screening.names[p]) for p in positions]
+    if missing := [name for name in wanted if name not in by_name]:
+        raise InputError(
+            f"{len(missing)} images kept by the screening '{show(folder)}' are not in the folder: "
+            f"{name_some(missing)}. Screen the folder again."
+        )
+    if not wanted:
+        raise InputError(f"The screening '{show(folder)}' keeps no image.")
+    ids = np.array([by_name[name] for name in wanted], dtype=np.int64)
+    masks = screening.rejected
+    rejected = (
+        {} if masks is None else {i: masks[p] for i, p in zip(ids.tolist(), positions, strict=True) if masks[p].any()}
+    )
+    return images.select(ids).without_patches(rejected), screening.held_out_scores[positions]
 
 
 def screening_folder(folder: str | Path) -> Path:

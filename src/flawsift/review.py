@@ -23,7 +23,7 @@ from PIL import Image
 
 from flawsift import pages, report
 from flawsift.decisions import NAME as DECISIONS
-from flawsift.decisions import Change, Decision, DecisionStore, decided
+from flawsift.decisions import Change, Decision, DecisionStore
 from flawsift.errors import InputError, ParameterError
 from flawsift.files import ensure_folder
 from flawsift.images import FileSource, ImageSet, UnreadableImage, show
@@ -151,10 +151,9 @@ class Review:
         """The screening with the decisions in force."""
         choices = {n: d.choice for n, d in self.store.since(-1)[1].items() if d.choice and n in self.id_of}
         try:
-            is_kept, _ = decided(self.screening.names, self.screening.is_kept, choices)
+            return self.screening.decided(choices)[0]
         except InputError:  # everything was removed: nothing to train on, but something to look at
-            is_kept = np.zeros(len(self.screening.ids), np.bool_)
-        return replace(self.screening, kept=self.screening.ids[is_kept])
+            return replace(self.screening, kept=self.screening.ids[:0])
 
     def news(self, since: int) -> dict[str, Any]:
         """The revision and the decisions that changed after an older one, by id."""
@@ -228,7 +227,7 @@ class Review:
             headline=report.headline(self.screening),
             n_kept=len(now.kept),
             n_removed=len(now.ids) - len(now.kept),
-            contamination=report.explanation(self.screening),
+            contamination=report.explanation(now),
             **report.histogram_of(now),
             unreadable=unreadable[: report.MAX_UNREADABLE],
             n_unreadable=len(unreadable),

@@ -9,7 +9,7 @@ addressed by global ids: stage 2 receives ids, never positions.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Self, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flawsift.consensus import (
     COMBINE,
+    SUSPECT,
     Consensus,
     Contamination,
     Floats,
@@ -32,10 +33,11 @@ from flawsift.consensus import (
     rejected_patches,
     robust_units,
 )
+from flawsift.decisions import decided
 from flawsift.detector import Detector, resolve_device
 from flawsift.errors import InputError, ParameterError
 from flawsift.executors import SERIAL, Executor, Serial
-from flawsift.images import Ids, ImageSet
+from flawsift.images import Ids, ImageSet, show
 from flawsift.maps import top_mean
 from flawsift.progress import Progress, silent
 from flawsift.submodels import SubModels
@@ -131,19 +133,42 @@ class Screening:
         """(N,) whether each image goes on to stage 2."""
         return np.isin(self.ids, self.kept)
 
-    def purified(self, train: ImageSet, kept: Ids | None = None) -> ImageSet:
-        """What stage 2 learns from: the kept images of the screened set, less their rejected patches.
-
-        Args:
-            train: The screened set.
-            kept: Ids that a person keeps instead; those that stage 1 had removed are good and keep all their patches.
-        """
-        chosen = train.select(self.kept if kept is None else kept)
+    def purified(self, train: ImageSet) -> ImageSet:
+        """What stage 2 learns from: the kept images of the screened set, less their rejected patches."""
+        chosen = train.select(self.kept)
         if self.rejected is None:
             return chosen
         wanted = set(chosen.ids.tolist())
         masks = zip(self.ids.tolist(), self.rejected, strict=True)
         return chosen.without_patches({i: mask for i, mask in masks if i in wanted and mask.any()})
+
+    def decided(self, choices: Mapping[str, str]) -> tuple[Self, dict[str, int]]:
+        """The same once a person has decided, and how many decisions of each kind there were.
+
+        An image that a person keeps is good, and so are all its patches. Where most of the images that were set aside
+        are good, so are the patches that stand out in others: none is rejected any more.
+
+        Args:
+            choices: {relative path as shown: "keep", "remove" or "unsure"}, from `flawsift.decisions.read_decisions`.
+
+        Raises:
+            InputError: None of the decisions is about one of these images, or no image is left.
+        """
+        is_kept, counts = decided(self.names, self.is_kept, choices)
+        now = replace(self, kept=self.ids[is_kept])
+        if self.rejected is None:
+            return now, counts
+        by_hand = np.array([choices.get(show(name)) == "keep" for name in self.names])
+        learned = now.acquitted | ~is_kept | by_hand
+        return replace(now, rejected=self.rejected & ~learned[:, None, None]), counts
+
+    @property
+    def acquitted(self) -> bool:
+        """Whether at least half of the images that evidence of defects has set aside are kept after all."""
+        if self.contamination is None or self.contamination.alpha_hat <= 0:
+            return False
+        suspect = robust_units(self.consensus) > SUSPECT
+        return bool(suspect.any() and (suspect & self.is_kept).sum() >= suspect.sum() / 2)
 
     @property
     def removed(self) -> Ids:
