@@ -205,6 +205,20 @@ def test_headline_and_estimate(images: ImageSet) -> None:
     assert "1 looks defective and was set aside; 39 were kept." in one
 
 
+def test_the_page_says_what_becomes_of_suspect_patches(images: ImageSet) -> None:
+    consensus = np.where(np.arange(len(images)) < 5, 50.0, np.arange(len(images)) % 7)  # five stand out
+    rejected = np.zeros((len(images), 4, 6), bool)
+    rejected[10, :3] = True
+    kept = images.ids[5:]
+    screening = make_screening(images, consensus=consensus, kept=kept, rejected=rejected)
+    text = words(render(screening, images).text[""])
+    assert "Of the kept images, the 2.1 % of the patches that look least like the others are suspect" in text
+    back, _ = screening.decided({screening.names[i]: "keep" for i in range(4)})
+    text = words(render(back, images).text[""])
+    assert "Most of the images that were set aside are kept by decision" in text
+    assert "are suspect" not in text
+
+
 def test_a_share_set_by_the_user_is_not_called_an_estimate(images: ImageSet) -> None:
     text = words(render(make_screening(images, 24, contamination=None), images).text[""])
     assert "the 24 most unusual were set aside; 16 were kept" in text

@@ -423,10 +423,13 @@ def test_an_image_that_a_person_keeps_is_learned_whole() -> None:
     found = decided_set(300, 30)
     assert found.rejected is not None
     one = int(np.flatnonzero(found.rejected.any((1, 2)))[0])
-    now, _ = found.decided({found.names[one]: "keep", found.names[one + 1]: "unsure"})
+    out = int(np.flatnonzero(found.rejected.any((1, 2)))[1])
+    now, _ = found.decided({found.names[one]: "keep", found.names[one + 1]: "unsure", found.names[out]: "remove"})
     assert now.rejected is not None
     assert not now.rejected[one].any()
-    np.testing.assert_array_equal(np.delete(now.rejected, one, 0), np.delete(found.rejected, one, 0))
+    assert not now.rejected[out].any(), "nothing is said of the patches of a removed image"
+    others = np.delete(now.rejected, [one, out], 0)
+    np.testing.assert_array_equal(others, np.delete(found.rejected, [one, out], 0))
 
 
 def test_a_screening_that_nobody_has_touched_stays_as_it_is() -> None:
