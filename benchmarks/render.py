@@ -389,21 +389,17 @@ def rivals(results: Path, metric: str) -> str | None:
                 [r for k, rows in cells.items() if k[1:] == (name, alpha, arm) for r in rows]
                 for _, name, arm in columns
             ]
-            shared = set.intersection(*({(r["data"], r["seed"]) for r in rows} for rows in found))
-            if not shared:
-                continue
-            found = [[r for r in rows if (r["data"], r["seed"]) in shared] for rows in found]
+            sets = [{r["data"] for r in rows} for rows in found]
+            seeds = set.intersection(*({r["seed"] for r in rows if r["data"] == d} for rows in found for d in sets[0]))
+            if not seeds or any(mine != sets[0] for mine in sets):
+                continue  # a mean of other sets or seeds would be another figure
+            found = [[r for r in rows if r["seed"] in seeds] for rows in found]
             used += [r for rows in found for r in rows]
             means = [statistics.mean(float(r[metric]) for r in rows) for rows in found]
-            seeds = sorted(int(seed) for seed in {seed for _, seed in shared})
-            sets = len({data for data, _ in shared})
-            body.append(
-                [
-                    f"{seeds[0]} to {seeds[-1]}, {sets} set{'s' if sets > 1 else ''}",
-                    f"{float(alpha):.0%}",
-                    *bold_best([f"{mean:.3f}" for mean in means], means),
-                ]
+            shown = (
+                f"{min(map(int, seeds))} to {max(map(int, seeds))}, {len(sets[0])} set{'s' if len(sets[0]) > 1 else ''}"
             )
+            body.append([shown, f"{float(alpha):.0%}", *bold_best([f"{mean:.3f}" for mean in means], means)])
     if not body:
         return None
     return table(["seeds", "defective", *(title for title, *_ in columns)], body) + source(used)
@@ -411,7 +407,8 @@ def rivals(results: Path, metric: str) -> str | None:
 
 def decisions(results: Path, detector: str) -> str | None:
     """What a person's first decisions are worth beside the default screening alone."""
-    rows = [row for row in _rows.read_rows(results / "decisions.csv") if row["detector"] == detector]
+    rows = _rows.read_rows(results / "decisions.csv")
+    rows = [row for row in rows if (row["detector"], row["n_decisions"]) == (detector, "10")]
     cells = latest(rows)
     if not cells:
         return None
@@ -430,7 +427,7 @@ def decisions(results: Path, detector: str) -> str | None:
     variants = [VARIANT_OF.get(arm, arm) for arm in arms]
     body.append(["recovery", "", "", *(f"{recovery(at, variant):.0%}" for variant in variants)])
     contaminated = {key[:2] for key in at if float(key[1]) > 0}
-    worst = [min(gain_of(at, cell, variant) for cell in contaminated) for variant in variants]
+    worst = [min((gain_of(at, cell, variant) for cell in contaminated), default=math.nan) for variant in variants]
     body.append(["worst contaminated cell, points", "", "", *(f"{100 * gain:+.1f}" for gain in worst)])
     header = ["set", "defective in training", "defective among the ten", *arms.values()]
     return table(header, body) + source(_joined(cells))

@@ -72,8 +72,9 @@ def test_rivals_are_compared_on_the_same_sets_and_seeds(rows: Any, render: Any, 
 def test_decisions_are_measured_against_the_oracle(rows: Any, render: Any, tmp_path: Path) -> None:
     arms = {"all_data": 0.7, "default": 0.75, "decided": 0.78, "oracle_clean": 0.8}
     for seed in (0, 1):
-        found = [{**cell(seed, v, arm=arm), "n_removed": 6 + 2 * seed} for arm, v in arms.items()]
+        found = [{**cell(seed, v, arm=arm), "n_removed": 6 + 2 * seed, "n_decisions": 10} for arm, v in arms.items()]
         rows.append_rows(tmp_path / "decisions.csv", found)
+    rows.append_rows(tmp_path / "decisions.csv", [{**m, "n_decisions": 3, "image_auroc": 0.1} for m in found])
     text = render.decisions(tmp_path, "patchcore")
     assert "| elpv | 20% | 7.0 ± 1.4 | 0.700 ± 0.000 | 0.750 ± 0.000 | 0.780 ± 0.000 | 0.800 ± 0.000 |" in text
     assert "| recovery |  |  | 0% | 50% | 80% | 100% |" in text

@@ -476,6 +476,40 @@ def test_an_image_that_a_person_keeps_has_all_its_patches(
     assert purified.rejected, "patches of other images are still rejected"
 
 
+def test_decisions_reach_the_patches_of_a_fit(
+    tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"store": store, "reject_patches": 1.0, "screener": "own"}
+    result = pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, reject_patches=1.0, out=tmp_path)
+    assert result.rejected is not None
+    one = int(np.flatnonzero(result.rejected.any((1, 2)))[0])
+    choices = {result.names[one]: "keep"}
+    kept = int(result.is_kept.sum())
+    expected = (result.rejected.sum() - result.rejected[one].sum()) / (kept * result.rejected[0].size)
+    for given in ({"screening": tmp_path}, options):
+        model = pipeline.fit(easy_folder, SMALL["patchcore"], tiny, decisions=choices, **{"store": store, **given})
+        assert model.training["rejected_patches"] == pytest.approx(expected)
+
+
+def test_a_sorted_table_keeps_its_patches(tiny: Backbone, easy: Dataset, store: FeatureStore, tmp_path: Path) -> None:
+    shuffled = easy.images.select(np.random.default_rng(0).permutation(easy.images.ids))
+    result = pipeline.screen(shuffled, SMALL["patchcore"], tiny, store=store, reject_patches=1.0)
+    expected = result.purified(easy.images).rejected
+    rows = table(save_screening(result, tmp_path) / "screening.csv")
+    for key in ("consensus", "path"):
+        with (tmp_path / "screening.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(sorted(rows, key=lambda row: row[key]))
+        found = matched(read_screening(tmp_path), easy.images, tmp_path)[0].rejected
+        assert found.keys() == expected.keys()
+        assert all((found[i] == expected[i]).all() for i in expected)
+    with (tmp_path / "screening.csv").open("a", newline="") as file:
+        csv.DictWriter(file, list(rows[0])).writerow(rows[3])
+    with pytest.raises(InputError, match="is there twice"):
+        read_screening(tmp_path)
+
+
 def test_public_names_exist_and_are_sorted() -> None:
     for name in flawsift.__all__:
         assert getattr(flawsift, name) is not None

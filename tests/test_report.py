@@ -65,7 +65,7 @@ def make_screening(images: ImageSet, n_removed: int = 8, **changes: Any) -> Scre
         divergence=None,
         kept=kept,
         contamination=ESTIMATE,
-        options={"n_subsets": K, "keep": "auto", "normalize": "robust"},
+        options={"n_subsets": K, "keep": "auto", "normalize": "robust", "keep_share": (n - n_removed) / n},
         grids=generator.uniform(0, 1, (n, 4, 6)).astype(np.float16),
         descriptions=generator.normal(size=(n, 5)).astype(np.float16),
         provenance={"detector": {"name": "patchcore", "params": {"coreset_ratio": 0.1, "layers": ["a", "b"]}}},
@@ -213,7 +213,7 @@ def test_the_page_says_what_becomes_of_suspect_patches(images: ImageSet) -> None
     screening = make_screening(images, consensus=consensus, kept=kept, rejected=rejected)
     text = words(render(screening, images).text[""])
     assert "Of the kept images, the 2.1 % of the patches that look least like the others are suspect" in text
-    back, _ = screening.decided({screening.names[i]: "keep" for i in range(4)})
+    back, _ = screening.decided({screening.names[i]: "keep" for i in range(3)})
     text = words(render(back, images).text[""])
     assert "Most of the images that were set aside are kept by decision" in text
     assert "are suspect" not in text
@@ -225,6 +225,8 @@ def test_a_share_set_by_the_user_is_not_called_an_estimate(images: ImageSet) -> 
     assert "(60 %) was set by the user" in text
     assert "look defective" not in text
     assert "Estimated" not in text
+    less = replace(make_screening(images, 24, contamination=None), kept=images.ids[:4])  # a person removed more
+    assert "(60 %) was set by the user" in words(render(less, images).text[""])
 
 
 def test_markup_in_names_is_text(folder: Path) -> None:

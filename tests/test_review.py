@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,16 @@ def test_decisions_of_an_earlier_run_are_there(folder: Path, client: TestClient)
     now = Review.open(folder).decided()
     assert 5 not in now.kept.tolist()
     assert 5 in read_screening(folder).kept.tolist()
+
+
+def test_a_set_without_a_kept_image_can_still_be_looked_at(folder: Path) -> None:
+    review = Review.open(folder)
+    assert review.screening.grids is not None
+    review.screening = replace(review.screening, rejected=review.screening.grids > 0)
+    review.decide([{"id": i, "decision": "remove", "version": 0} for i in review.screening.ids.tolist()])
+    page = review.overview()
+    assert not len(review.decided().kept)
+    assert "nan" not in page
 
 
 def test_a_damaged_decisions_file_is_told_and_kept(client: TestClient, folder: Path) -> None:

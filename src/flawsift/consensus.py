@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import binary_dilation
-from scipy.stats import multivariate_normal, norm, rankdata
 
 from flawsift.images import Ids
 
@@ -24,6 +23,7 @@ TRIM = 0.25  # share cut off at each end by the trimmed mean: the lowest and hig
 FIT_QUANTILES = (0.1, 0.5)  # the fit sees no score above the median: half the set may be anomalous
 TAIL_CUT = 3.0  # in Gumbel scales above the location: 5 % of normal images lie there
 EXPECTED_TAIL = float(1 - np.exp(-np.exp(-TAIL_CUT)))  # share of normal images above the cut
+LOW_END = 0.25  # share of the images by which the correlation within groups is told
 TAIL_SIGMAS = 2.0  # the excess must exceed this many standard errors to count
 DILATION_GRID = 8  # a rejected patch takes its eight neighbours along, unless the grid is so coarse that these are much
 SUSPECT = 2.0  # robust deviations of the consensus above which an image is set aside, where defects are in evidence
@@ -38,8 +38,9 @@ class Contamination:
     Attributes:
         alpha_hat: The estimate in [0, 1 - MIN_KEEP].
         method: How it was made.
-        interval: 90 % interval of the estimate over bootstrap samples of the images. It says how far chance moves the
-            estimate, not how far the model behind it is from the truth; None where nothing was estimated.
+        interval: 90 % interval of the estimate over bootstrap samples of the groups (of the images, where there are
+            none). It says how far chance moves the estimate, not how far the model behind it is from the truth; None
+            where nothing was estimated.
         evidence: What it rests on, for the report.
     """
 
@@ -205,10 +206,13 @@ def estimate_contamination(consensus: Floats, members: Sequence[Sequence[int]] |
         return Contamination(0.0, "none: too few or constant scores", {"n": float(n)})
     observed = float((consensus > location + scale * TAIL_CUT).mean())
     groups = [np.asarray(m) for m in members] if members is not None else list(np.arange(n)[:, None])
+    if len(groups) == 1:
+        return Contamination(0.0, "none: all images are of one group", {"n": float(n)})
     effect = design_effect(consensus, groups)
     generator = np.random.default_rng(0)  # the same scores have the same interval
     drawn = generator.choice(len(groups), (N_BOOTSTRAP, len(groups)))
-    samples = (consensus[np.concatenate([groups[g] for g in row])] for row in drawn)
+    alone = len(groups) == n
+    samples = (consensus[row if alone else np.concatenate([groups[g] for g in row])] for row in drawn)
     low, high = np.quantile([_tail_excess(sample, effect) for sample in samples], INTERVAL)
     evidence = {
         "location": float(location),
@@ -233,23 +237,34 @@ def design_effect(consensus: Floats, groups: Sequence[npt.NDArray[np.int64]]) ->
     """How many times larger groups make the variance of the tail's share than independent images would (Kish, 1965).
 
     1 + (k - 1) phi, with k the mean group size that an image sees, and phi the correlation between two images of a
-    group in whether they lie in the tail. It is not counted in the tail itself, where the defects are, but follows from
-    the intraclass correlation of the consensus in normal scores (by ANOVA), as if those were normal in pairs.
+    group in whether they lie in the tail. It is not counted in the upper tail, where the defects are, but at the lower
+    end: the share of the pairs of a group that both lie in the lowest quarter says how strongly two normal variables
+    would be correlated, and these how often both lie in the tail.
     """
-    n, n_groups = len(consensus), len(groups)
-    sizes = np.array([len(g) for g in groups])
-    if n_groups in (1, n):
-        return 1.0  # nothing to tell groups and images apart by
-    scores = norm.ppf((rankdata(consensus) - 0.5) / n)
-    means = np.array([scores[g].mean() for g in groups])
-    between = (sizes * (means - scores.mean()) ** 2).sum() / (n_groups - 1)
-    within = sum(((scores[g] - mean) ** 2).sum() for g, mean in zip(groups, means, strict=True)) / (n - n_groups)
-    size = (n - (sizes**2).sum() / n) / (n_groups - 1)
-    correlation = max(0.0, (between - within) / (between + (size - 1) * within))
-    edge = norm.ppf(EXPECTED_TAIL)
-    pair = multivariate_normal(cov=[[1, correlation], [correlation, 1]], allow_singular=True).cdf([edge, edge])
-    phi = (pair - EXPECTED_TAIL**2) / (EXPECTED_TAIL * (1 - EXPECTED_TAIL))
-    return float(1 + ((sizes**2).sum() / n - 1) * phi)
+    from scipy.optimize import brentq  # slow to import
+    from scipy.stats import multivariate_normal, norm
+
+    n = len(consensus)
+    sizes = np.array([len(g) for g in groups], float)
+    n_pairs = (sizes * (sizes - 1)).sum()
+    if not n_pairs:
+        return 1.0
+    low = consensus <= np.quantile(consensus, LOW_END)
+    counts = np.array([low[g].sum() for g in groups], float)
+    together = (counts * (counts - 1)).sum() / n_pairs
+
+    def both(share: float, correlation: float) -> float:
+        """How often two normal variables lie in a tail of this share."""
+        edge = norm.ppf(share)
+        pair = multivariate_normal(cov=[[1, correlation], [correlation, 1]], allow_singular=True)
+        return float(pair.cdf([edge, edge]))
+
+    share = float(low.mean())
+    if together <= share**2:
+        return 1.0
+    correlation = 1.0 if together >= both(share, 1.0) else brentq(lambda r: both(share, r) - together, 0, 1)
+    phi = (both(EXPECTED_TAIL, correlation) - EXPECTED_TAIL**2) / (EXPECTED_TAIL * (1 - EXPECTED_TAIL))
+    return float(1 + n_pairs / n * phi)
 
 
 def _tail_excess(consensus: Floats, effect: float) -> float:

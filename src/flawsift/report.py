@@ -234,9 +234,10 @@ def contamination_text(screening: Screening) -> str:
     """Where the share that was set aside comes from."""
     found = screening.contamination
     if found is None:
-        if len(screening.kept) == len(screening.ids):
+        kept = screening.options["keep_share"]  # whatever a person has decided since
+        if kept == 1:
             return "To keep all images was set by the user, so the share of defective ones was not estimated."
-        share = 100 * (1 - len(screening.kept) / max(1, len(screening.ids)))
+        share = 100 * (1 - kept)
         return (
             f"The share to set aside ({share:.0f}\u00a0%) was set by the user, not estimated from the images: "
             "it says nothing about how many are defective."

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,15 +32,19 @@ NO = frozenset({"0", "false", "no", ""})
 
 
 def save_screening(screening: Screening, folder: str | Path) -> Path:
-    """Write screening.csv, screening.json, maps.npy, rejected.npy and descriptions.npy; each is whole or absent."""
+    """Write screening.csv, screening.json, maps.npy, rejected.npy and descriptions.npy; each is whole or absent.
+
+    Arrays have the images in the order of their ids, so that a table which a person has sorted still fits them.
+    """
     folder = ensure_folder(folder)
+    order = np.argsort(screening.ids)
     arrays = {MAPS: screening.grids, REJECTED: screening.rejected, DESCRIPTIONS: screening.descriptions}
     for name, values in arrays.items():
         if values is None:
             (folder / name).unlink(missing_ok=True)  # of an earlier screening
         else:
             buffer = io.BytesIO()
-            np.save(buffer, values, allow_pickle=False)
+            np.save(buffer, values[order], allow_pickle=False)
             write_bytes(folder / name, buffer.getvalue())
     write_json(folder / JSON, describe(screening))
     write_csv(folder / CSV, *_table(screening))
@@ -78,7 +83,7 @@ def _table(screening: Screening) -> tuple[list[str], list[list[object]]]:
 
 
 def read_screening(folder: str | Path) -> Screening:
-    """All of a screening from its folder, with the `kept` column as a person may have edited it.
+    """All of a screening from its folder, with the `kept` column as a person may have edited it, by ascending id.
 
     Names are as `show` prints them; `images_of` finds their files.
 
@@ -192,10 +197,13 @@ def screening_folder(folder: str | Path) -> Path:
 
 
 def _read(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
-    """Rows of the images that could be read, and screening.json."""
+    """Rows of the images that could be read, by id, and screening.json."""
     # decoded by hand: a text file's line ends are unified, and a name may hold a carriage return
     rows = list(csv.DictReader(io.StringIO((folder / CSV).read_bytes().decode("utf-8-sig"), newline="")))
-    return [row for row in rows if not row["error"]], json.loads((folder / JSON).read_text("utf-8"))
+    usable = sorted((row for row in rows if not row["error"]), key=lambda row: int(row["id"]))
+    if twice := [a["path"] for a, b in itertools.pairwise(usable) if a["id"] == b["id"]]:
+        raise ValueError(f"'{twice[0]}' is there twice")
+    return usable, json.loads((folder / JSON).read_text("utf-8"))
 
 
 @contextmanager

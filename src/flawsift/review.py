@@ -153,7 +153,7 @@ class Review:
         try:
             return self.screening.decided(choices)[0]
         except InputError:  # everything was removed: nothing to train on, but something to look at
-            return replace(self.screening, kept=self.screening.ids[:0])
+            return replace(self.screening, kept=self.screening.ids[:0], rejected=None)
 
     def news(self, since: int) -> dict[str, Any]:
         """The revision and the decisions that changed after an older one, by id."""

@@ -145,8 +145,8 @@ class Screening:
     def decided(self, choices: Mapping[str, str]) -> tuple[Self, dict[str, int]]:
         """The same once a person has decided, and how many decisions of each kind there were.
 
-        An image that a person keeps is good, and so are all its patches. Where most of the images that were set aside
-        are good, so are the patches that stand out in others: none is rejected any more.
+        An image that a person keeps is good, and so are all its patches. Where most of the images that evidence of
+        defects had set aside are kept after all, so is what stands out in others: no patch is rejected any more.
 
         Args:
             choices: {relative path as shown: "keep", "remove" or "unsure"}, from `flawsift.decisions.read_decisions`.
@@ -164,11 +164,12 @@ class Screening:
 
     @property
     def acquitted(self) -> bool:
-        """Whether at least half of the images that evidence of defects has set aside are kept after all."""
-        if self.contamination is None or self.contamination.alpha_hat <= 0:
+        """Whether a person keeps most of the images that evidence of defects had set aside; `decided` acts on it."""
+        if self.contamination is None or self.contamination.alpha_hat <= 0 or self.rejected is None:
             return False
         suspect = robust_units(self.consensus) > SUSPECT
-        return bool(suspect.any() and (suspect & self.is_kept).sum() >= suspect.sum() / 2)
+        by_this_rule = not self.rejected[suspect].any()  # what `choose` sets aside has no rejected patch
+        return bool(by_this_rule and (suspect & self.is_kept).sum() > suspect.sum() / 2)
 
     @property
     def removed(self) -> Ids:
