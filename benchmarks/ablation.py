@@ -13,9 +13,10 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import _rows
 from accuracy import ALPHAS, LAYERS, SIZES, load_set
@@ -37,16 +38,27 @@ METRICS = ("image_auroc", "aupro")
 Select = Callable[[ImageSet, Screening, GroundTruth], ImageSet]
 
 
-def cut(images: float = math.inf, patches: float = math.inf, *, tested: bool = True) -> Select:
-    """Less the images and the patches above so many robust deviations, where defects are in evidence or untested."""
+def cut(
+    images: float = math.inf, patches: float = math.inf, calm: float | None = None, *, tested: bool = True
+) -> Select:
+    """Less the images and the patches above so many robust deviations, where defects are in evidence or untested.
+
+    With `calm`, patches up to so many deviations of the images above are learned.
+    """
 
     def select(train: ImageSet, stage1: Screening, _: GroundTruth) -> ImageSet:
         assert stage1.grids is not None
         assert stage1.contamination is not None
         if tested and stage1.contamination.alpha_hat <= 0:
             return train
-        kept = stage1.ids[robust_units(stage1.consensus) <= images]
-        return replace(stage1, kept=kept, rejected=rejected_patches(stage1.grids, patches)).purified(train)
+        calmest = np.inf if calm is None else calm
+        kept = robust_units(stage1.consensus) <= images
+        rejected = np.where(
+            kept[:, None, None], rejected_patches(stage1.grids, patches), rejected_patches(stage1.grids, calmest)
+        )
+        learned = kept if calm is None else np.ones_like(kept)
+        masks = {int(i): mask for i, mask in zip(stage1.ids, rejected, strict=True) if mask.any()}
+        return train.select(stage1.ids[learned]).without_patches(masks)
 
     return select
 
@@ -56,16 +68,19 @@ def lowest(share: float) -> Select:
     return lambda train, stage1, _: train.select(keep_lowest(stage1.ids, stage1.consensus, share))
 
 
+DEFAULT = "images above 2, patches above 2, above 1 in those images"
 VARIANTS: dict[str, Select] = {
     "all data": lambda train, stage1, truth: train,
     "images above 1, patches above 1": cut(1, 1),
     "images above 2, patches above 1": cut(2, 1),
     "images above 1, patches above 2": cut(1, 2),
     "images above 2, patches above 2": cut(2, 2),
+    DEFAULT: cut(2, 2, 1),
+    "images above 1, patches above 2, above 1 in those images": cut(1, 2, 1),
     "images above 2, patches above 3": cut(2, 3),
     "images above 2": cut(images=2),
     "patches above 2": cut(patches=2),
-    "images above 2, patches above 2, untested": cut(2, 2, tested=False),
+    "the default, untested": cut(2, 2, 1, tested=False),
     "keep the lowest 40 %": lowest(0.4),
     "oracle": lambda train, stage1, truth: train.select(train.ids[truth.select(train.ids).labels == 0]),
 }

@@ -60,13 +60,12 @@ def run_cell(
     decided, counts = stage1.decided(choices)
     arms = {
         "all_data": train,
-        "default": stage1.purified(train),
-        "decided": decided.purified(train),
+        "default": stage1.purified(train, detector),
+        "decided": decided.purified(train, detector),
         "oracle_clean": train.select(train.ids[data.truth.select(train.ids).labels == 0]),
     }
     known: dict[str, dict[str, Any]] = {}
-    for arm, chosen in arms.items():
-        learned = detector.learned_from(chosen)
+    for arm, learned in arms.items():
         digest = models.set_digest(learned)
         if digest not in known:
             model = models.Model(detector.clone().fit(learned), backbone, Calibration.of([]), {})

@@ -282,7 +282,11 @@ def _judged(results: Path) -> Iterator[tuple[str, dict[tuple[str, ...], list[Map
 
 
 LEAST_GAP = 0.01  # between training on everything and the oracle, for a cell to count in a recovery
-VARIANT_OF = {"all_data": "all data", "oracle_clean": "oracle", "images above 2, patches above 2": "default"}
+VARIANT_OF = {
+    "all_data": "all data",
+    "oracle_clean": "oracle",
+    "images above 2, patches above 2, above 1 in those images": "default",
+}
 
 
 def _by_seed(cells: Mapping[tuple[str, ...], Rows]) -> dict[tuple[str, str, str, str], float]:

@@ -99,8 +99,8 @@ def test_another_screener_leaves_thresholds_to_halves_of_what_is_kept(easy: Data
     none, default = compare(train, test, easy.truth, detector, tiny, presets, seed=0)
     assert (none["screener"], default["screener"]) == (None, "patchcore")
     stage1 = screen(train, make_detector("patchcore", seed=0), **PRESETS["default"], seed=0)
-    purified = stage1.purified(train)
-    scores = pipeline.cross_fitted_scores(purified, detector, seed=0)
+    purified = stage1.purified(train, detector)
+    scores = pipeline.cross_fitted_scores(purified, detector, purified.ids, seed=0)
     assert len(scores) == len(purified)
     model = models.Model(detector.clone().fit(purified), tiny, Calibration.of(scores), {})
     expected, _ = models.evaluate(model, test, easy.truth)
@@ -139,12 +139,12 @@ def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> N
     assert paper["alone_anomalous"] == pytest.approx(np.mean(by_hand))
     # metrics are those of a plain fit on the kept images
     model = models.Model(
-        detector.clone().fit(stage1.purified(train)),
+        detector.clone().fit(stage1.purified(train, detector)),
         tiny,
         Calibration.of([]),
         {},
     )
-    scores = pipeline.cross_fitted_scores(stage1.purified(train), model.detector, seed=1)
+    scores = pipeline.cross_fitted_scores(stage1.purified(train, detector), model.detector, stage1.kept, seed=1)
     model = replace(model, calibration=Calibration.of(scores))
     expected, _ = models.evaluate(model, test, easy.truth)
     assert {k: paper[k] for k in ("image_auroc", "aupro", "missed_per_100")} == {

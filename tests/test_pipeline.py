@@ -61,14 +61,14 @@ def test_stage_two_trains_on_exactly_what_was_kept(
     screening = pipeline.screen(easy.images, detector, tiny, store=store, keep=0.7)
     model = pipeline.fit(easy.images, detector, tiny, store=store, keep=0.7, screener="own")
     data, _ = attach(easy.images, tiny, detector.layers, store=store)
-    direct = detector.clone().fit(screening.purified(data))
+    direct = detector.clone().fit(screening.purified(data, detector))
     test = data.select(easy.truth.ids[::3])
     found, expected = model.detector.predict(test, maps=False).scores, direct.predict(test, maps=False).scores
     np.testing.assert_allclose(found, expected, rtol=2e-3)
     assert model.training["n_kept"] == 35
     judged = screening.held_out_scores[screening.is_kept]
     if name == "padim":
-        judged = left_out_scores(detector, screening.purified(data))
+        judged = left_out_scores(detector, screening.purified(data, detector))
     np.testing.assert_allclose(model.calibration.scores, np.sort(judged), rtol=1e-2 if name == "padim" else 2e-3)
 
 
@@ -164,10 +164,10 @@ def test_another_detector_screens_and_the_threshold_is_the_final_ones_own(
     options: dict[str, Any] = {"screening": tmp_path / "s"} if saved else {"out": tmp_path / "m"}
     model = pipeline.fit(easy_folder, final, tiny, store=store, **options)
     data, _ = attach(ImageSet.from_folder(easy_folder), tiny, final.layers, store=store)
-    purified = final.learned_from(stage1.purified(data))
+    purified = stage1.purified(data, final)
     assert model.training["kept_digest"] == models.set_digest(purified)
     if name == "padim":
-        judged = left_out_scores(final, purified)
+        judged = left_out_scores(final, purified)[np.isin(purified.ids, stage1.kept)]
     else:
         judged = screen_features(purified, final, n_subsets=2, keep=1.0, reject_patches=0.0).held_out_scores
     np.testing.assert_allclose(model.calibration.scores, np.sort(judged), rtol=1e-2 if name == "padim" else 2e-3)
@@ -443,12 +443,14 @@ def test_a_saved_screening_reads_back(tiny: Backbone, easy: Dataset, store: Feat
     options: dict[str, Any] = {"n_partitions": 2, "divergence_weight": 0.5, "consensus": "median"}
     result = pipeline.screen(easy.images, SMALL["patchcore"], tiny, store=store, **options)
     saved = read_screening(save_screening(result, tmp_path))
-    purified, held_out = matched(saved, easy.images, tmp_path)
-    assert purified.ids.tolist() == result.kept.tolist()
-    expected = result.purified(easy.images).rejected
-    assert purified.rejected.keys() == expected.keys()
-    assert all((purified.rejected[i] == expected[i]).all() for i in expected)
-    np.testing.assert_allclose(held_out, result.held_out_scores[result.is_kept], rtol=1e-6)
+    now = matched(saved, easy.images, tmp_path)
+    assert now.kept.tolist() == result.kept.tolist()
+    for detector in (SMALL["patchcore"], make_detector("softpatch")):
+        purified, expected = (s.purified(easy.images, detector) for s in (now, result))
+        assert purified.ids.tolist() == expected.ids.tolist()
+        assert purified.rejected.keys() == expected.rejected.keys()
+        assert all((purified.rejected[i] == expected.rejected[i]).all() for i in expected.rejected)
+    np.testing.assert_allclose(now.held_out_scores, result.held_out_scores, rtol=1e-6)
     assert result.divergence is not None
     assert result.contamination is not None
     assert saved.contamination == result.contamination
@@ -470,9 +472,11 @@ def test_an_image_that_a_person_keeps_has_all_its_patches(
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    purified, _ = matched(read_screening(tmp_path), easy.images, tmp_path)
-    assert len(purified) == 51 - len(removed)
-    assert not set(purified.rejected) & removed
+    now, _ = read_screening(tmp_path).decided({})
+    assert len(now.kept) == 51 - len(removed)
+    purified = now.purified(easy.images, make_detector("patchcore"))
+    assert int(last) in purified.ids
+    assert int(last) not in purified.rejected
     assert purified.rejected, "patches of other images are still rejected"
 
 
@@ -484,24 +488,28 @@ def test_decisions_reach_the_patches_of_a_fit(
     assert result.rejected is not None
     one = int(np.flatnonzero(result.rejected.any((1, 2)))[0])
     choices = {result.names[one]: "keep"}
-    kept = int(result.is_kept.sum())
-    expected = (result.rejected.sum() - result.rejected[one].sum()) / (kept * result.rejected[0].size)
+    learned = result.is_kept | result.is_partly_learned
+    expected = (result.rejected.sum() - result.rejected[one].sum()) / (learned.sum() * result.rejected[0].size)
     for given in ({"screening": tmp_path}, options):
         model = pipeline.fit(easy_folder, SMALL["patchcore"], tiny, decisions=choices, **{"store": store, **given})
         assert model.training["rejected_patches"] == pytest.approx(expected)
+        assert model.training["n_kept"] == result.is_kept.sum()
+        assert model.training["n_partly"] == result.is_partly_learned.sum() > 0
+        assert len(model.calibration.scores) == result.is_kept.sum(), "what was set aside sets no threshold"
 
 
 def test_a_sorted_table_keeps_its_patches(tiny: Backbone, easy: Dataset, store: FeatureStore, tmp_path: Path) -> None:
     shuffled = easy.images.select(np.random.default_rng(0).permutation(easy.images.ids))
     result = pipeline.screen(shuffled, SMALL["patchcore"], tiny, store=store, reject_patches=1.0)
-    expected = result.purified(easy.images).rejected
+    expected = result.purified(easy.images, SMALL["patchcore"]).rejected
     rows = table(save_screening(result, tmp_path) / "screening.csv")
     for key in ("consensus", "path"):
         with (tmp_path / "screening.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(sorted(rows, key=lambda row: row[key]))
-        found = matched(read_screening(tmp_path), easy.images, tmp_path)[0].rejected
+        now = matched(read_screening(tmp_path), easy.images, tmp_path)
+        found = now.purified(easy.images, SMALL["patchcore"]).rejected
         assert found.keys() == expected.keys()
         assert all((found[i] == expected[i]).all() for i in expected)
     with (tmp_path / "screening.csv").open("a", newline="") as file:

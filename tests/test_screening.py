@@ -25,7 +25,7 @@ from flawsift.consensus import (
     rejected_patches,
     robust_units,
 )
-from flawsift.detector import Detector
+from flawsift.detector import Detector, make_detector
 from flawsift.errors import InputError, ParameterError
 from flawsift.features import MemoryFeatures
 from flawsift.images import Batch, ImageSet
@@ -401,7 +401,24 @@ def test_a_contaminated_set_loses_images_and_patches() -> None:
     assert not kept[270:].any()
     assert kept[:270].mean() > 0.9
     np.testing.assert_array_equal(rejected[kept], rejected_patches(grids, 3.0)[kept])
-    assert not rejected[~kept].any(), "who keeps an image by hand keeps all of it"
+    np.testing.assert_array_equal(rejected[~kept], rejected_patches(grids, 1.5)[~kept])
+    assert rejected[270:, 3, 4].all()
+
+
+def test_the_ordinary_patches_of_images_set_aside_are_learned_by_who_can() -> None:
+    found = decided_set(300, 30)
+    assert found.rejected is not None
+    train = id_set(range(300))
+    banks, others = make_detector("patchcore"), make_detector("softpatch")
+    assert not set(found.removed.tolist()) & set(found.purified(train, others).ids.tolist())
+    assert not found.purified(train, others).rejected
+    learned = found.purified(train, banks)
+    assert set(found.removed.tolist()) <= set(learned.ids.tolist())
+    assert all((learned.rejected[i] == found.rejected[i]).all() for i in found.removed.tolist())
+    out = found.names[int(found.removed[0])]
+    now, _ = found.decided({out: "remove"})
+    assert int(found.removed[0]) not in now.purified(train, banks).ids, "who removes an image removes all of it"
+    assert int(found.removed[1]) in now.purified(train, banks).ids
 
 
 def decided_set(n: int, n_defective: int, seed: int = 0) -> Screening:
@@ -434,7 +451,10 @@ def test_a_person_who_keeps_most_of_what_was_set_aside_acquits_the_patches() -> 
     half = (len(removed) + 1) // 2
     few, _ = found.decided(dict.fromkeys(removed[: half - 1], "keep"))
     assert not few.acquitted
-    np.testing.assert_array_equal(few.rejected, found.rejected)
+    undecided = ~np.isin(found.names, removed[: half - 1])
+    assert few.rejected is not None
+    assert not few.rejected[~undecided].any()
+    np.testing.assert_array_equal(few.rejected[undecided], found.rejected[undecided])
     most, counts = found.decided(dict.fromkeys(removed[:half], "keep"))
     assert counts["keep"] == half
     assert most.acquitted
@@ -443,7 +463,9 @@ def test_a_person_who_keeps_most_of_what_was_set_aside_acquits_the_patches() -> 
     assert len(most.kept) == len(found.kept) + half
     shares = replace(found, contamination=None)  # the share to keep was given
     everything, _ = shares.decided(dict.fromkeys(removed, "keep"))
-    np.testing.assert_array_equal(everything.rejected, found.rejected)
+    assert everything.rejected is not None
+    np.testing.assert_array_equal(everything.rejected[found.is_kept], found.rejected[found.is_kept])
+    assert found.rejected[found.is_kept].any()
 
 
 def test_an_image_that_a_person_keeps_is_learned_whole() -> None:

@@ -224,7 +224,9 @@ def fit(
         )
     threshold = result.threshold()
     training = dict(result.training)
-    lines = [f"Trained {result.detector.name} on {training['n_kept']} of {training['n_images']} images: {out}"]
+    partly = training["n_partly"]
+    more = f", and on the ordinary patches of {partly} more" if partly else ""
+    lines = [f"Trained {result.detector.name} on {training['n_kept']} of {training['n_images']} images{more}: {out}"]
     if note := training.get("screening_note"):
         lines.append(f"Note: {note} Screen the folder again to have them judged.")
     lines += threshold_lines(threshold)

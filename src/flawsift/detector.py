@@ -168,10 +168,6 @@ class Detector(ABC):
         """Whether there is learned state."""
         return bool(self._state())
 
-    def learned_from(self, data: ImageSet) -> ImageSet:
-        """What `fit` learns of a set: all of its images, where the detector does not leave out rejected patches."""
-        return data if self.leaves_out_patches else data.without_patches({})
-
     def params(self) -> dict[str, Any]:
         """The hyper-parameters, ready for JSON."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}

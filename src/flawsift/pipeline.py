@@ -21,7 +21,7 @@ from flawsift.errors import InputError, ParameterError
 from flawsift.executors import SERIAL, Executor
 from flawsift.features import FeatureStore, attach
 from flawsift.files import ensure_folder
-from flawsift.images import FileSource, ImageSet, name_some, show
+from flawsift.images import FileSource, Ids, ImageSet, name_some, show
 from flawsift.lookalikes import describe
 from flawsift.models import Model, set_digest, versions
 from flawsift.progress import Progress, silent
@@ -132,13 +132,14 @@ def fit(
     held_out: npt.NDArray[np.float64] | None  # None: to be had by cross-fitting
     if screening is not None:
         saved, counts = read_screening(screening).decided(choices)
-        purified, held_out = matched(saved, p.data, screening)
+        now = matched(saved, p.data, screening)
+        purified, kept = now.purified(p.data, p.detector), now.kept
         note = _difference(saved, p.data)
-        if additive or not _same_scores(saved, p):
-            held_out = None
+        held_out = now.held_out_scores[now.is_kept] if _same_scores(saved, p) and not additive else None
     elif no_screen:
         is_kept, counts = decided(p.data.names, np.ones(len(p.data), np.bool_), choices)
-        purified, held_out = p.data.select(p.data.ids[is_kept]), None
+        kept = p.data.ids[is_kept]
+        purified, held_out = p.data.select(kept), None
     else:
         folder = None if out is None else Path(out) / "screening"
         done, total = _screen_prepared(
@@ -147,9 +148,8 @@ def fit(
         if on_screened is not None:
             on_screened(done)
         now, counts = done.decided(choices)
-        purified = now.purified(p.data)
+        purified, kept = now.purified(p.data, p.detector), now.kept
         held_out = now.held_out_scores[now.is_kept] if p.screener is p.detector and not additive else None
-    purified = p.detector.learned_from(purified)  # so that what is said of the training is true
     resume = None if out is None else Path(out) / ".resume"
     run = None if resume is None else _run_folder(resume, p, set_digest(purified))
     progress("detector", 0, 1)
@@ -161,6 +161,7 @@ def fit(
         held_out = cross_fitted_scores(
             purified,
             fitted,
+            kept,
             seed=seed,
             device=device,
             checkpoint=None if run is None else run / "calibration",
@@ -169,7 +170,8 @@ def fit(
         )
     training = {
         "n_images": len(p.data) + len(p.unreadable),
-        "n_kept": len(purified),
+        "n_kept": len(kept),
+        "n_partly": len(purified) - len(kept),  # set aside, and learned but for their rejected patches
         "rejected_patches": purified.rejected_share,
         "screened": not no_screen,
         "screener": None if no_screen or screening is not None else p.screener.name,
@@ -318,6 +320,7 @@ def _fit_purified(p: _Prepared, purified: ImageSet, total: Detector | None, devi
 def cross_fitted_scores(
     purified: ImageSet,
     detector: Detector,
+    kept: Ids,
     *,
     seed: int = 0,
     device: str = "auto",
@@ -331,18 +334,20 @@ def cross_fitted_scores(
     clones are trained on halves, and each scores the other half.
 
     Args:
-        purified: The m images that the detector has learned from; groups stay whole.
+        purified: The images that the detector has learned from; groups stay whole.
         detector: Fitted on them, where its statistics are additive; else fitted or not.
+        kept: (m,) ids of those that are judged good: not those that were set aside and are learned in part.
         seed, device, checkpoint, progress, executor: As for `flawsift.screening.screen`.
 
     Returns:
         (m,) scores; empty where there is only one group.
     """
+    is_kept = np.isin(purified.ids, kept)
     n_groups = len(set(purified.group_names))
     if n_groups < HALVES:
         return np.empty(0)
     if isinstance(detector, Additive):
-        return detector.held_out_scores(purified, device=device)
+        return detector.held_out_scores(purified, device=device)[is_kept]
     found = screen_features(
         purified,
         detector.clone(),
@@ -355,7 +360,7 @@ def cross_fitted_scores(
         progress=progress,
         executor=executor,
     )
-    return found.held_out_scores
+    return found.held_out_scores[is_kept]
 
 
 def _provenance(p: _Prepared, detector: Detector) -> dict[str, Any]:

@@ -168,6 +168,8 @@ def _model(model: Model, screening: Screening) -> dict[str, Any]:
     """What the page says of a trained model."""
     threshold = model.threshold()
     trained = f"{len(screening.kept):,} of {len(screening.ids):,} images"
+    if partly := model.training.get("n_partly"):
+        trained += f" and the ordinary patches of {partly:,} more"
     text = f"{type(model.detector).__name__} was trained on {trained}"
     if counts := model.training.get("decisions"):
         text += f"; a person decided to keep {counts['keep']:,} and to remove {counts['remove']:,}"
@@ -273,7 +275,8 @@ def selection_text(screening: Screening) -> str:
     text += " and left out of training, except where a detector judges its patches itself."
     if screening.contamination is None:
         return text
-    return text + f" Images more than {SUSPECT:g} robust deviations above the median score were set aside."
+    text += f" Images more than {SUSPECT:g} robust deviations above the median score were set aside:"
+    return text + " such a detector learns only the most ordinary patches of them, any other nothing."
 
 
 class _Cards:

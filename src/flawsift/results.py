@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -151,20 +151,20 @@ def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:
     return ImageSet.from_files(folder, names)
 
 
-def matched(screening: Screening, images: ImageSet, folder: str | Path) -> tuple[ImageSet, npt.NDArray[np.float64]]:
-    """The kept images of a set, found by name, less their rejected patches, and their (m,) held-out scores.
+def matched(screening: Screening, images: ImageSet, folder: str | Path) -> Screening:
+    """A screening under the ids of another listing of its images, found by name.
 
     Args:
-        screening: From `read_screening`; its ids may be other than those of the set.
-        images: The set to train on.
+        screening: From `read_screening`.
+        images: The set to train on. Images that are not kept may be missing; they have negative ids then.
         folder: Where the screening was read from, for the messages.
 
     Raises:
         InputError: Kept images are missing from the set, or there are none.
     """
     by_name = {show(name): int(i) for i, name in zip(images.ids, images.names, strict=True)}
-    positions = np.flatnonzero(screening.is_kept).tolist()
-    wanted = [show(screening.names[p]) for p in positions]
+    names = [show(name) for name in screening.names]
+    wanted = [name for name, kept in zip(names, screening.is_kept, strict=True) if kept]
     if missing := [name for name in wanted if name not in by_name]:
         raise InputError(
             f"{len(missing)} images kept by the screening '{show(folder)}' are not in the folder: "
@@ -172,12 +172,8 @@ def matched(screening: Screening, images: ImageSet, folder: str | Path) -> tuple
         )
     if not wanted:
         raise InputError(f"The screening '{show(folder)}' keeps no image.")
-    ids = np.array([by_name[name] for name in wanted], dtype=np.int64)
-    masks = screening.rejected
-    rejected = (
-        {} if masks is None else {i: masks[p] for i, p in zip(ids.tolist(), positions, strict=True) if masks[p].any()}
-    )
-    return images.select(ids).without_patches(rejected), screening.held_out_scores[positions]
+    ids = np.array([by_name.get(name, -1 - p) for p, name in enumerate(names)], np.int64)
+    return replace(screening, ids=ids, kept=ids[screening.is_kept])
 
 
 def screening_folder(folder: str | Path) -> Path:

@@ -106,7 +106,7 @@ class Screening:
         contamination: The estimate behind keep="auto", else None.
         options: Every option of stage 1, defaults included.
         grids: (N, h, w) float16 mean held-out maps on the patch grid, or None.
-        rejected: (N, h, w) bool, patches of kept images that stage 2 does not learn from, or None.
+        rejected: (N, h, w) bool, patches that stage 2 does not learn from, or None.
         descriptions: (N, D) float16 of `flawsift.lookalikes.describe`, or None.
         unreadable: {relative path: reason} of images that could not be used.
         provenance: Detector, backbone, versions, digests: whatever the caller wants kept.
@@ -133,14 +133,32 @@ class Screening:
         """(N,) whether each image goes on to stage 2."""
         return np.isin(self.ids, self.kept)
 
-    def purified(self, train: ImageSet) -> ImageSet:
-        """What stage 2 learns from: the kept images of the screened set, less their rejected patches."""
-        chosen = train.select(self.kept)
-        if self.rejected is None:
-            return chosen
-        wanted = set(chosen.ids.tolist())
-        masks = zip(self.ids.tolist(), self.rejected, strict=True)
-        return chosen.without_patches({i: mask for i, mask in masks if i in wanted and mask.any()})
+    @property
+    def is_suspect(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether each image stands out by more than `SUSPECT` robust deviations."""
+        suspect: npt.NDArray[np.bool_] = robust_units(self.consensus) > SUSPECT
+        return suspect
+
+    @property
+    def is_partly_learned(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether an image was set aside, and stage 2 learns its patches that are not rejected, if it can."""
+        if self.rejected is None or self.contamination is None:
+            return np.zeros(len(self.ids), np.bool_)
+        learned: npt.NDArray[np.bool_] = self.is_suspect & ~self.is_kept & self.rejected.any((1, 2))
+        return learned
+
+    def purified(self, train: ImageSet, detector: Detector) -> ImageSet:
+        """What a detector of stage 2 learns from: (m,) of the screened images.
+
+        Those that are kept; where it can leave out patches, less those that are rejected, and with the other patches of
+        the images that were set aside, which are not in `kept`.
+        """
+        if self.rejected is None or not detector.leaves_out_patches:
+            return train.select(self.kept)
+        partly = self.is_partly_learned & np.isin(self.ids, train.ids)
+        learned = self.is_kept | partly
+        masks = zip(self.ids[learned].tolist(), self.rejected[learned], strict=True)
+        return train.select(self.ids[learned]).without_patches({i: mask for i, mask in masks if mask.any()})
 
     def decided(self, choices: Mapping[str, str]) -> tuple[Self, dict[str, int]]:
         """The same once a person has decided, and how many decisions of each kind there were.
@@ -158,18 +176,18 @@ class Screening:
         now = replace(self, kept=self.ids[is_kept])
         if self.rejected is None:
             return now, counts
-        by_hand = np.array([choices.get(show(name)) == "keep" for name in self.names])
-        learned = now.acquitted | ~is_kept | by_hand
-        return replace(now, rejected=self.rejected & ~learned[:, None, None]), counts
+        by_hand = np.array([choices.get(show(name), "") in ("keep", "remove") for name in self.names])
+        # with evidence of defects, only a person keeps a suspect
+        ordinary = is_kept if self.contamination is None else is_kept & ~self.is_suspect
+        masked = (ordinary | now.is_partly_learned) & ~by_hand & (not now.acquitted)
+        return replace(now, rejected=self.rejected & masked[:, None, None]), counts
 
     @property
     def acquitted(self) -> bool:
         """Whether a person keeps most of the images that evidence of defects had set aside; `decided` acts on it."""
         if self.contamination is None or self.contamination.alpha_hat <= 0 or self.rejected is None:
             return False
-        suspect = robust_units(self.consensus) > SUSPECT
-        by_this_rule = not self.rejected[suspect].any()  # what `choose` sets aside has no rejected patch
-        return bool(by_this_rule and (suspect & self.is_kept).sum() > suspect.sum() / 2)
+        return bool((self.is_suspect & self.is_kept).sum() > self.is_suspect.sum() / 2)
 
     @property
     def removed(self) -> Ids:

@@ -29,12 +29,14 @@ class Selection(NamedTuple):
     """What a preset trains on.
 
     Attributes:
-        purified: The kept images, less their rejected patches.
+        purified: What the detector learns from.
+        kept: Ids of the images that are judged good.
         consensus: (N,) what they were chosen by, or None.
         contamination: The estimate behind keep="auto", or None.
     """
 
     purified: ImageSet
+    kept: Ids
     consensus: Floats | None
     contamination: Contamination | None
 
@@ -87,15 +89,17 @@ def compare(
         alike.setdefault(models.set_digest(selection.purified), []).append(preset)
     figures: dict[str, Row] = {}
     for sharing in alike.values():  # one model at a time in memory
-        purified = chosen[sharing[0]][0].purified
+        purified, kept, *_ = chosen[sharing[0]][0]
         stages = (s for preset in sharing if (s := chosen[preset][1]) is not None and s.by_detector)
         judge = next(stages, own)
         held_out: Floats | None
         if judge is not None and not isinstance(detector, Additive):
-            held_out = judge.screening.held_out_scores[np.isin(train.ids, purified.ids)]
+            held_out = judge.screening.held_out_scores[np.isin(train.ids, kept)]
         else:
             held_out = None if calibrate else np.empty(0)
-        measured, model = _fit_and_measure(detector, purified, held_out, test, truth, backbone, seed, device, executor)
+        measured, model = _fit_and_measure(
+            detector, purified, kept, held_out, test, truth, backbone, seed, device, executor
+        )
         for preset in sharing:
             figures[preset] = measured
             if on_fitted is not None:
@@ -138,7 +142,8 @@ def _select(
     for preset in presets:
         if preset in (NONE, ORACLE):
             normal = train.ids[truth.select(train.ids).labels == 0]
-            chosen[preset] = Selection(train if preset == NONE else train.select(normal), None, None), None, None
+            wanted = train if preset == NONE else train.select(normal)
+            chosen[preset] = Selection(wanted, wanted.ids, None, None), None, None
             continue
         options = options_of(preset, n_subsets)
         first = screener_of(preset, screener, detector, backbone, seed)
@@ -150,8 +155,8 @@ def _select(
             stages[shape] = Stage(found, first.name, first is detector), time.perf_counter() - started
         stage, seconds = stages[shape]
         found = reselected(stage.screening, options, first, train) if plain else stage.screening
-        purified = detector.learned_from(found.purified(train))
-        selection = Selection(purified, found.consensus, found.contamination)
+        purified = found.purified(train, detector)
+        selection = Selection(purified, found.kept, found.consensus, found.contamination)
         chosen[preset] = selection, stage, seconds
     return chosen
 
@@ -165,6 +170,7 @@ def screener_of(preset: str, screener: str, detector: Detector, backbone: Backbo
 def _fit_and_measure(
     detector: Detector,
     purified: ImageSet,
+    kept: Ids,
     held_out: Floats | None,
     test: ImageSet,
     truth: GroundTruth,
@@ -177,7 +183,7 @@ def _fit_and_measure(
     fitted = detector.clone().fit(purified, device=device)
     fitted_at = time.perf_counter()
     if held_out is None:
-        held_out = pipeline.cross_fitted_scores(purified, fitted, seed=seed, device=device, executor=executor)
+        held_out = pipeline.cross_fitted_scores(purified, fitted, kept, seed=seed, device=device, executor=executor)
     calibrated_at = time.perf_counter()
     model = models.Model(fitted, backbone, Calibration.of(held_out), {})
     found, _ = models.evaluate(model, test, truth, device=device, exact_pixels=EXACT_PIXELS)
@@ -192,8 +198,8 @@ def _fit_and_measure(
 def _describe(chosen: Selection, ids: Ids, stage1: Screening | None, truth: GroundTruth) -> Row:
     """How well the selection parts normal from anomalous images, and how well each sub-model alone would."""
     anomalous = truth.select(ids).labels == 1
-    is_kept = np.isin(ids, chosen.purified.ids)
-    share = len(chosen.purified) / len(ids)
+    is_kept = np.isin(ids, chosen.kept)
+    share = len(chosen.kept) / len(ids)
     row: Row = {
         "keep_share": share,
         "rejected_patches": chosen.purified.rejected_share,
