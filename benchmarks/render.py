@@ -505,15 +505,20 @@ def stage1(results: Path, detector: str) -> str | None:
 
 
 def ablation(results: Path) -> str | None:
-    """Mean gain over training on everything, per variant and contamination; the share of the oracle's gain won."""
-    rows = _rows.read_rows(results / "ablation.csv")
-    rows = [r for r in rows if r["commit"] == rows[-1]["commit"]]
+    """Mean gain over training on everything, per variant and contamination; the share of the oracle's gain won.
+
+    Over the sets and seeds that all variants have.
+    """
+    rows = _joined(latest(_rows.read_rows(results / "ablation.csv"), ("data", "alpha", "variant")))
     if not rows:
         return None
     at = {(r["data"], r["alpha"], r["seed"], r["variant"]): float(r["image_auroc"]) for r in rows}
-    alphas = sorted({r["alpha"] for r in rows}, key=float)
+    variants = dict.fromkeys(r["variant"] for r in rows)
+    # the seeds that all variants have
+    at = {key: value for key, value in at.items() if all((*key[:3], variant) in at for variant in variants)}
+    alphas = sorted({key[1] for key in at}, key=float)
     body = []
-    for variant in dict.fromkeys(r["variant"] for r in rows):
+    for variant in variants:
         if variant == "all data":
             continue
         pairs = [(key, value - at[*key[:3], "all data"]) for key, value in at.items() if key[3] == variant]

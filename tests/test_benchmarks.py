@@ -69,6 +69,16 @@ def test_rivals_are_compared_on_the_same_sets_and_seeds(rows: Any, render: Any, 
     assert render.rivals(tmp_path, "aupro") is None
 
 
+def test_an_ablation_takes_the_seeds_that_all_variants_have(rows: Any, render: Any, tmp_path: Path) -> None:
+    values = {"all data": 0.7, "some cut": 0.75, "oracle": 0.9}
+    found = [{**cell(seed, v + seed / 100), "variant": name} for seed in (0, 1) for name, v in values.items()]
+    later = [{**cell(seed, 0.8, commit="newer"), "variant": "another cut"} for seed in (1, 2)]
+    rows.append_rows(tmp_path / "ablation.csv", [*found, *later])
+    text = render.ablation(tmp_path)
+    assert "| some cut | +5.0 | +5.0 | 25% |" in text
+    assert "| another cut | +9.0 | +9.0 | 45% |" in text
+
+
 def test_decisions_are_measured_against_the_oracle(rows: Any, render: Any, tmp_path: Path) -> None:
     arms = {"all_data": 0.7, "default": 0.75, "decided": 0.78, "oracle_clean": 0.8}
     for seed in (0, 1):

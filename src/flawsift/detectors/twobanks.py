@@ -19,7 +19,8 @@ from flawsift.training import UNWATCHED, Watch
 class TwoBanks(Detector):
     """Mean of the distance to a bank of all patches and the weighted distance to a denoised one.
 
-    The first bank is PatchCore's, the second SoftPatch's, both learned from the same images. A rare good patch is in
+    The first bank is PatchCore's, the second SoftPatch's, both learned from the same images, those that stage 1 has set
+    aside included. A rare good patch is in
     the first and a good match there; a defect that was learned is doubted by the second. The map is the mean of the two
     maps, which need no common scale: both are distances between the same embeddings, the second times a factor that is
     about 1 for inliers. The image score is the mean, over the two maps, of the mean of the `top_share` highest patches:
