@@ -489,7 +489,7 @@ def test_decisions_reach_the_patches_of_a_fit(
     one = int(np.flatnonzero(result.rejected.any((1, 2)))[0])
     choices = {result.names[one]: "keep"}
     learned = result.is_kept | result.is_partly_learned
-    expected = (result.rejected.sum() - result.rejected[one].sum()) / (learned.sum() * result.rejected[0].size)
+    expected = (result.rejected[learned].sum() - result.rejected[one].sum()) / (learned.sum() * result.rejected[0].size)
     for given in ({"screening": tmp_path}, options):
         model = pipeline.fit(easy_folder, SMALL["patchcore"], tiny, decisions=choices, **{"store": store, **given})
         assert model.training["rejected_patches"] == pytest.approx(expected)

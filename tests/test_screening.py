@@ -401,7 +401,7 @@ def test_a_contaminated_set_loses_images_and_patches() -> None:
     assert not kept[270:].any()
     assert kept[:270].mean() > 0.9
     np.testing.assert_array_equal(rejected[kept], rejected_patches(grids, 3.0)[kept])
-    np.testing.assert_array_equal(rejected[~kept], rejected_patches(grids, 1.5)[~kept])
+    np.testing.assert_array_equal(rejected[~kept], rejected_patches(grids, 1.0)[~kept])
     assert rejected[270:, 3, 4].all()
 
 
@@ -415,6 +415,12 @@ def test_the_ordinary_patches_of_images_set_aside_are_learned_by_who_can() -> No
     learned = found.purified(train, banks)
     assert set(found.removed.tolist()) <= set(learned.ids.tolist())
     assert all((learned.rejected[i] == found.rejected[i]).all() for i in found.removed.tolist())
+    consensus, grids = gumbel_set(300, 30)
+    for z in (2.0, 8.0):
+        kept, rejected = choose(consensus, grids, z, estimate_contamination(consensus))
+        assert (rejected[~kept] == rejected_patches(grids, 1.0)[~kept]).all(), "a higher cut does not learn the worst"
+    whole = replace(found, rejected=found.rejected | (found.ids == found.removed[2])[:, None, None])
+    assert int(found.removed[2]) not in whole.purified(train, banks).ids, "of which nothing is left"
     out = found.names[int(found.removed[0])]
     now, _ = found.decided({out: "remove"})
     assert int(found.removed[0]) not in now.purified(train, banks).ids, "who removes an image removes all of it"

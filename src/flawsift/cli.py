@@ -149,8 +149,8 @@ def screen(
     if result.rejected is not None and result.rejected.any():
         share = 100 * float(result.rejected[result.is_kept].mean())
         lines.append(
-            f"Of the kept images, the {share:.1f} % oddest patches are left out by detectors that trust all they get, "
-            "of those set aside all but the most ordinary ones."
+            f"Of the kept images, the {share:.1f} % oddest patches are left out by detectors that trust all they get"
+            + (", of those set aside all but the most ordinary ones." if result.is_partly_learned.any() else ".")
         )
     if result.contamination is not None:
         lines.append(f"Estimated share of defective images: {result.contamination.text}.")

@@ -171,7 +171,7 @@ def choose(
     On a clean set the patches that lie farthest from all others are rare good ones, and leaving out even the few of
     its most unusual images costs more than can be won. So everything stays unless the consensus has more in its upper
     tail than chance explains. Then images more than `SUSPECT` robust deviations above the median are set aside, and
-    the patches of `rejected_patches` are left out of all images, with half the deviations in those that are set aside:
+    the patches of `rejected_patches` are left out of all images, with half of `SUSPECT` in those that are set aside:
     a detector that can leave out patches still learns what is ordinary in these. A defective image is mostly good.
 
     Args:
@@ -186,7 +186,7 @@ def choose(
     if estimate.alpha_hat <= 0:
         return np.ones(len(consensus), bool), np.zeros(grids.shape, bool)
     kept = robust_units(consensus) <= SUSPECT
-    return kept, np.where(kept[:, None, None], rejected_patches(grids, z), rejected_patches(grids, z / 2))
+    return kept, np.where(kept[:, None, None], rejected_patches(grids, z), rejected_patches(grids, min(z, SUSPECT) / 2))
 
 
 def estimate_contamination(consensus: Floats, members: Sequence[Sequence[int]] | None = None) -> Contamination:

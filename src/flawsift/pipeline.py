@@ -343,7 +343,7 @@ def cross_fitted_scores(
         (m,) scores; empty where there is only one group.
     """
     is_kept = np.isin(purified.ids, kept)
-    n_groups = len(set(purified.group_names))
+    n_groups = len(set(purified.select(purified.ids[is_kept]).group_names))
     if n_groups < HALVES:
         return np.empty(0)
     if isinstance(detector, Additive):

@@ -275,8 +275,10 @@ def selection_text(screening: Screening) -> str:
     text += " and left out of training, except where a detector judges its patches itself."
     if screening.contamination is None:
         return text
-    text += f" Images more than {SUSPECT:g} robust deviations above the median score were set aside:"
-    return text + " such a detector learns only the most ordinary patches of them, any other nothing."
+    text += f" Images more than {SUSPECT:g} robust deviations above the median score were set aside."
+    if screening.is_partly_learned.any():
+        text += " A detector that leaves out patches learns only the most ordinary ones of these."
+    return text
 
 
 class _Cards:

@@ -144,7 +144,8 @@ class Screening:
         """(N,) whether an image was set aside, and stage 2 learns its patches that are not rejected, if it can."""
         if self.rejected is None or self.contamination is None:
             return np.zeros(len(self.ids), np.bool_)
-        learned: npt.NDArray[np.bool_] = self.is_suspect & ~self.is_kept & self.rejected.any((1, 2))
+        some = self.rejected.any((1, 2)) & ~self.rejected.all((1, 2))
+        learned: npt.NDArray[np.bool_] = self.is_suspect & ~self.is_kept & some
         return learned
 
     def purified(self, train: ImageSet, detector: Detector) -> ImageSet:
@@ -191,7 +192,7 @@ class Screening:
 
     @property
     def removed(self) -> Ids:
-        """Ids that stage 2 does not see, the most anomalous first."""
+        """Ids that are not kept, the most anomalous first."""
         out = ~self.is_kept
         return self.ids[out][np.argsort(-self.consensus[out], kind="stable")]
 
@@ -311,7 +312,7 @@ def reselected(stage1: Screening, options: ScreenOptions, detector: Detector, tr
 def _choose(
     train: ImageSet, voted: Floats, grids: npt.NDArray[np.float16] | None, keep: float | Literal["auto"], z: float
 ) -> tuple[Ids, npt.NDArray[np.bool_] | None, Contamination | None]:
-    """Kept ids, (N, h, w) rejected patches of the kept images and the estimate of the contamination."""
+    """Kept ids, (N, h, w) rejected patches and the estimate of the contamination."""
     ids = train.ids
     estimate = estimate_contamination(voted, list(train.members.values())) if keep == "auto" else None
     if grids is None or z <= 0:

@@ -60,7 +60,7 @@ def compare(
     """Train a detector on what each preset of stage 1 keeps of a contaminated set, and measure it on a test set.
 
     Presets with equal screener, subsets and partitions share sub-models, which are trained once. Thresholds come from
-    held-out scores of the images that are trained on: those of sub-models of this detector, where a preset has them,
+    held-out scores of the images that are kept: those of sub-models of this detector, where a preset has them,
     else of `flawsift.pipeline.cross_fitted_scores`. Presets that keep the same images share one training.
 
     Args:
@@ -84,9 +84,10 @@ def compare(
     """
     chosen = _select(train, truth, detector, backbone, presets, seed, n_subsets, screener, device, executor)
     own = next((s for _, s, _ in chosen.values() if s is not None and s.by_detector), None)
-    alike: dict[str, list[str]] = {}
+    alike: dict[tuple[str, bytes], list[str]] = {}
     for preset, (selection, _, _) in chosen.items():
-        alike.setdefault(models.set_digest(selection.purified), []).append(preset)
+        key = models.set_digest(selection.purified), selection.kept.tobytes()
+        alike.setdefault(key, []).append(preset)
     figures: dict[str, Row] = {}
     for sharing in alike.values():  # one model at a time in memory
         purified, kept, *_ = chosen[sharing[0]][0]
