@@ -27,7 +27,7 @@ from flawsift.backbones import Backbone, load_backbone
 from flawsift.contamination import contaminate
 from flawsift.datasets import Dataset, load
 from flawsift.datasets.folder import DATA_VARIABLE
-from flawsift.detector import DETECTORS, detector_class, make_detector
+from flawsift.detector import DETECTORS, Detector, detector_class, make_detector
 from flawsift.errors import InputError
 from flawsift.features import FeatureStore, attach
 from flawsift.images import ImageSet
@@ -67,6 +67,28 @@ def load_set(name: str) -> Dataset | None:
     return data.select(data.truth.ids[usable])
 
 
+def cell_of(
+    data: Dataset, images: ImageSet, backbone: Backbone, detector: Detector, alpha: float, seed: int
+) -> _rows.Row:
+    """What every row says of where it was measured."""
+    return {
+        **_rows.provenance(),
+        "data": data.name,
+        "data_digest": models.set_digest(images),
+        "weights_digest": backbone.weights_digest,
+        "backbone": backbone.key,
+        "detector": detector.name,
+        "params": detector.params(),
+        "alpha": alpha,
+        "seed": seed,
+    }
+
+
+def protocol_of(train: ImageSet, test: ImageSet) -> str:
+    """How a set was split, for people."""
+    return f"share, {len(train)} train, {len(test)} test" + (", by group" if train.groups else "")
+
+
 def run_cell(
     data: Dataset,
     images: ImageSet,
@@ -87,17 +109,8 @@ def run_cell(
     if detector.views:
         train, _ = attach(train, backbone, LAYERS, views=detector.views, store=store)
     common = {
-        "data": data.name,
-        "data_digest": models.set_digest(images),
-        "weights_digest": backbone.weights_digest,
-        "backbone": backbone.key,
-        "detector": name,
-        "params": detector.params(),
-        "alpha": alpha,
-        "seed": seed,
-        "protocol": f"share, {len(train)} train, {len(test)} test"
-        + (", by group" if images.groups else "")
-        + (OVERLAP if overlap else ""),
+        **cell_of(data, images, backbone, detector, alpha, seed),
+        "protocol": protocol_of(train, test) + (OVERLAP if overlap else ""),
         "alpha_reached": split.alpha_reached,
         "alpha_groups": split.alpha_groups,
     }
@@ -105,7 +118,7 @@ def run_cell(
     rows = []
     results = compare(train, test, data.truth, detector, backbone, presets, seed=seed, calibrate=calibrate)
     for arm, found in zip(arms, results, strict=True):
-        row = {**_rows.provenance(), **common, "arm": arm, **{key: found[key] for key in (*METRICS, *SECONDS)}}
+        row = {**common, "arm": arm, **{key: found[key] for key in (*METRICS, *SECONDS)}}
         row |= {
             "keep_share": found["keep_share"],
             "alpha_kept": found["alpha_kept"],

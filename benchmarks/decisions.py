@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import _rows
-from accuracy import ALPHAS, LAYERS, load_set
-from flawsift import models
+from ablation import measured
+from accuracy import ALPHAS, LAYERS, cell_of, load_set, protocol_of
 from flawsift.backbones import Backbone, load_backbone
-from flawsift.calibration import Calibration
 from flawsift.contamination import contaminate
 from flawsift.datasets import Dataset
 from flawsift.detector import make_detector
@@ -34,7 +33,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "magnetic_tile": {"n_train": 200, "test_normal": 100, "test_anomalous": 100},
 }
 KEY = ("commit", "data", "detector", "alpha", "seed", "n_decisions")
-METRICS = ("image_auroc", "aupro")
 BANKS = ("twobanks", "patchcore", "softpatch", "padim")  # that train in seconds
 
 
@@ -58,38 +56,16 @@ def run_cell(
     stage1 = screen(train, make_detector(SCREENERS["default"], seed=seed), **PRESETS["default"], seed=seed)
     choices = right_choices(stage1, data.truth, n)
     decided, counts = stage1.decided(choices)
+    common = cell_of(data, images, backbone, detector, alpha, seed)
+    common |= {"protocol": protocol_of(train, test), "n_decisions": n, "n_removed": counts["remove"]}
     arms = {
         "all_data": train,
         "default": stage1.purified(train, detector),
         "decided": decided.purified(train, detector),
         "oracle_clean": train.select(train.ids[data.truth.select(train.ids).labels == 0]),
     }
-    known: dict[str, dict[str, Any]] = {}
-    for arm, learned in arms.items():
-        digest = models.set_digest(learned)
-        if digest not in known:
-            model = models.Model(detector.clone().fit(learned), backbone, Calibration.of([]), {})
-            found, _ = models.evaluate(model, test, data.truth)
-            known[digest] = {key: found[key] for key in METRICS}
-        yield {
-            **_rows.provenance(),
-            "data": data.name,
-            "data_digest": models.set_digest(images),
-            "weights_digest": backbone.weights_digest,
-            "backbone": backbone.key,
-            "detector": name,
-            "params": detector.params(),
-            "alpha": alpha,
-            "seed": seed,
-            "protocol": f"share, {len(train)} train, {len(test)} test" + (", by group" if images.groups else ""),
-            "n_decisions": n,
-            "n_removed": counts["remove"],
-            "arm": arm,
-            **known[digest],
-            "keep_share": len(learned) / len(train),
-            "rejected_patches": learned.rejected_share,
-            "kept_anomalous": int(data.truth.select(learned.ids).labels.sum()),
-        }
+    for arm, found in measured(arms, detector, backbone, len(train), test, data.truth):
+        yield {**common, "arm": arm, **found}
 
 
 def main() -> None:
@@ -119,13 +95,8 @@ def main() -> None:
                 _rows.append_rows(path, rows)
                 shown = "  ".join(f"{row['arm']} {row['image_auroc']:.3f}" for row in rows)
                 _rows.say(f"{name} {detector} alpha {alpha:g} seed {seed}: {shown}")
-    _rows.finish(
-        "decisions",
-        figures(
-            [r for r in _rows.read_rows(path) if r["commit"] == commit and r["n_decisions"] == str(args.decisions)]
-        ),
-        args,
-    )
+    mine = [row for row in _rows.read_rows(path) if row["commit"] == commit]
+    _rows.finish("decisions", figures([row for row in mine if row["n_decisions"] == str(args.decisions)]), args)
 
 
 def figures(rows: list[dict[str, str]]) -> dict[str, float]:

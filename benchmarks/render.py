@@ -371,8 +371,7 @@ def finals(results: Path, metric: str = "image_auroc", *, confirmed: bool = Fals
     body.append(["recovery", "", *(f"{recovery(at, variant):.0%}" for variant in variants)])
     contaminated = {key[:2] for key in at if float(key[1]) > 0}
     for what, some in (("contaminated cell", contaminated), ("clean set", {key[:2] for key in at} - contaminated)):
-        worst = [min((gain_of(at, cell, variant) for cell in some), default=math.nan) for variant in variants]
-        body.append([f"worst {what}, points", "", *(f"{100 * gain:+.1f}" for gain in worst)])
+        body.append([f"worst {what}, points", "", *worst_gains(at, some, variants)])
     return table(["set", "defective", *(title for _, title, _, _ in FINALS)], body) + source(used)
 
 
@@ -431,8 +430,7 @@ def decisions(results: Path, detector: str) -> str | None:
     variants = [VARIANT_OF.get(arm, arm) for arm in arms]
     body.append(["recovery", "", "", *(f"{recovery(at, variant):.0%}" for variant in variants)])
     contaminated = {key[:2] for key in at if float(key[1]) > 0}
-    worst = [min((gain_of(at, cell, variant) for cell in contaminated), default=math.nan) for variant in variants]
-    body.append(["worst contaminated cell, points", "", "", *(f"{100 * gain:+.1f}" for gain in worst)])
+    body.append(["worst contaminated cell, points", "", "", *worst_gains(at, contaminated, variants)])
     header = ["set", "defective in training", "defective among the ten", *arms.values()]
     return table(header, body) + source(_joined(cells))
 
@@ -463,6 +461,15 @@ def gain_of(at: Mapping[tuple[str, str, str, str], float], cell: tuple[str, str]
     """Mean gain of a variant over training on everything, over the seeds of a cell."""
     mine = {key[2]: value for key, value in at.items() if key[:2] == cell and key[3] == variant}
     return statistics.mean(value - at[*cell, seed, "all data"] for seed, value in mine.items())
+
+
+def worst_gains(
+    at: Mapping[tuple[str, str, str, str], float], cells: Iterable[tuple[str, str]], variants: Iterable[str]
+) -> list[str]:
+    """The lowest gain of each variant over some cells, in points."""
+    cells = list(cells)
+    worst = (min((gain_of(at, cell, variant) for cell in cells), default=math.nan) for variant in variants)
+    return [f"{100 * gain:+.1f}" for gain in worst]
 
 
 def estimates(results: Path) -> str | None:
