@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flawsift.rows import Row, append_rows, machine, peak_mb, read_rows
+from flawsift.benchmark.rows import Row, append_rows, machine, peak_mb, read_rows
 
 __all__ = ["Row", "append_rows", "machine", "peak_mb", "read_rows"]
 
@@ -38,7 +38,7 @@ def _git(*arguments: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what can change a score or its speed."""
-    from flawsift import models
+    from flawsift.models import model as models
 
     return models.versions()
 

@@ -20,16 +20,16 @@ import numpy as np
 
 import _rows
 from accuracy import ALPHAS, LAYERS, SIZES, cell_of, load_set
-from flawsift import models
-from flawsift.backbones import Backbone, load_backbone
-from flawsift.calibration import Calibration
-from flawsift.consensus import keep_lowest, rejected_patches, robust_units
-from flawsift.contamination import contaminate
-from flawsift.detector import Detector, make_detector
-from flawsift.features import FeatureStore, attach
-from flawsift.images import ImageSet
-from flawsift.metrics import GroundTruth
-from flawsift.screening import PRESETS, Screening, screen
+from flawsift.data.contamination import contaminate
+from flawsift.data.images import ImageSet
+from flawsift.detectors.base import Detector, make_detector
+from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.features.store import FeatureStore, attach
+from flawsift.metrics.ranking import GroundTruth
+from flawsift.models import model as models
+from flawsift.models.calibration import Calibration
+from flawsift.screening.consensus import keep_lowest, rejected_patches, robust_units
+from flawsift.screening.stage1 import PRESETS, Screening, screen
 
 KEY = ("commit", "data", "alpha", "seed", "variant")
 METRICS = ("image_auroc", "aupro")

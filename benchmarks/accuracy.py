@@ -3,7 +3,7 @@
 Arms: all_data (no screening), paper and default (the presets of stage 1), oracle_clean (the training set less its
 anomalies: what a perfect screening would give). The detector has its default parameters in every arm, or its budget
 preset where it has one. Arms with the same screener, subsets and partitions share sub-models. Thresholds come from
-held-out scores of the images that are trained on, as `flawsift.trial.compare` has them.
+held-out scores of the images that are trained on, as `flawsift.benchmark.trial.compare` has them.
 Anomalous images without a mask are left out of sets with masks, since AUPRO needs one of each.
 
 Finished cells are rows already and are skipped, so a killed run goes on where it was.
@@ -22,19 +22,19 @@ from typing import Any
 import numpy as np
 
 import _rows
-from flawsift import models
-from flawsift.backbones import Backbone, load_backbone
-from flawsift.contamination import contaminate
+from flawsift.benchmark.trial import compare
+from flawsift.data.contamination import contaminate
+from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset, load
 from flawsift.datasets.folder import DATA_VARIABLE
-from flawsift.detector import DETECTORS, Detector, detector_class, make_detector
+from flawsift.detectors.base import DETECTORS, Detector, detector_class, make_detector
 from flawsift.errors import InputError
-from flawsift.features import FeatureStore, attach
-from flawsift.images import ImageSet
-from flawsift.screening import PRESETS
-from flawsift.trial import compare
+from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.features.store import FeatureStore, attach
+from flawsift.models import model as models
+from flawsift.screening.stage1 import PRESETS
 
-# sizes that allow alpha 0 to 0.4 for every seed; see flawsift.contamination
+# sizes that allow alpha 0 to 0.4 for every seed; see flawsift.data.contamination
 SIZES: dict[str, dict[str, Any]] = {
     "magnetic_tile": {"n_train": 450},
     "elpv": {"n_train": 400, "test_normal": 200, "test_anomalous": 200},
@@ -43,7 +43,7 @@ SIZES: dict[str, dict[str, Any]] = {
 ALPHAS = (0.0, 0.1, 0.2, 0.4)
 MAIN = ("patchcore", "padim")  # what is run unless others are asked for
 ARMS = ("all_data", "paper", "default", "oracle_clean")
-PRESET_OF = {arm: "none" if arm == "all_data" else arm for arm in ARMS}  # as `flawsift.benchmark` calls it
+PRESET_OF = {arm: "none" if arm == "all_data" else arm for arm in ARMS}  # as `flawsift.benchmark.runner` calls it
 SECONDS = ("seconds_stage2", "seconds_evaluate")
 LAYERS = ("stride4", "stride8", "stride16")  # what the detectors read
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "aupro", "false_alarms_per_100", "missed_per_100")

@@ -18,14 +18,14 @@ from typing import Any
 import _rows
 from ablation import measured
 from accuracy import ALPHAS, LAYERS, cell_of, load_set, protocol_of
-from flawsift.backbones import Backbone, load_backbone
-from flawsift.contamination import contaminate
+from flawsift.data.contamination import contaminate
+from flawsift.data.images import ImageSet, show
 from flawsift.datasets import Dataset
-from flawsift.detector import make_detector
-from flawsift.features import FeatureStore, attach
-from flawsift.images import ImageSet, show
-from flawsift.metrics import GroundTruth
-from flawsift.screening import FINAL, PRESETS, SCREENERS, Screening, screen
+from flawsift.detectors.base import make_detector
+from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.features.store import FeatureStore, attach
+from flawsift.metrics.ranking import GroundTruth
+from flawsift.screening.stage1 import FINAL, PRESETS, SCREENERS, Screening, screen
 
 SIZES: dict[str, dict[str, Any]] = {
     "cookie": {"n_train": 30},

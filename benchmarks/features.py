@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import _rows
-from flawsift.backbones import Backbone, load_backbone
+from flawsift.features.backbones import Backbone, load_backbone
 
 GOAL = 4.0  # times torch eager
 SIZE = 256  # the default input

@@ -89,7 +89,7 @@ def prepare(work: Path, args: argparse.Namespace) -> None:
     import torch
     from scipy.ndimage import gaussian_filter
 
-    from flawsift.backbones import load_backbone
+    from flawsift.features.backbones import load_backbone
 
     if {"patchcore", "padim"} & set(args.only):
         write_data(work / "data", args.train, args.test, 256)
@@ -116,14 +116,16 @@ def ours(task: str, work: Path, threads: int, centres: int) -> dict[str, Any]:
     started = time.perf_counter()
     import torch
 
-    from flawsift import coreset, metrics, models
-    from flawsift.backbones import load_backbone
-    from flawsift.calibration import Calibration
     from flawsift.datasets import load_mvtec
-    from flawsift.detector import Detector
+    from flawsift.detectors.base import Detector
     from flawsift.detectors.padim import PaDiM
+    from flawsift.detectors.parts import coreset
     from flawsift.detectors.patchcore import PatchCore
-    from flawsift.features import FeatureStore, attach
+    from flawsift.features.backbones import load_backbone
+    from flawsift.features.store import FeatureStore, attach
+    from flawsift.metrics import ranking as metrics
+    from flawsift.models import model as models
+    from flawsift.models.calibration import Calibration
 
     result: dict[str, Any] = {"seconds_import": time.perf_counter() - started}
     torch.set_num_threads(threads)

@@ -44,8 +44,8 @@ def make_screening(folder: Path, n: int, size: int) -> Path:
     import numpy as np
 
     from flawsift.datasets.synthetic import synthetic, write_folder
-    from flawsift.results import ROOT, save_screening
-    from flawsift.screening import Screening
+    from flawsift.screening.stage1 import Screening
+    from flawsift.screening.storage import ROOT, save_screening
 
     base = min(n, BASE)
     write_folder(synthetic(base - base // 10, base // 10, size=size, texture="weave"), folder / "base")
@@ -88,7 +88,7 @@ def measure(folder: Path, chromium: Path, seconds: float) -> dict[str, Any]:
     """Open the page, scroll it, decide."""
     from playwright.sync_api import sync_playwright
 
-    command = [sys.executable, "-m", "flawsift.cli", "review", str(folder), "--no-browser"]
+    command = [sys.executable, "-m", "flawsift", "review", str(folder), "--no-browser"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:

@@ -38,11 +38,12 @@ def make_images(folder: Path, n: int, size: int) -> None:
 
 def child(stage: str, n: int, folder: Path, cache: Path, size: int) -> dict[str, Any]:
     """One measurement."""
-    from flawsift import models, pipeline
-    from flawsift.backbones import load_backbone
-    from flawsift.detector import make_detector
-    from flawsift.features import FeatureStore, attach
-    from flawsift.images import ImageSet
+    from flawsift import pipeline
+    from flawsift.data.images import ImageSet
+    from flawsift.detectors.base import make_detector
+    from flawsift.features.backbones import load_backbone
+    from flawsift.features.store import FeatureStore, attach
+    from flawsift.models import model as models
 
     images = ImageSet.from_folder(folder)
     images = images.select(images.ids[:n])

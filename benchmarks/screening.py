@@ -37,11 +37,12 @@ def child(arm: str, detector_name: str, folder: Path, size: int) -> dict[str, An
     """One timed run."""
     import torch
 
-    from flawsift import models, pipeline
-    from flawsift.backbones import load_backbone
-    from flawsift.detector import make_detector
-    from flawsift.features import FeatureStore, attach
-    from flawsift.images import ImageSet
+    from flawsift import pipeline
+    from flawsift.data.images import ImageSet
+    from flawsift.detectors.base import make_detector
+    from flawsift.features.backbones import load_backbone
+    from flawsift.features.store import FeatureStore, attach
+    from flawsift.models import model as models
 
     images = ImageSet.from_folder(folder)
     backbone = load_backbone(size=size)

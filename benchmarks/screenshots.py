@@ -20,7 +20,7 @@ DESK, PHONE = (1280, 800), (390, 844)
 
 def flawsift(*arguments: object) -> None:
     """Run a command."""
-    subprocess.run([sys.executable, "-m", "flawsift.cli", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "flawsift", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
 def make(folder: Path) -> None:
@@ -63,7 +63,7 @@ def take(folder: Path, out: Path, chromium: Path, *, every: bool) -> None:
     """All pictures of one folder."""
     from playwright.sync_api import sync_playwright
 
-    command = [sys.executable, "-m", "flawsift.cli", "review", str(folder / "screening"), "--no-browser"]
+    command = [sys.executable, "-m", "flawsift", "review", str(folder / "screening"), "--no-browser"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as running:
         assert server.stdout is not None
         address = server.stdout.readline().strip()

@@ -14,13 +14,13 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import _rows
-from flawsift.contamination import contaminate
-from flawsift.detector import Detector
+from flawsift.data.contamination import contaminate
+from flawsift.data.images import ImageSet
+from flawsift.detectors.base import Detector
 from flawsift.detectors.funad import FUNAD
 from flawsift.detectors.patchcore import PatchCore
-from flawsift.features import MemoryFeatures
-from flawsift.images import ImageSet
-from flawsift.metrics import GroundTruth, image_auroc
+from flawsift.features.store import MemoryFeatures
+from flawsift.metrics.ranking import GroundTruth, image_auroc
 
 LAYER = "grey values"
 RATIOS = (0.05, 0.1, 0.2)

@@ -36,12 +36,12 @@ MATRIX = ("mm", "conv")  # parts of the names of operations that multiply matric
 
 def child(name: str, n: int, size: int, n_models: int, repeats: int, batched_only: bool) -> _rows.Row:
     """All figures of one detector, or only those of the batched comparison."""
-    from flawsift import models
-    from flawsift.backbones import load_backbone
     from flawsift.datasets.synthetic import synthetic
-    from flawsift.detector import make_detector
-    from flawsift.features import FeatureStore, attach
-    from flawsift.training import Watch
+    from flawsift.detectors.base import make_detector
+    from flawsift.detectors.parts.training import Watch
+    from flawsift.features.backbones import load_backbone
+    from flawsift.features.store import FeatureStore, attach
+    from flawsift.models import model as models
 
     images = synthetic(n, 0, size=size, seed=0).images
     backbone, detector = load_backbone(size=size), make_detector(name, "budget")

@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from flawsift.detector import Detector
-from flawsift.images import Batch, ImageSet
-from flawsift.nn import nearest
-from flawsift.screening import screen
+from flawsift.data.images import Batch, ImageSet
+from flawsift.detectors.base import Detector
+from flawsift.detectors.parts.neighbors import nearest
+from flawsift.detectors.parts.training import UNWATCHED, Watch
+from flawsift.screening.stage1 import screen
 from flawsift.testing import CHECKS, easy_set, with_features
-from flawsift.training import UNWATCHED, Watch
 
 
 @dataclass(kw_only=True, eq=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import flawsift
 from flawsift.datasets import write_folder
 from flawsift.datasets.synthetic import synthetic
-from flawsift.metrics import image_auroc
+from flawsift.metrics.ranking import image_auroc
 
 
 def main() -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from flawsift.backbones import Backbone
+from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
-from flawsift.images import ImageSet
+from flawsift.detectors.parts.training import Watch
+from flawsift.features.backbones import Backbone
 from flawsift.testing import easy_set, tiny_backbone
-from flawsift.training import Watch
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def easy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def check_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, ImageSet], None]:
     """Checks that a fit of six steps, killed in its fourth, goes on there to the weights of one that was not killed."""
-    monkeypatch.setattr("flawsift.training.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("flawsift.detectors.parts.training.SAVE_SECONDS", -1.0)
 
     def check(detector: Any, data: ImageSet) -> None:
         expected = detector.clone().fit(data)

@@ -12,10 +12,12 @@ def refuse(*args, **kwargs):
 
 torch.cuda._lazy_init = refuse
 import numpy as np
-from flawsift import cli, diagnostics, pipeline
-from flawsift.detector import DETECTORS, detector_class
-from flawsift.features import MemoryFeatures
-from flawsift.images import ImageSet
+from flawsift import pipeline
+from flawsift.cli import main as cli
+from flawsift.reports import diagnostics
+from flawsift.detectors.base import DETECTORS, detector_class
+from flawsift.features.store import MemoryFeatures
+from flawsift.data.images import ImageSet
 
 for name in DETECTORS:
     detector_class(name)

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flawsift import pipeline
-from flawsift.backbones import Backbone
+from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
-from flawsift.detector import Detector, make_detector
+from flawsift.detectors.base import Detector, make_detector
 from flawsift.errors import ExecutorError, ParameterError
 from flawsift.executors import SERIAL, Executor, Failure, Processes, Ray, make_executor
-from flawsift.features import FeatureStore, attach, loaded
-from flawsift.images import ImageSet
-from flawsift.screening import Screening, screen
+from flawsift.features.backbones import Backbone
+from flawsift.features.store import FeatureStore, attach, loaded
+from flawsift.screening.stage1 import Screening, screen
 
 TASKS = '''
 import os, signal, time

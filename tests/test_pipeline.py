@@ -14,17 +14,18 @@ import pytest
 from torch import Tensor
 
 import flawsift
-from flawsift import models, pipeline
-from flawsift.backbones import Backbone, load_backbone
+from flawsift import pipeline
+from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
-from flawsift.detector import Detector, make_detector
+from flawsift.detectors.base import Detector, make_detector
 from flawsift.detectors.twobanks import TwoBanks
 from flawsift.errors import InputError, ModelError, OutputError, ParameterError
-from flawsift.features import FeatureStore, attach
-from flawsift.images import ImageSet
-from flawsift.results import matched, read_screening, save_screening
-from flawsift.screening import FINAL, Screening
-from flawsift.screening import screen as screen_features
+from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.features.store import FeatureStore, attach
+from flawsift.models import model as models
+from flawsift.screening.stage1 import FINAL, Screening
+from flawsift.screening.stage1 import screen as screen_features
+from flawsift.screening.storage import matched, read_screening, save_screening
 from flawsift.testing import SIZE
 
 SMALL: dict[str, Detector] = {
@@ -324,7 +325,7 @@ def test_an_interrupted_save_leaves_the_old_model(
     def fail(*_: Any) -> None:
         raise OutputError("full")
 
-    monkeypatch.setattr("flawsift.detector.write_json", fail)
+    monkeypatch.setattr("flawsift.detectors.base.write_json", fail)
     with pytest.raises(OutputError):
         pipeline.fit(easy.images, SMALL["patchcore"], backbone, store=store, out=folder, keep=0.9)
     assert models.load_model(folder).training["n_kept"] == 30

@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 
 from flawsift import pipeline
-from flawsift.backbones import Backbone
-from flawsift.benchmark import run
+from flawsift.benchmark.grid import parse_config
+from flawsift.benchmark.runner import run
 from flawsift.datasets import Dataset
-from flawsift.detector import make_detector
+from flawsift.detectors.base import make_detector
 from flawsift.errors import ExecutorError
 from flawsift.executors import Ray
-from flawsift.features import FeatureStore, attach, loaded
-from flawsift.grid import parse_config
-from flawsift.screening import screen
+from flawsift.features.backbones import Backbone
+from flawsift.features.store import FeatureStore, attach, loaded
+from flawsift.screening.stage1 import screen
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'flawsift[ray]'")
 # Ray itself leaves sockets and files to the garbage collector, and warns of what its later versions change
@@ -189,7 +189,7 @@ def test_ray_equals_serial_bit_for_bit(
             (tmp_path / "c").rename(tmp_path / "gone")
             return found
 
-        monkeypatch.setattr("flawsift.submodels.loaded", load_and_hide)
+        monkeypatch.setattr("flawsift.screening.submodels.loaded", load_and_hide)
     together = screen(data, detector, n_subsets=3, executor=Ray(address=cluster.address, sees_files=sees_files))
     assert (tmp_path / "c").exists() == sees_files
     np.testing.assert_array_equal(alone.score_matrix, together.score_matrix)

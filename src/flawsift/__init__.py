@@ -13,43 +13,43 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from flawsift.backbones import Backbone as Backbone
-    from flawsift.backbones import load_backbone as load_backbone
-    from flawsift.contamination import contaminate as contaminate
-    from flawsift.detector import Detector as Detector
-    from flawsift.detector import make_detector as make_detector
+    from flawsift.data.contamination import contaminate as contaminate
+    from flawsift.data.images import ImageSet as ImageSet
+    from flawsift.detectors.base import Detector as Detector
+    from flawsift.detectors.base import make_detector as make_detector
     from flawsift.errors import FlawsiftError as FlawsiftError
-    from flawsift.features import FeatureStore as FeatureStore
-    from flawsift.features import attach as attach
-    from flawsift.images import ImageSet as ImageSet
-    from flawsift.metrics import GroundTruth as GroundTruth
-    from flawsift.models import Model as Model
-    from flawsift.models import evaluate as evaluate
-    from flawsift.models import load_model as load_model
-    from flawsift.models import predict as predict
+    from flawsift.features.backbones import Backbone as Backbone
+    from flawsift.features.backbones import load_backbone as load_backbone
+    from flawsift.features.store import FeatureStore as FeatureStore
+    from flawsift.features.store import attach as attach
+    from flawsift.metrics.ranking import GroundTruth as GroundTruth
+    from flawsift.models.model import Model as Model
+    from flawsift.models.model import evaluate as evaluate
+    from flawsift.models.model import load_model as load_model
+    from flawsift.models.model import predict as predict
     from flawsift.pipeline import fit as fit
     from flawsift.pipeline import screen as screen
-    from flawsift.screening import PRESETS as PRESETS
-    from flawsift.screening import Screening as Screening
+    from flawsift.screening.stage1 import PRESETS as PRESETS
+    from flawsift.screening.stage1 import Screening as Screening
 
 _EXPORTS = {
-    "PRESETS": "screening",
-    "Backbone": "backbones",
-    "Detector": "detector",
-    "FeatureStore": "features",
+    "PRESETS": "screening.stage1",
+    "Backbone": "features.backbones",
+    "Detector": "detectors.base",
+    "FeatureStore": "features.store",
     "FlawsiftError": "errors",
-    "GroundTruth": "metrics",
-    "ImageSet": "images",
-    "Model": "models",
-    "Screening": "screening",
-    "attach": "features",
-    "contaminate": "contamination",
-    "evaluate": "models",
+    "GroundTruth": "metrics.ranking",
+    "ImageSet": "data.images",
+    "Model": "models.model",
+    "Screening": "screening.stage1",
+    "attach": "features.store",
+    "contaminate": "data.contamination",
+    "evaluate": "models.model",
     "fit": "pipeline",
-    "load_backbone": "backbones",
-    "load_model": "models",
-    "make_detector": "detector",
-    "predict": "models",
+    "load_backbone": "features.backbones",
+    "load_model": "models.model",
+    "make_detector": "detectors.base",
+    "predict": "models.model",
     "screen": "pipeline",
 }
 __all__ = ["__version__"]

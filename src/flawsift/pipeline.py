@@ -13,22 +13,22 @@ from typing import Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.backbones import Backbone, load_backbone
-from flawsift.calibration import DEFAULT_RATE, Calibration
-from flawsift.decisions import decided, read_decisions
-from flawsift.detector import Additive, Detector, make_detector
+from flawsift.data.images import FileSource, Ids, ImageSet, name_some, show
+from flawsift.detectors.base import Additive, Detector, make_detector
+from flawsift.detectors.parts.training import Watch
 from flawsift.errors import InputError, ParameterError
 from flawsift.executors import SERIAL, Executor
-from flawsift.features import FeatureStore, attach
+from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.features.store import FeatureStore, attach
 from flawsift.files import ensure_folder
-from flawsift.images import FileSource, Ids, ImageSet, name_some, show
-from flawsift.lookalikes import describe
-from flawsift.models import Model, set_digest, versions
+from flawsift.models.calibration import DEFAULT_RATE, Calibration
+from flawsift.models.model import Model, set_digest, versions
 from flawsift.progress import Progress, silent
-from flawsift.results import ROOT, matched, read_screening, save_screening
-from flawsift.screening import FINAL, OWN, PRESETS, SCREENERS, Screening, ScreenOptions
-from flawsift.screening import screen as screen_features
-from flawsift.training import Watch
+from flawsift.screening.decisions import decided, read_decisions
+from flawsift.screening.lookalikes import describe
+from flawsift.screening.stage1 import FINAL, OWN, PRESETS, SCREENERS, Screening, ScreenOptions
+from flawsift.screening.stage1 import screen as screen_features
+from flawsift.screening.storage import ROOT, matched, read_screening, save_screening
 
 HALVES = 2  # of the kept images, for a threshold where stage 1 had another detector: two trainings must do
 
@@ -59,7 +59,7 @@ def screen(
             that the same command goes on after a kill.
         progress: Told how far it is.
         executor: Where sub-models run.
-        options: Of stage 1; see `flawsift.screening.screen`. Those not given are those of the default preset.
+        options: Of stage 1; see `flawsift.screening.stage1.screen`. Those not given are those of the default preset.
 
     Raises:
         InputError: No usable images, or fewer than subsets.
@@ -337,7 +337,7 @@ def cross_fitted_scores(
         purified: The images that the detector has learned from; groups stay whole.
         detector: Fitted on them, where its statistics are additive; else fitted or not.
         kept: (m,) ids of those that are judged good: not those that were set aside and are learned in part.
-        seed, device, checkpoint, progress, executor: As for `flawsift.screening.screen`.
+        seed, device, checkpoint, progress, executor: As for `flawsift.screening.stage1.screen`.
 
     Returns:
         (m,) scores; empty where there is only one group.

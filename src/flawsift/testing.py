@@ -29,15 +29,15 @@ import torch
 from torch import Tensor
 
 from flawsift import pipeline
-from flawsift.backbones import Backbone, load_backbone
+from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
 from flawsift.datasets.synthetic import synthetic
-from flawsift.detector import Detector, load_detector
+from flawsift.detectors.base import Detector, load_detector
 from flawsift.errors import NotFittedError
-from flawsift.features import FeatureStore, attach
-from flawsift.images import ImageSet
-from flawsift.metrics import image_auroc
-from flawsift.screening import screen
+from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.features.store import FeatureStore, attach
+from flawsift.metrics.ranking import image_auroc
+from flawsift.screening.stage1 import screen
 
 SIZE = 64  # pixels: large enough for three strides, small enough for milliseconds
 TOLERANCE = 1e-4  # of a score, where only rounding may differ
@@ -293,7 +293,7 @@ class _NoPixels:
 
 
 def _registered(detector: Detector) -> bool:
-    from flawsift.detector import DETECTORS
+    from flawsift.detectors.base import DETECTORS
 
     return detector.name in DETECTORS
 

@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
+from flawsift.data.images import FileSource, Ids, ImageSet, name_some, scan_folder, show
 from flawsift.errors import InputError
-from flawsift.images import FileSource, Ids, ImageSet, name_some, scan_folder, show
-from flawsift.metrics import GroundTruth
+from flawsift.metrics.ranking import GroundTruth
 
 log = logging.getLogger("flawsift")
 
@@ -34,7 +34,7 @@ class Dataset:
             are known.
         truth: Labels and masks of the same ids. Of an unlabelled folder it has no ids at all.
         train_ids: (T,) training images of the official split. Empty, like `test_ids`, if the set has no official
-            split: then draw one with `flawsift.contamination.contaminate`.
+            split: then draw one with `flawsift.data.contamination.contaminate`.
         test_ids: (U,) test images of the official split.
     """
 

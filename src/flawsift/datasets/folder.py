@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flawsift.data.images import ImageSet, name_some, read_groups, show
 from flawsift.datasets.dataset import (
     NORMAL,
     NORMAL_FOLDERS,
@@ -24,8 +25,7 @@ from flawsift.datasets.dataset import (
     sub_folders,
 )
 from flawsift.errors import InputError
-from flawsift.images import ImageSet, name_some, read_groups, show
-from flawsift.metrics import GroundTruth
+from flawsift.metrics.ranking import GroundTruth
 
 DATA_VARIABLE = "FLAWSIFT_DATA"  # the environment variable that names the folder with downloaded sets
 FLAT_DEFECT = "defect"  # defect type of images that lie directly in the defect folder

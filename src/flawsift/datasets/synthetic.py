@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from flawsift.data.images import Ids, ImageSet, show
 from flawsift.datasets.dataset import NORMAL, Dataset
 from flawsift.errors import OutputError, ParameterError, unknown_name
 from flawsift.files import new_folder
-from flawsift.images import Ids, ImageSet, show
-from flawsift.metrics import GroundTruth
+from flawsift.metrics.ranking import GroundTruth
 
 Floats = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]

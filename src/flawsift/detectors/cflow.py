@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flawsift.detector import Detector, resolve_device
-from flawsift.errors import InputError
-from flawsift.flows import Flow, position_code
-from flawsift.images import Batch, ImageSet
-from flawsift.maps import upsample
-from flawsift.training import (
+from flawsift.data.images import Batch, ImageSet
+from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.parts.flows import Flow, position_code
+from flawsift.detectors.parts.maps import upsample
+from flawsift.detectors.parts.training import (
     UNWATCHED,
     Recipe,
     Watch,
@@ -25,6 +24,7 @@ from flawsift.training import (
     weights_of,
     whitening,
 )
+from flawsift.errors import InputError
 
 # The published code's schedule.
 WARMUP = 0.08  # of the steps: the first 2 of the paper's 25 meta epochs

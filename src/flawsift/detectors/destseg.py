@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flawsift import training
-from flawsift.corruption import corrupted, photo_views
-from flawsift.detector import Detector, resolve_device
+from flawsift.data.corruption import corrupted, photo_views
+from flawsift.data.images import Batch, ImageSet
+from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.parts import training
+from flawsift.detectors.parts.maps import top_mean, upsample
+from flawsift.detectors.parts.networks import MULTIPLE, STRIDES, Levels, Segmenter, Student, on_finest
 from flawsift.errors import InputError
-from flawsift.images import Batch, ImageSet
-from flawsift.maps import top_mean, upsample
-from flawsift.networks import MULTIPLE, STRIDES, Levels, Segmenter, Student, on_finest
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # section 4.1
 GAMMA = 4.0  # exponent of the focal loss

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flawsift import training
-from flawsift.detector import Detector, resolve_device
+from flawsift.data.images import Batch, ImageSet
+from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.parts import training
+from flawsift.detectors.parts.maps import on_one_grid, smooth, top_mean, upsample
+from flawsift.detectors.parts.neighbors import linear_attention
+from flawsift.detectors.parts.training import UNWATCHED, StableAdamW, Watch, scaled, warmup_cosine, without_rejected
 from flawsift.errors import InputError
-from flawsift.images import Batch, ImageSet
-from flawsift.maps import on_one_grid, smooth, top_mean, upsample
-from flawsift.nn import linear_attention
-from flawsift.training import UNWATCHED, StableAdamW, Watch, scaled, warmup_cosine, without_rejected
 
 HEAD_DIM = 64  # channels per attention head, as in all ViTs of the paper
 # The published map is smoothed at 256 px by a 5 x 5 cut of a Gaussian of sigma 4: nearly a box.

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flawsift import training
-from flawsift.coreset import random_projection
-from flawsift.detector import Detector, resolve_device
+from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors._funad_net import SLOPE, Head, Memory, balanced_loss, follow, smoothness_loss, spread
+from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.parts import training
+from flawsift.detectors.parts.coreset import random_projection
+from flawsift.detectors.parts.neighbors import NearestNeighbors, mutual_pairs
+from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
-from flawsift.images import Batch, ImageSet
-from flawsift.nn import NearestNeighbors, mutual_pairs
-from flawsift.training import UNWATCHED, Watch
 
 MOMENTUM = 0.2  # of RMSprop, as the authors have it
 COPY = 1e-2  # squared distances below it are copies, the patch itself among them: the authors' constant

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flawsift import training
-from flawsift.detector import Detector, resolve_device
+from flawsift.data.images import Batch, ImageSet
+from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.parts import training
+from flawsift.detectors.parts.maps import SIGMA_PER_PIXEL, on_one_grid, smooth
+from flawsift.detectors.parts.training import UNWATCHED, Watch, scaled, without_rejected
 from flawsift.errors import InputError
-from flawsift.images import Batch, ImageSet
-from flawsift.maps import SIGMA_PER_PIXEL, on_one_grid, smooth
-from flawsift.training import UNWATCHED, Watch, scaled, without_rejected
 
 BETAS = (0.5, 0.999)  # of Adam, the authors'
 EXPANSION = 4  # a ResNet's bottleneck block is a quarter as wide inside; twice that in a wide one

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from flawsift.detector import Detector, resolve_device
-from flawsift.images import Batch, ImageSet
-from flawsift.training import (
+from flawsift.data.images import Batch, ImageSet
+from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.parts.training import (
     UNWATCHED,
     Recipe,
     Watch,

@@ -7,12 +7,13 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from flawsift import coreset, nn
-from flawsift.detector import Detector, resolve_device
+from flawsift.data.images import Batch, ImageSet
+from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.parts import coreset
+from flawsift.detectors.parts import neighbors as nn
+from flawsift.detectors.parts.maps import embed_batch
+from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
-from flawsift.images import Batch, ImageSet
-from flawsift.maps import embed_batch
-from flawsift.training import UNWATCHED, Watch
 
 RIDGE = 0.01  # on the covariances of "gaussian": the authors' constant, here in units of the mean variance
 CHUNK = 64  # covariances at a time: 8 MB of 128 x 128

@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from flawsift.detector import Detector
+from flawsift.data.images import Batch, ImageSet
+from flawsift.detectors.base import Detector
+from flawsift.detectors.parts.maps import top_mean
+from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.detectors.patchcore import PatchCore
 from flawsift.detectors.softpatch import SoftPatch
-from flawsift.images import Batch, ImageSet
-from flawsift.maps import top_mean
-from flawsift.training import UNWATCHED, Watch
 
 
 @dataclass(kw_only=True, eq=False)

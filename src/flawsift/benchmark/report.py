@@ -1,0 +1,337 @@
+"""A benchmark's rows as tables (Markdown, LaTeX), and as one HTML page with curves, example pictures and prices.
+
+Figures are means over categories, then mean and standard deviation over seeds. Figures that others published are shown
+beside ours and marked as quoted; they are never ranked.
+"""
+
+import functools
+import html
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from flawsift.benchmark.grid import ADDRESS, NONE, ORACLE, Config
+from flawsift.benchmark.rows import read_rows
+from flawsift.benchmark.runner import MAPS, RESULTS
+from flawsift.benchmark.tables import (
+    PRESET_NAMES,
+    Rows,
+    grouped,
+    latex,
+    markdown,
+    measured_tables,
+    newest,
+    quoted_tables,
+)
+from flawsift.data.images import ImageSet, show
+from flawsift.datasets import load
+from flawsift.detectors.parts.maps import to_image_grid
+from flawsift.errors import FlawsiftError, InputError
+from flawsift.files import ensure_folder, write_text
+from flawsift.metrics.ranking import GroundTruth
+from flawsift.reports.overlays import Scale, overlay, shrink
+from flawsift.reports.pages import data_uri, template
+
+PAGE, MARKDOWN, LATEX = "report.html", "table.md", "table.tex"
+EXAMPLE_ALPHA = 0.2  # the contamination of the example pictures, where the rows have it
+EXAMPLE_ROWS = 12  # pictures: a page of them
+THUMB = 180  # pixels of an example's long edge
+FIELD = (240, 130)  # width and height of a drawn curve's field
+
+
+def write_benchmark_report(results: str | Path, folder: str | Path, *, config: Config | None = None) -> dict[str, Path]:
+    """Write table.md, table.tex and report.html.
+
+    Args:
+        results: results.csv of `flawsift.benchmark.runner.run`, or its folder.
+        folder: For the report.
+        config: The grid, to find the pictures of its examples again. They are drawn into the report only.
+
+    Returns:
+        {what: path}.
+
+    Raises:
+        InputError: There are no rows.
+        OutputError: The folder cannot be written.
+    """
+    path = Path(results)
+    path = path / RESULTS if path.is_dir() else path
+    rows = read_rows(path)
+    if not rows:
+        raise InputError(f"'{show(path)}' has no rows. Run `flawsift benchmark` first.")
+    folder = ensure_folder(folder)
+    good, failed = newest(rows)
+    tables = [*measured_tables(good), *quoted_tables()]
+    written = {"Markdown": folder / MARKDOWN, "LaTeX": folder / LATEX, "HTML": folder / PAGE}
+    write_text(written["Markdown"], "\n".join(markdown(t) for t in tables))
+    write_text(written["LaTeX"], "\n".join(latex(t) for t in tables))
+    page = template("benchmark.html", "benchmark").render(
+        tables=tables,
+        names=PRESET_NAMES,
+        curves=curves(good),
+        prices=prices(good),
+        examples=examples(good, path.parent / MAPS, config),
+        failures=failures(failed),
+        origin=origin(good),
+        n_rows=len(good),
+    )
+    write_text(written["HTML"], page)
+    return written
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Shares of the normal and of the anomalous images kept, by the consensus and by a sub-model alone.
+
+    Attributes:
+        title: What it is of.
+        svg: The drawing, inline.
+        table: (x, normal by consensus, normal alone, anomalous by consensus, anomalous alone) in percent, as texts.
+        axis: What x is.
+    """
+
+    title: str
+    svg: str
+    table: tuple[tuple[str, ...], ...]
+    axis: str
+
+
+SERIES = (
+    ("kept_normal", "normal", "consensus"),
+    ("alone_normal", "normal", "alone"),
+    ("kept_anomalous", "anomalous", "consensus"),
+    ("alone_anomalous", "anomalous", "alone"),
+)
+
+
+def curves(rows: Rows) -> list[Curve]:
+    """Over the contamination, and over k where several were run; one for each set, method and preset that selects."""
+    chosen = [r for r in rows if r.get("alone_normal") and r["preset"] not in (NONE, ORACLE)]
+    found = []
+    for axis, fixed, shown in (("alpha", "n_subsets", "defective in training, %"), ("n_subsets", "alpha", "subsets k")):
+        for (data, protocol, method, preset, other), mine in grouped(
+            chosen, "data", "protocol", "detector", "preset", fixed
+        ).items():
+            points = sorted({float(r[axis]) for r in mine if r[axis]})
+            clean = axis == "n_subsets" and float(other) == 0  # nothing to keep apart
+            if len(points) < 2 or clean:
+                continue
+            at = {x: [r for r in mine if r[axis] and float(r[axis]) == x] for x in points}
+            values = [[_share(at[x], column, kind) for x in points] for column, kind, _ in SERIES]
+            held = (f"k = {other}" if other else "") if axis == "alpha" else f"{float(other):.0%} defective"
+            parts = [data, method, preset, protocol.replace("_", " ") if protocol != "no_overlap" else "", held]
+            scale = 100.0 if axis == "alpha" else 1.0
+            xs = [scale * x for x in points]
+            table = [(f"{x:g}", *("-" if v[i] is None else f"{v[i]:.0f}" for v in values)) for i, x in enumerate(xs)]
+            title = ", ".join(p for p in parts if p)
+            found.append(Curve(title, _draw(xs, values, shown, title), tuple(table), shown))
+    return found
+
+
+def _share(rows: Rows, column: str, kind: str) -> float | None:
+    """Percent of all normal or anomalous training images, averaged over categories and seeds."""
+    shares = []
+    for row in rows:
+        anomalous = float(row["n_train"]) * float(row["alpha_reached"])
+        of = anomalous if kind == "anomalous" else float(row["n_train"]) - anomalous
+        if round(of) and row.get(column):
+            shares.append(100 * float(row[column]) / of)
+    return statistics.fmean(shares) if shares else None
+
+
+def _draw(xs: Sequence[float], values: Sequence[Sequence[float | None]], axis: str, title: str) -> str:
+    """Four curves in a field of `FIELD` units; percent upwards."""
+    width, height = FIELD
+    low, high = min(xs), max(xs)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return width * (x - low) / (high - low), height * (1 - y / 100)
+
+    parts = []
+    for y in (0, 50, 100):
+        parts.append(f'<line class="grid" x1="0" x2="{width}" y1="{at(low, y)[1]:g}" y2="{at(low, y)[1]:g}"/>')
+        parts.append(f'<text x="-6" y="{at(low, y)[1] + 3.5:g}" text-anchor="end">{y}</text>')
+    for x in xs:
+        parts.append(f'<text x="{at(x, 0)[0]:g}" y="{height + 15}" text-anchor="middle">{x:g}</text>')
+    parts.append(f'<text x="{width / 2:g}" y="{height + 31}" text-anchor="middle">{html.escape(axis)}</text>')
+    for (_, kind, by), ys in zip(SERIES, values, strict=True):
+        points = [at(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline class="curve {kind} {by}" points="{line}"/>')
+        parts += [f'<circle class="dot {kind} {by}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
+    label = html.escape(f"Percent of images kept: {title}", quote=True)
+    return f'<svg viewBox="-34 -8 {width + 48} {height + 46}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+# ---- prices, failures, origin ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a method costs, as texts."""
+
+    method: str
+    data: str
+    images: str
+    stage1: str
+    stage2: str
+    per_image: str
+    size: str
+    memory: str
+
+
+def prices(rows: Rows) -> list[Price]:
+    """Mean seconds and bytes of each method on each set, at each preset's average."""
+    found = []
+    for (data, method), mine in grouped(rows, "data", "detector").items():
+        mean = {c: _mean(mine, c) for c in ("seconds_stage1", "seconds_stage2", "model_bytes")}
+        tests = [1000 * float(r["seconds_evaluate"]) / float(r["n_test"]) for r in mine if r.get("seconds_evaluate")]
+        peak = max((float(r["peak_mb"]) for r in mine if r.get("peak_mb")), default=0.0)
+        found.append(
+            Price(
+                method,
+                data,
+                f"{_mean(mine, 'n_train'):,.0f}",
+                _short(mean["seconds_stage1"]),
+                _short(mean["seconds_stage2"]),
+                _short(statistics.fmean(tests)) if tests else "-",
+                _bytes(mean["model_bytes"]),
+                f"{peak:,.0f}",
+            )
+        )
+    return found
+
+
+def _mean(rows: Rows, column: str) -> float:
+    values = [float(r[column]) for r in rows if r.get(column)]
+    return statistics.fmean(values) if values else float("nan")
+
+
+def _short(value: float) -> str:
+    """Two digits at least, and no decimals that say nothing; "-" where nothing was measured."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def _bytes(n: float) -> str:
+    if math.isnan(n):
+        return "-"
+    return f"{n / 1e6:,.1f} MB" if n >= 1e5 else f"{n / 1e3:,.1f} kB"
+
+
+def failures(rows: Rows) -> list[tuple[str, int]]:
+    """(data, method and reason; how many cells) of what failed, presets of a cell counted once."""
+    cells = {tuple(r[key] for key in ADDRESS[:-1]): r for r in rows}
+    texts = [f"{r['data']} {r['category']}, {r['detector']}: {r['error']}".replace(" ,", ",") for r in cells.values()]
+    return [(text, texts.count(text)) for text in dict.fromkeys(texts)]
+
+
+def origin(rows: Rows) -> list[str]:
+    """One line for each commit, machine and set of versions behind the rows."""
+    found = []
+    for (commit, machine, versions), mine in grouped(rows, "commit", "machine", "versions").items():
+        m = json.loads(machine or "{}")
+        v = ", ".join(f"{k} {n}" for k, n in json.loads(versions or "{}").items())
+        where = f"{m.get('cpu', '?')}, {m.get('cores', '?')} cores, {m.get('gib', '?')} GiB, {m.get('os', '?')}"
+        found.append(f"{len(mine)} rows: {f'commit {commit}; ' if commit else ''}{where}; {v}.")
+    return found
+
+
+# ---- example pictures ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures in lines: the image, its mask, and each method's map.
+
+    Attributes:
+        caption: What they are of.
+        methods: Names of the columns behind image and mask.
+        lines: (name, pictures as data URIs, "" where there is none).
+        problem: Why there are none.
+    """
+
+    caption: str = ""
+    methods: tuple[str, ...] = ()
+    lines: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    problem: str = ""
+
+
+def examples(rows: Rows, maps: Path, config: Config | None) -> Examples:
+    """Maps of all methods on the same images, of one contamination, preset and seed."""
+    with_maps = [r for r in rows if (maps / f"{r.get('key', '')}.npz").is_file()]
+    if not with_maps:
+        return Examples(problem="The rows have no anomaly maps beside them.")
+    if config is None:
+        return Examples(problem="Pictures need the grid's file: give it with --config.")
+    alpha = min({float(r["alpha"]) for r in with_maps}, key=lambda a: abs(a - EXAMPLE_ALPHA))
+    presets = list(dict.fromkeys(r["preset"] for r in with_maps))
+    preset = "default" if "default" in presets else presets[0]
+    first = with_maps[0]
+    mine = [
+        r
+        for r in with_maps
+        if (float(r["alpha"]), r["preset"], r["protocol"], r["n_subsets"])
+        == (alpha, preset, first["protocol"], first["n_subsets"])
+    ]
+    methods = tuple(dict.fromkeys(r["detector"] for r in mine))
+    lines: list[tuple[str, tuple[str, ...]]] = []
+    groups = grouped(mine, "data", "category")
+    per_set = max(1, EXAMPLE_ROWS // max(1, len(groups)))
+    for (data, category), here in groups.items():
+        spec = next((d for d in config.data if d.name == data), None)
+        if spec is None:
+            continue
+        try:
+            options = {**dict(spec.options), **({"category": category} if category else {})}
+            if data == "realiad":
+                options["alpha"] = alpha if first["protocol"] == "official" else 0.0
+            loaded = load(data, **options)
+            lines += _example_lines(loaded.images, loaded.truth, here, methods, maps, per_set)
+        except FlawsiftError as error:
+            return Examples(problem=f"The pictures of {data} cannot be drawn: {error}")
+    name = PRESET_NAMES.get(preset, preset)
+    return Examples(f"{alpha:.0%} of the training images defective; stage 1: {name}.", methods, tuple(lines))
+
+
+def _example_lines(
+    images: ImageSet, truth: GroundTruth, rows: Rows, methods: Sequence[str], maps: Path, n: int
+) -> Iterable[tuple[str, tuple[str, ...]]]:
+    found: dict[str, dict[str, Any]] = {}
+    sharp = functools.partial(data_uri, subsampling=0)
+    for row in rows:
+        with np.load(maps / f"{row['key']}.npz", allow_pickle=False) as content:
+            found[row["detector"]] = dict(content)
+    ids = next(iter(found.values()))["ids"][:n].tolist()
+    for id_ in ids:
+        picture = shrink(images.image(id_), THUMB)
+        mask = truth.mask(id_, (picture.height, picture.width))
+        drawn = [sharp(picture), "" if mask is None else sharp(Image.fromarray(mask).convert("RGB"))]
+        for method in methods:
+            arrays = found.get(method)
+            place = [] if arrays is None else np.flatnonzero(arrays["ids"] == id_).tolist()
+            drawn.append("" if arrays is None or not place else sharp(_heatmap(picture, arrays, place[0])))
+        kind = truth.select([id_]).defect_types[0]
+        yield f"{' '.join(filter(None, (rows[0]['data'], rows[0]['category'])))}, {kind}", tuple(drawn)
+
+
+def _heatmap(picture: Image.Image, arrays: Mapping[str, Any], at: int) -> Image.Image:
+    """A method's map over a picture; its colours are the same on all pictures of a set."""
+    low, threshold = arrays["scale"].tolist()
+    middle = float(np.median(arrays["scores"]))  # a threshold that no picture reaches would leave them all blank
+    scale = Scale.of([low], min(middle, threshold) if np.isfinite(threshold) else middle)
+    found = to_image_grid(torch.from_numpy(arrays["grids"][at : at + 1].astype(np.float32)), THUMB)[0]
+    peak = float(found.max())  # smoothing lowers it below the score
+    return overlay(picture, found * (float(arrays["scores"][at]) / peak) if peak > 0 else found, scale, max_edge=THUMB)

@@ -1,0 +1,93 @@
+"""Measured rows in CSV files, and where a figure comes from: code, machine, memory."""
+
+import contextlib
+import csv
+import functools
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flawsift.files import ensure_folder, take_lock, write_csv
+
+Row = dict[str, Any]
+
+
+def machine() -> Row:
+    """Processor, cores, memory and system of this machine."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = lines[0] if lines else model
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {"cpu": model, "cores": os.cpu_count(), "gib": round(gib), "os": platform.system()}
+
+
+@functools.cache
+def source_commit() -> str:
+    """Short hash of the checkout that this package lies in, "-dirty" when its code differs; "" when it is installed."""
+    package = Path(__file__).resolve().parent.parent
+    try:
+        top = Path(_git(package, "rev-parse", "--show-toplevel"))
+        if package != top / "src" / "flawsift":
+            return ""  # somebody else's repository around an installed package
+        return _git(top, "rev-parse", "--short", "HEAD") + (
+            "-dirty" if _git(top, "status", "--porcelain", "src") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "--no-optional-locks", *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def peak_mb() -> float:
+    """The largest resident size of this process so far, in MiB; file pages read through memory maps count."""
+    units = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """All rows of a CSV file; none if it does not exist."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{k: v or "" for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a CSV file in one step. Columns keep their place; new ones come last; None is an empty cell.
+
+    Processes that add to files of one folder take turns, so that none loses the rows of another.
+    """
+    if not rows:
+        return
+    with _alone_in(ensure_folder(path.parent)):
+        all_rows: list[Mapping[str, Any]] = [*read_rows(path), *rows]
+        header = list(dict.fromkeys(key for row in all_rows for key in row))
+        write_csv(path, header, [[_cell(row.get(key)) for key in header] for row in all_rows])
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait for other processes that hold this folder; the lock is on the folder itself and leaves no file behind."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        take_lock(handle)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return json.dumps(value) if isinstance(value, dict | list | tuple) else value

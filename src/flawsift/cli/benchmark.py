@@ -1,0 +1,103 @@
+"""The commands around benchmarks and the cache: `flawsift benchmark`, `benchmark-report`, `cache`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flawsift.cli.options import AsJson, Cache, Out, say, shown_progress, store_of
+
+cache_app = typer.Typer(help="List, verify or clear the feature cache.", no_args_is_help=True)
+
+
+def benchmark(
+    config: Annotated[Path, typer.Argument(help="TOML file of the grid, such as benchmarks/table1.toml.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for results.csv; rows that are there are kept.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its estimated time only.")] = False,
+    executor: Annotated[
+        str | None, typer.Option("--executor", help="As for `screen`, for cells or sub-models. [the file's]")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make rows again that are there.")] = False,
+    any_commit: Annotated[bool, typer.Option("--any-commit", help="Rows of other commits count as done.")] = False,
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a grid of detectors, data sets, contaminations, protocols, presets and seeds; resumable."""
+    from flawsift.benchmark import grid
+    from flawsift.benchmark.rows import read_rows, source_commit
+    from flawsift.benchmark.runner import RESULTS, run
+    from flawsift.executors import make_executor
+
+    wanted = grid.read_config(config)
+    cells = grid.plan(wanted)
+    earlier = read_rows(out / RESULTS)
+    if dry_run:
+        done = set() if fresh else grid.done_places(earlier, None if any_commit else source_commit())
+        open_ = [c for c in cells if any(c.place(preset) not in done for preset in c.presets)]
+        seconds, unknown = grid.estimate_seconds(open_, earlier)
+        lines = grid.describe_plan(wanted, open_, len(cells), seconds, unknown)
+        plan = {"n_cells": len(cells), "n_open": len(open_), "seconds": seconds, "n_unknown": unknown}
+        say(as_json, plan, lines)
+        return
+    with shown_progress() as progress:
+        rows = run(
+            wanted,
+            out,
+            store=store_of(cache),
+            executor=None if executor is None else make_executor(executor),
+            fresh=fresh,
+            any_commit=any_commit,
+            progress=progress,
+        )
+    failed = [row for row in rows if row.get("error")]
+    lines = [f"{len(cells)} cells, {len(rows)} new rows, {len(failed)} of them failed: {out / RESULTS}"]
+    reasons = list(dict.fromkeys(row["error"] for row in failed))
+    lines += [f"  {reason}" for reason in reasons[:5]]
+    say(as_json, {"n_cells": len(cells), "n_rows": len(rows), "n_failed": len(failed), "reasons": reasons}, lines)
+    if failed:
+        raise typer.Exit(1)
+
+
+def benchmark_report(
+    results: Annotated[Path, typer.Argument(help="results.csv of `flawsift benchmark`, or its folder.")],
+    out: Out,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="The grid's file, to draw example pictures of its data sets.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tables (Markdown, LaTeX, HTML), curves, example pictures and prices of a benchmark."""
+    from flawsift.benchmark.grid import read_config
+    from flawsift.benchmark.report import write_benchmark_report
+
+    found = write_benchmark_report(results, out, config=None if config is None else read_config(config))
+    say(as_json, {name: str(path) for name, path in found.items()}, [f"{n}: {p}" for n, p in found.items()])
+
+
+@cache_app.command("list")
+def cache_list(cache: Cache = None, as_json: AsJson = False) -> None:
+    """What the feature cache holds."""
+    store = store_of(cache)
+    rows = store.summary()
+    lines = [f"{r['key']}: {r['images']} images, {', '.join(r['layers'])}, {r['bytes'] / 1e6:.1f} MB" for r in rows]
+    say(as_json, {"root": str(store.root), "entries": rows}, [f"Feature cache: {store.root}", *(lines or ["empty"])])
+
+
+@cache_app.command("verify")
+def cache_verify(
+    cache: Cache = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what is damaged.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Recompute the checksums of the feature cache; exit code 1 when something is damaged and left so."""
+    problems = store_of(cache).verify(repair=repair)
+    say(as_json, {"problems": problems, "repaired": repair}, problems or ["The feature cache is intact."])
+    if problems and not repair:
+        raise typer.Exit(1)
+
+
+@cache_app.command("clear")
+def cache_clear(cache: Cache = None, as_json: AsJson = False) -> None:
+    """Remove everything that flawsift cached."""
+    freed = store_of(cache).clear()
+    say(as_json, {"freed_bytes": freed}, [f"{freed / 1e6:.1f} MB freed."])

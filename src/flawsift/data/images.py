@@ -1,0 +1,460 @@
+"""Images by global id: where pixels come from, how they are decoded, and nothing about what they mean.
+
+`ImageSet` is the one type that detectors, screening and the feature cache speak. It is an ordered view on
+unlabelled images, addressed by global ids only: ids survive every selection, positions never leave a function.
+Labels live in `flawsift.metrics.ranking.GroundTruth` and cannot reach `fit`.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from flawsift.data.views import check_view, derive
+from flawsift.errors import InputError
+
+Ids = npt.NDArray[np.int64]
+
+# What a folder scan takes for an image. Content decides how a file is decoded; the ending only whether it is looked at.
+EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# 16-bit greys are divided by one constant, so that a pixel never depends on the rest of its image.
+SIXTEEN_BIT_WHITE = 65535.0
+MAX_NAMED = 5  # an error names at most this many offenders, and the total
+
+
+class UnreadableImage(InputError):
+    """One image cannot be decoded; the text is the reason without the path."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a detector sees of some images.
+
+    Attributes:
+        ids: (B,) global ids.
+        features: {layer: (B, C, h, w)} float32, keyed by the layer names that were asked for.
+        pixels: (B, 3, H, W) float32 in [0, 1], only when asked for.
+        size: Edge length H = W of the network input in pixels, the grid that maps are brought to.
+        memo: What detectors derive from the features, so that sub-models on one batch derive it once.
+        rejected: (B, h, w) bool on some patch grid, True where a patch is not to be learned from; None for nowhere.
+    """
+
+    ids: Ids
+    features: Mapping[str, Tensor]
+    pixels: Tensor | None
+    size: int
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    rejected: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def accepted(self, h: int, w: int) -> Tensor | None:
+        """(B, h, w) bool, True where a patch of this grid may be learned from; None when all may.
+
+        A coarse patch that touches a rejected fine one is rejected.
+        """
+        if self.rejected is None:
+            return None
+        marked = self.rejected[:, None].float()
+        if h >= marked.shape[2]:
+            return F.interpolate(marked, (h, w), mode="nearest")[:, 0] == 0
+        return F.adaptive_max_pool2d(marked, (h, w))[:, 0] == 0
+
+
+class Source(Protocol):
+    """Where the pixels of a global id come from."""
+
+    @property
+    def ids(self) -> Ids: ...
+    def name(self, id_: int) -> str: ...
+    def read(self, id_: int) -> bytes: ...
+    def decode(self, data: bytes) -> Image.Image: ...
+
+
+class FeatureReader(Protocol):
+    """What `flawsift.features.store` attaches to an `ImageSet`: frozen features by id."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def key(self) -> str: ...
+    def read(self, images: "ImageSet", layers: Sequence[str]) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class FileSource:
+    """Image files below one root folder.
+
+    Attributes:
+        root: The folder.
+        names: {global id: path relative to the root, with forward slashes}.
+    """
+
+    root: Path
+    names: Mapping[int, str]
+
+    @property
+    def ids(self) -> Ids:
+        return np.fromiter(self.names, np.int64, len(self.names))
+
+    def name(self, id_: int) -> str:
+        return self.names[id_]
+
+    def path(self, id_: int) -> Path:
+        return self.root / self.names[id_]
+
+    def read(self, id_: int) -> bytes:
+        try:
+            return self.path(id_).read_bytes()
+        except OSError as error:
+            raise UnreadableImage(f"cannot be read: {error.strerror or error}") from error
+
+    def decode(self, data: bytes) -> Image.Image:
+        return decode(data)
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Images in memory.
+
+    Attributes:
+        arrays: {global id: (H, W, 3) or (H, W) uint8}.
+    """
+
+    arrays: Mapping[int, npt.NDArray[np.uint8]]
+
+    @property
+    def ids(self) -> Ids:
+        return np.fromiter(self.arrays, np.int64, len(self.arrays))
+
+    def name(self, id_: int) -> str:
+        return f"array-{id_}"
+
+    def read(self, id_: int) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, self.arrays[id_], allow_pickle=False)
+        return buffer.getvalue()
+
+    def decode(self, data: bytes) -> Image.Image:
+        return Image.fromarray(np.load(io.BytesIO(data), allow_pickle=False)).convert("RGB")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """An ordered view on unlabelled images, addressed by global ids only.
+
+    Attributes:
+        ids: (N,) global ids in the order of the view.
+        source: Where pixels come from.
+        groups: {global id: group name} for images that belong together (views of one object, exposures of one
+            part). An id that is not in it is a group of its own.
+        reader: Frozen features, attached by `flawsift.features.store.attach`; None for pixels only.
+        derived: Name of the derived view that pixels and features are of; "" for the images themselves.
+        rejected: {global id: (h, w) bool}, True where a patch is not to be learned from (`without_patches`).
+    """
+
+    ids: Ids
+    source: Source
+    groups: Mapping[int, str] = field(default_factory=dict)
+    reader: FeatureReader | None = None
+    derived: str = ""
+    rejected: Mapping[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
+
+    @classmethod
+    def from_folder(cls, root: str | Path, *, groups: Mapping[str, str] | None = None) -> Self:
+        """All images below a folder, nested or flat, ids 0..N-1 in sorted order of their relative paths.
+
+        Links are followed, each real folder once, so loops end.
+
+        Args:
+            root: The folder.
+            groups: {relative path: group name}.
+
+        Raises:
+            InputError: The folder is missing, not a folder, or has no image.
+        """
+        root = Path(root)
+        names = scan_folder(root)
+        if not names:
+            kinds = ", ".join(sorted(EXTENSIONS))
+            raise InputError(f"No images in '{show(root)}'. Looked in all sub-folders for {kinds}.")
+        by_id = dict(enumerate(names))
+        known = {i: groups[name] for i, name in by_id.items() if name in groups} if groups else {}
+        return cls(np.arange(len(names), dtype=np.int64), FileSource(root, by_id), known)
+
+    @classmethod
+    def from_files(cls, root: str | Path, names: Mapping[int, str]) -> Self:
+        """The files `root / names[id]` under the ids given."""
+        source = FileSource(Path(root), dict(names))
+        return cls(source.ids, source)
+
+    @classmethod
+    def from_arrays(cls, arrays: Sequence[npt.NDArray[np.uint8]], *, ids: Sequence[int] | None = None) -> Self:
+        """Images in memory, each (H, W, 3) or (H, W) uint8; ids 0..N-1 unless given."""
+        ids = range(len(arrays)) if ids is None else ids
+        if len(ids) != len(arrays) or len(set(ids)) != len(ids):
+            raise InputError(f"ids must be one distinct id per array, got {len(ids)} ids for {len(arrays)} arrays.")
+        source = ArraySource({int(i): np.asarray(a) for i, a in zip(ids, arrays, strict=True)})
+        return cls(source.ids, source)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, ids: npt.ArrayLike) -> Self:
+        """The view of these global ids, in their order.
+
+        Raises:
+            InputError: An id is not in this view, or appears twice.
+        """
+        wanted = np.asarray(ids, dtype=np.int64).reshape(-1)
+        missing = wanted[~np.isin(wanted, self.ids)]
+        if len(missing):
+            raise InputError(f"{len(missing)} ids are not in this set: {missing[:MAX_NAMED].tolist()}.")
+        if len(np.unique(wanted)) != len(wanted):
+            raise InputError("ids to select must be distinct.")
+        return replace(self, ids=wanted)
+
+    def view(self, name: str) -> Self:
+        """The same ids under a derived view, such as "rotate:5" (see `data.views`); "" gives the images themselves.
+
+        Raises:
+            ParameterError: There is no such view.
+        """
+        check_view(name)
+        return replace(self, derived=name)
+
+    def without_patches(self, rejected: Mapping[int, npt.NDArray[np.bool_]]) -> Self:
+        """The same images, less some patches for detectors that can leave out patches when they learn.
+
+        Args:
+            rejected: {global id: (h, w) bool}, all on one grid; images that are not in it keep all their patches.
+        """
+        return replace(self, rejected=rejected)
+
+    @property
+    def names(self) -> list[str]:
+        """(N,) relative paths, in the order of the view."""
+        return [self.source.name(int(i)) for i in self.ids]
+
+    @property
+    def group_names(self) -> list[str]:
+        """(N,) group of each image; an image without one is alone in a group that no other id can have."""
+        return [self.groups.get(int(i), f"\0id:{i}") for i in self.ids]
+
+    @property
+    def members(self) -> dict[str, list[int]]:
+        """{group: positions of its images in the view}, groups in the order of their first images."""
+        found: dict[str, list[int]] = {}
+        for position, group in enumerate(self.group_names):
+            found.setdefault(group, []).append(position)
+        return found
+
+    def image(self, id_: int) -> Image.Image:
+        """The decoded RGB image in its own size, upright.
+
+        Raises:
+            UnreadableImage: It cannot be decoded.
+        """
+        return self.source.decode(self.source.read(int(id_)))
+
+    def pixels_of(self, id_: int, size: int) -> Tensor:
+        """One image as (3, size, size) uint8, under the derived view.
+
+        Raises:
+            UnreadableImage: It cannot be decoded.
+        """
+        return derive(to_pixels(self.image(id_), size), self.derived)
+
+    def pixels(self, size: int) -> Tensor:
+        """All images of the set as (N, 3, size, size) uint8, under the derived view."""
+        if not len(self):
+            return torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return torch.stack([self.pixels_of(int(i), size) for i in self.ids])
+
+    def batches(
+        self,
+        layers: Sequence[str],
+        *,
+        pixels: bool = False,
+        batch_size: int = 32,
+        shuffle: np.random.Generator | None = None,
+    ) -> Iterator[Batch]:
+        """The set in batches of frozen features, in order unless a generator shuffles it.
+
+        Args:
+            layers: Layers to read.
+            pixels: Read pixels too.
+            batch_size: Images in a batch; the last one may be smaller.
+            shuffle: Draws the order.
+
+        Raises:
+            InputError: No features are attached.
+        """
+        if self.reader is None:
+            raise InputError("This ImageSet has no features. Attach them first: flawsift.attach(images, backbone).")
+        ids = self.ids if shuffle is None else shuffle.permutation(self.ids)
+        for start in range(0, len(ids), batch_size):
+            part = replace(self, ids=ids[start : start + batch_size])
+            size = self.reader.size
+            seen = part.pixels(size).float().div_(255) if pixels else None
+            features = self.reader.read(part, layers) if layers else {}
+            yield Batch(part.ids, features, seen, size, rejected=part._rejected_patches())
+
+    @property
+    def rejected_share(self) -> float:
+        """Share of the patches of the set that are not to be learned from."""
+        lost = sum(float(self.rejected[i].mean()) for i in self.ids.tolist() if i in self.rejected)
+        return lost / len(self) if len(self) else 0.0
+
+    def _rejected_patches(self) -> Tensor | None:
+        masks = [self.rejected.get(int(i)) for i in self.ids]
+        shape = next((m.shape for m in masks if m is not None), None)
+        if shape is None:
+            return None
+        return torch.from_numpy(np.stack([np.zeros(shape, bool) if m is None else m for m in masks]))
+
+
+def scan_folder(root: Path) -> list[str]:
+    """Relative paths of all image files below `root`, sorted, each real folder visited once.
+
+    Raises:
+        InputError: `root` is missing or not a folder, or a folder below it cannot be listed.
+    """
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise InputError(f"Image folder '{show(root)}' {what}.")
+    seen: set[tuple[int, int]] = set()
+    names: list[str] = []
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"Folder '{show(Path(str(error.filename)))}' cannot be listed: {error.strerror}.") from error
+
+    for folder, children, files in os.walk(root, followlinks=True, onerror=fail):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            children.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        children[:] = sorted(c for c in children if not c.startswith("."))
+        relative = Path(folder).relative_to(root)
+        names += [
+            (relative / f).as_posix() for f in files if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")
+        ]
+    return sorted(names)
+
+
+def decode(data: bytes) -> Image.Image:
+    """File content as an upright 8-bit RGB image.
+
+    The content decides the format, not the file's ending. EXIF rotation is applied, 16-bit grey is divided by
+    65535, CMYK and palettes are converted, transparent pixels are laid on black, of an animation the first frame
+    counts.
+
+    Raises:
+        UnreadableImage: With the reason.
+    """
+    if not data:
+        raise UnreadableImage("empty file (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and of large sizes; large ones raise below
+            with Image.open(io.BytesIO(data)) as opened:
+                opened.load()
+                return _to_rgb(ImageOps.exif_transpose(opened))
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise UnreadableImage(f"more than {limit} megapixels; make it smaller or cut it into tiles") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage("not an image, or a format that Pillow cannot read") from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, MemoryError) as error:
+        raise UnreadableImage(f"damaged or truncated: {_one_line(error)}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey is "I;16*" or, in old files, "I"
+        grey = np.asarray(image, dtype=np.float64)
+        # float images have no stated white; values in [0, 1] are taken as such, others as 8-bit
+        white = SIXTEEN_BIT_WHITE if image.mode != "F" else (1.0 if grey.max(initial=0) <= 1 else 255.0)
+        return Image.fromarray(np.clip(np.rint(grey / white * 255), 0, 255).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_pixels(image: Image.Image, size: int) -> Tensor:
+    """An RGB image as (3, size, size) uint8: square resize, bilinear with antialiasing, no crop."""
+    if image.size != (size, size):
+        # reducing_gap keeps a 20,000 px wide image from costing seconds: box-reduce first, then resample
+        image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def content_digest(data: bytes) -> str:
+    """SHA-256 of a file's content, hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_groups(path: str | Path) -> dict[str, str]:
+    """{relative image path: group} from a CSV file with the columns `file` (or `path`) and `group`.
+
+    Raises:
+        InputError: The file is missing, or lacks a column.
+    """
+    path = Path(path)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"Groups file '{show(path)}' cannot be read: {_one_line(error)}.") from error
+    columns = set(rows[0]) if rows else set()
+    name = "file" if "file" in columns else "path"
+    if not {name, "group"} <= columns:
+        raise InputError(f"Groups file '{show(path)}' needs the columns 'file' and 'group', has {sorted(columns)}.")
+    return {row[name]: row["group"] for row in rows if row["group"]}
+
+
+def show(path: str | Path) -> str:
+    """A path as printable text: bytes that are not UTF-8 appear as backslash escapes.
+
+    >>> show(os.fsdecode(b"caf\\xe9.png"))
+    'caf\\\\udce9.png'
+    """
+    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def find_name(root: Path, shown: str) -> str:
+    """The path below `root` that `show` made a text of; the text itself where no such file is there.
+
+    A file whose name really holds a backslash escape comes first.
+    """
+    if "\\udc" in shown and not os.path.lexists(root / shown):
+        raw = re.sub(r"\\udc([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), shown)
+        if os.path.lexists(root / raw):
+            return raw
+    return shown
+
+
+def name_some(names: Iterable[str]) -> str:
+    """At most five names and how many more there are."""
+    listed = [show(n) for n in names]
+    rest = len(listed) - MAX_NAMED
+    return ", ".join(listed[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

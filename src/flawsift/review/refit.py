@@ -1,0 +1,148 @@
+"""Stage 2 with decisions of a person, in a process of its own (`python -m flawsift.review.refit`).
+
+Progress goes to stdout, one JSON object a line. The process ends when its stdin is closed, so that none is left behind
+when whoever started it is killed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flawsift.errors import FlawsiftError, InputError
+
+
+def refit(
+    screening: str | Path,
+    out: str | Path,
+    *,
+    decisions: str | Path,
+    images: str | Path | None = None,
+    cache: str | Path | None = None,
+    progress: Any = None,
+) -> dict[str, Any]:
+    """Train on what a screening keeps once a person has decided.
+
+    Detector, backbone and false-alarm rate are those of the model that is replaced; where there is none, the backbone
+    of the screening, and its detector, unless that is the default screener: then the default detector of `fit`.
+
+    Args:
+        screening: Its folder.
+        out: The model folder.
+        decisions: What a person decided.
+        images: The images' folder; None takes the one that was screened.
+        cache: Feature cache; None takes the default one.
+        progress: As for `flawsift.pipeline.fit`.
+
+    Returns:
+        What a person wants to know of the model.
+
+    Raises:
+        InputError: The screening, its images or the decisions cannot be used.
+        OutputError: `out` cannot be written.
+    """
+    from flawsift import pipeline
+    from flawsift.data.images import show
+    from flawsift.detectors.base import make_detector
+    from flawsift.features.backbones import load_backbone
+    from flawsift.features.store import FeatureStore
+    from flawsift.models.calibration import DEFAULT_RATE
+    from flawsift.progress import silent
+    from flawsift.reports import screening as report
+    from flawsift.screening.decisions import read_decisions
+    from flawsift.screening.storage import images_of, read_screening
+
+    found = read_screening(screening)
+    try:
+        detector, spec, rate = _replaced(Path(out)) or (
+            _final_of(found.provenance["detector"]),
+            found.provenance["backbone"]["spec"],
+            DEFAULT_RATE,
+        )
+        made = make_detector(detector["name"], **detector["params"])
+        loaded = load_backbone(**spec)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"The screening does not say how it was made: {error!r}. Screen the folder again.") from error
+    choices = read_decisions(decisions)
+    model = pipeline.fit(
+        images_of(found, images),
+        made,
+        loaded,
+        screening=screening,
+        decisions=choices,
+        false_alarm_rate=rate,
+        store=FeatureStore(Path(cache)) if cache is not None else FeatureStore(),
+        seed=found.options.get("seed", 0),
+        out=out,
+        progress=progress or silent,
+    )
+    page = report.write_fit_report(model, screening, out, images=images, choices=choices)
+    threshold = model.threshold()
+    return {
+        "n_kept": model.training["n_kept"],
+        "n_images": len(found.ids),
+        "threshold": None if threshold is None else threshold.value,
+        "per_hundred": None if threshold is None else threshold.per_hundred,
+        "seconds": model.training["seconds"],
+        "out": show(out),
+        "report": show(page),
+    }
+
+
+def _final_of(screener: dict[str, Any]) -> dict[str, Any]:
+    """The detector that a screening was made by, or the default of stage 2 where nobody had named one."""
+    from flawsift.detectors.base import make_detector
+    from flawsift.screening.stage1 import FINAL, SCREENERS
+
+    seed = screener["params"]["seed"]
+    plain = make_detector(SCREENERS["default"], seed=seed)
+    if (screener["name"], screener["params"]) != (plain.name, plain.params()):
+        return screener
+    return {"name": FINAL, "params": {"seed": seed}}
+
+
+def _replaced(out: Path) -> tuple[dict[str, Any], dict[str, Any], float] | None:
+    """Of a model folder: its detector's name and parameters, its backbone's spec, its false-alarm rate; else None."""
+    try:
+        model = json.loads((out / "model.json").read_text("utf-8"))
+        detector = json.loads((out / "detector.json").read_text("utf-8"))
+        return detector, model["backbone"]["spec"], float(model["training"]["false_alarm_rate"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _say(**what: Any) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
+def _end_with_parent() -> None:
+    while sys.stdin.buffer.read(1 << 10):
+        pass
+    os._exit(3)  # from a thread: nothing is half-written, since all files are written in one step
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one refit, told by arguments."""
+    parser = argparse.ArgumentParser(prog="flawsift.review.refit")
+    for name in ("screening", "out", "decisions", "images", "cache"):
+        parser.add_argument(f"--{name}", type=Path)
+    given = vars(parser.parse_args(arguments))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        result = refit(**given, progress=lambda stage, done, total: _say(stage=stage, done=done, total=total))
+    except (FlawsiftError, OSError, MemoryError) as error:
+        from flawsift.data.images import show
+
+        _say(error=show(" ".join(str(error).split())) or type(error).__name__)
+        return 2
+    _say(result=result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

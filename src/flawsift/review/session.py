@@ -1,0 +1,300 @@
+"""What the page shows and does where a person decides: `flawsift review`, served by `flawsift.review.server`.
+
+Pictures are encoded anew and asked for by the ids of the screening, so no path ever comes from the network. Decisions
+are on disk before they are confirmed.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from flawsift.data.images import FileSource, ImageSet, UnreadableImage, show
+from flawsift.errors import InputError, ParameterError
+from flawsift.files import ensure_folder
+from flawsift.reports import pages
+from flawsift.reports import screening as report
+from flawsift.reports.overlays import layer, shrink
+from flawsift.screening.decisions import NAME as DECISIONS
+from flawsift.screening.decisions import Change, Decision, DecisionStore
+from flawsift.screening.lookalikes import nearest
+from flawsift.screening.stage1 import Screening
+from flawsift.screening.storage import images_of, read_screening, screening_folder
+
+THUMB, PREVIEW = 256, 1200  # pixels of the long edge: a card on a dense screen, a laptop's window
+LAYER = 512  # pixels; a heatmap is smooth, the browser stretches it
+JPEG_QUALITY = 88
+THUMBS, PREVIEWS = 4000, 64  # encoded pictures in memory: about 60 and 20 MB
+N_ALIKE = 6
+
+
+@dataclass(eq=False)
+class Refit:
+    """Stage 2 in a process of its own, one at a time.
+
+    Attributes:
+        command: What is run.
+        status: What the page shows: state (idle, running, done, failed) and more.
+    """
+
+    command: list[str]
+    status: dict[str, Any] = field(default_factory=lambda: {"state": "idle"})
+    _process: subprocess.Popen[bytes] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> bool:
+        """Start, unless one is running."""
+        with self._lock:
+            if self.status["state"] == "running":
+                return False
+            self.status = {"state": "running", "stage": "starting", "done": 0, "total": 0, "started": time.time()}
+            try:
+                self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            except OSError as error:
+                self.status = {"state": "failed", "message": show(f"cannot start: {error}")}
+                return True
+        threading.Thread(target=self._follow, args=(self._process,), daemon=True).start()
+        return True
+
+    def stop(self) -> None:
+        """End it; what it has done is taken up by the next one."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+    def _follow(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        result = error = None
+        for line in process.stdout:
+            try:
+                told = json.loads(line, parse_constant=lambda _: None)  # what is not a number cannot be sent on
+            except (ValueError, RecursionError):
+                continue  # a library printed something
+            if not isinstance(told, dict):
+                continue  # likewise, a number for instance
+            if "stage" in told:
+                self.status = {**self.status, **{key: told.get(key) for key in ("stage", "done", "total")}}
+            result, error = told.get("result", result), told.get("error", error)
+        code = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        if isinstance(result, dict):
+            self.status = {"state": "done", **result}
+        else:
+            self.status = {"state": "failed", "message": error or f"ended with code {code}"}
+
+
+@dataclass(eq=False)
+class Review:
+    """One screening, its images, and what a person decides about them.
+
+    Attributes:
+        folder: The screening's.
+        out: Where a refit writes its model.
+        screening: Read from disk.
+        images: Under the same ids.
+        store: Decisions on disk.
+        refit: Stage 2 in the background.
+    """
+
+    folder: Path
+    out: Path
+    screening: Screening
+    images: ImageSet
+    store: DecisionStore
+    refit: Refit
+
+    @classmethod
+    def open(cls, folder: str | Path, *, images: str | Path | None = None, cache: str | Path | None = None) -> "Review":
+        """From a screening folder, or a model folder that has one.
+
+        Raises:
+            InputError: There is no screening, it or its decisions are damaged, or its images are not there.
+            OutputError: The folder cannot be written.
+        """
+        place = screening_folder(folder)
+        ensure_folder(place)
+        out = place.parent if (place.parent / "model.json").exists() and place.name == "screening" else place / "model"
+        screening = read_screening(place)
+        found = images_of(screening, images)
+        store = DecisionStore(place / DECISIONS)
+        command = [sys.executable, "-m", "flawsift.review.refit", "--screening", str(place), "--out", str(out)]
+        command += ["--decisions", str(store.path)]
+        command += ["--images", str(images)] if images is not None else []
+        command += ["--cache", str(cache)] if cache is not None else []
+        return cls(place, out, screening, found, store, Refit(command))
+
+    @functools.cached_property
+    def position(self) -> dict[int, int]:
+        """{global id: position in the screening}."""
+        return {i: p for p, i in enumerate(self.screening.ids.tolist())}
+
+    @functools.cached_property
+    def id_of(self) -> dict[str, int]:
+        """{name as shown: global id}."""
+        return {show(n): i for i, n in zip(self.screening.ids.tolist(), self.screening.names, strict=True)}
+
+    def decided(self) -> Screening:
+        """The screening with the decisions in force."""
+        choices = {n: d.choice for n, d in self.store.since(-1)[1].items() if d.choice and n in self.id_of}
+        try:
+            return self.screening.decided(choices)[0]
+        except InputError:  # everything was removed: nothing to train on, but something to look at
+            return replace(self.screening, kept=self.screening.ids[:0], rejected=None)
+
+    def news(self, since: int) -> dict[str, Any]:
+        """The revision and the decisions that changed after an older one, by id."""
+        revision, rows = self.store.since(since)
+        return {"revision": revision, "decisions": self._by_id(rows), "refit": self.refit.status}
+
+    def decide(self, changes: list[Any]) -> dict[str, Any]:
+        """Write decisions; see `DecisionStore.write`.
+
+        Raises:
+            ParameterError: A change is not of the form {"id", "decision", "version"}, or of an unknown image.
+            OutputError: They cannot be written.
+        """
+        asked = []
+        for change in changes:
+            try:
+                id_, choice, seen = change["id"], change["decision"], change["version"]
+                name = show(self.screening.names[self.position[id_]])
+            except (KeyError, TypeError) as error:
+                raise ParameterError("A change needs the id of an image, a decision and a version.") from error
+            # true and 5.0 are equal to whole numbers, but whoever sends them means something else
+            if type(id_) is not int or not isinstance(choice, str) or type(seen) is not int:
+                raise ParameterError("A decision is a text, an id and a version are whole numbers.")
+            asked.append(Change(name, choice, seen))
+        written, refused = self.store.write(asked)
+        return {"written": self._by_id(written), "refused": self._by_id(refused), "revision": self.store.revision}
+
+    def _by_id(self, rows: Mapping[str, Decision]) -> dict[int, list[Any]]:
+        return {self.id_of[n]: [d.choice, d.version] for n, d in rows.items() if n in self.id_of}
+
+    @functools.cached_property
+    def _content(self) -> dict[str, Any]:
+        s = self.screening
+        votes, voters, top_share = report.agreement(s)
+        rank = np.empty(len(s.ids), np.int64)
+        rank[np.argsort(-s.consensus, kind="stable")] = np.arange(1, len(s.ids) + 1)
+        return {
+            "ids": s.ids.tolist(),
+            "names": [show(name) for name in s.names],
+            "rank": rank.tolist(),
+            "consensus": [pages.number(v) for v in s.consensus.tolist()],
+            "held_out": [pages.number(v) for v in s.held_out_scores.tolist()],
+            "votes": votes.tolist(),
+            "kept": s.is_kept.astype(int).tolist(),
+            "places": [] if s.grids is None else [report.place_of(grid) for grid in s.grids],
+            "voters": voters,
+            "top_share": top_share,
+            "has_maps": s.grids is not None,
+            "out": show(self.out),
+        }
+
+    def content(self) -> dict[str, Any]:
+        """Everything that the page shows of the images, pictures left out."""
+        return {**self._content, **self.news(-1)}
+
+    def page(self) -> str:
+        """The page's frame."""
+        return pages.template("review.html", "review").render(
+            folder=show(self.folder), out=show(self.out), has_maps=self.screening.grids is not None
+        )
+
+    def style(self) -> str:
+        """The style that the page shares with the report."""
+        return pages.template("style.css").render(ramp=pages.css_ramp())
+
+    def overview(self) -> str:
+        """What the report says beyond single images, with the decisions in force."""
+        now = self.decided()
+        unreadable = [(show(name), show(reason)) for name, reason in now.unreadable.items()]
+        return pages.template("overview.html").render(
+            headline=report.headline(self.screening),
+            n_kept=len(now.kept),
+            n_removed=len(now.ids) - len(now.kept),
+            contamination=report.explanation(now),
+            **report.histogram_of(now),
+            unreadable=unreadable[: report.MAX_UNREADABLE],
+            n_unreadable=len(unreadable),
+            details=list(pages.flat({"options": now.options, **now.provenance})),
+        )
+
+    def alike(self, id_: int) -> list[int]:
+        """Ids of the typical images that look most like one."""
+        if self.screening.descriptions is None:
+            return []
+        near = nearest(self.screening.descriptions, self.position[id_], report.typical(self.decided()), N_ALIKE)
+        return [int(self.screening.ids[p]) for p in near]
+
+    @functools.cached_property
+    def _scale(self) -> Any:
+        return report.map_scale(self.screening)
+
+    def stamp(self, id_: int) -> str:
+        """What changes when an image's file does; "" where there is no such file."""
+        source = self.images.source
+        assert isinstance(source, FileSource)
+        try:
+            status = source.path(id_).stat()
+        except OSError:
+            return ""
+        # to read a pipe of that name would wait for ever
+        return f"{status.st_mtime_ns:x}-{status.st_size:x}" if stat.S_ISREG(status.st_mode) else ""
+
+    def picture(self, kind: str, id_: int, stamp: str) -> bytes | None:
+        """An image as JPEG, or its heatmap as PNG; None where there is none.
+
+        Args:
+            kind: "thumb", "preview", "thumb-map" or "preview-map".
+            id_: Of the image.
+            stamp: From `stamp`: an image that was changed is made anew.
+        """
+        if not stamp:
+            return None
+        return self._thumb(kind, id_, stamp) if kind.startswith("thumb") else self._preview(kind, id_, stamp)
+
+    @functools.lru_cache(maxsize=THUMBS)  # noqa: B019  # one Review lives as long as its server
+    def _thumb(self, kind: str, id_: int, stamp: str) -> bytes | None:
+        return self._make(kind, id_)
+
+    @functools.lru_cache(maxsize=PREVIEWS)  # noqa: B019
+    def _preview(self, kind: str, id_: int, stamp: str) -> bytes | None:
+        return self._make(kind, id_)
+
+    def _make(self, kind: str, id_: int) -> bytes | None:
+        try:
+            image = self.images.image(id_)
+        except UnreadableImage:
+            return None
+        buffer = io.BytesIO()
+        if kind in ("thumb", "preview"):
+            shrink(image, THUMB if kind == "thumb" else PREVIEW).save(buffer, "JPEG", quality=JPEG_QUALITY)
+            return buffer.getvalue()
+        if self.screening.grids is None:
+            return None
+        edge = THUMB if kind == "thumb-map" else LAYER
+        grid = report.shown_map(self.screening.grids[self.position[id_]])
+        layer(_fitted(image, edge), grid, self._scale).save(buffer, "PNG", compress_level=3)
+        return buffer.getvalue()
+
+
+def _fitted(image: Image.Image, edge: int) -> tuple[int, int]:
+    """The picture's shape with this long edge, whether the picture is smaller or larger."""
+    ratio = edge / max(image.size)
+    return max(1, round(image.width * ratio)), max(1, round(image.height * ratio))

@@ -1,0 +1,245 @@
+"""What a person decided about the images of a screening: one row of decisions.csv per image, each with a version.
+
+A version counts how often a row was written. Whoever writes says which version they saw: two tabs, or two programs,
+that decide on different images both win; where they decide on the same one, the later is told instead of overwriting.
+"""
+
+import csv
+import io
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from flawsift.data.images import show
+from flawsift.errors import InputError, OutputError, ParameterError
+from flawsift.files import take_lock, write_csv
+
+NAME = "decisions.csv"
+CHOICES = ("keep", "remove", "unsure")
+HEADER = ("path", "decision", "version", "time")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The state of one image.
+
+    Attributes:
+        choice: One of `CHOICES`, or "" where a decision was taken back.
+        version: How often it was written; 0 is never.
+        time: When, UTC.
+    """
+
+    choice: str = ""
+    version: int = 0
+    time: str = ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A decision to be written.
+
+    Attributes:
+        name: Relative path as `show` prints it.
+        choice: One of `CHOICES`, or "" to take a decision back.
+        seen: The version that whoever decides has seen.
+    """
+
+    name: str
+    choice: str
+    seen: int
+
+
+def read_decisions(path: str | Path) -> dict[str, str]:
+    """{relative path: "keep", "remove" or "unsure"} from a CSV file with the columns `path` and `decision`.
+
+    Raises:
+        InputError: The file is missing, lacks a column, or has a row that cannot be understood.
+    """
+    return {name: found.choice for name, found in _read(Path(path)).items() if found.choice}
+
+
+def _read(path: Path) -> dict[str, Decision]:
+    where = f"Decisions file '{show(path)}'"
+    try:
+        # decoded by hand: a text file's line ends are unified, and a name may hold a carriage return
+        rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{where} is not a CSV table in UTF-8: {error}.") from error
+    found: dict[str, Decision] = {}
+    for line, row in enumerate(rows, 2):
+        name, choice = row.get("path"), row.get("decision")
+        if name is None or choice is None:
+            raise InputError(f"{where} needs the columns 'path' and 'decision', has {[c for c in row if c]}.")
+        choice = choice.strip().lower()
+        if choice not in (*CHOICES, ""):
+            raise InputError(f"{where}, row {line}: decision must be keep, remove or unsure, got '{choice}'.")
+        if name in found and found[name].choice != choice:
+            raise InputError(f"{where}, row {line}: '{name}' is decided twice, differently.")
+        version = (row.get("version") or "").strip()
+        if version and not version.isdecimal():
+            raise InputError(f"{where}, row {line}: version must be a whole number, got '{version}'.")
+        found[name] = Decision(choice, int(version or 1), row.get("time") or "")
+    return found
+
+
+def decided(
+    names: Sequence[str], is_kept: npt.NDArray[np.bool_], choices: Mapping[str, str]
+) -> tuple[npt.NDArray[np.bool_], dict[str, int]]:
+    """(N,) what is kept once a person has decided, and how many decisions of each kind there were.
+
+    Args:
+        names: (N,) relative paths.
+        is_kept: (N,) what the screening kept; stands where the choice is "unsure" or there is none.
+        choices: From `read_decisions`.
+
+    Raises:
+        InputError: None of the decisions is about one of these images, or no image is left.
+    """
+    position = {show(name): p for p, name in enumerate(names)}
+    result = is_kept.copy()
+    counts = Counter({"keep": 0, "remove": 0, "unsure": 0, "elsewhere": 0})
+    for name, choice in choices.items():
+        p = position.get(name)
+        counts[choice if p is not None else "elsewhere"] += 1
+        if p is not None and choice != "unsure":
+            result[p] = choice == "keep"
+    if choices and counts["elsewhere"] == len(choices):
+        raise InputError(
+            f"None of the {len(choices)} decisions is about an image of this set: '{next(iter(choices))}' is not in "
+            "it. Give the decisions of this screening."
+        )
+    if not result.any():
+        raise InputError("The decisions leave no image to train on.")
+    return result, dict(counts)
+
+
+@dataclass(eq=False)
+class DecisionStore:
+    """decisions.csv of one folder, written in one step after every decision.
+
+    Attributes:
+        path: The file; it may not exist yet.
+        revision: Rises with every change, for those who ask what is new.
+    """
+
+    path: Path
+    revision: int = 0
+    _rows: dict[str, Decision] = field(default_factory=dict)
+    _changed: dict[str, int] = field(default_factory=dict)  # {name: revision of its last change}
+    _seen: tuple[int, int, int] | None = None  # of the file that _rows is
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._refresh()
+
+    def since(self, revision: int) -> tuple[int, dict[str, Decision]]:
+        """The revision now, and every row that changed after an older one.
+
+        Raises:
+            InputError: The file was damaged by others.
+        """
+        with self._lock:
+            self._refresh()
+            return self.revision, {n: self._rows[n] for n, at in self._changed.items() if at > revision}
+
+    def write(self, changes: Sequence[Change]) -> tuple[dict[str, Decision], dict[str, Decision]]:
+        """Write what does not contradict somebody else.
+
+        A change is refused when its image has another version than the one seen and another choice than the one wanted.
+
+        Returns:
+            The rows written, and the rows that stand against a refused change.
+
+        Raises:
+            ParameterError: A choice is unknown.
+            OutputError: The file cannot be written; nothing has changed then.
+        """
+        if bad := [c.choice for c in changes if c.choice not in (*CHOICES, "")]:
+            raise ParameterError(f"A decision must be keep, remove or unsure, got '{bad[0]}'.")
+        with self._lock, _alone(self.path):
+            self._refresh()
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            rows, written, refused = dict(self._rows), {}, {}
+            for change in changes:
+                there = rows.get(change.name, Decision())
+                if there.choice == change.choice:
+                    written[change.name] = there
+                elif there.version != change.seen:
+                    refused[change.name] = there
+                else:
+                    written[change.name] = rows[change.name] = Decision(change.choice, there.version + 1, now)
+            if rows != self._rows:
+                write_csv(self.path, HEADER, [(n, d.choice, d.version, d.time) for n, d in rows.items()])
+                self._take(rows, self._stamp())
+            return written, refused
+
+    def touch(self) -> None:
+        """Make the file, without a row, where there is none.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        with self._lock, _alone(self.path):
+            if not self.path.exists():
+                write_csv(self.path, HEADER, [])
+
+    def _refresh(self) -> None:
+        stamp = self._stamp()
+        if stamp != self._seen:
+            self._take(_read(self.path) if stamp is not None else {}, stamp)
+
+    def _take(self, rows: dict[str, Decision], stamp: tuple[int, int, int] | None) -> None:
+        """Rows that are on disk now. What was edited by hand, or taken out of the file, is newer than before."""
+        gone = {n: Decision() for n in self._rows if n not in rows}
+        rows = {n: _following(self._rows.get(n, Decision()), d) for n, d in {**rows, **gone}.items()}
+        if news := [n for n, d in rows.items() if self._rows.get(n) != d]:
+            self.revision += 1
+            self._changed |= dict.fromkeys(news, self.revision)
+        self._rows, self._seen = rows, stamp
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InputError(
+                f"Decisions file '{show(self.path)}' cannot be read: {error.strerror or error}."
+            ) from error
+        return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _following(known: Decision, found: Decision) -> Decision:
+    """A row of the file in place of the one known so far.
+
+    A hand writes no versions. Versions must not fall, nor stay for another choice: whoever saw the older row could
+    overwrite the newer one unseen.
+    """
+    if found.choice == known.choice:
+        return found if found.version > known.version else known
+    return replace(found, version=max(found.version, known.version + 1))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other programs from writing the same file meanwhile.
+
+    Raises:
+        OutputError: The folder is gone, full, or not to be written.
+    """
+    try:
+        lock = path.with_name(f".{path.name}.lock").open("w")
+    except OSError as error:
+        raise OutputError(f"Cannot write '{show(path)}': {error.strerror or error}.") from error
+    with lock:
+        take_lock(lock)
+        yield

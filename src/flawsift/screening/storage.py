@@ -1,0 +1,311 @@
+"""Results on disk: tables that a person can read and edit, everything needed to repeat them, and heatmaps."""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from flawsift.data.images import Ids, ImageSet, find_name, name_some, show
+from flawsift.detectors.base import Prediction
+from flawsift.errors import InputError
+from flawsift.files import ensure_folder, write_bytes, write_csv, write_json
+from flawsift.metrics.ranking import GroundTruth
+from flawsift.models.calibration import Calibration, Threshold
+from flawsift.reports.overlays import Scale, save_overlay
+from flawsift.screening.consensus import Contamination
+from flawsift.screening.stage1 import Screening
+
+CSV, JSON = "screening.csv", "screening.json"
+MAPS, REJECTED, DESCRIPTIONS = "maps.npy", "rejected.npy", "descriptions.npy"
+ROOT = "images_root"  # in screening.json: the folder that the paths are relative to
+Kind = TypeVar("Kind", bound=np.generic)
+YES = frozenset({"1", "true", "yes"})  # what counts as kept in an edited table
+NO = frozenset({"0", "false", "no", ""})
+
+
+def save_screening(screening: Screening, folder: str | Path) -> Path:
+    """Write screening.csv, screening.json, maps.npy, rejected.npy and descriptions.npy; each is whole or absent.
+
+    Arrays have the images in the order of their ids, so that a table which a person has sorted still fits them.
+    """
+    folder = ensure_folder(folder)
+    order = np.argsort(screening.ids)
+    arrays = {MAPS: screening.grids, REJECTED: screening.rejected, DESCRIPTIONS: screening.descriptions}
+    for name, values in arrays.items():
+        if values is None:
+            (folder / name).unlink(missing_ok=True)  # of an earlier screening
+        else:
+            buffer = io.BytesIO()
+            np.save(buffer, values[order], allow_pickle=False)
+            write_bytes(folder / name, buffer.getvalue())
+    write_json(folder / JSON, describe(screening))
+    write_csv(folder / CSV, *_table(screening))
+    return folder
+
+
+def describe(screening: Screening) -> dict[str, Any]:
+    """Everything but the per-image numbers, ready for JSON."""
+    estimate = screening.contamination
+    return {
+        "n_images": len(screening.ids),
+        "n_kept": len(screening.kept),
+        "n_unreadable": len(screening.unreadable),
+        "options": dict(screening.options),
+        "contamination": None if estimate is None else {**vars(estimate), "evidence": dict(estimate.evidence)},
+        **screening.provenance,
+        "unreadable": {show(name): reason for name, reason in screening.unreadable.items()},
+    }
+
+
+def _table(screening: Screening) -> tuple[list[str], list[list[object]]]:
+    n_models = len(screening.score_matrix)
+    header = ["id", "path", "subset", *(f"score_{m}" for m in range(n_models)), "held_out_score", "divergence"]
+    header += ["consensus", "kept", "error"]
+    spread = screening.divergence
+    rows: list[list[object]] = []
+    for p, (id_, kept) in enumerate(zip(screening.ids, screening.is_kept, strict=True)):
+        scores = [f"{s:.7g}" for s in screening.score_matrix[:, p]]
+        subset = ";".join(str(s) for s in screening.subset_of[:, p])
+        row = [int(id_), screening.names[p], subset, *scores, f"{screening.held_out_scores[p]:.9g}"]
+        row += ["" if spread is None else f"{spread[p]:.9g}", f"{screening.consensus[p]:.9g}", int(kept), ""]
+        rows.append(row)
+    blank = [""] * (n_models + 3)
+    rows += [["", name, "", *blank, 0, reason] for name, reason in screening.unreadable.items()]
+    return header, rows
+
+
+def read_screening(folder: str | Path) -> Screening:
+    """All of a screening from its folder, with the `kept` column as a person may have edited it, by ascending id.
+
+    Names are as `show` prints them; `images_of` finds their files.
+
+    Raises:
+        InputError: A file is missing or damaged, or a cell of `kept` is neither yes nor no.
+    """
+    folder = Path(folder)
+    with _damage_told(folder):
+        rows, content = _read(folder)
+        columns = [c for c in rows[0] if c.startswith("score_")] if rows else []
+        if not columns:
+            raise ValueError("no scored image")
+        ids = np.array([int(row["id"]) for row in rows], np.int64)
+        estimate = content.pop("contamination")
+        divergence = [row["divergence"] for row in rows]
+        known = {"options", "unreadable", "n_images", "n_kept", "n_unreadable"}
+        return Screening(
+            ids=ids,
+            names=[_safe(row["path"]) for row in rows],
+            subset_of=np.array([[int(s) for s in row["subset"].split(";")] for row in rows], np.int64).T,
+            score_matrix=np.array([[float(row[c]) for row in rows] for c in columns], np.float32),
+            held_out_scores=np.array([float(row["held_out_score"]) for row in rows]),
+            consensus=np.array([float(row["consensus"]) for row in rows]),
+            divergence=np.array([float(d) for d in divergence]) if all(divergence) else None,
+            kept=ids[[_truth(row["kept"]) for row in rows]],
+            contamination=_estimate(estimate),
+            options=content["options"],
+            grids=_array(folder / MAPS, len(rows), 3, np.float16),
+            rejected=_array(folder / REJECTED, len(rows), 3, np.bool_),
+            descriptions=_array(folder / DESCRIPTIONS, len(rows), 2, np.float16),
+            unreadable=content["unreadable"],
+            provenance={key: value for key, value in content.items() if key not in known},
+        )
+
+
+def _estimate(found: Mapping[str, Any] | None) -> Contamination | None:
+    """From JSON, which has no tuples; screenings of earlier versions have no interval."""
+    if found is None:
+        return None
+    ends = found.get("interval")
+    return Contamination(**{**found, "interval": None if ends is None else (float(ends[0]), float(ends[1]))})
+
+
+def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:
+    """The images of a screening read from disk, under its ids.
+
+    Args:
+        screening: From `read_screening`.
+        root: Their folder; None takes the one that the screening was made of.
+
+    Raises:
+        InputError: The folder is not known or missing, or has none of the images.
+    """
+    known = root if root is not None else screening.provenance.get(ROOT)
+    if known is None:
+        raise InputError("The screening does not say where its images are. Give their folder with --images.")
+    folder = Path(known)
+    if not folder.is_dir():
+        raise InputError(f"Image folder '{show(folder)}' does not exist. Give the images' folder with --images.")
+    names = {int(i): find_name(folder, name) for i, name in zip(screening.ids, screening.names, strict=True)}
+    if not any((folder / name).exists() for name in names.values()):
+        raise InputError(
+            f"None of the {len(names)} images of the screening is in '{show(folder)}'. Give their folder with --images."
+        )
+    return ImageSet.from_files(folder, names)
+
+
+def matched(screening: Screening, images: ImageSet, folder: str | Path) -> Screening:
+    """A screening under the ids of another listing of its images, found by name.
+
+    Args:
+        screening: From `read_screening`.
+        images: The set to train on. Images that are not kept may be missing; they have negative ids then.
+        folder: Where the screening was read from, for the messages.
+
+    Raises:
+        InputError: Kept images are missing from the set, or there are none.
+    """
+    by_name = {show(name): int(i) for i, name in zip(images.ids, images.names, strict=True)}
+    names = [show(name) for name in screening.names]
+    wanted = [name for name, kept in zip(names, screening.is_kept, strict=True) if kept]
+    if missing := [name for name in wanted if name not in by_name]:
+        raise InputError(
+            f"{len(missing)} images kept by the screening '{show(folder)}' are not in the folder: "
+            f"{name_some(missing)}. Screen the folder again."
+        )
+    if not wanted:
+        raise InputError(f"The screening '{show(folder)}' keeps no image.")
+    ids = np.array([by_name.get(name, -1 - p) for p, name in enumerate(names)], np.int64)
+    return replace(screening, ids=ids, kept=ids[screening.is_kept])
+
+
+def screening_folder(folder: str | Path) -> Path:
+    """The screening in a folder: itself, or `screening` in a model folder.
+
+    Raises:
+        InputError: There is none.
+    """
+    folder = Path(folder)
+    for place in (folder, folder / "screening"):
+        if (place / CSV).is_file():
+            return place
+    raise InputError(
+        f"'{show(folder)}' holds no screening. Give the folder that `flawsift screen` wrote, or `flawsift fit` without "
+        "--no-screen."
+    )
+
+
+def _read(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """Rows of the images that could be read, by id, and screening.json."""
+    # decoded by hand: a text file's line ends are unified, and a name may hold a carriage return
+    rows = list(csv.DictReader(io.StringIO((folder / CSV).read_bytes().decode("utf-8-sig"), newline="")))
+    usable = sorted((row for row in rows if not row["error"]), key=lambda row: int(row["id"]))
+    if twice := [a["path"] for a, b in itertools.pairwise(usable) if a["id"] == b["id"]]:
+        raise ValueError(f"'{twice[0]}' is there twice")
+    return usable, json.loads((folder / JSON).read_text("utf-8"))
+
+
+@contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"'{show(folder)}' is not a screening folder: {error.strerror} ({error.filename}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"The screening in '{show(folder)}' is damaged: {error!r}. Screen the folder again."
+        ) from error
+
+
+def _safe(name: str) -> str:
+    """A path that stays below its root."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
+        raise ValueError(f"'{name}' leads out of the image folder")
+    return name
+
+
+def _array(path: Path, n: int, n_dims: int, kind: type[Kind]) -> npt.NDArray[Kind] | None:
+    if not path.exists():
+        return None
+    found = np.load(path, allow_pickle=False)
+    if len(found) != n or found.ndim != n_dims:
+        raise ValueError(f"{path.name} has the shape {found.shape}, {n} images are listed")
+    return np.asarray(found, kind)
+
+
+def _truth(cell: str) -> bool:
+    lowered = cell.strip().lower()
+    if lowered not in YES | NO:
+        raise ValueError(f"kept must be 1 or 0, got '{cell}'")
+    return lowered in YES
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model says of a folder.
+
+    Attributes:
+        ids: (N,) global ids of all images.
+        names: (N,) relative paths.
+        scores: (N,) raw scores, nan for unreadable images.
+        errors: {id: reason} of unreadable images.
+        threshold: In force, or None where the model has no calibration.
+    """
+
+    ids: Ids
+    names: tuple[str, ...]
+    scores: npt.NDArray[np.float64]
+    errors: Mapping[int, str]
+    threshold: Threshold | None
+
+    @property
+    def is_anomalous(self) -> npt.NDArray[np.bool_] | None:
+        """(N,) scores above the threshold; False for unreadable images, which say nothing."""
+        return None if self.threshold is None else self.scores > self.threshold.value
+
+
+def write_predictions(predictions: Predictions, folder: str | Path, truth: GroundTruth | None = None) -> Path:
+    """Write predictions.csv: path, score, is_anomalous, error, and label and defect_type where they are known."""
+    flagged = predictions.is_anomalous
+    known = {} if truth is None else dict(zip(truth.ids.tolist(), truth.labels.tolist(), strict=True))
+    types = {} if truth is None else dict(zip(truth.ids.tolist(), truth.defect_types, strict=True))
+    header = ["path", "score", "is_anomalous", "error", *(["label", "defect_type"] if truth is not None else [])]
+    rows: list[list[object]] = []
+    for p, (id_, name) in enumerate(zip(predictions.ids.tolist(), predictions.names, strict=True)):
+        error = predictions.errors.get(id_, "")
+        score = "" if error else f"{predictions.scores[p]:.9g}"
+        verdict: object = "" if error or flagged is None else int(flagged[p])
+        rows.append([name, score, verdict, error, *([known[id_], types[id_]] if truth is not None else [])])
+    path = ensure_folder(folder) / "predictions.csv"
+    write_csv(path, header, rows)
+    return path
+
+
+@dataclass(frozen=True, eq=False)
+class OverlayWriter:
+    """Writes a heatmap overlay per image as the predictions come, `folder/<relative path>.png`.
+
+    Smoothing lowers a map's peak below the image score; the map is scaled back to it, so that a line around what lies
+    above the threshold is drawn exactly on the images that are called anomalous.
+
+    Attributes:
+        folder: Where overlays go, in the sub-folders of the images.
+        calibration: Anchors the colours to the model, so that they mean the same on every image.
+        threshold: In force, or None.
+    """
+
+    folder: Path
+    calibration: Calibration
+    threshold: Threshold | None
+
+    def __call__(self, images: ImageSet, prediction: Prediction) -> None:
+        scores = self.calibration.scores if len(self.calibration.scores) else prediction.scores
+        scale = Scale.of(scores, None if self.threshold is None else self.threshold.value)
+        assert prediction.maps is not None
+        for id_, name, score, found in zip(images.ids, images.names, prediction.scores, prediction.maps, strict=True):
+            drawn = scaled_map(found, float(score))
+            save_overlay(self.folder / f"{name}.png", images.image(int(id_)), drawn, scale)
+
+
+def scaled_map(found: npt.NDArray[np.float32], score: float) -> npt.NDArray[np.float32]:
+    """A smoothed map (h, w) scaled so that its peak is the image score."""
+    peak = float(found.max())
+    return found * np.float32(score / peak) if peak > 0 else found

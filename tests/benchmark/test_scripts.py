@@ -1,0 +1,139 @@
+"""Rows survive their CSV file, tables say what the rows say, and the committed tables are up to date."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flawsift.detectors.base import make_detector
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks are not in the source distribution")
+
+MACHINE = json.dumps({"cpu": "A CPU", "cores": 2, "gib": 8, "os": "Linux"})
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("_rows")
+
+
+@pytest.fixture
+def render(rows: Any) -> Any:
+    return importlib.import_module("render")
+
+
+def cell(seed: int, auroc: float | None, commit: str = "new", arm: str = "default") -> dict[str, Any]:
+    found = {"commit": commit, "machine": MACHINE, "data": "elpv", "detector": "patchcore", "alpha": 0.2}
+    return {**found, "seed": seed, "arm": arm, "image_auroc": auroc}
+
+
+def test_rows_round_trip_and_new_columns_come_last(rows: Any, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "x.csv"
+    rows.append_rows(path, [{"a": 1, "b": None, "c": {"k": 'say "hi", twice\n'}}])
+    rows.append_rows(path, [{"d": 0.123456789, "a": 2}])
+    first, second = rows.read_rows(path)
+    assert path.read_text().splitlines()[0] == "a,b,c,d"
+    assert (first["a"], first["b"], json.loads(first["c"]), first["d"]) == ("1", "", {"k": 'say "hi", twice\n'}, "")
+    assert (second["a"], second["c"], second["d"]) == ("2", "", "0.123457")
+
+
+def test_machine_names_no_host(rows: Any) -> None:
+    assert set(rows.machine()) == {"cpu", "cores", "gib", "os"}
+
+
+def test_mean_and_sd_of_the_newest_commit_and_last_row_of_a_seed(rows: Any, render: Any, tmp_path: Path) -> None:
+    old = [cell(s, 0.1, commit="old") for s in (0, 1, 2)]
+    rows.append_rows(tmp_path / "accuracy.csv", [*old, cell(0, 0.5), cell(0, 0.7), cell(1, 0.8), cell(2, 0.9)])
+    text = render.accuracy(tmp_path, "patchcore", "image_auroc")
+    assert "| elpv | 20% | - | - | 0.800 ± 0.100 | - |" in text
+    assert "Commit `new`; A CPU, 2 cores, 8 GiB, Linux; 3 seeds." in text
+
+
+def test_rivals_are_compared_on_the_same_sets_and_seeds(rows: Any, render: Any, tmp_path: Path) -> None:
+    values = {"twobanks": (0.9, 0.8), "softpatch": (0.7, 0.5), "inreach": (0.9, 0.7), "funad": (0.6, 0.6)}
+    for name, found in values.items():
+        arm = "default" if name == "twobanks" else "all_data"
+        mine = [{**cell(seed, v, arm=arm), "detector": name} for seed, v in enumerate(found)]
+        if name == "softpatch":
+            mine.append({**mine[0], "seed": 2, "image_auroc": 0.1})  # a seed that the others lack
+        rows.append_rows(tmp_path / "accuracy.csv", mine)
+        rows.append_rows(tmp_path / "confirmation" / "accuracy.csv", [{**m, "seed": m["seed"] + 3} for m in mine[:1]])
+    text = render.rivals(tmp_path, "image_auroc")
+    assert "| 0 to 1, 1 set | 20% | **0.850** | 0.600 | 0.800 | 0.600 |" in text
+    assert "| 3 to 3, 1 set | 20% | **0.900** | 0.700 | **0.900** | 0.600 |" in text
+    assert render.rivals(tmp_path, "aupro") is None
+
+
+def test_an_ablation_takes_the_seeds_that_all_variants_have(rows: Any, render: Any, tmp_path: Path) -> None:
+    values = {"all data": 0.7, "some cut": 0.75, "oracle": 0.9}
+    found = [{**cell(seed, v + seed / 100), "variant": name} for seed in (0, 1) for name, v in values.items()]
+    later = [{**cell(seed, 0.8, commit="newer"), "variant": "another cut"} for seed in (1, 2)]
+    rows.append_rows(tmp_path / "ablation.csv", [*found, *later])
+    text = render.ablation(tmp_path)
+    assert "| some cut | +5.0 | +5.0 | 25% |" in text
+    assert "| another cut | +9.0 | +9.0 | 45% |" in text
+
+
+def test_decisions_are_measured_against_the_oracle(rows: Any, render: Any, tmp_path: Path) -> None:
+    arms = {"all_data": 0.7, "default": 0.75, "decided": 0.78, "oracle_clean": 0.8}
+    for seed in (0, 1):
+        found = [{**cell(seed, v, arm=arm), "n_removed": 6 + 2 * seed, "n_decisions": 10} for arm, v in arms.items()]
+        rows.append_rows(tmp_path / "decisions.csv", found)
+    rows.append_rows(tmp_path / "decisions.csv", [{**m, "n_decisions": 3, "image_auroc": 0.1} for m in found])
+    text = render.decisions(tmp_path, "patchcore")
+    assert "| elpv | 20% | 7.0 ± 1.4 | 0.700 ± 0.000 | 0.750 ± 0.000 | 0.780 ± 0.000 | 0.800 ± 0.000 |" in text
+    assert "| recovery |  |  | 0% | 50% | 80% | 100% |" in text
+    assert "| worst contaminated cell, points |  |  | +0.0 | +5.0 | +8.0 | +10.0 |" in text
+    assert render.decisions(tmp_path, "twobanks") is None
+
+
+def test_finals_compare_the_seeds_that_all_have(rows: Any, render: Any, tmp_path: Path) -> None:
+    found = {"patchcore": (0.7, 0.75, 0.9), "softpatch": (0.8, 0.78, 0.85), "twobanks": (0.8, 0.85, 0.95)}
+    arms = ("all_data", "default", "oracle_clean")
+    for name, values in found.items():
+        some = [{**cell(s, v, arm=arm), "detector": name} for s in (0, 1) for arm, v in zip(arms, values, strict=True)]
+        rows.append_rows(tmp_path / "accuracy.csv", some)
+    rows.append_rows(tmp_path / "accuracy.csv", [cell(2, 0.1, arm=arm) for arm in arms])  # PatchCore alone has it
+    text = render.finals(tmp_path)
+    assert text.count("0.700 ± 0.000") == 1
+    assert "| recovery |  | 0% | 50% | 50% | 25% | 40% | 75% | 100% | 125% |" in text
+    assert "| worst contaminated cell, points |  | +0.0 | +10.0 | +10.0 | +5.0 | +8.0 | +15.0 | +20.0 | +25.0 |" in text
+    assert "| worst clean set, points |  | +nan" in text
+    assert "| elpv | 20% | 0.700 ± 0.000 | 0.800 ± 0.000 | 0.850 ± 0.000 | 0.950 ± 0.000 |" in render.headline(tmp_path)
+
+
+def test_render_fills_markers_and_keeps_what_has_no_rows(rows: Any, render: Any, tmp_path: Path) -> None:
+    rows.append_rows(tmp_path / "accuracy.csv", [cell(0, 0.75)])
+    page = "a\n<!-- rows:accuracy -->\nold\n<!-- /rows -->\nb\n<!-- rows:speed -->\nkept\n<!-- /rows -->\n"
+    once = render.render(page, tmp_path)
+    assert "old" not in once
+    assert "| 0.750 |" in once
+    assert "\nkept\n" in once
+    assert render.render(once, tmp_path) == once
+
+
+def test_unknown_table_is_told(render: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="Unknown table 'speeed'"):
+        render.render("<!-- rows:speeed -->\n<!-- /rows -->", tmp_path)
+
+
+def test_committed_tables_are_up_to_date(render: Any) -> None:
+    assert render.main(["--check"]) == 0, "run: python benchmarks/render.py"
+
+
+@pytest.mark.parametrize("name", ["dinomaly", "rd"])
+def test_batched_training_takes_the_steps_of_single_ones(rows: Any, name: str) -> None:
+    training = importlib.import_module("training")
+    params: dict[str, Any] = {"n_blocks": 2, "width": 8, "dropout": 0.0} if name == "dinomaly" else {}
+    shapes = [(3, 4), (4, 2)] if name == "dinomaly" else [(3, 8), (4, 4), (5, 2)]
+    make = training.network_of(make_detector(name, **params), [channels for channels, _ in shapes])
+    together, in_turn = training.trainings(make, shapes, n_models=2, batch=3)
+    losses = [(together(), in_turn()) for _ in range(3)]
+    for batched, single in losses:
+        torch.testing.assert_close(batched, single, rtol=1e-3, atol=1e-4)
+    assert (losses[-1][0] != losses[0][0]).all(), "the steps change nothing"

@@ -1,0 +1,307 @@
+"""The command line as a user meets it."""
+
+import csv
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from flawsift import __version__
+from flawsift.cli.main import main
+from flawsift.datasets import write_mvtec
+from flawsift.detectors.base import DETECTORS
+from flawsift.testing import easy_set
+
+TINY = ["--backbone", "tiny", "--size", "64"]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Result:
+    """Exit code and what was printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command in this process."""
+
+    def call(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in arguments])
+        found = capsys.readouterr()
+        return Result(int(stop.value.code or 0), found.out, found.err)
+
+    return call
+
+
+def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    bank = ["--set", "coreset_ratio=0.05"]  # 64 px images have few patches
+    screened = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, *bank, "--json")
+    assert screened.code == 0, screened.err
+    assert screened.json["n_images"] == 50
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {
+        "screening.csv",
+        "screening.json",
+        "maps.npy",
+        "rejected.npy",
+        "descriptions.npy",
+        "report.html",
+    }
+    bank += ["--detector", "patchcore"]
+    fitted = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, *bank, "--screening", tmp_path / "s", "--json")
+    assert fitted.code == 0, fitted.err
+    assert fitted.json["n_kept"] == screened.json["n_kept"]
+    assert (tmp_path / "m" / "model.json").exists()
+    found = run("predict", tmp_path / "m", easy_folder, "--out", tmp_path / "p", "--json")
+    assert found.code == 0, found.err
+    rows = table(tmp_path / "p" / "predictions.csv")
+    assert len(rows) == 50
+    assert list(rows[0]) == ["path", "score", "is_anomalous", "error"]
+    assert sum(int(r["is_anomalous"]) for r in rows) == found.json["n_anomalous"]
+    with Image.open(tmp_path / "p" / "maps" / "part-49.png.png") as overlay:
+        assert overlay.size[0] == overlay.size[1]
+    write_mvtec(easy_set(), tmp_path / "tree")
+    measured = run("evaluate", tmp_path / "m", tmp_path / "tree", "--out", tmp_path / "e", "--json")
+    assert measured.code == 0, measured.err
+    keys = {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"}
+    assert keys <= set(measured.json)
+    assert Path(measured.json["report"]).read_text("utf-8").count("<h2") == 6
+    written = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert written["image_auroc"] > 0.8
+    assert written == {k: measured.json[k] for k in written}
+
+
+def test_fit_screens_and_reports(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    found = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, "--preset", "paper", "--seed", 3)
+    assert found.code == 0, found.err
+    assert "on 20 of 50 images" in found.out
+    assert "false alarms per 100 good parts" in found.out
+    assert (tmp_path / "m" / "screening" / "report.html").exists()
+    content = json.loads((tmp_path / "m" / "screening" / "screening.json").read_text())
+    options = content["options"]
+    assert (options["keep"], options["exclude_own"], options["seed"]) == (0.4, False, 3)
+    assert content["detector"]["name"] == "twobanks", "the paper's sub-models are of the final detector"
+
+
+def test_fit_without_a_detector_trains_two_banks(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    found = run("fit", easy_folder, "--out", tmp_path / "m", *TINY)
+    assert found.code == 0, found.err
+    assert "Trained twobanks on " in found.out
+    page = (tmp_path / "m" / "report.html").read_text("utf-8")
+    assert "TwoBanks was trained on" in page
+    assert "of the patches that look least like the others are suspect, and left out of training" in page
+
+
+@pytest.mark.parametrize(
+    ("given", "who"),
+    [([], "patchcore"), (["--screener", "own"], "padim"), (["--preset", "paper"], "padim"), (["--no-screen"], None)],
+)
+def test_who_screens(given: list[str], who: str | None, run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    small = ["--detector", "padim", "--set", "n_features=20"]
+    found = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, *small, *given, "--json")
+    assert found.code == 0, found.err
+    assert found.json["screener"] == who
+    assert json.loads((tmp_path / "m" / "detector.json").read_text())["name"] == "padim"
+    assert found.json["threshold"]["n_calibration"] == found.json["n_kept"]
+
+
+def test_decisions_reach_fit_and_export(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    screened = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, "--keep", 0.8, "--json")
+    assert screened.code == 0, screened.err
+    removed = [row["path"] for row in table(tmp_path / "s" / "screening.csv") if row["kept"] == "0"]
+    (tmp_path / "s" / "decisions.csv").write_text(f"path,decision\n{removed[0]},keep\n")
+    decided = ["--decisions", tmp_path / "s" / "decisions.csv"]
+    fitted = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, "--screening", tmp_path / "s", *decided, "--json")
+    assert fitted.code == 0, fitted.err
+    assert fitted.json["n_kept"] == 41
+    assert fitted.json["decisions"]["keep"] == 1
+    assert "to keep 1 and to remove 0" in Path(fitted.json["report"]).read_text("utf-8")
+    anew = run("fit", easy_folder, "--out", tmp_path / "n", *TINY, "--keep", 0.8, *decided, "--json")
+    assert anew.json["n_kept"] == 41
+    out = run(
+        "export", tmp_path / "s", "--to", "csv", "--out", tmp_path / "x", "--json"
+    )  # takes decisions.csv by itself
+    assert out.code == 0, out.err
+    assert (out.json["kept"], out.json["removed"]) == (41, 9)
+    model = run("export", tmp_path / "n", "--to", "folder", "--out", tmp_path / "y", "--json")
+    assert (model.json["kept"], model.json["decisions"]) == (40, None)
+    assert len(list((tmp_path / "y" / "removed").iterdir())) == 10
+    assert "fiftyone.Dataset.from_dir" in run("export", tmp_path / "s", "--to", "fiftyone", "--out", tmp_path / "z").out
+
+
+def test_review_prints_its_address_first(easy_folder: Path, tmp_path: Path, run: Any) -> None:
+    run("screen", easy_folder, "--out", tmp_path / "s", *TINY)
+    command = [sys.executable, "-m", "flawsift", "review", str(tmp_path / "s"), "--no-browser"]
+    # a shell starts background jobs with SIGINT ignored, and children inherit that
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, preexec_fn=heed, **pipes) as server:
+        assert server.stdout is not None
+        address = server.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{32}/", address)
+        with urllib.request.urlopen(address) as answer:
+            assert "flawsift review" in answer.read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(address.rpartition("/")[0][:-1] + "/")
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 130
+
+
+def test_review_without_its_extra_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['uvicorn'] = None\n"
+        f"from flawsift.cli.main import main; main(['review', {str(tmp_path)!r}, '--no-browser'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'flawsift[review]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_options_reach_the_work(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    flags = ["--subsets", 3, "--partitions", 2, "--keep", 0.7, "--consensus", "median", "--normalize", "rank"]
+    flags += ["--include-own", "--divergence-weight", 0.5, "--set", "coreset_ratio=0.05", "--set", "coreset=random"]
+    found = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, *flags, "--json")
+    assert found.code == 0, found.err
+    options = found.json["options"]
+    assert (options["n_subsets"], options["n_partitions"], options["keep"]) == (3, 2, 0.7)
+    assert (options["consensus"], options["normalize"], options["exclude_own"]) == ("median", "rank", False)
+    assert options["divergence_weight"] == 0.5
+    params = found.json["detector"]["params"]
+    assert (params["coreset_ratio"], params["coreset"]) == (0.05, "random")
+
+
+def test_groups_file(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    lines = "".join(f"part-{i:02d}.png,g{i // 5}\n" for i in range(50))
+    (tmp_path / "g.csv").write_text("file,group\n" + lines)
+    found = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, "--groups", tmp_path / "g.csv")
+    assert found.code == 0, found.err
+    rows = table(tmp_path / "s" / "screening.csv")
+    assert all(rows[i]["subset"] == rows[i - i % 5]["subset"] for i in range(50))
+
+
+def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    for sub in ("a", "b"):
+        (root / sub).mkdir(parents=True)
+    picture = (easy_folder / "part-00.png").read_bytes()
+    for i in range(4):
+        (root / "a" / f"{i}.png").write_bytes(picture)
+        (root / "b" / f"{i}.png").write_bytes((easy_folder / f"part-0{i + 1}.png").read_bytes())
+    Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.png")).write_bytes(picture)
+    (root / "empty.png").touch()
+    found = run("fit", root, "--out", tmp_path / "m", *TINY, "--subsets", 2)
+    assert found.code == 0, found.err
+    found = run("predict", tmp_path / "m", root, "--out", tmp_path / "p")
+    assert found.code == 0, found.err
+    assert "Not readable: empty.png: empty file" in found.out
+    rows = {r["path"]: r for r in table(tmp_path / "p" / "predictions.csv")}
+    assert len(rows) == 10
+    assert rows["a/0.png"]["score"] == rows["a/1.png"]["score"] != rows["b/0.png"]["score"]
+    assert rows["caf\\udce9.png"]["error"] == ""
+    assert rows["empty.png"]["score"] == ""
+    assert (tmp_path / "p" / "maps" / "a" / "0.png.png").exists()
+    assert (tmp_path / "p" / "maps" / "b" / "0.png.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["screen", "{missing}", "--out", "{out}"], "does not exist"),
+        (["screen", "{empty}", "--out", "{out}"], "No images in"),
+        (["screen", "{images}", "--out", "{file}"], "Cannot write"),
+        (["screen", "{images}", "--out", "{out}", "--detector", "pathcore"], "Did you mean 'patchcore'"),
+        (["screen", "{images}", "--out", "{out}", "--backbone", "resnet81"], "Unknown backbone 'resnet81'"),
+        (["screen", "{images}", "--out", "{out}", "--keep", "some"], "--keep must be 'auto' or a share"),
+        (["screen", "{images}", "--out", "{out}", "--keep", "1.5"], "keep must be 'auto' or in"),
+        (["screen", "{images}", "--out", "{out}", "--subsets", "1"], "n_subsets must be at least 2"),
+        (["screen", "{images}", "--out", "{out}", "--subsets", "70"], "70 subsets need at least 70 images"),
+        (["screen", "{images}", "--out", "{out}", "--set", "coreset_ratio"], "needs name=value"),
+        (["screen", "{images}", "--out", "{out}", "--set", "coreset_ratio=2"], "must be in"),
+        (["screen", "{images}", "--out", "{out}", "--set", "coreset_ratio=big"], "must be of type float, got 'big'"),
+        (["screen", "{images}", "--out", "{out}", "--set", "ratio=1"], "Unknown parameter of PatchCore 'ratio'"),
+        (["screen", "{images}", "--out", "{out}", "--groups", "{missing}"], "cannot be read"),
+        (["screen", "{images}"], "Missing option '--out'"),
+        (["fit", "{images}", "--out", "{out}", "--false-alarm-rate", "7"], "false_alarm_rate must be in"),
+        (["fit", "{images}", "--out", "{out}", "--detector-preset", "paper"], "Unknown preset of twobanks"),
+        (["predict", "{images}", "{images}", "--out", "{out}"], "is not a model folder"),
+        (["fit", "{images}", "--out", "{out}", "--decisions", "{missing}"], "cannot be read"),
+        (["review", "{empty}", "--no-browser"], "holds no screening"),
+        (["export", "{empty}", "--to", "csv", "--out", "{out}"], "holds no screening"),
+        (["export", "{empty}", "--to", "tar", "--out", "{out}"], "'tar' is not one of"),
+        (["nonsense"], "No such command"),
+    ],
+)
+def test_errors_are_one_line_with_code_two(
+    run: Any, easy_folder: Path, tmp_path: Path, arguments: list[str], text: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    names = {n: str(tmp_path / n) for n in ("missing", "empty", "file", "out")} | {"images": str(easy_folder)}
+    filled = [a.format(**names) for a in arguments]
+    if filled[0] in ("screen", "fit") and "--backbone" not in filled:
+        filled += TINY
+    found = run(*filled)
+    assert found.code == 2
+    assert text in found.err
+    assert found.err.count("\n") == 1
+    assert found.err.startswith("flawsift: error: ")
+    assert found.out == ""
+
+
+def test_cache_commands(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    cache = ["--cache", tmp_path / "c"]
+    run("screen", easy_folder, "--out", tmp_path / "s", *TINY, *cache)
+    assert "50 images" in run("cache", "list", *cache).out
+    assert "intact" in run("cache", "verify", *cache).out
+    victim = next((tmp_path / "c").rglob("*.npy"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    broken = run("cache", "verify", *cache)
+    assert broken.code == 1
+    assert "SHA-256" in broken.out
+    assert run("cache", "verify", "--repair", *cache).code == 0
+    assert "intact" in run("cache", "verify", *cache).out
+    assert "MB freed" in run("cache", "clear", *cache).out
+    assert "empty" in run("cache", "list", *cache).out
+
+
+def test_detectors_are_listed(run: Any) -> None:
+    listed = run("detectors", "--json").json
+    assert set(listed) == set(DETECTORS)
+    assert listed["patchcore"]["params"]["coreset_ratio"] > 0
+    assert listed["padim"]["presets"] == ["default", "paper"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["screen", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from flawsift.cli.main import main\n"
+        f"try: main({arguments})\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'timm', 'openvino', 'sklearn', 'scipy', 'numpy', 'PIL', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert __version__ in done.stdout or "Options" in done.stdout

@@ -1,0 +1,181 @@
+"""What other tools are handed: the form that their documentation asks for, and untouched originals."""
+
+import csv
+import json
+import os
+import shlex
+import shutil
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from PIL import Image
+
+from flawsift import pipeline
+from flawsift.data.images import ImageSet
+from flawsift.errors import InputError, OutputError, ParameterError
+from flawsift.features.backbones import Backbone
+from flawsift.reports.export import export, opening_note
+from flawsift.screening.stage1 import Screening
+from flawsift.screening.storage import images_of, read_screening
+
+
+@pytest.fixture(scope="module")
+def screened(easy_folder: Path, tiny: Backbone, tmp_path_factory: pytest.TempPathFactory) -> tuple[Screening, ImageSet]:
+    root = tmp_path_factory.mktemp("export") / "parts & more"
+    shutil.copytree(easy_folder, root / "sub")
+    with Image.open(root / "sub" / "part-45.png") as image:
+        turned = image.resize((40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(root / "sub" / "part-45.png", exif=exif)
+    pipeline.screen(root, "padim", tiny, out=root.parent / "s", keep=0.8)
+    found = read_screening(root.parent / "s")
+    return found, images_of(found)
+
+
+def digests(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def removed_names(screening: Screening) -> set[str]:
+    return {n for n, kept in zip(screening.names, screening.is_kept, strict=True) if not kept}
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_folders_hold_copies_or_links_and_originals_stay(screened: Any, tmp_path: Path, link: bool) -> None:
+    screening, images = screened
+    before = digests(images.source.root)
+    back = sorted(removed_names(screening))[0]
+    counts = export(screening, images, tmp_path / "out", "folder", choices={back: "keep"}, link=link)
+    assert counts == {"kept": 41, "removed": 9, "missing": 0}
+    there = {
+        p.relative_to(tmp_path / "out" / "removed").as_posix() for p in (tmp_path / "out" / "removed").rglob("*.png")
+    }
+    assert there == removed_names(screening) - {back}
+    one = tmp_path / "out" / "kept" / back
+    assert one.is_symlink() == link
+    assert one.read_bytes() == before[back]
+    shutil.rmtree(tmp_path / "out")
+    assert digests(images.source.root) == before
+
+
+def test_csv(screened: Any, tmp_path: Path) -> None:
+    screening, images = screened
+    name = screening.names[0]
+    export(screening, images, tmp_path / "out", "csv", choices={name: "unsure"})
+    with (tmp_path / "out" / "images.csv").open(newline="") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 50
+    assert rows[name]["decision"] == "unsure"
+    assert {n for n, row in rows.items() if row["status"] == "removed"} == removed_names(screening)
+    assert (
+        min(rows.values(), key=lambda row: int(row["rank"]))["path"]
+        == screening.names[int(screening.consensus.argmax())]
+    )
+    assert Path(rows[name]["file"]).is_file()
+
+
+def test_coco(screened: Any, tmp_path: Path) -> None:
+    screening, images = screened
+    export(screening, images, tmp_path / "out", "coco")
+    content = json.loads((tmp_path / "out" / "annotations.json").read_text())
+    assert set(content) == {"info", "licenses", "categories", "images", "annotations"}
+    listed = {image["id"]: image for image in content["images"]}
+    assert len(listed) == 50
+    assert [a["id"] for a in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
+    assert {listed[a["image_id"]]["file_name"] for a in content["annotations"]} == removed_names(screening)
+    turned = next(i for i in listed.values() if i["file_name"] == "sub/part-45.png")
+    assert (turned["width"], turned["height"]) == (20, 40)
+    for a in content["annotations"]:
+        x, y, w, h = a["bbox"]
+        image = listed[a["image_id"]]
+        assert 0 <= x < x + w <= image["width"] + 0.01
+        assert 0 <= y < y + h <= image["height"] + 0.01
+        assert a["area"] == pytest.approx(w * h, abs=0.01)
+        assert (a["category_id"], a["iscrowd"]) == (content["categories"][0]["id"], 0)
+    whole = [a for a in content["annotations"] if a["area"] == 64 * 64]
+    assert len(whole) < len(content["annotations"]) / 2  # boxes follow the regions
+
+
+def test_fiftyone(screened: Any, tmp_path: Path) -> None:
+    screening, images = screened
+    export(screening, images, tmp_path / "out", "fiftyone", choices={screening.names[3]: "remove"})
+    content = json.loads((tmp_path / "out" / "labels.json").read_text())
+    assert content["classes"] == ["removed", "kept"]
+    assert len(content["labels"]) == 50
+    for path, target in content["labels"].items():
+        assert os.path.isabs(path)
+        assert Path(path).is_file()
+        assert target["label"] in (0, 1)
+        assert set(target["attributes"]) == {"consensus", "held_out_score", "rank", "decision"}
+    mine = content["labels"][str(images.source.root / screening.names[3])]
+    assert (mine["label"], mine["attributes"]["decision"]) == (0, "remove")
+    assert "FiftyOneImageClassificationDataset" in opening_note(tmp_path / "out", "fiftyone", images.source.root)
+
+
+def test_labelstudio(screened: Any, tmp_path: Path) -> None:
+    screening, images = screened
+    back = sorted(removed_names(screening))[0]
+    export(screening, images, tmp_path / "out", "labelstudio", choices={back: "keep", screening.names[0]: "unsure"})
+    tasks = json.loads((tmp_path / "out" / "tasks.json").read_text())
+    assert len(tasks) == 50
+    interface = ElementTree.parse(tmp_path / "out" / "interface.xml").getroot()
+    tags = {element.get("name"): element.tag for element in interface}
+    assert tags == {"image": "Image", "status": "Choices", "region": "RectangleLabels"}
+    choices = {c.get("value") for c in interface.iter("Choice")}
+    used: list[str] = []
+    for task in tasks:
+        prefix, _, path = task["data"]["image"].partition("?d=")
+        assert prefix == "/data/local-files/"
+        assert " " not in path
+        assert "&" not in path
+        assert (images.source.root.parent / unquote(path)).is_file()
+        assert set(task["predictions"][0]) == {"model_version", "score", "result"}
+        for result in [*task["predictions"][0]["result"], *task.get("annotations", [{"result": []}])[0]["result"]]:
+            used.append(result["id"])
+            assert tags[result["from_name"]].lower() == result["type"]
+            assert result["to_name"] == "image"
+            if result["type"] == "choices":
+                assert set(result["value"]["choices"]) <= choices
+            else:
+                assert 0 <= result["value"]["x"] <= result["value"]["x"] + result["value"]["width"] <= 100.01
+    assert len(used) == len(set(used))
+    by_path = {task["data"]["path"]: task for task in tasks}
+    assert by_path[back]["predictions"][0]["result"][0]["value"] == {"choices": ["removed"]}
+    assert by_path[back]["annotations"][0]["result"][0]["value"] == {"choices": ["kept"]}
+    assert sum("annotations" in task for task in tasks) == 1
+    command, then = opening_note(tmp_path / "out", "labelstudio", images.source.root).split("\n")
+    variable = next(word for word in shlex.split(command) if word.startswith("LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT="))
+    served = Path(variable.partition("=")[2])
+    assert (served / unquote(tasks[0]["data"]["image"].partition("?d=")[2])).is_file()
+    assert f"Local Files with the path {images.source.root}" in then
+    moved = opening_note(tmp_path / "out", "labelstudio", tmp_path / "o'clock & more" / "parts")
+    assert f"DOCUMENT_ROOT={tmp_path}/o'clock & more" in shlex.split(moved.split("\n")[0])[1]
+
+
+def test_what_is_missing_is_counted(screened: Any, tmp_path: Path) -> None:
+    screening, images = screened
+    root = Path(shutil.copytree(images.source.root, tmp_path / "copy"))
+    (root / screening.names[0]).unlink()
+    there = images_of(screening, root)
+    for to in ("folder", "coco"):
+        assert export(screening, there, tmp_path / to, to)["missing"] == 1
+
+
+def test_refusals(screened: Any, tmp_path: Path) -> None:
+    screening, images = screened
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("precious")
+    with pytest.raises(OutputError, match="is not an empty folder"):
+        export(screening, images, tmp_path / "full", "csv")
+    with pytest.raises(OutputError, match="lies in the image folder"):
+        export(screening, images, images.source.root / "clean", "folder")
+    assert not (images.source.root / "clean").exists()
+    with pytest.raises(ParameterError, match="Did you mean 'folder'"):
+        export(screening, images, tmp_path / "x", "foldr")
+    with pytest.raises(InputError, match="None of the 1 decisions"):
+        export(screening, images, tmp_path / "x", "csv", choices={"other.png": "keep"})
+    assert [p.name for p in tmp_path.iterdir()] == ["full"]

@@ -1,0 +1,540 @@
+"""Stage 1: bookkeeping by ids, proved with a detector that scores an image by its own id."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+from torch import Tensor
+
+from flawsift.data.images import Batch, ImageSet
+from flawsift.detectors.base import Detector, make_detector
+from flawsift.detectors.parts.training import UNWATCHED, Watch
+from flawsift.errors import InputError, ParameterError
+from flawsift.features.store import MemoryFeatures
+from flawsift.screening.consensus import (
+    EXPECTED_TAIL,
+    choose,
+    combine,
+    design_effect,
+    estimate_contamination,
+    keep_lowest,
+    normalize_scores,
+    own_mask,
+    rejected_patches,
+    robust_units,
+)
+from flawsift.screening.stage1 import PRESETS, Screening, screen, split
+
+
+@dataclass(kw_only=True, eq=False)
+class Oracle(Detector):
+    """Scores an image by a table of its id, and remembers whom it was fitted on."""
+
+    name: ClassVar[str] = "oracle"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
+    layers: tuple[str, ...] = ("x",)
+    modulus: int = 101  # a prime beyond the set sizes below: distinct scores in an order unlike that of the ids
+    factor: int = 37
+
+    def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
+        self.trained_on_ = sorted(data.ids.tolist())
+        return self
+
+    def truth(self, ids: Any) -> Any:
+        return np.asarray(ids) * self.factor % self.modulus
+
+    def _maps(self, batch: Batch, device: str) -> Tensor:
+        # the feature is the id as well: pixels and ids must not part ways
+        assert batch.features["x"].flatten().tolist() == batch.ids.tolist()
+        return torch.from_numpy(self.truth(batch.ids)).float().view(-1, 1, 1)
+
+
+def id_set(ids: Any, groups: Mapping[int, str] | None = None) -> ImageSet:
+    """Images whose only feature is their id."""
+    ids = [int(i) for i in ids]
+    arrays = [np.zeros((2, 2), np.uint8) for _ in ids]
+    images = ImageSet.from_arrays(arrays, ids=ids)
+    features = np.array(ids, np.float32).reshape(-1, 1, 1, 1)
+    reader = MemoryFeatures(2, "ids", {("", i): row for row, i in enumerate(ids)}, {"x": features})
+    return ImageSet(images.ids, images.source, groups or {}, reader)
+
+
+subsets = st.integers(2, 7)
+seeds = st.integers(0, 2**31)
+
+
+@st.composite
+def id_lists(draw: st.DrawFn) -> list[int]:
+    """7 to 60 distinct ids from anywhere, in any order."""
+    offset = draw(st.sampled_from([0, 1, 1000, 10**6]))
+    n = draw(st.integers(7, 60))
+    return [offset + i for i in draw(st.permutations(range(n)))]
+
+
+@settings(deadline=None, max_examples=60)
+@given(ids=id_lists(), k=subsets, seed=seeds, keep=st.floats(0.05, 1), own=st.booleans())
+def test_an_oracle_is_obeyed(ids: list[int], k: int, seed: int, keep: float, own: bool) -> None:
+    oracle = Oracle()
+    result = screen(id_set(ids), oracle, n_subsets=k, keep=keep, seed=seed, exclude_own=own, normalize="none")
+    truth = oracle.truth(ids)
+    assert result.ids.tolist() == ids
+    np.testing.assert_array_equal(result.score_matrix, np.tile(truth, (k, 1)))  # row j, column i belongs to image i
+    m = max(1, int(np.floor(keep * len(ids) + 1e-9)))
+    assert set(result.kept.tolist()) == set(np.array(ids)[np.argsort(truth)[:m]].tolist())
+    assert set(result.kept.tolist()) | set(result.removed.tolist()) == set(ids)
+    assert oracle.truth(result.removed).tolist() == sorted(oracle.truth(result.removed), reverse=True)
+
+
+@settings(deadline=None, max_examples=40)
+@given(ids=id_lists(), k=subsets, seed=seeds)
+def test_subsets_partition_and_train_on_their_own(ids: list[int], k: int, seed: int) -> None:
+    seen: list[list[int]] = []
+    result = screen(
+        id_set(ids),
+        Oracle(),
+        n_subsets=k,
+        keep=0.5,
+        seed=seed,
+        on_submodel=lambda m: seen.append(vars(m)["trained_on_"]),
+    )
+    assert sorted(i for part in seen for i in part) == sorted(ids)
+    sizes = [len(part) for part in seen]
+    assert max(sizes) - min(sizes) <= 1
+    for j, part in enumerate(seen):
+        assert part == sorted(np.array(ids)[result.subset_of[0] == j].tolist())
+
+
+@settings(deadline=None, max_examples=40)
+@given(ids=id_lists(), k=subsets, seed=seeds, offset=st.integers(1, 10**6))
+def test_relabelled_ids_relabel_the_result(ids: list[int], k: int, seed: int, offset: int) -> None:
+    moved = [i + offset for i in ids]
+    first = screen(id_set(ids), Oracle(modulus=1), n_subsets=k, keep=0.4, seed=seed)
+    second = screen(id_set(moved), Oracle(modulus=1), n_subsets=k, keep=0.4, seed=seed)
+    np.testing.assert_array_equal(first.kept + offset, second.kept)
+    np.testing.assert_array_equal(first.subset_of, second.subset_of)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, k=subsets, sizes=st.lists(st.integers(1, 6), min_size=7, max_size=25))
+def test_groups_stay_whole_and_subsets_even(seed: int, k: int, sizes: list[int]) -> None:
+    groups: dict[int, str] = {}
+    for g, size in enumerate(sizes):
+        for _ in range(size):
+            groups[len(groups)] = f"g{g}"
+    subset_of = split(id_set(range(len(groups)), groups), k, seed=seed)
+    for g in range(len(sizes)):
+        assert len({int(subset_of[i]) for i, name in groups.items() if name == f"g{g}"}) == 1
+    counts = np.bincount(subset_of, minlength=k)
+    assert counts.max() - counts.min() <= max(sizes)  # greedy balancing is off by at most one group
+    assert counts.min() >= 1
+
+
+def test_partitions_differ_and_repeat() -> None:
+    data = id_set(range(40))
+    first, second = split(data, 5, seed=3, partition=0), split(data, 5, seed=3, partition=1)
+    assert (first != second).any()
+    np.testing.assert_array_equal(first, split(data, 5, seed=3, partition=0))
+    result = screen(data, Oracle(), n_partitions=3, keep=0.5)
+    assert result.score_matrix.shape == (15, 40)
+    assert result.subset_of.shape == (3, 40)
+
+
+def test_the_paper_keeps_forty_percent_by_the_plain_mean() -> None:
+    result = screen(id_set(range(50)), Oracle(), **PRESETS["paper"])
+    assert len(result.kept) == 20
+    np.testing.assert_allclose(result.consensus, Oracle().truth(np.arange(50)))
+    assert result.contamination is None
+
+
+def test_own_scores_do_not_count_when_excluded() -> None:
+    scores = np.array([[0.0, 5.0, 6.0, 7.0], [1.0, 0.0, 2.0, 9.0]], np.float32)
+    own = own_mask(np.array([[0, 1, 1, 0]]), 2)
+    np.testing.assert_array_equal(own, [[True, False, False, True], [False, True, True, False]])
+    np.testing.assert_allclose(combine(scores.astype(float), own, "mean", exclude_own=True), [1, 5, 6, 9])
+    np.testing.assert_allclose(combine(scores.astype(float), own, "mean", exclude_own=False), [0.5, 2.5, 4, 8])
+
+
+def test_consensus_by_hand() -> None:
+    scores = np.array([[1.0, 0.0], [2.0, 0.0], [3.0, 4.0], [100.0, 4.0]])
+    none = np.zeros_like(scores, dtype=bool)
+    assert combine(scores, none, "mean", exclude_own=False)[0] == pytest.approx(26.5)
+    assert combine(scores, none, "median", exclude_own=False)[0] == pytest.approx(2.5)
+    assert combine(scores, none, "trimmed_mean", exclude_own=False)[0] == pytest.approx(2.5)
+    # ranks among both images: higher in the first, second and last model, lower in the third
+    assert combine(scores, none, "rank_mean", exclude_own=False).tolist() == [0.625, 0.375]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    seed=seeds,
+    gain=st.floats(0.01, 1000),
+    shift=st.floats(-1000, 1000),
+    how=st.sampled_from(["robust", "rank"]),
+)
+def test_the_scale_of_one_submodel_does_not_matter(seed: int, gain: float, shift: float, how: Any) -> None:
+    generator = np.random.default_rng(seed)
+    scores = generator.normal(size=(3, 30)).astype(np.float32)
+    own = own_mask(split(id_set(range(30)), 3, seed=seed)[None], 3)
+    other = scores.astype(np.float64).copy()
+    other[1] = gain * other[1] + shift
+    a = normalize_scores(scores, own, how)
+    b = normalize_scores(other, own, how)  # type: ignore[arg-type]  # float64 keeps the ranks under a large shift
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_robust_units_use_held_out_scores_only() -> None:
+    scores = np.array([[1.0, 2.0, 3.0, 1e9]], np.float32)
+    own = np.array([[False, False, False, True]])
+    result = normalize_scores(scores, own, "robust")[0]
+    assert result[1] == 0
+    assert result[2] == pytest.approx(1 / 1.4826)
+    assert robust_units(np.array([2.0, 2.0, 2.0])).tolist() == [0, 0, 0]
+
+
+def test_ties_keep_the_first_listed() -> None:
+    assert keep_lowest(np.array([9, 4, 7, 1]), np.zeros(4), 0.5).tolist() == [9, 4]
+    assert keep_lowest(np.arange(5), np.arange(5.0), 0.6).tolist() == [0, 1, 2]
+    assert keep_lowest(np.arange(5), np.arange(5.0), 0.01).tolist() == [0]
+
+
+def test_divergence_on_scores_by_hand() -> None:
+    data = id_set(range(8))
+
+    class Shifted(Oracle):
+        def _maps(self, batch: Batch, device: str) -> Tensor:
+            return super()._maps(batch, device) * 0 + float(min(self.trained_on_))
+
+    result = screen(data, Shifted(), n_subsets=2, keep=1.0, normalize="none", divergence_weight=1.0)
+    assert result.divergence is not None
+    gap = abs(float(result.score_matrix[0, 0]) - float(result.score_matrix[1, 0]))
+    np.testing.assert_allclose(result.divergence, gap)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_clean_set_is_left_nearly_whole(seed: int) -> None:
+    clean = np.random.default_rng(seed).gumbel(10, 2, 300)
+    assert estimate_contamination(clean).alpha_hat < 0.08
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.4])
+def test_visible_contamination_is_estimated(alpha: float) -> None:
+    generator = np.random.default_rng(1)
+    bad = round(400 * alpha)
+    scores = np.concatenate([generator.gumbel(10, 1, 400 - bad), generator.gumbel(22, 3, bad)])
+    assert estimate_contamination(scores).alpha_hat == pytest.approx(alpha, abs=0.06)
+    assert estimate_contamination(scores * 7 - 100).alpha_hat == pytest.approx(estimate_contamination(scores).alpha_hat)
+
+
+def test_the_estimate_never_keeps_less_than_the_paper() -> None:
+    scores = np.concatenate([np.random.default_rng(0).gumbel(0, 1, 40), np.full(60, 50.0)])
+    assert estimate_contamination(scores).alpha_hat <= 0.6
+    assert estimate_contamination(np.full(100, 3.0)).alpha_hat == 0
+    assert estimate_contamination(np.arange(5.0)).alpha_hat == 0
+
+
+def test_the_interval_holds_the_estimate_and_shrinks_with_the_number_of_images() -> None:
+    widths = []
+    for n in (100, 1600):
+        scores = np.random.default_rng(0).gumbel(0, 1, n)
+        scores[: n // 5] += 9
+        found = estimate_contamination(scores)
+        assert found.interval is not None
+        low, high = found.interval
+        assert low <= found.alpha_hat <= high
+        assert found == estimate_contamination(scores), "no chance between two calls"
+        widths.append(high - low)
+    assert widths[1] < 0.4 * widths[0]  # a quarter, were it only for the number
+    assert estimate_contamination(np.zeros(50)).interval is None
+
+
+def views(n_objects: int, n_views: int, correlation: float, generator: np.random.Generator) -> np.ndarray:
+    """Normal scores of objects of some views each, correlated within an object."""
+    shared = np.repeat(generator.normal(size=n_objects), n_views)
+    own = generator.normal(size=n_objects * n_views)
+    scores: np.ndarray = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own
+    return scores
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.3, 0.65, 1.0])
+def test_the_design_effect_is_the_growth_of_the_variance_of_the_tail(correlation: float) -> None:
+    generator = np.random.default_rng(0)
+    sets = [views(80, 5, correlation, generator) for _ in range(1500)]
+    shares = [(s > norm.isf(EXPECTED_TAIL)).mean() for s in sets]
+    expected = np.var(shares) / (EXPECTED_TAIL * (1 - EXPECTED_TAIL) / 400)
+    members = np.arange(400).reshape(80, 5)
+    found = [design_effect(s, list(members)) for s in sets[:50]]
+    assert np.mean(found) == pytest.approx(expected, rel=0.1)
+    if correlation == 1:
+        np.testing.assert_allclose(found, 5)
+
+
+def test_images_that_are_alone_have_no_design_effect() -> None:
+    scores = np.random.default_rng(0).gumbel(size=60)
+    alone = [[i] for i in range(60)]
+    assert design_effect(scores, [np.array(a) for a in alone]) == 1
+    one = estimate_contamination(np.concatenate([scores, np.full(6, 50.0)]), [list(range(66))])
+    assert (one.alpha_hat, one.interval) == (0, None), "one object tells nothing of others"
+    assert "one group" in one.method
+    assert estimate_contamination(scores, alone) == estimate_contamination(scores)
+
+
+def test_three_odd_objects_are_weaker_evidence_than_fifteen_odd_images() -> None:
+    scores = np.random.default_rng(0).gumbel(0, 1, 200)
+    scores[:15] += 9
+    together, apart = np.arange(200).reshape(40, 5), np.arange(200).reshape(5, 40).T
+    alone, spread = estimate_contamination(scores), estimate_contamination(scores, apart.tolist())
+    grouped = estimate_contamination(scores, together.tolist())
+    assert grouped.evidence["design_effect"] == pytest.approx(1, abs=0.15), "the odd objects are not asked"
+    assert grouped.alpha_hat == alone.alpha_hat > 0, "the excess is what it is, wherever it counts"
+    assert spread.evidence["design_effect"] == pytest.approx(1, abs=0.3)
+    assert grouped.interval is not None
+    assert alone.interval is not None
+    assert np.ptp(grouped.interval) > 1.3 * np.ptp(alone.interval)
+
+
+def test_views_that_score_alike_are_no_evidence_of_defects() -> None:
+    members = np.arange(200).reshape(40, 5).tolist()
+    false = []
+    for seed in range(100):
+        clean = -np.log(-np.log(norm.cdf(views(40, 5, 0.8, np.random.default_rng(seed)))))  # Gumbel, correlated
+        false.append([estimate_contamination(clean, m).alpha_hat > 0 for m in (None, members)])
+    unaware, aware = np.mean(false, axis=0)
+    assert aware <= 0.08 < unaware
+
+
+def test_the_design_effect_does_not_grow_with_the_defects() -> None:
+    generator = np.random.default_rng(0)
+    members = list(np.arange(400).reshape(80, 5))
+    effects = []
+    for n_defective in (0, 15):
+        sets = [views(80, 5, 0.3, generator) for _ in range(60)]
+        for scores in sets:
+            scores[: 5 * n_defective] += 4  # whole objects
+        effects.append(np.mean([design_effect(scores, members) for scores in sets]))
+    assert effects[1] < 1.25 * effects[0]
+
+
+def test_groups_may_differ_in_size() -> None:
+    generator = np.random.default_rng(0)
+    sizes = [1] * 60 + [9] * 20
+    members = np.split(np.arange(240), np.cumsum(sizes)[:-1])
+    sets = []
+    for _ in range(1500):
+        shared = np.concatenate([np.full(n, generator.normal()) for n in sizes])
+        sets.append(np.sqrt(0.6) * shared + np.sqrt(0.4) * generator.normal(size=240))
+    expected = np.var([(s > norm.isf(EXPECTED_TAIL)).mean() for s in sets])
+    expected /= EXPECTED_TAIL * (1 - EXPECTED_TAIL) / 240
+    assert np.mean([design_effect(s, members) for s in sets[:60]]) == pytest.approx(expected, rel=0.12)
+
+
+def test_screening_knows_of_the_groups() -> None:
+    objects = {i: f"object {i // 5}" for i in range(40)}
+    effects = []
+    for groups in ({}, objects):
+        found = screen(id_set(range(40), groups), Oracle(factor=1), n_subsets=4)
+        assert found.contamination is not None
+        effects.append(found.contamination.evidence["design_effect"])
+    assert effects[0] == 1
+    assert effects[1] > 1.5
+
+
+def test_a_defect_and_its_neighbours_are_rejected() -> None:
+    grids = np.random.default_rng(0).normal(5, 1, (40, 16, 16))
+    grids[7, 4:6, 9] += 50
+    expected = np.zeros((16, 16), bool)
+    expected[3:7, 8:11] = grids[7, 3:7, 8:11] > np.median(grids, axis=0)[3:7, 8:11]
+    found = rejected_patches(grids, 6.0)
+    assert (found[7] == expected).all()
+    assert found[7, 4:6, 9].all()
+    assert not np.delete(found, 7, axis=0).any()
+
+
+@given(seed=st.integers(0, 99), gain=st.floats(0.1, 10), shift=st.floats(-5, 5))
+def test_rejection_does_not_depend_on_the_scale_of_scores(seed: int, gain: float, shift: float) -> None:
+    grids = np.random.default_rng(seed).gumbel(size=(12, 9, 9)).round(2)
+    assert (rejected_patches(grids, 2.5) == rejected_patches(gain * grids + shift, 2.5)).mean() > 0.999
+
+
+@given(seed=st.integers(0, 99), z=st.floats(0.1, 4))
+def test_a_position_that_is_always_hard_is_still_learned(seed: int, z: float) -> None:
+    grids = np.random.default_rng(seed).normal(size=(11, 10, 10))
+    grids[:, 2, 3] += 100
+    assert (rejected_patches(grids, z).mean(0) <= 0.5).all()
+
+
+def test_coarse_grids_and_constant_scores_lose_no_neighbours() -> None:
+    grids = np.random.default_rng(0).normal(size=(30, 4, 4))
+    grids[3, 1, 1] += 50
+    assert rejected_patches(grids, 8.0).sum() == 1
+    assert not rejected_patches(np.ones((5, 9, 9)), 3.0).any()
+
+
+def gumbel_set(n: int, n_defective: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Consensus and maps of a set whose last images are defective in one patch."""
+    generator = np.random.default_rng(seed)
+    grids = generator.gumbel(10, 1, (n, 10, 10))
+    grids[n - n_defective :, 3, 4] += 40
+    return grids.max((1, 2)), grids
+
+
+def test_a_clean_set_stays_whole() -> None:
+    consensus, grids = gumbel_set(300, 0)
+    estimate = estimate_contamination(consensus)
+    assert estimate.alpha_hat == 0
+    kept, rejected = choose(consensus, grids, 3.0, estimate)
+    assert kept.all()
+    assert not rejected.any()
+
+
+def test_a_contaminated_set_loses_images_and_patches() -> None:
+    consensus, grids = gumbel_set(300, 30)
+    estimate = estimate_contamination(consensus)
+    assert estimate.alpha_hat > 0.05
+    kept, rejected = choose(consensus, grids, 3.0, estimate)
+    assert not kept[270:].any()
+    assert kept[:270].mean() > 0.9
+    np.testing.assert_array_equal(rejected[kept], rejected_patches(grids, 3.0)[kept])
+    np.testing.assert_array_equal(rejected[~kept], rejected_patches(grids, 1.0)[~kept])
+    assert rejected[270:, 3, 4].all()
+
+
+def test_the_ordinary_patches_of_images_set_aside_are_learned_by_who_can() -> None:
+    found = decided_set(300, 30)
+    assert found.rejected is not None
+    train = id_set(range(300))
+    banks, others = make_detector("patchcore"), make_detector("softpatch")
+    assert not set(found.removed.tolist()) & set(found.purified(train, others).ids.tolist())
+    assert not found.purified(train, others).rejected
+    learned = found.purified(train, banks)
+    assert set(found.removed.tolist()) <= set(learned.ids.tolist())
+    assert all((learned.rejected[i] == found.rejected[i]).all() for i in found.removed.tolist())
+    consensus, grids = gumbel_set(300, 30)
+    for z in (2.0, 8.0):
+        kept, rejected = choose(consensus, grids, z, estimate_contamination(consensus))
+        assert (rejected[~kept] == rejected_patches(grids, 1.0)[~kept]).all(), "a higher cut does not learn the worst"
+    whole = replace(found, rejected=found.rejected | (found.ids == found.removed[2])[:, None, None])
+    assert int(found.removed[2]) not in whole.purified(train, banks).ids, "of which nothing is left"
+    out = found.names[int(found.removed[0])]
+    now, _ = found.decided({out: "remove"})
+    assert int(found.removed[0]) not in now.purified(train, banks).ids, "who removes an image removes all of it"
+    assert int(found.removed[1]) in now.purified(train, banks).ids
+
+
+def decided_set(n: int, n_defective: int, seed: int = 0) -> Screening:
+    """The default screening of a `gumbel_set`."""
+    consensus, grids = gumbel_set(n, n_defective, seed)
+    estimate = estimate_contamination(consensus)
+    kept, rejected = choose(consensus, grids, 2.0, estimate)
+    ids = np.arange(n)
+    return Screening(
+        ids=ids,
+        names=[f"{i}.png" for i in ids],
+        subset_of=np.zeros((1, n), np.int64),
+        score_matrix=np.zeros((1, n), np.float32),
+        held_out_scores=consensus,
+        consensus=consensus,
+        divergence=None,
+        kept=ids[kept],
+        contamination=estimate,
+        options={"reject_patches": 2.0},
+        grids=grids.astype(np.float16),
+        rejected=rejected,
+    )
+
+
+def test_a_person_who_keeps_most_of_what_was_set_aside_acquits_the_patches() -> None:
+    found = decided_set(300, 30)
+    assert found.rejected is not None
+    assert found.rejected.any()
+    removed = [found.names[int(i)] for i in found.removed]
+    half = (len(removed) + 1) // 2
+    few, _ = found.decided(dict.fromkeys(removed[: half - 1], "keep"))
+    assert not few.acquitted
+    undecided = ~np.isin(found.names, removed[: half - 1])
+    assert few.rejected is not None
+    assert not few.rejected[~undecided].any()
+    np.testing.assert_array_equal(few.rejected[undecided], found.rejected[undecided])
+    most, counts = found.decided(dict.fromkeys(removed[:half], "keep"))
+    assert counts["keep"] == half
+    assert most.acquitted
+    assert most.rejected is not None
+    assert not most.rejected.any()
+    assert len(most.kept) == len(found.kept) + half
+    shares = replace(found, contamination=None)  # the share to keep was given
+    everything, _ = shares.decided(dict.fromkeys(removed, "keep"))
+    assert everything.rejected is not None
+    np.testing.assert_array_equal(everything.rejected[found.is_kept], found.rejected[found.is_kept])
+    assert found.rejected[found.is_kept].any()
+
+
+def test_an_image_that_a_person_keeps_is_learned_whole() -> None:
+    found = decided_set(300, 30)
+    assert found.rejected is not None
+    one = int(np.flatnonzero(found.rejected.any((1, 2)))[0])
+    out = int(np.flatnonzero(found.rejected.any((1, 2)))[1])
+    now, _ = found.decided({found.names[one]: "keep", found.names[one + 1]: "unsure", found.names[out]: "remove"})
+    assert now.rejected is not None
+    assert not now.rejected[one].any()
+    assert not now.rejected[out].any(), "nothing is said of the patches of a removed image"
+    others = np.delete(now.rejected, [one, out], 0)
+    np.testing.assert_array_equal(others, np.delete(found.rejected, [one, out], 0))
+
+
+def test_a_screening_that_nobody_has_touched_stays_as_it_is() -> None:
+    for n_defective in (0, 10, 30):
+        found = decided_set(300, n_defective, seed=n_defective)
+        same, _ = found.decided({})
+        assert not found.acquitted
+        np.testing.assert_array_equal(same.kept, found.kept)
+        np.testing.assert_array_equal(same.rejected, found.rejected)
+
+
+def test_too_few_images_and_bad_options_are_told() -> None:
+    with pytest.raises(InputError, match="5 subsets need at least 5 images, got 3"):
+        screen(id_set(range(3)), Oracle())
+    with pytest.raises(InputError, match="at least 5 groups"):
+        screen(id_set(range(9), dict.fromkeys(range(9), "one")), Oracle())
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"n_subsets": 1}, "n_subsets must be at least 2"),
+        ({"keep": 0}, "keep must be 'auto' or in"),
+        ({"keep": "most"}, "keep must be"),
+        ({"n_partitions": 0}, "n_partitions must be at least 1, got 0"),
+        ({"consensus": "max"}, "consensus must be one of"),
+        ({"normalize": "minmax"}, "normalize must be"),
+        ({"divergence_weight": -1}, "divergence_weight must not be negative"),
+    ]
+    for options, text in bad:
+        with pytest.raises(ParameterError, match=text):
+            screen(id_set(range(9)), Oracle(), **options)
+
+
+def test_a_killed_run_goes_on_and_trains_only_what_is_missing(tmp_path: Path) -> None:
+    data = id_set(range(20))
+    whole = screen(data, Oracle(), keep=0.5)
+
+    class Killed(Exception):
+        pass
+
+    def kill(model: Detector) -> None:
+        trained.append(model)
+        if len(trained) == 3:
+            raise Killed
+
+    trained: list[Detector] = []
+    with pytest.raises(Killed):
+        screen(data, Oracle(), keep=0.5, checkpoint=tmp_path, on_submodel=kill)
+    again: list[Detector] = []
+    resumed = screen(data, Oracle(), keep=0.5, checkpoint=tmp_path, on_submodel=again.append)
+    assert len(again) == 2
+    np.testing.assert_array_equal(resumed.score_matrix, whole.score_matrix)
+    np.testing.assert_array_equal(resumed.kept, whole.kept)
+    assert resumed.grids is not None
+    assert whole.grids is not None
+    np.testing.assert_array_equal(resumed.grids, whole.grids)
