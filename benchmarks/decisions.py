@@ -19,12 +19,13 @@ import _rows
 from ablation import measured
 from accuracy import ALPHAS, LAYERS, cell_of, load_set, protocol_of
 from flawsift.data.contamination import contaminate
-from flawsift.data.images import ImageSet, show
+from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.datasets import Dataset
 from flawsift.detectors.base import make_detector
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.store import FeatureStore, attach
-from flawsift.metrics.ranking import GroundTruth
+from flawsift.paths import show
 from flawsift.screening.stage1 import FINAL, PRESETS, SCREENERS, Screening, screen
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -16,11 +16,12 @@ from sklearn.datasets import load_digits
 import _rows
 from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Detector
 from flawsift.detectors.funad import FUNAD
 from flawsift.detectors.patchcore import PatchCore
 from flawsift.features.store import MemoryFeatures
-from flawsift.metrics.ranking import GroundTruth, image_auroc
+from flawsift.metrics.ranking import image_auroc
 
 LAYER = "grey values"
 RATIOS = (0.05, 0.1, 0.2)

@@ -10,7 +10,7 @@ import flawsift
 
 ROOT = Path(flawsift.__file__).parent
 # Modules of the first line are leaves: they import nothing of flawsift but each other.
-LEAVES = ["errors", "executors", "files", "progress"]
+LEAVES = ["errors", "executors", "files", "paths", "progress", "types"]
 ROOMS = ["data", "datasets", "features", "metrics", "detectors", "screening", "models", "reports", "pipeline"]
 ROOMS += ["review", "benchmark", "cli", "testing"]
 

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from flawsift.data.contamination import contaminate as contaminate
     from flawsift.data.images import ImageSet as ImageSet
+    from flawsift.data.truth import GroundTruth as GroundTruth
     from flawsift.detectors.base import Detector as Detector
     from flawsift.detectors.base import make_detector as make_detector
     from flawsift.errors import FlawsiftError as FlawsiftError
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from flawsift.features.backbones import load_backbone as load_backbone
     from flawsift.features.store import FeatureStore as FeatureStore
     from flawsift.features.store import attach as attach
-    from flawsift.metrics.ranking import GroundTruth as GroundTruth
     from flawsift.models.model import Model as Model
     from flawsift.models.model import evaluate as evaluate
     from flawsift.models.model import load_model as load_model
@@ -38,7 +38,7 @@ _EXPORTS = {
     "Detector": "detectors.base",
     "FeatureStore": "features.store",
     "FlawsiftError": "errors",
-    "GroundTruth": "metrics.ranking",
+    "GroundTruth": "data.truth",
     "ImageSet": "data.images",
     "Model": "models.model",
     "Screening": "screening.stage1",

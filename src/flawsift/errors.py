@@ -69,3 +69,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return f"Unknown {kind} '{name}'.{hint} Known: {', '.join(names)}."
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error on one line, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -86,6 +87,11 @@ class _Lines(list[str]):
     """What a CSV writer writes, line by line."""
 
     write = list.append
+
+
+def content_digest(data: bytes) -> str:
+    """SHA-256 of a file's content, hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.data.images import FileSource, Ids, ImageSet, name_some, show
+from flawsift.data.images import FileSource, ImageSet
 from flawsift.detectors.base import Additive, Detector, make_detector
 from flawsift.detectors.parts.training import Watch
 from flawsift.errors import InputError, ParameterError
@@ -23,12 +23,14 @@ from flawsift.features.store import FeatureStore, attach
 from flawsift.files import ensure_folder
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
 from flawsift.models.model import Model, set_digest, versions
+from flawsift.paths import name_some, show
 from flawsift.progress import Progress, silent
 from flawsift.screening.decisions import decided, read_decisions
 from flawsift.screening.lookalikes import describe
 from flawsift.screening.stage1 import FINAL, OWN, PRESETS, SCREENERS, Screening, ScreenOptions
 from flawsift.screening.stage1 import screen as screen_features
 from flawsift.screening.storage import ROOT, matched, read_screening, save_screening
+from flawsift.types import Ids
 
 HALVES = 2  # of the kept images, for a threshold where stage 1 had another detector: two trainings must do
 

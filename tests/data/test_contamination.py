@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from flawsift.data.contamination import Split, contaminate
 from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.datasets import load, load_elpv, load_magnetic_tile, write_folder
 from flawsift.datasets.synthetic import synthetic
 from flawsift.errors import InputError, OutputError, ParameterError, SplitError
-from flawsift.metrics.ranking import GroundTruth
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 DATA = Path(os.environ.get("FLAWSIFT_DATA") or SHARED_DATA)

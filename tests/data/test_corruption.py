@@ -14,7 +14,6 @@ from flawsift.data import corruption
 from flawsift.data.corruption import (
     FIELDS,
     MOST_KEPT,
-    Floats,
     _coloured,
     _from_itself,
     corrupted,
@@ -24,6 +23,7 @@ from flawsift.data.corruption import (
 )
 from flawsift.data.views import derive
 from flawsift.errors import InputError
+from flawsift.types import Floats
 
 
 def picture(size: int = 64, seed: int = 0) -> Tensor:

@@ -9,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from flawsift.data.images import ImageSet, UnreadableImage, decode, read_groups, show, to_pixels
+from flawsift.data.decoding import UnreadableImage, decode, to_pixels
+from flawsift.data.folders import read_groups
+from flawsift.data.images import ImageSet
 from flawsift.errors import InputError
+from flawsift.paths import show
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

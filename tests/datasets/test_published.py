@@ -10,9 +10,9 @@ from PIL import Image
 
 from flawsift.data.contamination import Split, official
 from flawsift.data.images import FileSource
+from flawsift.data.truth import GroundTruth
 from flawsift.datasets import CATEGORIES, Dataset, load
 from flawsift.errors import InputError, ParameterError, SplitError
-from flawsift.metrics.ranking import GroundTruth
 
 BTAD = [
     "01/train/ok/0000.bmp",

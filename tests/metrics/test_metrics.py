@@ -17,10 +17,10 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from flawsift.data.truth import GroundTruth
 from flawsift.errors import InputError, ParameterError
 from flawsift.metrics.aupro import StreamingAUPRO
 from flawsift.metrics.ranking import (
-    GroundTruth,
     aupro,
     evaluate,
     f1_max,

@@ -14,20 +14,10 @@ from PIL import Image
 
 from flawsift.cli.main import main
 from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.datasets.synthetic import synthetic
 from flawsift.errors import InputError
 from flawsift.features.store import MemoryFeatures
-from flawsift.metrics.pairs import (
-    ALL,
-    ANOMALY_ANOMALY,
-    NORMAL_ANOMALY,
-    NORMAL_NORMAL,
-    chance_below,
-    matching,
-    pair_distances,
-    synthetic_setting,
-)
-from flawsift.metrics.ranking import GroundTruth
 from flawsift.reports import diagnostics
 from flawsift.reports.diagnostics import (
     diagnose,
@@ -36,6 +26,16 @@ from flawsift.reports.diagnostics import (
     read_labels,
     reference_distances,
     write_diagnosis,
+)
+from flawsift.reports.pairs import (
+    ALL,
+    ANOMALY_ANOMALY,
+    NORMAL_ANOMALY,
+    NORMAL_NORMAL,
+    chance_below,
+    matching,
+    pair_distances,
+    synthetic_setting,
 )
 
 TINY = ["--backbone", "tiny", "--size", "64", "--layer", "stride8"]

@@ -21,6 +21,7 @@ from flawsift.detectors.base import make_detector
 from flawsift.errors import InputError, OutputError
 from flawsift.models.calibration import Calibration
 from flawsift.models.model import Model, evaluate
+from flawsift.models.predictions import Predictions
 from flawsift.reports.evaluation import write_evaluation_report
 from flawsift.reports.histogram import Histogram
 from flawsift.reports.overlays import Scale, overlay, save_overlay
@@ -34,7 +35,7 @@ from flawsift.reports.screening import (
 from flawsift.screening.consensus import Contamination
 from flawsift.screening.lookalikes import describe, nearest
 from flawsift.screening.stage1 import Screening
-from flawsift.screening.storage import Predictions, save_screening
+from flawsift.screening.storage import save_screening
 from flawsift.testing import easy_set, tiny_backbone, with_features
 
 N, K = 40, 5

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from flawsift.benchmark.rows import Row
-from flawsift.data.images import show
 from flawsift.datasets import CATEGORIES
 from flawsift.datasets.folder import DATA_VARIABLE
 from flawsift.datasets.realiad import ALPHAS as FUIAD_ALPHAS
@@ -23,6 +22,7 @@ from flawsift.detectors.base import Detector, detector_class, make_detector
 from flawsift.errors import InputError, ParameterError, unknown_name
 from flawsift.executors import make_executor
 from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.paths import show
 from flawsift.screening.stage1 import OWN, PRESETS, ScreenOptions
 
 BY_PRESET = "preset"  # the screener that each preset of stage 1 has of its own

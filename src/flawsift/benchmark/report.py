@@ -31,12 +31,13 @@ from flawsift.benchmark.tables import (
     newest,
     quoted_tables,
 )
-from flawsift.data.images import ImageSet, show
+from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.datasets import load
 from flawsift.detectors.parts.maps import to_image_grid
 from flawsift.errors import FlawsiftError, InputError
 from flawsift.files import ensure_folder, write_text
-from flawsift.metrics.ranking import GroundTruth
+from flawsift.paths import show
 from flawsift.reports.overlays import Scale, overlay, shrink
 from flawsift.reports.pages import data_uri, template
 

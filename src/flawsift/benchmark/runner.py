@@ -26,7 +26,8 @@ from flawsift.benchmark.grid import NONE, ORACLE, BackboneSpec, Cell, Config, Da
 from flawsift.benchmark.rows import Row, append_rows, machine, peak_mb, read_rows, source_commit
 from flawsift.benchmark.trial import compare, screener_of
 from flawsift.data.contamination import Split, contaminate, official
-from flawsift.data.images import Ids, ImageSet
+from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.datasets import Dataset, load
 from flawsift.detectors.base import Detector
 from flawsift.errors import FlawsiftError
@@ -34,9 +35,9 @@ from flawsift.executors import SERIAL, Executor, Failure, Serial, make_executor
 from flawsift.features.backbones import Backbone
 from flawsift.features.store import FeatureStore, attach
 from flawsift.files import ensure_folder, write_bytes
-from flawsift.metrics.ranking import GroundTruth
 from flawsift.models import model as models
 from flawsift.progress import Progress, silent
+from flawsift.types import Ids
 
 RESULTS = "results.csv"
 MAPS = "maps"  # folder of the examples' anomaly maps beside the rows; no picture is in it

@@ -11,16 +11,17 @@ import numpy as np
 from flawsift import pipeline
 from flawsift.benchmark.grid import BY_PRESET, NONE, ORACLE, options_of
 from flawsift.benchmark.rows import Row
-from flawsift.data.images import Ids, ImageSet
+from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Additive, Detector
 from flawsift.executors import SERIAL, Executor
 from flawsift.features.backbones import Backbone
 from flawsift.metrics import ranking as metrics
-from flawsift.metrics.ranking import GroundTruth
 from flawsift.models import model as models
 from flawsift.models.calibration import Calibration
-from flawsift.screening.consensus import Contamination, Floats, keep_lowest
+from flawsift.screening.consensus import Contamination, keep_lowest
 from flawsift.screening.stage1 import SCREENERS, Screening, reselected, screen
+from flawsift.types import Floats, Ids
 
 EXACT_PIXELS = 20_000_000  # 300 maps of 256 x 256: exact metrics sort them in 1 GB; more are streamed
 METRICS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "aupro", "aupro_bound")

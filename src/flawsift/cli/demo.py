@@ -10,18 +10,18 @@ import numpy as np
 
 from flawsift import pipeline
 from flawsift.data.contamination import contaminate
+from flawsift.data.truth import GroundTruth
 from flawsift.datasets import load
 from flawsift.detectors.base import make_detector
 from flawsift.features.backbones import load_backbone
 from flawsift.features.store import FeatureStore, attach
 from flawsift.files import write_json
-from flawsift.metrics.ranking import GroundTruth
 from flawsift.models import model as models
 from flawsift.models.calibration import Calibration
 from flawsift.progress import Progress, silent
 from flawsift.reports import screening as report
+from flawsift.reports.predictions import OverlayWriter, write_predictions
 from flawsift.screening.stage1 import Screening
-from flawsift.screening.storage import OverlayWriter, write_predictions
 
 # Sizes that end within five minutes on two cores, features of all images included.
 N_TRAIN = 400

@@ -255,10 +255,10 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Score new images: predictions.csv, and heatmap overlays in OUT/maps."""
-    from flawsift.data.images import show
     from flawsift.files import ensure_folder
     from flawsift.models import model as models
-    from flawsift.screening.storage import OverlayWriter, write_predictions
+    from flawsift.paths import show
+    from flawsift.reports.predictions import OverlayWriter, write_predictions
 
     ensure_folder(out)
     loaded = models.load_model(model, weights=weights, runtime=runtime.value)
@@ -302,7 +302,7 @@ def evaluate(
     from flawsift.files import ensure_folder, write_json
     from flawsift.models import model as models
     from flawsift.reports.evaluation import write_evaluation_report
-    from flawsift.screening.storage import write_predictions
+    from flawsift.reports.predictions import write_predictions
 
     ensure_folder(out)
     loaded = models.load_model(model, weights=weights, runtime=runtime.value)

@@ -137,7 +137,8 @@ def threshold_lines(threshold: Any) -> list[str]:
 
 def images_in(folder: Path, groups: Path | None) -> "ImageSet":
     """The images of a folder, with groups from a CSV file."""
-    from flawsift.data.images import ImageSet, read_groups
+    from flawsift.data.folders import read_groups
+    from flawsift.data.images import ImageSet
 
     return ImageSet.from_folder(folder, groups=None if groups is None else read_groups(groups))
 

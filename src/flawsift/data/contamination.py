@@ -38,10 +38,13 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.data.images import Ids, ImageSet, UnreadableImage, content_digest, name_some, show
+from flawsift.data.decoding import UnreadableImage
+from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.errors import InputError, ParameterError, SplitError
-from flawsift.files import write_json
-from flawsift.metrics.ranking import GroundTruth
+from flawsift.files import content_digest, write_json
+from flawsift.paths import name_some, show
+from flawsift.types import Ids
 
 Definition = Literal["share", "additive", "official"]
 

@@ -17,9 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flawsift.data.decoding import UnreadableImage, decode, to_pixels
+from flawsift.data.folders import scan_folder
 from flawsift.errors import InputError
+from flawsift.types import Floats
 
-Floats = npt.NDArray[np.float64]
 Field = Callable[[int, np.random.Generator], Floats]  # (S, S) levels in [0, 1]
 
 SMALLEST_CELL = 8  # pixels: 2^5 cells at the papers' 256 px
@@ -87,8 +89,6 @@ def photo_views(keys: Iterable[str], folder: str) -> tuple[str, ...]:
 
 
 def _photographs(folder: str) -> list[str]:
-    from flawsift.data.images import scan_folder  # which needs this module
-
     if not (found := scan_folder(Path(folder))):
         raise InputError(f"The folder of textures '{folder}' holds no image.")
     return found
@@ -108,8 +108,6 @@ def _listed(folder: str, fingerprint: str) -> Sequence[str]:
 
 
 def _photograph(folder: str, fingerprint: str, size: int, generator: np.random.Generator) -> npt.NDArray[np.uint8]:
-    from flawsift.data.images import UnreadableImage, decode, to_pixels
-
     names = _listed(folder, fingerprint)
     path = Path(folder) / names[int(generator.integers(len(names)))]
     try:

@@ -2,16 +2,11 @@
 
 `ImageSet` is the one type that detectors, screening and the feature cache speak. It is an ordered view on
 unlabelled images, addressed by global ids only: ids survive every selection, positions never leave a function.
-Labels live in `flawsift.metrics.ranking.GroundTruth` and cannot reach `fit`.
+Labels live in `flawsift.data.truth.GroundTruth` and cannot reach `fit`.
 """
 
-import csv
-import hashlib
 import io
-import os
-import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -20,23 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from flawsift.data.decoding import UnreadableImage, decode, to_pixels
+from flawsift.data.folders import EXTENSIONS, scan_folder
 from flawsift.data.views import check_view, derive
 from flawsift.errors import InputError
-
-Ids = npt.NDArray[np.int64]
-
-# What a folder scan takes for an image. Content decides how a file is decoded; the ending only whether it is looked at.
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-# 16-bit greys are divided by one constant, so that a pixel never depends on the rest of its image.
-SIXTEEN_BIT_WHITE = 65535.0
-MAX_NAMED = 5  # an error names at most this many offenders, and the total
-
-
-class UnreadableImage(InputError):
-    """One image cannot be decoded; the text is the reason without the path."""
+from flawsift.paths import MAX_NAMED, show
+from flawsift.types import Ids
 
 
 @dataclass(frozen=True)
@@ -326,135 +313,3 @@ class ImageSet:
         if shape is None:
             return None
         return torch.from_numpy(np.stack([np.zeros(shape, bool) if m is None else m for m in masks]))
-
-
-def scan_folder(root: Path) -> list[str]:
-    """Relative paths of all image files below `root`, sorted, each real folder visited once.
-
-    Raises:
-        InputError: `root` is missing or not a folder, or a folder below it cannot be listed.
-    """
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
-        raise InputError(f"Image folder '{show(root)}' {what}.")
-    seen: set[tuple[int, int]] = set()
-    names: list[str] = []
-
-    def fail(error: OSError) -> None:
-        raise InputError(f"Folder '{show(Path(str(error.filename)))}' cannot be listed: {error.strerror}.") from error
-
-    for folder, children, files in os.walk(root, followlinks=True, onerror=fail):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            children.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        children[:] = sorted(c for c in children if not c.startswith("."))
-        relative = Path(folder).relative_to(root)
-        names += [
-            (relative / f).as_posix() for f in files if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")
-        ]
-    return sorted(names)
-
-
-def decode(data: bytes) -> Image.Image:
-    """File content as an upright 8-bit RGB image.
-
-    The content decides the format, not the file's ending. EXIF rotation is applied, 16-bit grey is divided by
-    65535, CMYK and palettes are converted, transparent pixels are laid on black, of an animation the first frame
-    counts.
-
-    Raises:
-        UnreadableImage: With the reason.
-    """
-    if not data:
-        raise UnreadableImage("empty file (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and of large sizes; large ones raise below
-            with Image.open(io.BytesIO(data)) as opened:
-                opened.load()
-                return _to_rgb(ImageOps.exif_transpose(opened))
-    except Image.DecompressionBombError as error:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise UnreadableImage(f"more than {limit} megapixels; make it smaller or cut it into tiles") from error
-    except UnidentifiedImageError as error:
-        raise UnreadableImage("not an image, or a format that Pillow cannot read") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, MemoryError) as error:
-        raise UnreadableImage(f"damaged or truncated: {_one_line(error)}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey is "I;16*" or, in old files, "I"
-        grey = np.asarray(image, dtype=np.float64)
-        # float images have no stated white; values in [0, 1] are taken as such, others as 8-bit
-        white = SIXTEEN_BIT_WHITE if image.mode != "F" else (1.0 if grey.max(initial=0) <= 1 else 255.0)
-        return Image.fromarray(np.clip(np.rint(grey / white * 255), 0, 255).astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def to_pixels(image: Image.Image, size: int) -> Tensor:
-    """An RGB image as (3, size, size) uint8: square resize, bilinear with antialiasing, no crop."""
-    if image.size != (size, size):
-        # reducing_gap keeps a 20,000 px wide image from costing seconds: box-reduce first, then resample
-        image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
-
-
-def content_digest(data: bytes) -> str:
-    """SHA-256 of a file's content, hex."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def read_groups(path: str | Path) -> dict[str, str]:
-    """{relative image path: group} from a CSV file with the columns `file` (or `path`) and `group`.
-
-    Raises:
-        InputError: The file is missing, or lacks a column.
-    """
-    path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"Groups file '{show(path)}' cannot be read: {_one_line(error)}.") from error
-    columns = set(rows[0]) if rows else set()
-    name = "file" if "file" in columns else "path"
-    if not {name, "group"} <= columns:
-        raise InputError(f"Groups file '{show(path)}' needs the columns 'file' and 'group', has {sorted(columns)}.")
-    return {row[name]: row["group"] for row in rows if row["group"]}
-
-
-def show(path: str | Path) -> str:
-    """A path as printable text: bytes that are not UTF-8 appear as backslash escapes.
-
-    >>> show(os.fsdecode(b"caf\\xe9.png"))
-    'caf\\\\udce9.png'
-    """
-    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def find_name(root: Path, shown: str) -> str:
-    """The path below `root` that `show` made a text of; the text itself where no such file is there.
-
-    A file whose name really holds a backslash escape comes first.
-    """
-    if "\\udc" in shown and not os.path.lexists(root / shown):
-        raw = re.sub(r"\\udc([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), shown)
-        if os.path.lexists(root / raw):
-            return raw
-    return shown
-
-
-def name_some(names: Iterable[str]) -> str:
-    """At most five names and how many more there are."""
-    listed = [show(n) for n in names]
-    rest = len(listed) - MAX_NAMED
-    return ", ".join(listed[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -9,9 +9,12 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.data.images import FileSource, Ids, ImageSet, name_some, scan_folder, show
+from flawsift.data.folders import scan_folder
+from flawsift.data.images import FileSource, ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.errors import InputError
-from flawsift.metrics.ranking import GroundTruth
+from flawsift.paths import name_some, show
+from flawsift.types import Ids
 
 log = logging.getLogger("flawsift")
 

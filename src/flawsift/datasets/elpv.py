@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from flawsift.data.images import name_some, show
 from flawsift.datasets.dataset import NORMAL, Dataset, Entry, from_entries
 from flawsift.errors import InputError, ParameterError
+from flawsift.paths import name_some, show
 
 DEFECTIVE = "defective"
 CELL_TYPES = ("mono", "poly")

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flawsift.data.images import ImageSet, name_some, read_groups, show
+from flawsift.data.folders import read_groups
+from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.datasets.dataset import (
     NORMAL,
     NORMAL_FOLDERS,
@@ -25,7 +27,7 @@ from flawsift.datasets.dataset import (
     sub_folders,
 )
 from flawsift.errors import InputError
-from flawsift.metrics.ranking import GroundTruth
+from flawsift.paths import name_some, show
 
 DATA_VARIABLE = "FLAWSIFT_DATA"  # the environment variable that names the folder with downloaded sets
 FLAT_DEFECT = "defect"  # defect type of images that lie directly in the defect folder

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from flawsift.data.images import FileSource, show
+from flawsift.data.images import FileSource
 from flawsift.datasets.dataset import Dataset
 from flawsift.datasets.folder import load_prepared
 from flawsift.errors import InputError
+from flawsift.paths import show
 
 SOURCE = "https://github.com/abin24/Magnetic-tile-defect-datasets."
 BLANK_MASKS = "empty_masks.txt"  # masks without a defect pixel, relative to the root: the annotation is missing

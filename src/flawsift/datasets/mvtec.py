@@ -11,7 +11,6 @@ Source: Bergmann et al., "MVTec AD", CVPR 2019, https://www.mvtec.com/company/re
 from pathlib import Path
 from typing import Literal
 
-from flawsift.data.images import name_some, show
 from flawsift.datasets.dataset import (
     NORMAL,
     NORMAL_FOLDERS,
@@ -24,6 +23,7 @@ from flawsift.datasets.dataset import (
     sub_folders,
 )
 from flawsift.errors import InputError, unknown_name
+from flawsift.paths import name_some, show
 
 EXPECTED = "Expected train/good (optional), test/good, test/DEFECT_TYPE and ground_truth/DEFECT_TYPE (optional)."
 

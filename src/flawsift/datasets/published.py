@@ -16,11 +16,11 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from flawsift.data.images import name_some, show
 from flawsift.datasets.dataset import NORMAL, Dataset, Entry, from_entries, require_folder
 from flawsift.datasets.folder import DATA_VARIABLE
 from flawsift.datasets.mvtec import load_mvtec
 from flawsift.errors import InputError, unknown_name
+from flawsift.paths import name_some, show
 
 log = logging.getLogger("flawsift")
 

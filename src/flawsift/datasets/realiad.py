@@ -20,10 +20,10 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flawsift.data.images import name_some, show
 from flawsift.datasets.dataset import NORMAL, Dataset, Entry, from_entries
 from flawsift.datasets.published import SOURCES, find_root, require_files
 from flawsift.errors import InputError, ParameterError
+from flawsift.paths import name_some, show
 
 ALPHAS = (0.0, 0.1, 0.2, 0.4)  # of the four official splits
 RESOLUTIONS = ("256", "512", "1024", "raw")

@@ -16,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from flawsift.data.images import Ids, ImageSet, show
+from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.datasets.dataset import NORMAL, Dataset
 from flawsift.errors import OutputError, ParameterError, unknown_name
 from flawsift.files import new_folder
-from flawsift.metrics.ranking import GroundTruth
+from flawsift.paths import show
+from flawsift.types import Ids
 
 Floats = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]

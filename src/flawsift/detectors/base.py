@@ -20,11 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from flawsift.data.images import Batch, Ids, ImageSet, content_digest
+from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.parts import maps as map_ops
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import ModelError, NotFittedError, ParameterError, unknown_name
-from flawsift.files import write_bytes, write_json
+from flawsift.files import content_digest, write_bytes, write_json
+from flawsift.types import Ids
 
 # registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
 DETECTORS: Mapping[str, tuple[str, str]] = {

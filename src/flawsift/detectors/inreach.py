@@ -9,13 +9,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flawsift.data.images import Batch, Ids, ImageSet
+from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import coreset
 from flawsift.detectors.parts import neighbors as nn
 from flawsift.detectors.parts.maps import SIGMA_PER_PIXEL, embed_batch, smooth
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
+from flawsift.types import Ids
 
 # From here on a layout counts: how far the mean map is from its transpose, where two unrelated patches are 1 apart.
 # On drawn textures that lie anyhow it was TTT at most, on three kinds of real photographs of parts 0.26 at least.

@@ -30,11 +30,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flawsift.data.images import ImageSet, UnreadableImage, content_digest
+from flawsift.data.decoding import UnreadableImage
+from flawsift.data.images import ImageSet
 from flawsift.data.views import derive
 from flawsift.errors import InputError, OutputError, ParameterError
 from flawsift.features.backbones import Backbone
-from flawsift.files import ensure_folder, new_folder, write_json
+from flawsift.files import content_digest, ensure_folder, new_folder, write_json
 from flawsift.progress import Progress, silent
 
 FORMAT = 1  # of the folder layout above; a change makes old entries invisible

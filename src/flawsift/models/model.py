@@ -16,18 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 import flawsift
-from flawsift.data.images import ImageSet, content_digest, show
+from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Detector, Prediction, load_detector
 from flawsift.errors import InputError, ModelError
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.store import StoredFeatures, stream
-from flawsift.files import ensure_folder, write_json
+from flawsift.files import content_digest, ensure_folder, write_json
 from flawsift.metrics import ranking as metrics
 from flawsift.metrics.aupro import StreamingAUPRO
-from flawsift.metrics.ranking import GroundTruth
 from flawsift.models.calibration import DEFAULT_RATE, Calibration, Threshold
+from flawsift.models.predictions import Predictions
+from flawsift.paths import show
 from flawsift.progress import Progress, silent
-from flawsift.screening.storage import Predictions
 
 FORMAT = 1  # of the model folder
 VERSIONED = ("torch", "timm", "openvino", "numpy", "pillow")  # packages whose version can change a score

@@ -19,24 +19,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flawsift.data.images import ImageSet, name_some, show
+from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.detectors.parts.neighbors import NearestNeighbors
 from flawsift.detectors.parts.training import channel_statistics, standardized
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_json, write_text
-from flawsift.metrics.pairs import (
+from flawsift.metrics.ranking import image_auroc
+from flawsift.paths import name_some, show
+from flawsift.reports.pages import template
+from flawsift.reports.pairs import (
     ANOMALY_ANOMALY,
     NORMAL_ANOMALY,
     NORMAL_NORMAL,
-    Floats,
     Matching,
     chance_below,
     histogram,
     matching,
     pair_distances,
 )
-from flawsift.metrics.ranking import GroundTruth, image_auroc
-from flawsift.reports.pages import template
+from flawsift.types import Floats
 
 PAGE, DATA = "diagnose.html", "diagnostics.json"
 KS = (1, 2, 5)  # neighbours for the matches

@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.data.images import ImageSet, UnreadableImage, show
+from flawsift.data.decoding import UnreadableImage
+from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Prediction
 from flawsift.files import ensure_folder, write_text
-from flawsift.metrics.ranking import GroundTruth
 from flawsift.models import model as models
+from flawsift.models.predictions import Predictions
+from flawsift.paths import show
 from flawsift.reports.histogram import Histogram
 from flawsift.reports.overlays import Scale, overlay, shrink
 from flawsift.reports.pages import css_ramp, data_uri, flat, number, template
+from flawsift.reports.predictions import scaled_map
 from flawsift.reports.screening import MAX_UNREADABLE, NAME, THUMB, place_of
-from flawsift.screening.storage import Predictions, scaled_map
 
 N_WORST = 12  # of each kind of error: a screen or two
 METRICS = {

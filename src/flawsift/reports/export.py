@@ -17,9 +17,11 @@ from PIL import Image
 from scipy import ndimage
 
 from flawsift import __version__
-from flawsift.data.images import FileSource, ImageSet, UnreadableImage, show
+from flawsift.data.decoding import UnreadableImage
+from flawsift.data.images import FileSource, ImageSet
 from flawsift.errors import OutputError, ParameterError, unknown_name
 from flawsift.files import ensure_folder, write_csv, write_json, write_text
+from flawsift.paths import show
 from flawsift.reports.overlays import Scale
 from flawsift.reports.screening import map_scale, shown_map
 from flawsift.screening.decisions import decided

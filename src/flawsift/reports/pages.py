@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
-from flawsift.data.images import show
+from flawsift.paths import show
 from flawsift.reports.overlays import colours
 
 JPEG_QUALITY = 85

@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flawsift.data.images import ImageSet, UnreadableImage, name_some, show
+from flawsift.data.decoding import UnreadableImage
+from flawsift.data.images import ImageSet
 from flawsift.detectors.parts.maps import to_image_grid
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_text
 from flawsift.models.model import Model
+from flawsift.paths import name_some, show
 from flawsift.reports.histogram import Histogram
 from flawsift.reports.overlays import Scale, overlay, shrink
 from flawsift.reports.pages import css_ramp, data_uri, flat, number, plural, template

@@ -46,11 +46,11 @@ def refit(
         OutputError: `out` cannot be written.
     """
     from flawsift import pipeline
-    from flawsift.data.images import show
     from flawsift.detectors.base import make_detector
     from flawsift.features.backbones import load_backbone
     from flawsift.features.store import FeatureStore
     from flawsift.models.calibration import DEFAULT_RATE
+    from flawsift.paths import show
     from flawsift.progress import silent
     from flawsift.reports import screening as report
     from flawsift.screening.decisions import read_decisions
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = refit(**given, progress=lambda stage, done, total: _say(stage=stage, done=done, total=total))
     except (FlawsiftError, OSError, MemoryError) as error:
-        from flawsift.data.images import show
+        from flawsift.paths import show
 
         _say(error=show(" ".join(str(error).split())) or type(error).__name__)
         return 2

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
-from flawsift.data.images import show
 from flawsift.errors import FlawsiftError, InputError, ParameterError
+from flawsift.paths import show
 from flawsift.review.session import Review
 
 try:

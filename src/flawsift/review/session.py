@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flawsift.data.images import FileSource, ImageSet, UnreadableImage, show
+from flawsift.data.decoding import UnreadableImage
+from flawsift.data.images import FileSource, ImageSet
 from flawsift.errors import InputError, ParameterError
 from flawsift.files import ensure_folder
+from flawsift.paths import show
 from flawsift.reports import pages
 from flawsift.reports import screening as report
 from flawsift.reports.overlays import layer, shrink

@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import binary_dilation
 
-from flawsift.data.images import Ids
+from flawsift.types import Floats, Ids
 
-Floats = npt.NDArray[np.float64]
 Consensus = Literal["mean", "median", "trimmed_mean", "rank_mean"]
 Normalize = Literal["none", "robust", "rank"]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.data.images import show
 from flawsift.errors import InputError, OutputError, ParameterError
 from flawsift.files import take_lock, write_csv
+from flawsift.paths import show
 
 NAME = "decisions.csv"
 CHOICES = ("keep", "remove", "unsure")

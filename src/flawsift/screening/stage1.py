@@ -16,18 +16,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flawsift.data.images import Ids, ImageSet, show
+from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts.maps import top_mean
 from flawsift.errors import InputError, ParameterError
 from flawsift.executors import SERIAL, Executor, Serial
+from flawsift.paths import show
 from flawsift.progress import Progress, silent
 from flawsift.screening.consensus import (
     COMBINE,
     SUSPECT,
     Consensus,
     Contamination,
-    Floats,
     Normalize,
     choose,
     combine,
@@ -41,6 +41,7 @@ from flawsift.screening.consensus import (
 )
 from flawsift.screening.decisions import decided
 from flawsift.screening.submodels import SubModels
+from flawsift.types import Floats, Ids
 
 TOP_SHARE = 0.01  # of the patches, for an image's divergence: the paper's code scores images by the top 1 % too
 

@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from flawsift.data.images import Batch, Ids, ImageSet
+from flawsift.data.images import Batch, ImageSet
 from flawsift.errors import InputError, TrainingError
 from flawsift.files import write_bytes
 from flawsift.progress import Progress, silent
+from flawsift.types import Ids
 
 SAVE_SECONDS = 30.0  # between checkpoints: the most that a kill can cost
 _SEPARATOR = "/"  # between the parts of a checkpoint's tensor names

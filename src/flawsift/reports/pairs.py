@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from flawsift.detectors.parts.neighbors import mutual_pairs
+from flawsift.types import Floats
 
-Floats = npt.NDArray[np.float64]
 N_PAIRS = 20_000  # of each kind: a mean within 1 %, a histogram without ragged bins
 N_BINS = 48
 NORMAL_NORMAL, NORMAL_ANOMALY, ANOMALY_ANOMALY, ALL = "normal-normal", "normal-anomaly", "anomaly-anomaly", "all"

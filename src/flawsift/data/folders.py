@@ -1,0 +1,59 @@
+"""What lies in an image folder, and which of its images belong together."""
+
+import csv
+import os
+from pathlib import Path
+
+from flawsift.errors import InputError, one_line
+from flawsift.paths import show
+
+# What a folder scan takes for an image. Content decides how a file is decoded; the ending only whether it is looked at.
+EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+def scan_folder(root: Path) -> list[str]:
+    """Relative paths of all image files below `root`, sorted, each real folder visited once.
+
+    Raises:
+        InputError: `root` is missing or not a folder, or a folder below it cannot be listed.
+    """
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise InputError(f"Image folder '{show(root)}' {what}.")
+    seen: set[tuple[int, int]] = set()
+    names: list[str] = []
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"Folder '{show(Path(str(error.filename)))}' cannot be listed: {error.strerror}.") from error
+
+    for folder, children, files in os.walk(root, followlinks=True, onerror=fail):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            children.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        children[:] = sorted(c for c in children if not c.startswith("."))
+        relative = Path(folder).relative_to(root)
+        names += [
+            (relative / f).as_posix() for f in files if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")
+        ]
+    return sorted(names)
+
+
+def read_groups(path: str | Path) -> dict[str, str]:
+    """{relative image path: group} from a CSV file with the columns `file` (or `path`) and `group`.
+
+    Raises:
+        InputError: The file is missing, or lacks a column.
+    """
+    path = Path(path)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"Groups file '{show(path)}' cannot be read: {one_line(error)}.") from error
+    columns = set(rows[0]) if rows else set()
+    name = "file" if "file" in columns else "path"
+    if not {name, "group"} <= columns:
+        raise InputError(f"Groups file '{show(path)}' needs the columns 'file' and 'group', has {sorted(columns)}.")
+    return {row[name]: row["group"] for row in rows if row["group"]}

@@ -1,0 +1,64 @@
+"""Predictions on disk: a table, and a heatmap over each image."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
+from flawsift.detectors.base import Prediction
+from flawsift.files import ensure_folder, write_csv
+from flawsift.models.calibration import Calibration, Threshold
+from flawsift.models.predictions import Predictions
+from flawsift.reports.overlays import Scale, save_overlay
+
+
+def write_predictions(predictions: Predictions, folder: str | Path, truth: GroundTruth | None = None) -> Path:
+    """Write predictions.csv: path, score, is_anomalous, error, and label and defect_type where they are known."""
+    flagged = predictions.is_anomalous
+    known = {} if truth is None else dict(zip(truth.ids.tolist(), truth.labels.tolist(), strict=True))
+    types = {} if truth is None else dict(zip(truth.ids.tolist(), truth.defect_types, strict=True))
+    header = ["path", "score", "is_anomalous", "error", *(["label", "defect_type"] if truth is not None else [])]
+    rows: list[list[object]] = []
+    for p, (id_, name) in enumerate(zip(predictions.ids.tolist(), predictions.names, strict=True)):
+        error = predictions.errors.get(id_, "")
+        score = "" if error else f"{predictions.scores[p]:.9g}"
+        verdict: object = "" if error or flagged is None else int(flagged[p])
+        rows.append([name, score, verdict, error, *([known[id_], types[id_]] if truth is not None else [])])
+    path = ensure_folder(folder) / "predictions.csv"
+    write_csv(path, header, rows)
+    return path
+
+
+@dataclass(frozen=True, eq=False)
+class OverlayWriter:
+    """Writes a heatmap overlay per image as the predictions come, `folder/<relative path>.png`.
+
+    Smoothing lowers a map's peak below the image score; the map is scaled back to it, so that a line around what lies
+    above the threshold is drawn exactly on the images that are called anomalous.
+
+    Attributes:
+        folder: Where overlays go, in the sub-folders of the images.
+        calibration: Anchors the colours to the model, so that they mean the same on every image.
+        threshold: In force, or None.
+    """
+
+    folder: Path
+    calibration: Calibration
+    threshold: Threshold | None
+
+    def __call__(self, images: ImageSet, prediction: Prediction) -> None:
+        scores = self.calibration.scores if len(self.calibration.scores) else prediction.scores
+        scale = Scale.of(scores, None if self.threshold is None else self.threshold.value)
+        assert prediction.maps is not None
+        for id_, name, score, found in zip(images.ids, images.names, prediction.scores, prediction.maps, strict=True):
+            drawn = scaled_map(found, float(score))
+            save_overlay(self.folder / f"{name}.png", images.image(int(id_)), drawn, scale)
+
+
+def scaled_map(found: npt.NDArray[np.float32], score: float) -> npt.NDArray[np.float32]:
+    """A smoothed map (h, w) scaled so that its peak is the image score."""
+    peak = float(found.max())
+    return found * np.float32(score / peak) if peak > 0 else found
