@@ -24,12 +24,15 @@ from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Detector, make_detector
+from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.store import FeatureStore, attach
 from flawsift.models import model as models
 from flawsift.models.calibration import Calibration
 from flawsift.screening.consensus import keep_lowest, rejected_patches, robust_units
-from flawsift.screening.stage1 import PRESETS, Screening, screen
+from flawsift.screening.options import PRESETS
+from flawsift.screening.result import Screening
+from flawsift.screening.stage1 import screen
 
 KEY = ("commit", "data", "alpha", "seed", "variant")
 METRICS = ("image_auroc", "aupro")
@@ -47,14 +50,16 @@ def cut(
     """
 
     def select(train: ImageSet, stage1: Screening, _: GroundTruth) -> ImageSet:
-        assert stage1.grids is not None
+        assert stage1.patch_maps is not None
         assert stage1.contamination is not None
         if tested and stage1.contamination.alpha_hat <= 0:
             return train
         calmest = np.inf if calm is None else calm
         kept = robust_units(stage1.consensus) <= images
         rejected = np.where(
-            kept[:, None, None], rejected_patches(stage1.grids, patches), rejected_patches(stage1.grids, calmest)
+            kept[:, None, None],
+            rejected_patches(stage1.patch_maps, patches),
+            rejected_patches(stage1.patch_maps, calmest),
         )
         learned = kept if calm is None else np.ones_like(kept)
         masks = {int(i): mask for i, mask in zip(stage1.ids, rejected, strict=True) if mask.any()}
@@ -99,7 +104,7 @@ def run_cell(
     split = contaminate(data.truth, alpha=alpha, groups=images.groups, seed=seed, **SIZES[data.name])
     train, test = images.select(split.train_ids), images.select(split.test_ids)
     detector = make_detector("patchcore", seed=seed)
-    stage1 = screen(train, detector, **PRESETS["default"], seed=seed)
+    stage1 = screen(train, detector, PRESETS["default"], Run(seed=seed))
     common = cell_of(data, images, backbone, detector, alpha, seed)
     chosen = {variant: VARIANTS[variant](train, stage1, data.truth) for variant in names}
     for variant, found in measured(chosen, detector, backbone, len(train), test, data.truth):

@@ -32,7 +32,7 @@ from flawsift.errors import InputError
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.store import FeatureStore, attach
 from flawsift.models import model as models
-from flawsift.screening.stage1 import PRESETS
+from flawsift.screening.options import PRESETS
 
 # sizes that allow alpha 0 to 0.4 for every seed; see flawsift.data.contamination
 SIZES: dict[str, dict[str, Any]] = {

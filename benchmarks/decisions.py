@@ -23,10 +23,13 @@ from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets import Dataset
 from flawsift.detectors.base import make_detector
+from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.store import FeatureStore, attach
 from flawsift.paths import show
-from flawsift.screening.stage1 import FINAL, PRESETS, SCREENERS, Screening, screen
+from flawsift.screening.options import FINAL, PRESETS, SCREENERS
+from flawsift.screening.result import Screening
+from flawsift.screening.stage1 import screen
 
 SIZES: dict[str, dict[str, Any]] = {
     "cookie": {"n_train": 30},
@@ -54,9 +57,9 @@ def run_cell(
     split = contaminate(data.truth, alpha=alpha, groups=images.groups, seed=seed, **SIZES[data.name])
     train, test = images.select(split.train_ids), images.select(split.test_ids)
     detector = make_detector(name, seed=seed)
-    stage1 = screen(train, make_detector(SCREENERS["default"], seed=seed), **PRESETS["default"], seed=seed)
+    stage1 = screen(train, make_detector(SCREENERS["default"], seed=seed), PRESETS["default"], Run(seed=seed))
     choices = right_choices(stage1, data.truth, n)
-    decided, counts = stage1.decided(choices)
+    decided, counts = stage1.with_decisions(choices)
     common = cell_of(data, images, backbone, detector, alpha, seed)
     common |= {"protocol": protocol_of(train, test), "n_decisions": n, "n_removed": counts["remove"]}
     arms = {

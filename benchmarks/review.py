@@ -44,7 +44,7 @@ def make_screening(folder: Path, n: int, size: int) -> Path:
     import numpy as np
 
     from flawsift.datasets.synthetic import synthetic, write_folder
-    from flawsift.screening.stage1 import Screening
+    from flawsift.screening.result import Screening
     from flawsift.screening.storage import ROOT, save_screening
 
     base = min(n, BASE)

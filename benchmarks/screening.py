@@ -73,7 +73,9 @@ def child(arm: str, detector_name: str, folder: Path, size: int) -> dict[str, An
                 screened = time.perf_counter() - started
 
             who = "own" if arm == "two_stage" else "patchcore"
-            pipeline.fit(images, detector, backbone, screener=who, store=store, on_screened=on_screened)
+            pipeline.fit(
+                images, detector, backbone, options=ScreenOptions(screener=who), store=store, on_screened=on_screened
+            )
         seconds = time.perf_counter() - started
         peak = _rows.peak_mb()
         digest = models.set_digest(attach(images, backbone, detector.layers, store=store)[0])  # all cached by now

@@ -11,6 +11,7 @@ from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.neighbors import nearest
 from flawsift.detectors.parts.training import UNWATCHED, Watch
+from flawsift.screening.options import ScreenOptions
 from flawsift.screening.stage1 import screen
 from flawsift.testing import CHECKS, easy_set, with_features
 
@@ -49,7 +50,7 @@ def main() -> None:
         check(RandomBank())
         print("passed:", check.__name__)
     data = easy_set()
-    result = screen(with_features(data.images, RandomBank()), RandomBank(), keep=0.8)
+    result = screen(with_features(data.images, RandomBank()), RandomBank(), ScreenOptions(keep=0.8))
     print("contamination before:", data.truth.contamination, "after:", data.truth.select(result.kept).contamination)
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
 from flawsift.detectors.base import Detector, make_detector
 from flawsift.errors import ExecutorError, ParameterError
-from flawsift.executors import SERIAL, Executor, Failure, Processes, Ray, make_executor
+from flawsift.executors import SERIAL, Executor, Failure, Processes, Ray, Run, make_executor
 from flawsift.features.backbones import Backbone
 from flawsift.features.store import FeatureStore, attach, loaded
-from flawsift.screening.stage1 import Screening, screen
+from flawsift.screening.options import ScreenOptions
+from flawsift.screening.result import Screening
+from flawsift.screening.stage1 import screen
+from flawsift.screening.submodels import rank_by_submodels
 
 TASKS = '''
 import os, signal, time
@@ -200,12 +204,12 @@ def test_bad_lines_are_told(line: str, text: str) -> None:
 
 def equal(a: Screening, b: Screening) -> None:
     """Bit for bit."""
-    np.testing.assert_array_equal(a.score_matrix, b.score_matrix)
+    np.testing.assert_array_equal(a.submodel_scores.score_matrix, b.submodel_scores.score_matrix)
     np.testing.assert_array_equal(a.consensus, b.consensus)
     np.testing.assert_array_equal(a.kept, b.kept)
-    assert a.grids is not None
-    assert b.grids is not None
-    np.testing.assert_array_equal(a.grids.view(np.uint16), b.grids.view(np.uint16))
+    assert a.patch_maps is not None
+    assert b.patch_maps is not None
+    np.testing.assert_array_equal(a.patch_maps.view(np.uint16), b.patch_maps.view(np.uint16))
 
 
 def stored(easy: Dataset, tiny: Backbone, detector: Detector, tmp_path: Path) -> ImageSet:
@@ -223,36 +227,47 @@ def test_processes_equal_serial_bit_for_bit(easy: Dataset, tiny: Backbone, tmp_p
     }
     detector = make_detector(name, **params[name])
     data = stored(easy, tiny, detector, tmp_path)
-    alone = screen(data, detector, n_subsets=3, divergence_weight=0.5)
-    spread: list[Any] = []
-    together = screen(
-        data,
-        detector,
-        n_subsets=3,
-        divergence_weight=0.5,
-        executor=Processes(workers=2),
-        on_submodel=spread.append,
-    )
+    alone = screen(data, detector, ScreenOptions(n_subsets=3, divergence_weight=0.5))
+    options = ScreenOptions(n_subsets=3, divergence_weight=0.5)
+    together = screen(data, detector, options, Run(executor=Processes(workers=2)))
     equal(alone, together)
-    assert len(spread) == 3
-    assert all(model.fitted for model in spread)
+
+
+def test_additive_submodels_travel_back_and_are_merged(easy: Dataset, tiny: Backbone, tmp_path: Path) -> None:
+    detector = make_detector("padim", n_features=20)
+    data, options = stored(easy, tiny, detector, tmp_path), ScreenOptions(n_subsets=3)
+    runs = (Run(), Run(executor=Processes(workers=2)))
+    alone, together = (rank_by_submodels(data, detector, options, run, wants_fitted=True).fitted for run in runs)
+    assert alone is not None
+    assert together is not None
+    np.testing.assert_array_equal(alone.predict(data).scores, together.predict(data).scores)
+    np.testing.assert_allclose(alone.predict(data).scores, detector.clone().fit(data).predict(data).scores, rtol=1e-3)
+    unwanted = rank_by_submodels(data, detector, options, Run())
+    assert unwanted.fitted is None
+
+
+@dataclass(eq=False)
+class Counting(Executor):
+    """Another executor, and the items that it was given."""
+
+    inner: Executor
+    items: list[Any] = field(default_factory=list)
+
+    def completed(self, function: Any, items: Any) -> Any:
+        self.items += items
+        return self.inner.completed(function, items)
 
 
 def test_fan_out_goes_on_where_it_was(easy: Dataset, tiny: Backbone, tmp_path: Path) -> None:
     detector = make_detector("padim", n_features=20)
     data = stored(easy, tiny, detector, tmp_path)
-    first = screen(data, detector, n_subsets=3, checkpoint=tmp_path / "p", executor=Processes(workers=1))
-    (tmp_path / "p" / "scores-1.safetensors").unlink()
-    trained: list[Detector] = []
-    again = screen(
-        data,
-        detector,
-        n_subsets=3,
-        checkpoint=tmp_path / "p",
-        executor=Processes(workers=1),
-        on_submodel=trained.append,
+    first = screen(
+        data, detector, ScreenOptions(n_subsets=3), Run(checkpoint=tmp_path / "p", executor=Processes(workers=1))
     )
-    assert len(trained) == 1
+    (tmp_path / "p" / "scores-1.safetensors").unlink()
+    counting = Counting(Processes(workers=1))
+    again = screen(data, detector, ScreenOptions(n_subsets=3), Run(checkpoint=tmp_path / "p", executor=counting))
+    assert counting.items == [1]
     equal(first, again)
 
 
@@ -265,7 +280,7 @@ def test_the_pipeline_fans_out(easy_folder: Path, tiny: Backbone, tmp_path: Path
             store=FeatureStore(tmp_path / "c"),
             out=tmp_path / str(number),
             executor=executor,
-        )
+        ).model
         for number, executor in enumerate((SERIAL, Processes(workers=2)))
     ]
     assert models[0].training["kept_digest"] == models[1].training["kept_digest"]

@@ -23,11 +23,12 @@ from flawsift.errors import InputError, ModelError, OutputError, ParameterError
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.store import FeatureStore, attach
 from flawsift.models import model as models
-from flawsift.screening.stage1 import FINAL, Screening
+from flawsift.screening.options import FINAL, ScreenOptions
 from flawsift.screening.stage1 import screen as screen_features
-from flawsift.screening.storage import matched, read_screening, save_screening
+from flawsift.screening.storage import load_screening, matched, save_screening
 from flawsift.testing import SIZE
 
+HALVES = ScreenOptions(n_subsets=2, keep=1.0, reject_patches=0.0)  # what a threshold is cross-fitted with
 SMALL: dict[str, Detector] = {
     "patchcore": make_detector("patchcore", coreset_ratio=0.05),
     "padim": make_detector("padim", n_features=30),
@@ -59,8 +60,10 @@ def test_stage_two_trains_on_exactly_what_was_kept(
     name: str, tiny: Backbone, easy: Dataset, store: FeatureStore
 ) -> None:
     detector = SMALL[name]
-    screening = pipeline.screen(easy.images, detector, tiny, store=store, keep=0.7)
-    model = pipeline.fit(easy.images, detector, tiny, store=store, keep=0.7, screener="own")
+    screening = pipeline.screen(easy.images, detector, tiny, options=ScreenOptions(keep=0.7), store=store)
+    model = pipeline.fit(
+        easy.images, detector, tiny, options=ScreenOptions(keep=0.7, screener="own"), store=store
+    ).model
     data, _ = attach(easy.images, tiny, detector.layers, store=store)
     direct = detector.clone().fit(screening.purified(data, detector))
     test = data.select(easy.truth.ids[::3])
@@ -74,12 +77,12 @@ def test_stage_two_trains_on_exactly_what_was_kept(
 
 
 def test_the_default_detector_is_that_of_its_name(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
-    model = pipeline.fit(easy.images, backbone=tiny, store=store)
+    model = pipeline.fit(easy.images, backbone=tiny, store=store).model
     assert model.detector.name == FINAL
     assert model.training["detector"] == {"name": FINAL, "params": model.detector.params()}
     assert model.training["screener"] == "patchcore"
     assert model.training["rejected_patches"] > 0
-    named = pipeline.fit(easy.images, TwoBanks(), tiny, store=store)
+    named = pipeline.fit(easy.images, TwoBanks(), tiny, store=store).model
     np.testing.assert_array_equal(model.calibration.scores, named.calibration.scores)
 
 
@@ -87,8 +90,8 @@ def test_a_saved_stage_one_gives_the_same_model(
     tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path
 ) -> None:
     pipeline.screen(easy_folder, "patchcore", tiny, store=store, out=tmp_path / "s")
-    model = pipeline.fit(easy_folder, backbone=tiny, store=store, screening=tmp_path / "s")
-    expected = pipeline.fit(easy_folder, backbone=tiny, store=store)
+    model = pipeline.fit(easy_folder, backbone=tiny, store=store, screening=tmp_path / "s").model
+    expected = pipeline.fit(easy_folder, backbone=tiny, store=store).model
     assert model.detector.name == FINAL
     # its scores are not those of the sub-models of stage 1, which were PatchCore
     np.testing.assert_array_equal(model.calibration.scores, expected.calibration.scores)
@@ -105,18 +108,20 @@ def test_a_screening_without_its_estimate_is_damaged(
     del content["contamination"]
     (tmp_path / "s" / "screening.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="is damaged"):
-        read_screening(tmp_path / "s")
+        load_screening(tmp_path / "s")
 
 
 def test_a_detector_that_learns_from_defects_keeps_them(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
     detector = make_detector("funad", "budget", steps=2, hidden=(8,))
-    found: list[Screening] = []
-    model = pipeline.fit(easy.images, detector, tiny, store=store, on_screened=found.append)
+    result = pipeline.fit(easy.images, detector, tiny, store=store)
+    model, stage1 = result.model, result.screening
+    assert stage1 is not None
     assert model.training["n_kept"] == 50
     assert model.training["rejected_patches"] == 0
     assert model.training["screener"] == "patchcore"
-    assert found[0].consensus[40:].mean() > np.quantile(found[0].consensus[:40], 0.9), "suspects are told all the same"
-    assert pipeline.fit(easy.images, detector, tiny, store=store, keep=0.8).training["n_kept"] == 40
+    assert stage1.consensus[40:].mean() > np.quantile(stage1.consensus[:40], 0.9), "suspects are told all the same"
+    told = pipeline.fit(easy.images, detector, tiny, options=ScreenOptions(keep=0.8), store=store)
+    assert told.model.training["n_kept"] == 40
 
 
 def test_padim_reads_removed_images_only_for_stage_two(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
@@ -127,7 +132,13 @@ def test_padim_reads_removed_images_only_for_stage_two(tiny: Backbone, easy: Dat
             fits.append(len(data))
             return super()._moments(data, device)
 
-    pipeline.fit(easy.images, Watched(n_features=30), tiny, store=store, screener="own", keep=0.9, reject_patches=0.0)
+    pipeline.fit(
+        easy.images,
+        Watched(n_features=30),
+        tiny,
+        options=ScreenOptions(screener="own", keep=0.9, reject_patches=0.0),
+        store=store,
+    )
     stages = [10, 10, 10, 10, 10, 5]  # k sub-models, then the five removed images are taken out
     assert fits == stages, "and nothing for the threshold"
 
@@ -136,7 +147,9 @@ def test_defects_are_ranked_first_and_a_screening_can_be_edited(
     tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path
 ) -> None:
     out = tmp_path / "screening"
-    result = pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, out=out, keep=0.8)
+    result = pipeline.screen(
+        easy_folder, SMALL["patchcore"], tiny, options=ScreenOptions(keep=0.8), store=store, out=out
+    )
     assert set(result.ranking[:8].tolist()) <= set(range(40, 50))
     rows = table(out / "screening.csv")
     assert len(rows) == 50
@@ -152,7 +165,7 @@ def test_defects_are_ranked_first_and_a_screening_can_be_edited(
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    model = pipeline.fit(easy_folder, SMALL["patchcore"], tiny, store=store, screening=out)
+    model = pipeline.fit(easy_folder, SMALL["patchcore"], tiny, store=store, screening=out).model
     assert model.training["n_kept"] == 48
 
 
@@ -163,14 +176,14 @@ def test_another_detector_screens_and_the_threshold_is_the_final_ones_own(
     final, first = SMALL.get(name) or make_detector(name), make_detector("patchcore")
     stage1 = pipeline.screen(easy_folder, first, tiny, store=store, out=tmp_path / "s")
     options: dict[str, Any] = {"screening": tmp_path / "s"} if saved else {"out": tmp_path / "m"}
-    model = pipeline.fit(easy_folder, final, tiny, store=store, **options)
+    model = pipeline.fit(easy_folder, final, tiny, store=store, **options).model
     data, _ = attach(ImageSet.from_folder(easy_folder), tiny, final.layers, store=store)
     purified = stage1.purified(data, final)
     assert model.training["kept_digest"] == models.set_digest(purified)
     if name == "padim":
         judged = left_out_scores(final, purified)[np.isin(purified.ids, stage1.kept)]
     else:
-        judged = screen_features(purified, final, n_subsets=2, keep=1.0, reject_patches=0.0).held_out_scores
+        judged = screen_features(purified, final, HALVES).held_out_scores
     np.testing.assert_allclose(model.calibration.scores, np.sort(judged), rtol=1e-2 if name == "padim" else 2e-3)
     direct = final.clone().fit(purified)
     test = data.select(easy.truth.ids[::3])
@@ -200,10 +213,10 @@ def test_a_screening_of_other_images_is_told(
 ) -> None:
     folder = tmp_path / "parts"
     shutil.copytree(easy_folder, folder)
-    pipeline.screen(folder, SMALL["patchcore"], tiny, store=store, out=tmp_path / "s", keep=0.8)
+    pipeline.screen(folder, SMALL["patchcore"], tiny, options=ScreenOptions(keep=0.8), store=store, out=tmp_path / "s")
 
     def note() -> str | None:
-        model = pipeline.fit(folder, SMALL["patchcore"], tiny, store=store, screening=tmp_path / "s")
+        model = pipeline.fit(folder, SMALL["patchcore"], tiny, store=store, screening=tmp_path / "s").model
         assert model.training["n_kept"] == 40
         found: str | None = model.training.get("screening_note")
         return found
@@ -220,24 +233,24 @@ def test_a_screening_of_something_else_is_refused(
     tiny: Backbone, easy: Dataset, easy_folder: Path, store: FeatureStore, tmp_path: Path
 ) -> None:
     out = tmp_path / "s"
-    pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, out=out, keep=0.8)
-    with pytest.raises(InputError, match=r"40 images kept by the screening .* are not in the folder"):
+    pipeline.screen(easy_folder, SMALL["patchcore"], tiny, options=ScreenOptions(keep=0.8), store=store, out=out)
+    with pytest.raises(InputError, match="40 images kept by the screening are not among those to train on"):
         pipeline.fit(easy.images, SMALL["patchcore"], tiny, store=store, screening=out)
     with pytest.raises(InputError, match="either a screening or no_screen"):
         pipeline.fit(easy_folder, SMALL["patchcore"], tiny, store=store, screening=out, no_screen=True)
     text = (out / "screening.csv").read_text().replace(",1,\n", ",maybe,\n")
     (out / "screening.csv").write_text(text)
     with pytest.raises(InputError, match="damaged: .*kept must be 1 or 0"):
-        read_screening(out)
+        load_screening(out)
     with pytest.raises(InputError, match="is not a screening folder"):
-        read_screening(tmp_path / "none")
+        load_screening(tmp_path / "none")
 
 
 @pytest.mark.parametrize("name", ["patchcore", "padim"])
 def test_decisions_hold_without_a_screening(name: str, tiny: Backbone, easy_folder: Path, store: FeatureStore) -> None:
     images = ImageSet.from_folder(easy_folder)
     choices = {images.names[3]: "remove", images.names[4]: "keep"}
-    model = pipeline.fit(images, SMALL[name], tiny, store=store, no_screen=True, decisions=choices)
+    model = pipeline.fit(images, SMALL[name], tiny, store=store, no_screen=True, decisions=choices).model
     assert model.training["n_kept"] == len(images) - 1
     assert model.training["decisions"] == {"keep": 1, "remove": 1, "unsure": 0, "elsewhere": 0}
 
@@ -245,15 +258,15 @@ def test_decisions_hold_without_a_screening(name: str, tiny: Backbone, easy_fold
 def test_no_screen_trains_on_everything_and_still_has_a_threshold(
     tiny: Backbone, easy: Dataset, store: FeatureStore
 ) -> None:
-    model = pipeline.fit(easy.images, SMALL["patchcore"], tiny, store=store, no_screen=True)
+    model = pipeline.fit(easy.images, SMALL["patchcore"], tiny, store=store, no_screen=True).model
     assert model.training["n_kept"] == 50
     assert model.training["rejected_patches"] == 0
     data, _ = attach(easy.images, tiny, model.detector.layers, store=store)
-    halves = screen_features(data, SMALL["patchcore"], n_subsets=2, keep=1.0, reject_patches=0.0)
+    halves = screen_features(data, SMALL["patchcore"], HALVES)
     np.testing.assert_array_equal(model.calibration.scores, np.sort(halves.held_out_scores))
-    few = pipeline.fit(easy.images.select([0, 1, 2]), SMALL["patchcore"], tiny, store=store, no_screen=True)
+    few = pipeline.fit(easy.images.select([0, 1, 2]), SMALL["patchcore"], tiny, store=store, no_screen=True).model
     assert len(few.calibration.scores) == 3
-    one = pipeline.fit(easy.images.select([0]), SMALL["patchcore"], tiny, store=store, no_screen=True)
+    one = pipeline.fit(easy.images.select([0]), SMALL["patchcore"], tiny, store=store, no_screen=True).model
     assert one.threshold() is None
     found = models.predict(one, easy.images.select([5, 45]))
     assert found.is_anomalous is None
@@ -267,7 +280,7 @@ def test_a_model_survives_the_disk(
     name: str, tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path
 ) -> None:
     backbone = load_backbone("tiny", size=SIZE)
-    model = pipeline.fit(easy_folder, SMALL[name], backbone, store=store, out=tmp_path / "m")
+    model = pipeline.fit(easy_folder, SMALL[name], backbone, store=store, out=tmp_path / "m").model
     loaded = models.load_model(tmp_path / "m")
     before, after = models.predict(model, easy_folder), models.predict(loaded, easy_folder)
     np.testing.assert_array_equal(before.scores, after.scores)
@@ -317,8 +330,8 @@ def test_an_interrupted_save_leaves_the_old_model(
 ) -> None:
     backbone = load_backbone("tiny", size=SIZE)
     folder = tmp_path / "m"
-    pipeline.fit(easy.images, SMALL["patchcore"], backbone, store=store, out=folder, keep=0.8)
-    pipeline.fit(easy.images, SMALL["patchcore"], backbone, store=store, out=folder, keep=0.6)
+    pipeline.fit(easy.images, SMALL["patchcore"], backbone, options=ScreenOptions(keep=0.8), store=store, out=folder)
+    pipeline.fit(easy.images, SMALL["patchcore"], backbone, options=ScreenOptions(keep=0.6), store=store, out=folder)
     assert models.load_model(folder).training["n_kept"] == 30
     assert len(list(folder.glob("state-*.safetensors"))) == 1
 
@@ -327,14 +340,16 @@ def test_an_interrupted_save_leaves_the_old_model(
 
     monkeypatch.setattr("flawsift.detectors.base.write_json", fail)
     with pytest.raises(OutputError):
-        pipeline.fit(easy.images, SMALL["patchcore"], backbone, store=store, out=folder, keep=0.9)
+        pipeline.fit(
+            easy.images, SMALL["patchcore"], backbone, options=ScreenOptions(keep=0.9), store=store, out=folder
+        )
     assert models.load_model(folder).training["n_kept"] == 30
 
 
 def test_a_killed_screening_goes_on_to_the_same_result(
     tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, keep=0.7)
+    whole = pipeline.screen(easy_folder, SMALL["patchcore"], tiny, options=ScreenOptions(keep=0.7), store=store)
     fit = type(SMALL["patchcore"]).fit
     fitted: list[int] = []
 
@@ -346,11 +361,15 @@ def test_a_killed_screening_goes_on_to_the_same_result(
 
     monkeypatch.setattr(type(SMALL["patchcore"]), "fit", killed)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, keep=0.7, out=tmp_path / "o")
+        pipeline.screen(
+            easy_folder, SMALL["patchcore"], tiny, options=ScreenOptions(keep=0.7), store=store, out=tmp_path / "o"
+        )
     fitted.clear()
-    again = pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, keep=0.7, out=tmp_path / "o")
+    again = pipeline.screen(
+        easy_folder, SMALL["patchcore"], tiny, options=ScreenOptions(keep=0.7), store=store, out=tmp_path / "o"
+    )
     assert len(fitted) == 2
-    np.testing.assert_array_equal(again.score_matrix, whole.score_matrix)
+    np.testing.assert_array_equal(again.submodel_scores.score_matrix, whole.submodel_scores.score_matrix)
     assert again.kept.tolist() == whole.kept.tolist()
     assert not (tmp_path / "o" / ".resume").exists()
 
@@ -361,10 +380,14 @@ def test_changed_content_is_not_resumed(
     root = tmp_path / "images"
     shutil.copytree(easy_folder, root)
     monkeypatch.setattr("flawsift.pipeline.shutil.rmtree", lambda *_, **__: None)  # keep the finished sub-models
-    first = pipeline.screen(root, SMALL["patchcore"], tiny, store=store, keep=0.7, out=tmp_path / "o")
+    first = pipeline.screen(
+        root, SMALL["patchcore"], tiny, options=ScreenOptions(keep=0.7), store=store, out=tmp_path / "o"
+    )
     shutil.copy(root / "part-45.png", root / "part-00.png")
-    second = pipeline.screen(root, SMALL["patchcore"], tiny, store=store, keep=0.7, out=tmp_path / "o")
-    assert (first.score_matrix[:, 0] != second.score_matrix[:, 0]).all()
+    second = pipeline.screen(
+        root, SMALL["patchcore"], tiny, options=ScreenOptions(keep=0.7), store=store, out=tmp_path / "o"
+    )
+    assert (first.submodel_scores.score_matrix[:, 0] != second.submodel_scores.score_matrix[:, 0]).all()
 
 
 def test_unreadable_images_are_reported_everywhere(
@@ -373,14 +396,16 @@ def test_unreadable_images_are_reported_everywhere(
     root = tmp_path / "images"
     shutil.copytree(easy_folder, root)
     (root / "bad.png").write_text("no")
-    result = pipeline.screen(root, SMALL["patchcore"], tiny, store=store, out=tmp_path / "o", keep=0.8)
+    result = pipeline.screen(
+        root, SMALL["patchcore"], tiny, options=ScreenOptions(keep=0.8), store=store, out=tmp_path / "o"
+    )
     assert len(result.ids) == 50
     (row,) = [r for r in table(tmp_path / "o" / "screening.csv") if r["error"]]
     assert row["path"] == "bad.png"
     assert "not an image" in row["error"]
     assert row["kept"] == "0"
     assert json.loads((tmp_path / "o" / "screening.json").read_text())["n_unreadable"] == 1
-    model = pipeline.fit(root, SMALL["patchcore"], tiny, store=store, screening=tmp_path / "o")
+    model = pipeline.fit(root, SMALL["patchcore"], tiny, store=store, screening=tmp_path / "o").model
     assert model.training["n_images"] == 51
     found = models.predict(model, root)
     assert list(found.errors.values()) == [row["error"]]
@@ -390,7 +415,7 @@ def test_unreadable_images_are_reported_everywhere(
 
 
 def test_evaluation_sees_labels_and_prediction_does_not(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
-    model = pipeline.fit(easy.images.select(range(30)), SMALL["patchcore"], tiny, store=store, no_screen=True)
+    model = pipeline.fit(easy.images.select(range(30)), SMALL["patchcore"], tiny, store=store, no_screen=True).model
     test = easy.images.select(range(30, 50))
     result, found = models.evaluate(model, test, easy.truth)
     assert result["image_auroc"] > 0.9
@@ -411,7 +436,7 @@ def test_evaluation_sees_labels_and_prediction_does_not(tiny: Backbone, easy: Da
 def test_attached_features_are_not_extracted_again(
     tiny: Backbone, easy: Dataset, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = pipeline.fit(easy.images, SMALL["patchcore"], tiny, store=store)
+    model = pipeline.fit(easy.images, SMALL["patchcore"], tiny, store=store).model
     data, _ = attach(easy.images, tiny, model.detector.layers, store=store)
     expected = models.predict(model, easy.images).scores
 
@@ -426,8 +451,8 @@ def test_attached_features_are_not_extracted_again(
 
 def test_groups_reach_the_split(tiny: Backbone, easy: Dataset, store: FeatureStore) -> None:
     grouped = replace(easy.images, groups={int(i): f"g{int(i) // 2}" for i in easy.images.ids})
-    result = pipeline.screen(grouped, SMALL["padim"], tiny, store=store, keep=0.5)
-    assert (result.subset_of[0][::2] == result.subset_of[0][1::2]).all()
+    result = pipeline.screen(grouped, SMALL["padim"], tiny, options=ScreenOptions(keep=0.5), store=store)
+    assert (result.submodel_scores.subset_of[0][::2] == result.submodel_scores.subset_of[0][1::2]).all()
 
 
 def test_odd_options_are_told_before_the_work(tiny: Backbone, easy: Dataset, tmp_path: Path) -> None:
@@ -442,9 +467,9 @@ def test_odd_options_are_told_before_the_work(tiny: Backbone, easy: Dataset, tmp
 
 def test_a_saved_screening_reads_back(tiny: Backbone, easy: Dataset, store: FeatureStore, tmp_path: Path) -> None:
     options: dict[str, Any] = {"n_partitions": 2, "divergence_weight": 0.5, "consensus": "median"}
-    result = pipeline.screen(easy.images, SMALL["patchcore"], tiny, store=store, **options)
-    saved = read_screening(save_screening(result, tmp_path))
-    now = matched(saved, easy.images, tmp_path)
+    result = pipeline.screen(easy.images, SMALL["patchcore"], tiny, options=ScreenOptions(**options), store=store)
+    saved = load_screening(save_screening(result, tmp_path))
+    now = matched(saved, easy.images)
     assert now.kept.tolist() == result.kept.tolist()
     for detector in (SMALL["patchcore"], make_detector("softpatch")):
         purified, expected = (s.purified(easy.images, detector) for s in (now, result))
@@ -452,7 +477,7 @@ def test_a_saved_screening_reads_back(tiny: Backbone, easy: Dataset, store: Feat
         assert purified.rejected.keys() == expected.rejected.keys()
         assert all((purified.rejected[i] == expected.rejected[i]).all() for i in expected.rejected)
     np.testing.assert_allclose(now.held_out_scores, result.held_out_scores, rtol=1e-6)
-    assert result.divergence is not None
+    assert result.submodel_scores.divergence is not None
     assert result.contamination is not None
     assert saved.contamination == result.contamination
 
@@ -460,7 +485,9 @@ def test_a_saved_screening_reads_back(tiny: Backbone, easy: Dataset, store: Feat
 def test_an_image_that_a_person_keeps_has_all_its_patches(
     tiny: Backbone, easy: Dataset, store: FeatureStore, tmp_path: Path
 ) -> None:
-    result = pipeline.screen(easy.images, SMALL["patchcore"], tiny, store=store, reject_patches=1.0)
+    result = pipeline.screen(
+        easy.images, SMALL["patchcore"], tiny, options=ScreenOptions(reject_patches=1.0), store=store
+    )
     assert result.rejected is not None
     assert len(result.removed)
     removed = set(result.removed.tolist())
@@ -473,7 +500,7 @@ def test_an_image_that_a_person_keeps_has_all_its_patches(
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    now, _ = read_screening(tmp_path).decided({})
+    now, _ = load_screening(tmp_path).with_decisions({})
     assert len(now.kept) == 51 - len(removed)
     purified = now.purified(easy.images, make_detector("patchcore"))
     assert int(last) in purified.ids
@@ -484,15 +511,20 @@ def test_an_image_that_a_person_keeps_has_all_its_patches(
 def test_decisions_reach_the_patches_of_a_fit(
     tiny: Backbone, easy_folder: Path, store: FeatureStore, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"store": store, "reject_patches": 1.0, "screener": "own"}
-    result = pipeline.screen(easy_folder, SMALL["patchcore"], tiny, store=store, reject_patches=1.0, out=tmp_path)
+    options = ScreenOptions(reject_patches=1.0, screener="own")
+    result = pipeline.screen(
+        easy_folder, SMALL["patchcore"], tiny, options=ScreenOptions(reject_patches=1.0), store=store, out=tmp_path
+    )
     assert result.rejected is not None
     one = int(np.flatnonzero(result.rejected.any((1, 2)))[0])
     choices = {result.names[one]: "keep"}
     learned = result.is_kept | result.is_partly_learned
     expected = (result.rejected[learned].sum() - result.rejected[one].sum()) / (learned.sum() * result.rejected[0].size)
-    for given in ({"screening": tmp_path}, options):
-        model = pipeline.fit(easy_folder, SMALL["patchcore"], tiny, decisions=choices, **{"store": store, **given})
+    givens: list[dict[str, Any]] = [{"screening": tmp_path}, {"screening": result}, {"options": options}]
+    for given in givens:
+        model = pipeline.fit(
+            easy_folder, SMALL["patchcore"], tiny, decisions=choices, **{"store": store, **given}
+        ).model
         assert model.training["rejected_patches"] == pytest.approx(expected)
         assert model.training["n_kept"] == result.is_kept.sum()
         assert model.training["n_partly"] == result.is_partly_learned.sum() > 0
@@ -501,7 +533,7 @@ def test_decisions_reach_the_patches_of_a_fit(
 
 def test_a_sorted_table_keeps_its_patches(tiny: Backbone, easy: Dataset, store: FeatureStore, tmp_path: Path) -> None:
     shuffled = easy.images.select(np.random.default_rng(0).permutation(easy.images.ids))
-    result = pipeline.screen(shuffled, SMALL["patchcore"], tiny, store=store, reject_patches=1.0)
+    result = pipeline.screen(shuffled, SMALL["patchcore"], tiny, options=ScreenOptions(reject_patches=1.0), store=store)
     expected = result.purified(easy.images, SMALL["patchcore"]).rejected
     rows = table(save_screening(result, tmp_path) / "screening.csv")
     for key in ("consensus", "path"):
@@ -509,14 +541,14 @@ def test_a_sorted_table_keeps_its_patches(tiny: Backbone, easy: Dataset, store: 
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(sorted(rows, key=lambda row: row[key]))
-        now = matched(read_screening(tmp_path), easy.images, tmp_path)
+        now = matched(load_screening(tmp_path), easy.images)
         found = now.purified(easy.images, SMALL["patchcore"]).rejected
         assert found.keys() == expected.keys()
         assert all((found[i] == expected[i]).all() for i in expected)
     with (tmp_path / "screening.csv").open("a", newline="") as file:
         csv.DictWriter(file, list(rows[0])).writerow(rows[3])
     with pytest.raises(InputError, match="is there twice"):
-        read_screening(tmp_path)
+        load_screening(tmp_path)
 
 
 def test_public_names_exist_and_are_sorted() -> None:

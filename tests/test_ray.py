@@ -23,9 +23,10 @@ from flawsift.benchmark.runner import run
 from flawsift.datasets import Dataset
 from flawsift.detectors.base import make_detector
 from flawsift.errors import ExecutorError
-from flawsift.executors import Ray
+from flawsift.executors import Ray, Run
 from flawsift.features.backbones import Backbone
 from flawsift.features.store import FeatureStore, attach, loaded
+from flawsift.screening.options import ScreenOptions
 from flawsift.screening.stage1 import screen
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'flawsift[ray]'")
@@ -181,7 +182,7 @@ def test_ray_equals_serial_bit_for_bit(
 ) -> None:
     detector = make_detector("patchcore", coreset_ratio=0.05)
     data, _ = attach(easy.images, tiny, detector.layers, store=FeatureStore(tmp_path / "c"))
-    alone = screen(data, detector, n_subsets=3)
+    alone = screen(data, detector, ScreenOptions(n_subsets=3))
     if not sees_files:  # what travels must not need the store: once it is loaded, the store is gone
 
         def load_and_hide(*args: Any, **options: Any) -> Any:
@@ -190,13 +191,15 @@ def test_ray_equals_serial_bit_for_bit(
             return found
 
         monkeypatch.setattr("flawsift.screening.submodels.loaded", load_and_hide)
-    together = screen(data, detector, n_subsets=3, executor=Ray(address=cluster.address, sees_files=sees_files))
+    together = screen(
+        data, detector, ScreenOptions(n_subsets=3), Run(executor=Ray(address=cluster.address, sees_files=sees_files))
+    )
     assert (tmp_path / "c").exists() == sees_files
-    np.testing.assert_array_equal(alone.score_matrix, together.score_matrix)
+    np.testing.assert_array_equal(alone.submodel_scores.score_matrix, together.submodel_scores.score_matrix)
     np.testing.assert_array_equal(alone.kept, together.kept)
-    assert alone.grids is not None
-    assert together.grids is not None
-    np.testing.assert_array_equal(alone.grids.view(np.uint16), together.grids.view(np.uint16))
+    assert alone.patch_maps is not None
+    assert together.patch_maps is not None
+    np.testing.assert_array_equal(alone.patch_maps.view(np.uint16), together.patch_maps.view(np.uint16))
 
 
 def test_tasks_go_to_both_nodes_and_failures_come_back(cluster: Cluster) -> None:
@@ -235,7 +238,7 @@ def test_a_lost_node_costs_time_and_changes_nothing(
     mine = ray.get_runtime_context().get_node_id()  # the driver's node is the head
     detector = cluster.tasks.Slow(n_features=10)
     data, _ = attach(easy.images, tiny, detector.layers, store=FeatureStore(tmp_path / "c"))
-    alone = screen(data, make_detector("padim", n_features=10), n_subsets=3)
+    alone = screen(data, make_detector("padim", n_features=10), ScreenOptions(n_subsets=3))
 
     def started_there() -> list[Path]:
         return [p for p in cluster.marks.glob("fit-*") if not p.name.startswith(f"fit-{mine}")]
@@ -246,9 +249,9 @@ def test_a_lost_node_costs_time_and_changes_nothing(
 
     killer = threading.Thread(target=kill_while_it_trains)
     killer.start()
-    together = screen(data, detector, n_subsets=3, executor=Ray(address=cluster.address))
+    together = screen(data, detector, ScreenOptions(n_subsets=3), Run(executor=Ray(address=cluster.address)))
     killer.join()
-    np.testing.assert_array_equal(alone.score_matrix, together.score_matrix)
+    np.testing.assert_array_equal(alone.submodel_scores.score_matrix, together.submodel_scores.score_matrix)
     np.testing.assert_array_equal(alone.consensus, together.consensus)
     lost = {p.read_text() for p in started_there()}
     again = {p.read_text() for p in cluster.marks.glob(f"fit-{mine}*")}

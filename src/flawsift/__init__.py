@@ -27,27 +27,33 @@ if TYPE_CHECKING:
     from flawsift.models.model import evaluate as evaluate
     from flawsift.models.model import load_model as load_model
     from flawsift.models.model import predict as predict
+    from flawsift.pipeline import FitResult as FitResult
     from flawsift.pipeline import fit as fit
     from flawsift.pipeline import screen as screen
-    from flawsift.screening.stage1 import PRESETS as PRESETS
-    from flawsift.screening.stage1 import Screening as Screening
+    from flawsift.screening.options import PRESETS as PRESETS
+    from flawsift.screening.options import ScreenOptions as ScreenOptions
+    from flawsift.screening.result import Screening as Screening
+    from flawsift.screening.storage import load_screening as load_screening
 
 _EXPORTS = {
-    "PRESETS": "screening.stage1",
+    "PRESETS": "screening.options",
     "Backbone": "features.backbones",
     "Detector": "detectors.base",
     "FeatureStore": "features.store",
+    "FitResult": "pipeline",
     "FlawsiftError": "errors",
     "GroundTruth": "data.truth",
     "ImageSet": "data.images",
     "Model": "models.model",
-    "Screening": "screening.stage1",
+    "ScreenOptions": "screening.options",
+    "Screening": "screening.result",
     "attach": "features.store",
     "contaminate": "data.contamination",
     "evaluate": "models.model",
     "fit": "pipeline",
     "load_backbone": "features.backbones",
     "load_model": "models.model",
+    "load_screening": "screening.storage",
     "make_detector": "detectors.base",
     "predict": "models.model",
     "screen": "pipeline",

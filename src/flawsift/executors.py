@@ -19,9 +19,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from flawsift.errors import ExecutorError, ParameterError, unknown_name
+from flawsift.progress import Progress, silent
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -86,6 +88,25 @@ class Serial(Executor):
 
 
 SERIAL = Serial()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where and how work runs. But for the seed, nothing of it changes a result on machines of one kind.
+
+    Attributes:
+        seed: Of random partitions; detectors have a seed of their own.
+        device: "auto" takes a GPU where there is one.
+        executor: Where independent trainings run.
+        progress: Told how far it is.
+        checkpoint: A folder for unfinished work, so that a killed run goes on where it was.
+    """
+
+    seed: int = 0
+    device: str = "auto"
+    executor: Executor = SERIAL
+    progress: Progress = silent
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ from flawsift.errors import NotFittedError
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.store import FeatureStore, attach
 from flawsift.metrics.ranking import image_auroc
+from flawsift.screening.options import ScreenOptions
 from flawsift.screening.stage1 import screen
 
 SIZE = 64  # pixels: large enough for three strides, small enough for milliseconds
@@ -185,10 +186,11 @@ def check_each_image_passes_the_backbone_once(detector: Detector) -> None:
         return extract(pixels, layers)
 
     images = easy_set().images.select(_normal(easy_set())[:20])
+    options = ScreenOptions(n_subsets=3)
     backbone.extract = counting  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            pipeline.fit(images, detector.clone(), backbone, store=FeatureStore(Path(folder)), n_subsets=3)
+            pipeline.fit(images, detector.clone(), backbone, options=options, store=FeatureStore(Path(folder)))
     finally:
         del backbone.extract
     passes = 20 * (1 + len(detector.views))
@@ -247,7 +249,7 @@ def check_screening_lowers_contamination(detector: Detector) -> None:
     """Of a set with a fifth of easy defects, stage 1 keeps a purer one."""
     data = easy_set()
     mixed = with_features(data.images, detector)
-    result = screen(mixed, detector, n_subsets=4, keep=0.6)
+    result = screen(mixed, detector, ScreenOptions(n_subsets=4, keep=0.6))
     before, after = data.truth.contamination, data.truth.select(result.kept).contamination
     assert after < before, f"contamination {before:.2f} before, {after:.2f} after screening"
 

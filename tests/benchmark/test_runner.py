@@ -12,24 +12,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flawsift import pipeline
 from flawsift.benchmark import runner as benchmark
 from flawsift.benchmark.grid import Config, done_places, estimate_seconds, parse_config, plan, read_config
-from flawsift.benchmark.rows import append_rows, read_rows
+from flawsift.benchmark.rows import Row, append_rows, read_rows
 from flawsift.benchmark.runner import Outcome, run
-from flawsift.benchmark.trial import compare
+from flawsift.benchmark.trial import Trial
 from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
+from flawsift.data.truth import GroundTruth
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.base import Detector, make_detector
 from flawsift.errors import InputError, ParameterError
-from flawsift.executors import Processes
+from flawsift.executors import Processes, Run
 from flawsift.features.backbones import Backbone
 from flawsift.features.store import attach
 from flawsift.metrics import ranking as metrics
 from flawsift.models import model as models
 from flawsift.models.calibration import Calibration
-from flawsift.screening.stage1 import PRESETS, reselected, screen
+from flawsift.models.plan import TrainingPlan, held_out_scores_of
+from flawsift.screening.options import PRESETS
+from flawsift.screening.stage1 import reselected, screen
+from flawsift.testing import tiny_backbone
 
 SMALL: dict[str, Any] = {
     "alphas": [0.0, 0.2],
@@ -60,6 +63,25 @@ def split(easy: Dataset, tiny: Backbone) -> tuple[ImageSet, ImageSet]:
     return images.select(cut.train_ids), images.select(cut.test_ids)
 
 
+def compare(
+    train: ImageSet,
+    test: ImageSet,
+    truth: GroundTruth,
+    detector: Detector,
+    presets: list[str],
+    *,
+    seed: int,
+    on_fitted: Any = None,
+    **options: Any,
+) -> list[Row]:
+    """The rows of one trial on the test backbone."""
+    backbone = tiny_backbone()
+    trial = Trial(
+        train=train, test=test, truth=truth, detector=detector, backbone=backbone, run=Run(seed=seed), **options
+    )
+    return trial.rows(presets, on_fitted)
+
+
 # ---- one cell --------------------------------------------------------------------------------------------------------
 
 
@@ -67,8 +89,8 @@ def split(easy: Dataset, tiny: Backbone) -> tuple[ImageSet, ImageSet]:
 def test_a_selection_from_the_score_matrix_is_that_of_a_screening(easy: Dataset, tiny: Backbone, preset: str) -> None:
     train, _ = split(easy, tiny)
     detector = make_detector("padim", n_features=10)
-    other = screen(train, detector, **PRESETS["default" if preset == "paper" else "paper"], seed=3)
-    mine = screen(train, detector, **PRESETS[preset], seed=3)
+    other = screen(train, detector, PRESETS["default" if preset == "paper" else "paper"], Run(seed=3))
+    mine = screen(train, detector, PRESETS[preset], Run(seed=3))
     found = reselected(other, PRESETS[preset], detector, train)
     assert found.kept.tolist() == mine.kept.tolist()
     np.testing.assert_array_equal(found.consensus, mine.consensus)
@@ -89,7 +111,7 @@ def test_compare_trains_each_sub_model_and_each_selection_once(
 
     monkeypatch.setattr(type(detector), "fit", fit)
     clean = replace(easy.truth, labels=np.where(np.isin(easy.truth.ids, train.ids), 0, easy.truth.labels))
-    rows = compare(train, test, clean, detector, tiny, ["none", "oracle_clean", "paper"], seed=0)
+    rows = compare(train, test, clean, detector, ["none", "oracle_clean", "paper"], seed=0)
     # five sub-models; "none" and "oracle_clean" train on the same images where all are normal
     assert [len(ids) for ids in fitted] == [4, 4, 4, 4, 4, 20, 8]
     assert [row["preset"] for row in rows] == ["none", "oracle_clean", "paper"]
@@ -99,21 +121,21 @@ def test_compare_trains_each_sub_model_and_each_selection_once(
 def test_another_screener_leaves_thresholds_to_halves_of_what_is_kept(easy: Dataset, tiny: Backbone) -> None:
     train, test = split(easy, tiny)
     detector, presets = make_detector("softpatch", coreset_ratio=0.05), ["none", "default"]
-    none, default = compare(train, test, easy.truth, detector, tiny, presets, seed=0)
+    none, default = compare(train, test, easy.truth, detector, presets, seed=0)
     assert (none["screener"], default["screener"]) == (None, "patchcore")
-    stage1 = screen(train, make_detector("patchcore", seed=0), **PRESETS["default"], seed=0)
+    stage1 = screen(train, make_detector("patchcore", seed=0), PRESETS["default"], Run(seed=0))
     purified = stage1.purified(train, detector)
-    scores = pipeline.cross_fitted_scores(purified, detector, purified.ids, seed=0)
+    scores = held_out_scores_of(TrainingPlan(purified, purified.ids, None), detector)
     assert len(scores) == len(purified)
     model = models.Model(detector.clone().fit(purified), tiny, Calibration.of(scores), {})
     expected, _ = models.evaluate(model, test, easy.truth)
     assert {k: default[k] for k in ("image_auroc", "missed_per_100")} == {
         k: expected[k] for k in ("image_auroc", "missed_per_100")
     }
-    plain = compare(train, test, easy.truth, detector, tiny, presets, seed=0, calibrate=False)
+    plain = compare(train, test, easy.truth, detector, presets, seed=0, calibrate=False)
     assert [row["missed_per_100"] for row in plain] == [None, None]
     assert [row["image_auroc"] for row in plain] == [none["image_auroc"], default["image_auroc"]]
-    own = compare(train, test, easy.truth, detector, tiny, presets, seed=0, screener="own", calibrate=False)
+    own = compare(train, test, easy.truth, detector, presets, seed=0, screener="own", calibrate=False)
     assert own[1]["screener"] == "softpatch"
     assert own[0]["missed_per_100"] is not None, "the preset's sub-models have judged all images"
 
@@ -122,10 +144,8 @@ def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> N
     train, test = split(easy, tiny)
     detector = make_detector("padim", n_features=10)
     fitted: dict[str, models.Model] = {}
-    rows = compare(
-        train, test, easy.truth, detector, tiny, ["paper", "oracle_clean"], seed=1, on_fitted=fitted.__setitem__
-    )
-    stage1 = screen(train, detector, **PRESETS["paper"], seed=1)
+    rows = compare(train, test, easy.truth, detector, ["paper", "oracle_clean"], seed=1, on_fitted=fitted.__setitem__)
+    stage1 = screen(train, detector, PRESETS["paper"], Run(seed=1))
     labels = easy.truth.select(stage1.kept).labels
     paper, oracle = rows
     assert (paper["kept_normal"], paper["kept_anomalous"]) == ((labels == 0).sum(), labels.sum())
@@ -136,7 +156,7 @@ def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> N
     # each sub-model alone keeps as many
     assert paper["alone_normal"] + paper["alone_anomalous"] == pytest.approx(8)
     by_hand = []
-    for scores in stage1.score_matrix:
+    for scores in stage1.submodel_scores.score_matrix:
         kept = train.ids[np.argsort(scores, kind="stable")[:8]]
         by_hand.append(easy.truth.select(kept).labels.sum())
     assert paper["alone_anomalous"] == pytest.approx(np.mean(by_hand))
@@ -147,7 +167,8 @@ def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> N
         Calibration.of([]),
         {},
     )
-    scores = pipeline.cross_fitted_scores(stage1.purified(train, detector), model.detector, stage1.kept, seed=1)
+    plan = TrainingPlan(stage1.purified(train, detector), stage1.kept, None)
+    scores = held_out_scores_of(plan, model.detector, Run(seed=1))
     model = replace(model, calibration=Calibration.of(scores))
     expected, _ = models.evaluate(model, test, easy.truth)
     assert {k: paper[k] for k in ("image_auroc", "aupro", "missed_per_100")} == {

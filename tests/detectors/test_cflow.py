@@ -20,6 +20,7 @@ from flawsift.detectors.parts.training import Recipe, seeded
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone
 from flawsift.features.store import MemoryFeatures, attach
+from flawsift.screening.options import ScreenOptions
 from flawsift.screening.stage1 import screen
 
 ENTROPY = math.log(2 * math.pi * math.e) / 2  # of a standard normal, per dimension
@@ -275,8 +276,8 @@ def test_it_screens() -> None:
     x = normal(30)
     x[25:, :, 1:3, 1:3] += 4
     flow = CFlow(layers=("a",), n_blocks=2, position_dim=4, steps=40, learning_rate=0.01)
-    result = screen(feature_set(a=x), flow, n_subsets=3, keep=0.8, divergence_weight=0.5)
-    assert result.divergence is not None
+    result = screen(feature_set(a=x), flow, ScreenOptions(n_subsets=3, keep=0.8, divergence_weight=0.5))
+    assert result.submodel_scores.divergence is not None
     assert set(result.removed[:5].tolist()) == {25, 26, 27, 28, 29}
 
 

@@ -16,6 +16,7 @@ from flawsift.detectors.parts import maps
 from flawsift.detectors.parts.maps import embed_patches, smooth
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.store import MemoryFeatures
+from flawsift.screening.options import ScreenOptions
 from flawsift.screening.stage1 import screen
 
 LAYERS = ("a",)
@@ -323,7 +324,7 @@ def test_few_and_equal_images() -> None:
 def test_stage_1_lowers_contamination_with_it_as_sub_model() -> None:
     patches, _ = realisations(30)
     patches[:6, :3] += np.random.default_rng(1).normal(0, 3, size=(6, 3, CHANNELS))
-    found = screen(set_of(patches), InReaCh(layers=LAYERS, coreset_ratio=0.5), n_subsets=3, keep=0.8)
+    found = screen(set_of(patches), InReaCh(layers=LAYERS, coreset_ratio=0.5), ScreenOptions(n_subsets=3, keep=0.8))
     assert sorted(found.removed.tolist()) == [10 * i for i in range(6)]
 
 

@@ -20,7 +20,8 @@ from flawsift.detectors.simplenet import Net, SimpleNet
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone
 from flawsift.features.store import MemoryFeatures, attach
-from flawsift.screening.consensus import Normalize, combine, normalize_scores, own_mask
+from flawsift.screening.consensus import combine, normalize_scores, own_mask
+from flawsift.screening.options import Normalize, ScreenOptions
 from flawsift.screening.stage1 import screen
 
 SMALL: dict[str, Any] = {"layers": ("a",), "embedding_dim": 8, "hidden_dim": 8}
@@ -293,11 +294,13 @@ def test_it_screens() -> None:
     # trains on, four of 16 in two of its twelve images, and so a kind of normal patch.
     strange = np.random.default_rng(7).normal(size=(6, 4, 1, 1))
     x[30:, :, 1:3, 1:3] += (8 * strange / np.linalg.norm(strange, axis=1, keepdims=True)).astype(np.float32)
-    result = screen(feature_set(a=x), SimpleNet(**FAST), n_subsets=3, keep=0.8)
+    result = screen(feature_set(a=x), SimpleNet(**FAST), ScreenOptions(n_subsets=3, keep=0.8))
     assert set(result.removed[:6].tolist()) == {30, 31, 32, 33, 34, 35}
-    own = own_mask(result.subset_of, 3)
+    own = own_mask(result.submodel_scores.subset_of, 3)
     bad = result.ids >= 30
-    for scores, seen in zip(result.score_matrix, own, strict=True):  # each sub-model alone, on what it did not see
+    for scores, seen in zip(
+        result.submodel_scores.score_matrix, own, strict=True
+    ):  # each sub-model alone, on what it did not see
         assert scores[~seen & bad].min() > scores[~seen & ~bad].max()
 
 
@@ -314,14 +317,14 @@ def test_a_defect_that_recurs_is_learned_as_normal_and_found_without_it() -> Non
 def test_a_sub_model_with_a_scale_of_its_own_has_one_vote() -> None:
     x = 0.3 * normal(36) + 1
     x[30:, :, 1:3, 1:3] -= 4
-    result = screen(feature_set(a=x), SimpleNet(**FAST), n_subsets=3, keep=0.8)
+    result = screen(feature_set(a=x), SimpleNet(**FAST), ScreenOptions(n_subsets=3, keep=0.8))
     # one sub-model's logits magnified: the normaliser of stage 1 brings it back, a plain mean follows it alone
-    scores = result.score_matrix.copy()
-    own = own_mask(result.subset_of, 3)
+    scores = result.submodel_scores.score_matrix.copy()
+    own = own_mask(result.submodel_scores.subset_of, 3)
     scores[0] = 50 * scores[0] + 1000
     cases: list[tuple[Normalize, bool]] = [("robust", True), ("none", False)]
     for how, harmless in cases:
-        before = combine(normalize_scores(result.score_matrix, own, how), own, "mean", exclude_own=True)
+        before = combine(normalize_scores(result.submodel_scores.score_matrix, own, how), own, "mean", exclude_own=True)
         after = combine(normalize_scores(scores, own, how), own, "mean", exclude_own=True)
         assert np.allclose(before, after, rtol=1e-3, atol=1e-3) == harmless
 
@@ -329,7 +332,7 @@ def test_a_sub_model_with_a_scale_of_its_own_has_one_vote() -> None:
 def test_it_is_a_sub_model_and_a_final_detector(tiny: Backbone, easy: Dataset) -> None:
     data, _ = attach(easy.images.select(range(20)), tiny, ("stride8", "stride16"))
     detector = SimpleNet(embedding_dim=16, hidden_dim=8, steps=4)
-    result = screen(data, detector, n_subsets=4, keep=0.5)
+    result = screen(data, detector, ScreenOptions(n_subsets=4, keep=0.5))
     final = detector.fit(data.select(result.kept)).predict(data)
     assert np.isfinite(final.scores).all()
 

@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flawsift.benchmark.trial import compare
+from flawsift.benchmark.trial import Trial
 from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
 from flawsift.datasets.synthetic import synthetic
 from flawsift.detectors.base import make_detector
+from flawsift.executors import Run
 from flawsift.features.backbones import Backbone
 from flawsift.features.store import attach
 from flawsift.testing import SIZE
@@ -44,7 +45,16 @@ def gains(sets: list[tuple[Dataset, ImageSet]], tiny: Backbone, name: str, alpha
         train, test = images.select(cut.train_ids), images.select(cut.test_ids)
         detector = make_detector(name, seed=seed, **FINAL[name])
         presets = ["none", "default", "oracle_clean"]
-        rows.append(compare(train, test, data.truth, detector, tiny, presets, seed=seed, calibrate=False))
+        trial = Trial(
+            train=train,
+            test=test,
+            truth=data.truth,
+            detector=detector,
+            backbone=tiny,
+            run=Run(seed=seed),
+            calibrate=False,
+        )
+        rows.append(trial.rows(presets))
     none, default, oracle = (np.array([float(r[i]["image_auroc"]) for r in rows]) for i in range(3))
     return float((default - none).mean()), float((oracle - none).mean())
 

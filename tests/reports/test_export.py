@@ -18,8 +18,9 @@ from flawsift.data.images import ImageSet
 from flawsift.errors import InputError, OutputError, ParameterError
 from flawsift.features.backbones import Backbone
 from flawsift.reports.export import export, opening_note
-from flawsift.screening.stage1 import Screening
-from flawsift.screening.storage import images_of, read_screening
+from flawsift.screening.options import ScreenOptions
+from flawsift.screening.result import Screening
+from flawsift.screening.storage import images_of, load_screening
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,8 @@ def screened(easy_folder: Path, tiny: Backbone, tmp_path_factory: pytest.TempPat
     exif = Image.Exif()
     exif[0x0112] = 6
     turned.save(root / "sub" / "part-45.png", exif=exif)
-    pipeline.screen(root, "padim", tiny, out=root.parent / "s", keep=0.8)
-    found = read_screening(root.parent / "s")
+    pipeline.screen(root, "padim", tiny, options=ScreenOptions(keep=0.8), out=root.parent / "s")
+    found = load_screening(root.parent / "s")
     return found, images_of(found)
 
 

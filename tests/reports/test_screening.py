@@ -34,7 +34,7 @@ from flawsift.reports.screening import (
 )
 from flawsift.screening.consensus import Contamination
 from flawsift.screening.lookalikes import describe, nearest
-from flawsift.screening.stage1 import Screening
+from flawsift.screening.result import Screening
 from flawsift.screening.storage import save_screening
 from flawsift.testing import easy_set, tiny_backbone, with_features
 
@@ -214,7 +214,7 @@ def test_the_page_says_what_becomes_of_suspect_patches(images: ImageSet) -> None
     screening = make_screening(images, consensus=consensus, kept=kept, rejected=rejected)
     text = words(render(screening, images).text[""])
     assert "Of the kept images, the 2.1 % of the patches that look least like the others are suspect" in text
-    back, _ = screening.decided({screening.names[i]: "keep" for i in range(3)})
+    back, _ = screening.with_decisions({screening.names[i]: "keep" for i in range(3)})
     text = words(render(back, images).text[""])
     assert "Most of the images that were set aside are kept by decision" in text
     assert "are suspect" not in text
@@ -542,8 +542,8 @@ def test_histogram_of_odd_scores(scores: list[float]) -> None:
 
 def test_colours_of_the_report_come_from_kept_images_alone(images: ImageSet) -> None:
     screening = make_screening(images)
-    assert screening.grids is not None
-    grids = screening.grids.copy()
+    assert screening.patch_maps is not None
+    grids = screening.patch_maps.copy()
     grids[~screening.is_kept] *= 1000
     assert map_scale(replace(screening, grids=grids)) == map_scale(screening)
     grids[screening.is_kept] *= 2

@@ -23,7 +23,8 @@ from flawsift.features.backbones import Backbone
 from flawsift.models import model as models
 from flawsift.reports import evaluation
 from flawsift.reports import screening as report
-from flawsift.screening.storage import read_screening
+from flawsift.screening.options import ScreenOptions
+from flawsift.screening.storage import load_screening
 from flawsift.testing import easy_set
 
 CHROMIUM = Path(os.environ.get("FLAWSIFT_CHROMIUM", "/usr/bin/chromium"))
@@ -81,7 +82,7 @@ def screened(easy_folder: Path, tiny: Backbone, tmp_path_factory: pytest.TempPat
     shutil.copytree(easy_folder, root / "parts")
     (root / "parts" / "part-45.png").rename(root / "parts" / MARKUP)
     (root / "parts" / "empty.png").touch()
-    pipeline.screen(root / "parts", "padim", tiny, out=root / "s", keep=0.8)
+    pipeline.screen(root / "parts", "padim", tiny, options=ScreenOptions(keep=0.8), out=root / "s")
     return root
 
 
@@ -142,7 +143,7 @@ def names(page: Any) -> list[str]:
 def test_decide_by_keys_reload_and_undo(browser: Any, errors: Errors, server: Server) -> None:
     page = open_page(browser, errors, server.address)
     ranked = names(page)
-    assert ranked[0] == read_screening(server.folder).names[int(read_screening(server.folder).consensus.argmax())]
+    assert ranked[0] == load_screening(server.folder).names[int(load_screening(server.folder).consensus.argmax())]
     assert MARKUP in ranked
     page.locator(".tile").first.focus()
     press(page, "r", "k", "u", "ArrowRight", "r")
@@ -432,7 +433,7 @@ def test_the_review_page_is_accessible(browser: Any, errors: Errors, server: Ser
 def reports(screened: Path, tiny: Backbone, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The three reports."""
     out = tmp_path_factory.mktemp("reports")
-    model = pipeline.fit(screened / "parts", "padim", tiny, screening=screened / "s")
+    model = pipeline.fit(screened / "parts", "padim", tiny, screening=screened / "s").model
     page = {"fit": report.write_fit_report(model, screened / "s", out / "fit")}
     images = ImageSet.from_folder(screened / "parts")
     found = pipeline.screen(images, "padim", tiny)

@@ -22,12 +22,12 @@ from flawsift.errors import InputError
 from flawsift.features.backbones import Backbone
 from flawsift.models import model as models
 from flawsift.review import session as reviewing
-from flawsift.review.refit import refit
+from flawsift.review.refit import refit, summary_of
 from flawsift.review.server import MAX_BODY, make_app, serve
 from flawsift.review.session import Refit, Review
 from flawsift.screening.decisions import read_decisions
-from flawsift.screening.stage1 import FINAL
-from flawsift.screening.storage import images_of, read_screening
+from flawsift.screening.options import FINAL
+from flawsift.screening.storage import images_of, load_screening
 
 TOKEN, PORT = "s3cret", 8123
 BASE = f"http://127.0.0.1:{PORT}"
@@ -244,7 +244,7 @@ def test_odd_names_are_text_and_their_pictures_are_found(client: TestClient) -> 
 
 
 def test_content_is_that_of_the_screening(client: TestClient, folder: Path) -> None:
-    content, screening = client.get(f"/{TOKEN}/content").json(), read_screening(folder)
+    content, screening = client.get(f"/{TOKEN}/content").json(), load_screening(folder)
     assert content["ids"] == screening.ids.tolist()
     order = sorted(range(len(screening.ids)), key=lambda p: content["rank"][p])
     assert [content["ids"][p] for p in order] == screening.ranking.tolist()
@@ -276,13 +276,13 @@ def test_decisions_of_an_earlier_run_are_there(folder: Path, client: TestClient)
         assert later.get("/other/content").json()["decisions"] == {"5": ["remove", 1]}
     now = Review.open(folder).decided()
     assert 5 not in now.kept.tolist()
-    assert 5 in read_screening(folder).kept.tolist()
+    assert 5 in load_screening(folder).kept.tolist()
 
 
 def test_a_set_without_a_kept_image_can_still_be_looked_at(folder: Path) -> None:
     review = Review.open(folder)
-    assert review.screening.grids is not None
-    review.screening = replace(review.screening, rejected=review.screening.grids > 0)
+    assert review.screening.patch_maps is not None
+    review.screening = replace(review.screening, rejected=review.screening.patch_maps > 0)
     review.decide([{"id": i, "decision": "remove", "version": 0} for i in review.screening.ids.tolist()])
     page = review.overview()
     assert not len(review.decided().kept)
@@ -425,13 +425,14 @@ def test_what_libraries_print_does_not_disturb_a_refit(noise: str) -> None:
 
 
 def test_refit_trains_with_the_decisions_and_reports(folder: Path, tmp_path: Path) -> None:
-    screening = read_screening(folder)
+    screening = load_screening(folder)
     back = int(screening.removed[0])
     names = dict(zip(screening.ids.tolist(), screening.names, strict=True))
     (tmp_path / "d.csv").write_text(f"path,decision\n{names[back]},keep\n")
     stages: list[str] = []
     out = tmp_path / os.fsdecode(b"mod\xe9l")  # the page is told in UTF-8
-    result = refit(folder, out, decisions=tmp_path / "d.csv", progress=lambda stage, done, total: stages.append(stage))
+    told = refit(folder, out, decisions=tmp_path / "d.csv", progress=lambda stage, done, total: stages.append(stage))
+    result = summary_of(told, out)
     assert result["n_kept"] == len(screening.kept) + 1
     json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
     assert "detector" in stages
@@ -462,6 +463,6 @@ def test_a_first_refit_has_the_default_detector(screened: Path, tiny: Backbone, 
 
 
 def test_names_are_found_by_what_is_shown(screened: Path) -> None:
-    images = images_of(read_screening(screened / "s"))
+    images = images_of(load_screening(screened / "s"))
     assert ODD in images.names
     assert images.image(images.ids.tolist()[images.names.index(ODD)]).size == (64, 64)

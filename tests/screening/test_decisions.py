@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from flawsift import pipeline
 from flawsift.errors import InputError, OutputError, ParameterError
 from flawsift.features.backbones import Backbone
-from flawsift.screening.decisions import CHOICES, Change, DecisionStore, decided, read_decisions
-from flawsift.screening.storage import read_screening
+from flawsift.screening.decisions import CHOICES, Change, DecisionStore, apply_decisions, read_decisions
+from flawsift.screening.options import ScreenOptions
+from flawsift.screening.storage import load_screening
 
 
 def rows(path: Path) -> dict[str, tuple[str, str]]:
@@ -179,14 +180,14 @@ def test_damaged_files(tmp_path: Path, text: str, message: str) -> None:
 def test_keep_and_remove_override_and_unsure_leaves() -> None:
     names, kept = ["a", "b", "c", "caf\udce9"], np.array([True, False, True, True])
     choices = {"a": "remove", "b": "keep", "c": "unsure", "caf\\udce9": "remove", "gone": "keep"}
-    result, counts = decided(names, kept, choices)
+    result, counts = apply_decisions(names, kept, choices)
     assert result.tolist() == [False, True, True, False]
     assert counts == {"keep": 1, "remove": 2, "unsure": 1, "elsewhere": 1}
     assert kept.tolist() == [True, False, True, True]
     with pytest.raises(InputError, match="None of the 1 decisions is about an image of this set"):
-        decided(names, kept, {"other": "keep"})
+        apply_decisions(names, kept, {"other": "keep"})
     with pytest.raises(InputError, match="leave no image"):
-        decided(["a"], np.array([True]), {"a": "remove"})
+        apply_decisions(["a"], np.array([True]), {"a": "remove"})
 
 
 def test_fit_trains_on_what_a_person_decided(easy_folder: Path, tiny: Backbone, tmp_path: Path) -> None:
@@ -198,14 +199,16 @@ def test_fit_trains_on_what_a_person_decided(easy_folder: Path, tiny: Backbone, 
     )
     model = pipeline.fit(
         easy_folder, "padim", tiny, screening=tmp_path / "s", decisions=tmp_path / "d.csv", out=tmp_path / "m"
-    )
+    ).model
     wanted = sorted({*found.kept.tolist(), first_removed} - {first_kept})
-    saved, _ = read_screening(tmp_path / "s").decided(read_decisions(tmp_path / "d.csv"))
+    saved, _ = load_screening(tmp_path / "s").with_decisions(read_decisions(tmp_path / "d.csv"))
     assert saved.kept.tolist() == wanted
     assert model.training["n_kept"] == len(wanted)
     assert model.training["decisions"] == {"keep": 1, "remove": 1, "unsure": 1, "elsewhere": 0}
     assert len(model.calibration.scores) == len(wanted)
-    anew = pipeline.fit(easy_folder, "padim", tiny, screener="own", decisions={names[first_kept]: "remove"})
+    anew = pipeline.fit(
+        easy_folder, "padim", tiny, options=ScreenOptions(screener="own"), decisions={names[first_kept]: "remove"}
+    ).model
     assert anew.training["n_kept"] == len(found.kept) - 1
     with pytest.raises(InputError, match="None of the 1 decisions"):
         pipeline.fit(easy_folder, "padim", tiny, screening=tmp_path / "s", decisions={"x": "keep"})
@@ -213,13 +216,17 @@ def test_fit_trains_on_what_a_person_decided(easy_folder: Path, tiny: Backbone, 
 
 def test_a_screening_is_read_as_it_was_written(easy_folder: Path, tiny: Backbone, tmp_path: Path) -> None:
     found = pipeline.screen(easy_folder, "padim", tiny, out=tmp_path / "s")
-    again = read_screening(tmp_path / "s")
-    for name in ("ids", "subset_of", "kept", "grids", "descriptions"):
+    again = load_screening(tmp_path / "s")
+    for name in ("ids", "kept", "patch_maps", "descriptions"):
         np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
-    for name in ("score_matrix", "held_out_scores", "consensus"):
+    for name in ("held_out_scores", "consensus"):
         np.testing.assert_allclose(getattr(again, name), getattr(found, name), rtol=1e-5)
+    mine, theirs = again.submodel_scores, found.submodel_scores
+    np.testing.assert_array_equal(mine.subset_of, theirs.subset_of)
+    np.testing.assert_allclose(mine.score_matrix, theirs.score_matrix, rtol=1e-5)
+    assert (again.seed, again.keep_share) == (found.seed, found.keep_share)
     assert (list(again.names), again.options, again.unreadable) == (list(found.names), found.options, found.unreadable)
-    assert (again.contamination, again.divergence) == (found.contamination, None)
+    assert (again.contamination, again.submodel_scores.divergence) == (found.contamination, None)
     assert again.provenance["images_root"] == str(easy_folder)
 
 
@@ -227,7 +234,7 @@ def test_a_name_may_hold_line_ends(easy_folder: Path, tiny: Backbone, tmp_path: 
     parts = Path(shutil.copytree(easy_folder, tmp_path / "parts"))
     (parts / "part-07.png").rename(parts / "a\rb\n.png")
     found = pipeline.screen(parts, "padim", tiny, out=tmp_path / "s")
-    assert list(read_screening(tmp_path / "s").names) == list(found.names)
+    assert list(load_screening(tmp_path / "s").names) == list(found.names)
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../b.png"])
@@ -238,4 +245,4 @@ def test_a_screening_that_leads_out_of_its_folder_is_refused(
     table = tmp_path / "s" / "screening.csv"
     table.write_text(table.read_text().replace("part-03.png", name))
     with pytest.raises(InputError, match="leads out of the image folder"):
-        read_screening(tmp_path / "s")
+        load_screening(tmp_path / "s")

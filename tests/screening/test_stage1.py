@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 from torch import Tensor
@@ -17,6 +17,7 @@ from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, make_detector
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError, ParameterError
+from flawsift.executors import Run
 from flawsift.features.store import MemoryFeatures
 from flawsift.screening.consensus import (
     EXPECTED_TAIL,
@@ -30,7 +31,11 @@ from flawsift.screening.consensus import (
     rejected_patches,
     robust_units,
 )
-from flawsift.screening.stage1 import PRESETS, Screening, screen, split
+from flawsift.screening.options import PRESETS, ScreenOptions
+from flawsift.screening.result import Ranking, Screening
+from flawsift.screening.stage1 import screen
+from flawsift.screening.storage import load_screening, save_screening
+from flawsift.screening.submodels import split
 
 
 @dataclass(kw_only=True, eq=False)
@@ -54,6 +59,22 @@ class Oracle(Detector):
         # the feature is the id as well: pixels and ids must not part ways
         assert batch.features["x"].flatten().tolist() == batch.ids.tolist()
         return torch.from_numpy(self.truth(batch.ids)).float().view(-1, 1, 1)
+
+
+def watching(kill_in: int = 0) -> Any:
+    """An oracle whose class lists what its clones were fitted on; the fit of that number, from 1, is killed."""
+
+    @dataclass(kw_only=True, eq=False)
+    class Watching(Oracle):
+        fits: ClassVar[list[list[int]]] = []
+
+        def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
+            if len(self.fits) + 1 == kill_in:
+                raise KeyboardInterrupt
+            self.fits.append(sorted(data.ids.tolist()))
+            return super().fit(data, device=device, watch=watch)
+
+    return Watching()
 
 
 def id_set(ids: Any, groups: Mapping[int, str] | None = None) -> ImageSet:
@@ -82,10 +103,14 @@ def id_lists(draw: st.DrawFn) -> list[int]:
 @given(ids=id_lists(), k=subsets, seed=seeds, keep=st.floats(0.05, 1), own=st.booleans())
 def test_an_oracle_is_obeyed(ids: list[int], k: int, seed: int, keep: float, own: bool) -> None:
     oracle = Oracle()
-    result = screen(id_set(ids), oracle, n_subsets=k, keep=keep, seed=seed, exclude_own=own, normalize="none")
+    result = screen(
+        id_set(ids), oracle, ScreenOptions(n_subsets=k, keep=keep, exclude_own=own, normalize="none"), Run(seed=seed)
+    )
     truth = oracle.truth(ids)
     assert result.ids.tolist() == ids
-    np.testing.assert_array_equal(result.score_matrix, np.tile(truth, (k, 1)))  # row j, column i belongs to image i
+    np.testing.assert_array_equal(
+        result.submodel_scores.score_matrix, np.tile(truth, (k, 1))
+    )  # row j, column i belongs to image i
     m = max(1, int(np.floor(keep * len(ids) + 1e-9)))
     assert set(result.kept.tolist()) == set(np.array(ids)[np.argsort(truth)[:m]].tolist())
     assert set(result.kept.tolist()) | set(result.removed.tolist()) == set(ids)
@@ -95,30 +120,24 @@ def test_an_oracle_is_obeyed(ids: list[int], k: int, seed: int, keep: float, own
 @settings(deadline=None, max_examples=40)
 @given(ids=id_lists(), k=subsets, seed=seeds)
 def test_subsets_partition_and_train_on_their_own(ids: list[int], k: int, seed: int) -> None:
-    seen: list[list[int]] = []
-    result = screen(
-        id_set(ids),
-        Oracle(),
-        n_subsets=k,
-        keep=0.5,
-        seed=seed,
-        on_submodel=lambda m: seen.append(vars(m)["trained_on_"]),
-    )
+    watched = watching()
+    result = screen(id_set(ids), watched, ScreenOptions(n_subsets=k, keep=0.5), Run(seed=seed))
+    seen = type(watched).fits
     assert sorted(i for part in seen for i in part) == sorted(ids)
     sizes = [len(part) for part in seen]
     assert max(sizes) - min(sizes) <= 1
     for j, part in enumerate(seen):
-        assert part == sorted(np.array(ids)[result.subset_of[0] == j].tolist())
+        assert part == sorted(np.array(ids)[result.submodel_scores.subset_of[0] == j].tolist())
 
 
 @settings(deadline=None, max_examples=40)
 @given(ids=id_lists(), k=subsets, seed=seeds, offset=st.integers(1, 10**6))
 def test_relabelled_ids_relabel_the_result(ids: list[int], k: int, seed: int, offset: int) -> None:
     moved = [i + offset for i in ids]
-    first = screen(id_set(ids), Oracle(modulus=1), n_subsets=k, keep=0.4, seed=seed)
-    second = screen(id_set(moved), Oracle(modulus=1), n_subsets=k, keep=0.4, seed=seed)
+    first = screen(id_set(ids), Oracle(modulus=1), ScreenOptions(n_subsets=k, keep=0.4), Run(seed=seed))
+    second = screen(id_set(moved), Oracle(modulus=1), ScreenOptions(n_subsets=k, keep=0.4), Run(seed=seed))
     np.testing.assert_array_equal(first.kept + offset, second.kept)
-    np.testing.assert_array_equal(first.subset_of, second.subset_of)
+    np.testing.assert_array_equal(first.submodel_scores.subset_of, second.submodel_scores.subset_of)
 
 
 @settings(deadline=None, max_examples=60)
@@ -141,13 +160,13 @@ def test_partitions_differ_and_repeat() -> None:
     first, second = split(data, 5, seed=3, partition=0), split(data, 5, seed=3, partition=1)
     assert (first != second).any()
     np.testing.assert_array_equal(first, split(data, 5, seed=3, partition=0))
-    result = screen(data, Oracle(), n_partitions=3, keep=0.5)
-    assert result.score_matrix.shape == (15, 40)
-    assert result.subset_of.shape == (3, 40)
+    result = screen(data, Oracle(), ScreenOptions(n_partitions=3, keep=0.5))
+    assert result.submodel_scores.score_matrix.shape == (15, 40)
+    assert result.submodel_scores.subset_of.shape == (3, 40)
 
 
 def test_the_paper_keeps_forty_percent_by_the_plain_mean() -> None:
-    result = screen(id_set(range(50)), Oracle(), **PRESETS["paper"])
+    result = screen(id_set(range(50)), Oracle(), PRESETS["paper"])
     assert len(result.kept) == 20
     np.testing.assert_allclose(result.consensus, Oracle().truth(np.arange(50)))
     assert result.contamination is None
@@ -211,10 +230,10 @@ def test_divergence_on_scores_by_hand() -> None:
         def _maps(self, batch: Batch, device: str) -> Tensor:
             return super()._maps(batch, device) * 0 + float(min(self.trained_on_))
 
-    result = screen(data, Shifted(), n_subsets=2, keep=1.0, normalize="none", divergence_weight=1.0)
-    assert result.divergence is not None
-    gap = abs(float(result.score_matrix[0, 0]) - float(result.score_matrix[1, 0]))
-    np.testing.assert_allclose(result.divergence, gap)
+    result = screen(data, Shifted(), ScreenOptions(n_subsets=2, keep=1.0, normalize="none", divergence_weight=1.0))
+    assert result.submodel_scores.divergence is not None
+    gap = abs(float(result.submodel_scores.score_matrix[0, 0]) - float(result.submodel_scores.score_matrix[1, 0]))
+    np.testing.assert_allclose(result.submodel_scores.divergence, gap)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -338,7 +357,7 @@ def test_screening_knows_of_the_groups() -> None:
     objects = {i: f"object {i // 5}" for i in range(40)}
     effects = []
     for groups in ({}, objects):
-        found = screen(id_set(range(40), groups), Oracle(factor=1), n_subsets=4)
+        found = screen(id_set(range(40), groups), Oracle(factor=1), ScreenOptions(n_subsets=4))
         assert found.contamination is not None
         effects.append(found.contamination.evidence["design_effect"])
     assert effects[0] == 1
@@ -422,7 +441,7 @@ def test_the_ordinary_patches_of_images_set_aside_are_learned_by_who_can() -> No
     whole = replace(found, rejected=found.rejected | (found.ids == found.removed[2])[:, None, None])
     assert int(found.removed[2]) not in whole.purified(train, banks).ids, "of which nothing is left"
     out = found.names[int(found.removed[0])]
-    now, _ = found.decided({out: "remove"})
+    now, _ = found.with_decisions({out: "remove"})
     assert int(found.removed[0]) not in now.purified(train, banks).ids, "who removes an image removes all of it"
     assert int(found.removed[1]) in now.purified(train, banks).ids
 
@@ -436,15 +455,13 @@ def decided_set(n: int, n_defective: int, seed: int = 0) -> Screening:
     return Screening(
         ids=ids,
         names=[f"{i}.png" for i in ids],
-        subset_of=np.zeros((1, n), np.int64),
-        score_matrix=np.zeros((1, n), np.float32),
-        held_out_scores=consensus,
         consensus=consensus,
-        divergence=None,
+        held_out_scores=consensus,
         kept=ids[kept],
+        keep_share=float(kept.mean()),
+        options=ScreenOptions(reject_patches=2.0),
         contamination=estimate,
-        options={"reject_patches": 2.0},
-        grids=grids.astype(np.float16),
+        patch_maps=grids.astype(np.float16),
         rejected=rejected,
     )
 
@@ -455,20 +472,20 @@ def test_a_person_who_keeps_most_of_what_was_set_aside_acquits_the_patches() -> 
     assert found.rejected.any()
     removed = [found.names[int(i)] for i in found.removed]
     half = (len(removed) + 1) // 2
-    few, _ = found.decided(dict.fromkeys(removed[: half - 1], "keep"))
-    assert not few.acquitted
+    few, _ = found.with_decisions(dict.fromkeys(removed[: half - 1], "keep"))
+    assert not few.overruled_by_reviewer
     undecided = ~np.isin(found.names, removed[: half - 1])
     assert few.rejected is not None
     assert not few.rejected[~undecided].any()
     np.testing.assert_array_equal(few.rejected[undecided], found.rejected[undecided])
-    most, counts = found.decided(dict.fromkeys(removed[:half], "keep"))
+    most, counts = found.with_decisions(dict.fromkeys(removed[:half], "keep"))
     assert counts["keep"] == half
-    assert most.acquitted
+    assert most.overruled_by_reviewer
     assert most.rejected is not None
     assert not most.rejected.any()
     assert len(most.kept) == len(found.kept) + half
     shares = replace(found, contamination=None)  # the share to keep was given
-    everything, _ = shares.decided(dict.fromkeys(removed, "keep"))
+    everything, _ = shares.with_decisions(dict.fromkeys(removed, "keep"))
     assert everything.rejected is not None
     np.testing.assert_array_equal(everything.rejected[found.is_kept], found.rejected[found.is_kept])
     assert found.rejected[found.is_kept].any()
@@ -479,7 +496,9 @@ def test_an_image_that_a_person_keeps_is_learned_whole() -> None:
     assert found.rejected is not None
     one = int(np.flatnonzero(found.rejected.any((1, 2)))[0])
     out = int(np.flatnonzero(found.rejected.any((1, 2)))[1])
-    now, _ = found.decided({found.names[one]: "keep", found.names[one + 1]: "unsure", found.names[out]: "remove"})
+    now, _ = found.with_decisions(
+        {found.names[one]: "keep", found.names[one + 1]: "unsure", found.names[out]: "remove"}
+    )
     assert now.rejected is not None
     assert not now.rejected[one].any()
     assert not now.rejected[out].any(), "nothing is said of the patches of a removed image"
@@ -490,8 +509,8 @@ def test_an_image_that_a_person_keeps_is_learned_whole() -> None:
 def test_a_screening_that_nobody_has_touched_stays_as_it_is() -> None:
     for n_defective in (0, 10, 30):
         found = decided_set(300, n_defective, seed=n_defective)
-        same, _ = found.decided({})
-        assert not found.acquitted
+        same, _ = found.with_decisions({})
+        assert not found.overruled_by_reviewer
         np.testing.assert_array_equal(same.kept, found.kept)
         np.testing.assert_array_equal(same.rejected, found.rejected)
 
@@ -502,39 +521,89 @@ def test_too_few_images_and_bad_options_are_told() -> None:
     with pytest.raises(InputError, match="at least 5 groups"):
         screen(id_set(range(9), dict.fromkeys(range(9), "one")), Oracle())
     bad: list[tuple[dict[str, Any], str]] = [
-        ({"n_subsets": 1}, "n_subsets must be at least 2"),
-        ({"keep": 0}, "keep must be 'auto' or in"),
-        ({"keep": "most"}, "keep must be"),
-        ({"n_partitions": 0}, "n_partitions must be at least 1, got 0"),
-        ({"consensus": "max"}, "consensus must be one of"),
-        ({"normalize": "minmax"}, "normalize must be"),
-        ({"divergence_weight": -1}, "divergence_weight must not be negative"),
+        (
+            {"n_subsets": 1},
+            r"n_subsets \(--subsets\) must be a whole number of at least 2 when exclude_own",
+        ),
+        ({"n_subsets": 1, "exclude_own": False, "divergence_weight": 1.0}, "at least 2 for a divergence"),
+        ({"n_subsets": 2.0}, "whole number"),
+        ({"exclude_own": "no"}, "True or False"),
+        ({"reject_patches": -1.0}, "None or not negative"),
+        ({"screener": ""}, "name of a detector"),
+        ({"keep": 0}, r"keep \(--keep\) must be 'auto' or in"),
+        ({"keep": "most"}, r"keep \(--keep\) must be"),
+        ({"n_partitions": 0}, r"n_partitions \(--partitions\) must be a whole number of at least 1, got 0"),
+        ({"consensus": "max"}, r"consensus \(--consensus\) must be one of"),
+        ({"normalize": "minmax"}, r"normalize \(--normalize\) must be"),
+        ({"divergence_weight": -1}, r"divergence_weight \(--divergence-weight\) must be a number that is not negative"),
     ]
     for options, text in bad:
         with pytest.raises(ParameterError, match=text):
-            screen(id_set(range(9)), Oracle(), **options)
+            screen(id_set(range(9)), Oracle(), ScreenOptions(**options))
+
+
+def leave_one_out(train: ImageSet, detector: Any, options: ScreenOptions, run: Run, *, wants_fitted: bool) -> Ranking:
+    """A kind of stage 1 without sub-models: the truth, as if each image had been left out once."""
+    scores = detector.truth(train.ids).astype(np.float64)
+    maps = np.stack([np.full((2, 3), score, np.float16) for score in scores])
+    return Ranking(scores / 2, scores, maps, fitted=detector.clone() if wants_fitted else None)
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ids=id_lists(), keep=st.floats(0.1, 1))
+def test_another_kind_of_stage_1_is_obeyed_saved_and_read(tmp_path: Path, ids: list[int], keep: float) -> None:
+    oracle = Oracle()
+    options = ScreenOptions(keep=keep, reject_patches=1.0)
+    made = screen(id_set(ids), oracle, options, Run(seed=4), ranker=leave_one_out)
+    truth = oracle.truth(ids)
+    m = max(1, int(np.floor(keep * len(ids) + 1e-9)))
+    assert set(made.kept.tolist()) == set(np.array(ids)[np.argsort(truth)[:m]].tolist())
+    assert made.submodels is None
+    with pytest.raises(ParameterError, match="not made by sub-models"):
+        _ = made.submodel_scores
+    provenance = {"detector": {"name": "oracle", "params": {}}}
+    read = load_screening(save_screening(replace(made, provenance=provenance), tmp_path))
+    order = np.argsort(ids)  # the table is read by ascending id
+    np.testing.assert_array_equal(read.ids, made.ids[order])
+    np.testing.assert_array_equal(read.held_out_scores, made.held_out_scores[order])
+    np.testing.assert_array_equal(read.consensus, made.consensus[order])
+    assert sorted(read.kept.tolist()) == sorted(made.kept.tolist())
+    assert (read.options, read.seed, read.submodels) == (made.options, 4, None)
+    assert read.patch_maps is not None
+    assert made.patch_maps is not None
+    np.testing.assert_array_equal(read.patch_maps, made.patch_maps[order])
+
+
+def test_saved_maps_are_means_over_the_submodels_that_did_not_see_the_image() -> None:
+    data, oracle = id_set(range(30)), Oracle()
+    for k, partitions in ((2, 1), (5, 1), (3, 2)):
+        made = screen(data, oracle, ScreenOptions(n_subsets=k, n_partitions=partitions, keep=1.0))
+        assert made.patch_maps is not None
+        np.testing.assert_array_equal(made.patch_maps[:, 0, 0], oracle.truth(data.ids))
+
+
+def test_exactly_half_of_the_suspects_kept_overrules_nothing() -> None:
+    """More than half must be kept: with an even number of suspects, half of them are not."""
+    stage1 = next(s for seed in range(9) if not (s := decided_set(300, 30, seed)).is_suspect.sum() % 2)
+    suspects = [stage1.names[int(i)] for i in stage1.ids[stage1.is_suspect]]
+    others = suspects[len(suspects) // 2 :]
+    half, _ = stage1.with_decisions(dict.fromkeys(others, "keep"))
+    assert not half.overruled_by_reviewer
+    more, _ = stage1.with_decisions(dict.fromkeys([*others, suspects[0]], "keep"))
+    assert more.overruled_by_reviewer
 
 
 def test_a_killed_run_goes_on_and_trains_only_what_is_missing(tmp_path: Path) -> None:
     data = id_set(range(20))
-    whole = screen(data, Oracle(), keep=0.5)
+    whole = screen(data, Oracle(), ScreenOptions(keep=0.5))
 
-    class Killed(Exception):
-        pass
-
-    def kill(model: Detector) -> None:
-        trained.append(model)
-        if len(trained) == 3:
-            raise Killed
-
-    trained: list[Detector] = []
-    with pytest.raises(Killed):
-        screen(data, Oracle(), keep=0.5, checkpoint=tmp_path, on_submodel=kill)
-    again: list[Detector] = []
-    resumed = screen(data, Oracle(), keep=0.5, checkpoint=tmp_path, on_submodel=again.append)
-    assert len(again) == 2
-    np.testing.assert_array_equal(resumed.score_matrix, whole.score_matrix)
+    with pytest.raises(KeyboardInterrupt):
+        screen(data, watching(kill_in=3), ScreenOptions(keep=0.5), Run(checkpoint=tmp_path))
+    again = watching()
+    resumed = screen(data, again, ScreenOptions(keep=0.5), Run(checkpoint=tmp_path))
+    assert len(type(again).fits) == 3
+    np.testing.assert_array_equal(resumed.submodel_scores.score_matrix, whole.submodel_scores.score_matrix)
     np.testing.assert_array_equal(resumed.kept, whole.kept)
-    assert resumed.grids is not None
-    assert whole.grids is not None
-    np.testing.assert_array_equal(resumed.grids, whole.grids)
+    assert resumed.patch_maps is not None
+    assert whole.patch_maps is not None
+    np.testing.assert_array_equal(resumed.patch_maps, whole.patch_maps)

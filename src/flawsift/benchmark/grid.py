@@ -8,7 +8,7 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from flawsift.errors import InputError, ParameterError, unknown_name
 from flawsift.executors import make_executor
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.paths import show
-from flawsift.screening.stage1 import OWN, PRESETS, ScreenOptions
+from flawsift.screening.options import OWN, PRESETS, ScreenOptions
 
 BY_PRESET = "preset"  # the screener that each preset of stage 1 has of its own
 NONE, ORACLE = "none", "oracle_clean"  # presets without a selection: all images, and all that are labelled normal
@@ -41,8 +41,8 @@ def options_of(preset: str, n_subsets: int | None = None) -> ScreenOptions:
     """
     if preset not in (NONE, ORACLE, *PRESETS):
         raise ParameterError(unknown_name("preset of stage 1", preset, (NONE, ORACLE, *PRESETS)))
-    options: ScreenOptions = {**PRESETS[preset if preset in PRESETS else "default"]}
-    return {**options, "n_subsets": n_subsets} if n_subsets is not None else options
+    options = PRESETS[preset if preset in PRESETS else "default"]
+    return options if n_subsets is None else replace(options, n_subsets=n_subsets)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,14 +24,14 @@ import torch
 
 from flawsift.benchmark.grid import NONE, ORACLE, BackboneSpec, Cell, Config, DataSpec, options_of, plan
 from flawsift.benchmark.rows import Row, append_rows, machine, peak_mb, read_rows, source_commit
-from flawsift.benchmark.trial import compare, screener_of
+from flawsift.benchmark.trial import Trial, screener_of
 from flawsift.data.contamination import Split, contaminate, official
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets import Dataset, load
 from flawsift.detectors.base import Detector
 from flawsift.errors import FlawsiftError
-from flawsift.executors import SERIAL, Executor, Failure, Serial, make_executor
+from flawsift.executors import SERIAL, Executor, Failure, Run, Serial, make_executor
 from flawsift.features.backbones import Backbone
 from flawsift.features.store import FeatureStore, attach
 from flawsift.files import ensure_folder, write_bytes
@@ -163,21 +163,18 @@ class Runner:
             if len(shown):
                 maps[keys[preset]] = _example_maps(model, test.select(shown), self.device)
 
-        rows = compare(
-            train,
-            test,
-            ready.truth,
-            detector,
-            ready.backbone,
-            missing,
-            seed=cell.seed,
+        trial = Trial(
+            train=train,
+            test=test,
+            truth=ready.truth,
+            detector=detector,
+            backbone=ready.backbone,
+            run=Run(seed=cell.seed, device=self.device, executor=self.executor),
             n_subsets=cell.n_subsets,
             screener=self.screener,
             calibrate=self.calibrate,
-            device=self.device,
-            executor=self.executor,
-            on_fitted=keep_maps,
         )
+        rows = trial.rows(missing, keep_maps)
         common = {
             "data_digest": ready.data_digest,
             "weights_digest": ready.backbone.weights_digest,
@@ -219,6 +216,8 @@ def _key(cell: Cell, preset: str, ready: Prepared, detector: Detector, runner: R
     first = None
     if preset not in (NONE, ORACLE):
         first = screener_of(preset, runner.screener, detector, ready.backbone, cell.seed)
+    options = options_of(preset, cell.n_subsets).as_json()
+    del options["screener"]  # named beside it, as it was resolved
     decides = [
         ready.data_digest,
         ready.truth_digest,
@@ -226,7 +225,7 @@ def _key(cell: Cell, preset: str, ready: Prepared, detector: Detector, runner: R
         ready.backbone.weights_digest,
         [detector.name, detector.params()],
         [cell.alpha, cell.protocol, cell.data.sizes if cell.protocol != "official" else None, cell.seed],
-        [preset, options_of(preset, cell.n_subsets), runner.calibrate, first and [first.name, first.params()]],
+        [preset, options, runner.calibrate, first and [first.name, first.params()]],
         models.versions(),
     ]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

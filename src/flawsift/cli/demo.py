@@ -19,9 +19,8 @@ from flawsift.files import write_json
 from flawsift.models import model as models
 from flawsift.models.calibration import Calibration
 from flawsift.progress import Progress, silent
-from flawsift.reports import screening as report
 from flawsift.reports.predictions import OverlayWriter, write_predictions
-from flawsift.screening.stage1 import Screening
+from flawsift.screening.result import Screening
 
 # Sizes that end within five minutes on two cores, features of all images included.
 N_TRAIN = 400
@@ -105,10 +104,10 @@ def run_demo(
     split = contaminate(data.truth, alpha=ALPHA, n_train=N_TRAIN, test_normal=N_TEST, test_anomalous=N_TEST, seed=seed)
     train, test = data.images.select(split.train_ids), data.images.select(split.test_ids)
     backbone, detector = load_backbone(device=device), make_detector("patchcore", seed=seed)
-    found: list[Screening] = []
     common: dict[str, Any] = {"store": store or FeatureStore(), "seed": seed, "device": device, "progress": progress}
-    model = pipeline.fit(train, backbone=backbone, out=out / "model", on_screened=found.append, **common)
-    page = report.write_screening_report(found[0], train, out / "model" / "screening")
+    fitted = pipeline.fit(train, backbone=backbone, out=out / "model", **common)
+    model, screening = fitted.model, fitted.screening
+    assert screening is not None
     features, _ = attach(train, backbone, detector.layers, store=common["store"])  # cached by now
     plain = detector.clone().fit(features, device=device)
     unscreened = models.Model(plain, backbone, Calibration.of([]), {})
@@ -123,12 +122,12 @@ def run_demo(
     write_json(out / "metrics.json", {"without_screening": before, "with_screening": after})
     return DemoResult(
         out=out,
-        report=page,
+        report=out / "model" / "screening" / "report.html",
         detector=type(model.detector).__name__,
         without_screening=before,
         with_screening=after,
         seconds=round(time.monotonic() - started, 1),
-        **_counts(found[0], data.truth),
+        **_counts(screening, data.truth),
     )
 
 

@@ -1,16 +1,22 @@
 """What the commands take, and what they make of it: options and their help, and the objects that they name."""
 
+import dataclasses
+import functools
+import inspect
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import typer
 
 from flawsift.errors import ParameterError
+from flawsift.screening.options import FLAG, HELP, PRESETS, ScreenOptions
 
 if TYPE_CHECKING:
     from flawsift.data.images import ImageSet
@@ -18,32 +24,8 @@ if TYPE_CHECKING:
     from flawsift.detectors.base import Detector
     from flawsift.features.backbones import Backbone
     from flawsift.features.store import FeatureStore
+    from flawsift.pipeline import Resources
     from flawsift.progress import Progress
-    from flawsift.screening.stage1 import ScreenOptions
-
-
-class Preset(StrEnum):
-    """Named options of stage 1."""
-
-    default = "default"
-    paper = "paper"
-
-
-class ConsensusName(StrEnum):
-    """See `flawsift.screening.consensus.Consensus`."""
-
-    mean = "mean"
-    median = "median"
-    trimmed_mean = "trimmed_mean"
-    rank_mean = "rank_mean"
-
-
-class NormalizeName(StrEnum):
-    """See `flawsift.screening.consensus.Normalize`."""
-
-    none = "none"
-    robust = "robust"
-    rank = "rank"
 
 
 class ExportName(StrEnum):
@@ -64,12 +46,10 @@ class Runtime(StrEnum):
     openvino = "openvino"
 
 
+Preset = StrEnum("Preset", list(PRESETS))  # type: ignore[misc]  # named options of stage 1
+
 Images = Annotated[Path, typer.Argument(help="Folder of images, flat or nested.", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.", show_default=False)]
-DetectorName = Annotated[str, typer.Option("--detector", help="See `flawsift detectors`.")]
-ScreenerName = Annotated[
-    str | None, typer.Option("--screener", help="Detector of stage 1; 'own' for --detector. [preset: patchcore]")
-]
 DetectorPreset = Annotated[
     str, typer.Option("--detector-preset", help="'default', or another of `flawsift detectors`, such as 'paper'.")
 ]
@@ -81,19 +61,6 @@ Weights = Annotated[Path | None, typer.Option("--weights", help="Local weights f
 Size = Annotated[int, typer.Option("--size", help="Edge length in pixels that images are resized to.")]
 RuntimeOption = Annotated[Runtime, typer.Option("--runtime", help="What runs the backbone.")]
 PresetOption = Annotated[Preset, typer.Option("--preset", help="Options of stage 1, where not given one by one.")]
-Subsets = Annotated[int | None, typer.Option("--subsets", help="Disjoint subsets k. [preset: 5]")]
-Partitions = Annotated[int | None, typer.Option("--partitions", help="Independent random partitions. [preset: 1]")]
-Keep = Annotated[str | None, typer.Option("--keep", help="'auto', or the share to keep such as 0.4. [preset: auto]")]
-ConsensusOption = Annotated[ConsensusName | None, typer.Option("--consensus", help="How sub-models vote.")]
-NormalizeOption = Annotated[NormalizeName | None, typer.Option("--normalize", help="How they come on one scale.")]
-ExcludeOwn = Annotated[
-    bool | None, typer.Option("--exclude-own/--include-own", help="Leave out the sub-model that trained on the image.")
-]
-DivergenceWeight = Annotated[float | None, typer.Option("--divergence-weight", help="Weight of the paper's eq. 2.")]
-RejectPatches = Annotated[
-    float | None,
-    typer.Option("--reject-patches", help="Robust deviations above which a patch is not learned from; 0 rejects none."),
-]
 Groups = Annotated[
     Path | None, typer.Option("--groups", help="CSV with columns file, group: images that belong together.")
 ]
@@ -115,6 +82,147 @@ Root = Annotated[
     Path | None, typer.Option("--images", help="Folder of the images, where it is not the one that was screened.")
 ]
 ModelFolder = Annotated[Path, typer.Argument(help="Folder written by `flawsift fit`.", show_default=False)]
+
+
+@dataclass(frozen=True)
+class DetectorChoice:
+    """The detector of --detector, --detector-preset and --set."""
+
+    detector: Annotated[str, typer.Option("--detector", help="See `flawsift detectors`.")] = "twobanks"
+    detector_preset: DetectorPreset = "default"
+    settings: Settings = None
+
+    def make(self, seed: int) -> "Detector":
+        """The unfitted detector."""
+        from flawsift.detectors.base import make_detector
+
+        params: dict[str, Any] = {"seed": seed}
+        for setting in self.settings or ():
+            key, equals, value = setting.partition("=")
+            if not equals:
+                raise ParameterError(f"--set needs name=value, got '{setting}'.")
+            try:
+                params[key] = json.loads(value)
+            except ValueError:
+                params[key] = value  # a bare word is a text: coreset=random
+        return make_detector(self.detector, self.detector_preset, **params)
+
+
+@dataclass(frozen=True)
+class BackboneChoice:
+    """The backbone of --backbone, --weights, --size and --runtime."""
+
+    backbone: BackboneName = "efficientnet_lite0"
+    weights: Weights = None
+    size: Size = 256
+    runtime: RuntimeOption = Runtime.auto
+
+    def load(self, device: str) -> "Backbone":
+        """The backbone."""
+        from flawsift.features.backbones import load_backbone
+
+        return load_backbone(
+            self.backbone, weights=self.weights, size=self.size, runtime=self.runtime.value, device=device
+        )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it runs, of --seed, --device, --executor and --cache."""
+
+    seed: Seed = 0
+    device: Device = "auto"
+    executor: ExecutorOption = "serial"
+    cache: Cache = None
+
+    def resources(self, progress: "Progress") -> "Resources":
+        """What `flawsift.screen` and `flawsift.fit` take of it."""
+        from flawsift.executors import make_executor
+
+        executor = make_executor(self.executor)
+        return {
+            "store": store_of(self.cache),
+            "seed": self.seed,
+            "device": self.device,
+            "executor": executor,
+            "progress": progress,
+        }
+
+
+class StageOne:
+    """The options of stage 1: those of --preset, and in their place what is given one by one.
+
+    Its fields are made of `ScreenOptions`, where each option is declared with its help.
+    """
+
+    preset: str
+
+    @property
+    def options(self) -> ScreenOptions:
+        """The options."""
+        given = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(ScreenOptions)}
+        changes = {name: value for name, value in given.items() if value is not None}
+        if "keep" in changes:
+            changes["keep"] = _share(changes["keep"])
+        return ScreenOptions.of(str(self.preset), **changes)
+
+
+def _stage_one(name: str, *without: str) -> type[StageOne]:
+    """`StageOne` with an option for each field of `ScreenOptions`, but for some; None where it is not given."""
+    options: list[tuple[str, Any, Any]] = [("preset", PresetOption, field(default=Preset["default"]))]
+    for f in dataclasses.fields(ScreenOptions):
+        if f.name not in without:
+            flag = f.metadata.get(FLAG) or "--" + f.name.replace("_", "-")
+            default = "" if f.default is None else f" [preset: {f.default}]".lower()
+            shown = typer.Option(flag, help=f.metadata[HELP] + default)
+            options.append((f.name, Annotated[_plain(f.type) | None, shown], field(default=None)))
+    return dataclasses.make_dataclass(name, options, bases=(StageOne,), frozen=True)
+
+
+def _plain(kind: Any) -> Any:
+    """The type of a field as typer takes it: a share that may be a word too is a text."""
+    if get_origin(kind) is Literal:
+        return kind
+    parts = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is not None else (kind,)
+    plain = [part for part in parts if part in (str, int, float, bool)]
+    return str if len(plain) < len([p for p in parts if p is not type(None)]) else plain[0]
+
+
+if TYPE_CHECKING:
+    ScreeningStage: TypeAlias = StageOne
+    FitStage: TypeAlias = StageOne
+else:
+    ScreeningStage = _stage_one("ScreeningStage", "screener")  # of `screen`, whose detector is --detector
+    FitStage = _stage_one("FitStage")
+
+
+def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters of dataclass types become one option per field: typer knows flat parameters only."""
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, tuple[type, list[str]]] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        kind = parameter.annotation
+        if not dataclasses.is_dataclass(kind):
+            parameters.append(parameter)
+            continue
+        assert isinstance(kind, type)
+        hints = get_type_hints(kind, include_extras=True)
+        groups[parameter.name] = kind, [f.name for f in dataclasses.fields(kind)]
+        for f in dataclasses.fields(kind):
+            default = f.default if parameter.default is parameter.empty else getattr(parameter.default, f.name)
+            made = inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=default, annotation=hints[f.name])
+            parameters.append(made)
+
+    @functools.wraps(command)
+    def flat(**given: Any) -> None:
+        for name, (kind, fields) in groups.items():
+            given[name] = kind(**{key: given.pop(key) for key in fields})
+        command(**given)
+
+    ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    flat.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    flat.__annotations__ = {p.name: p.annotation for p in parameters}
+    return flat
 
 
 def say(as_json: bool, result: dict[str, Any], lines: Sequence[str]) -> None:
@@ -148,29 +256,6 @@ def tested_images(data: "Dataset") -> "ImageSet":
     return data.images.select(data.test_ids) if len(data.test_ids) else data.images
 
 
-def detector_of(name: str, preset: str, settings: Sequence[str] | None, seed: int) -> "Detector":
-    """The detector of --detector, --detector-preset and --set."""
-    from flawsift.detectors.base import make_detector
-
-    params: dict[str, Any] = {"seed": seed}
-    for setting in settings or ():
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ParameterError(f"--set needs name=value, got '{setting}'.")
-        try:
-            params[key] = json.loads(value)
-        except ValueError:
-            params[key] = value  # a bare word is a text: coreset=random
-    return make_detector(name, preset, **params)
-
-
-def backbone_of(name: str, weights: Path | None, size: int, runtime: Runtime, device: str) -> "Backbone":
-    """The backbone of --backbone, --weights, --size, --runtime and --device."""
-    from flawsift.features.backbones import load_backbone
-
-    return load_backbone(name, weights=weights, size=size, runtime=runtime.value, device=device)
-
-
 def store_of(cache: Path | None) -> "FeatureStore":
     """The feature cache of --cache."""
     from flawsift.features.store import FeatureStore
@@ -178,38 +263,8 @@ def store_of(cache: Path | None) -> "FeatureStore":
     return FeatureStore() if cache is None else FeatureStore(cache)
 
 
-def screen_options(
-    preset: Preset,
-    subsets: int | None,
-    partitions: int | None,
-    keep: str | None,
-    consensus: ConsensusName | None,
-    normalize: NormalizeName | None,
-    exclude_own: bool | None,
-    divergence_weight: float | None,
-    reject_patches: float | None,
-) -> "ScreenOptions":
-    """The options of stage 1: a preset's, and in their place what is given one by one."""
-    from flawsift.screening.stage1 import PRESETS, check_options
-
-    options: dict[str, Any] = dict(PRESETS[preset.value])
-    given = {
-        "n_subsets": subsets,
-        "n_partitions": partitions,
-        "keep": _share(keep),
-        "consensus": None if consensus is None else consensus.value,
-        "normalize": None if normalize is None else normalize.value,
-        "exclude_own": exclude_own,
-        "divergence_weight": divergence_weight,
-        "reject_patches": reject_patches,
-    }
-    options |= {key: value for key, value in given.items() if value is not None}
-    check_options(options)
-    return options  # type: ignore[return-value]  # the keys are those of ScreenOptions, checked just above
-
-
-def _share(keep: str | None) -> float | str | None:
-    if keep is None or keep == "auto":
+def _share(keep: str) -> float | str:
+    if keep == "auto":
         return keep
     try:
         return float(keep)

@@ -24,8 +24,8 @@ from flawsift.files import ensure_folder, write_csv, write_json, write_text
 from flawsift.paths import show
 from flawsift.reports.overlays import Scale
 from flawsift.reports.screening import map_scale, shown_map
-from flawsift.screening.decisions import decided
-from flawsift.screening.stage1 import Screening
+from flawsift.screening.decisions import apply_decisions
+from flawsift.screening.result import Screening
 
 STATUS = ("removed", "kept")  # by whether an image is kept
 SUSPECT = "suspect region"
@@ -64,7 +64,7 @@ def export(
     """Write kept and removed images for another tool.
 
     Args:
-        screening: From `flawsift.screening.storage.read_screening`.
+        screening: From `flawsift.screening.storage.load_screening`.
         images: Its images, from `flawsift.screening.storage.images_of`.
         out: A folder that is missing or empty, outside of the images' folder.
         to: "folder" (sub-folders kept and removed with copies), "csv" (one table), "coco" (object detection: boxes
@@ -91,7 +91,7 @@ def export(
         raise OutputError(
             f"'{show(out)}' lies in the image folder, whose next screening would find it. Choose another."
         )
-    is_kept, _ = decided(screening.names, screening.is_kept, choices or {})
+    is_kept, _ = apply_decisions(screening.names, screening.is_kept, choices or {})
     rank = {i: r for r, i in enumerate(screening.ranking.tolist(), 1)}
     rows = []
     for p, id_ in enumerate(screening.ids.tolist()):
@@ -241,9 +241,9 @@ def _boxes(screening: Screening, scale: Scale | None, position: int, size: tuple
     """[x, y, width, height] in pixels around each region outlined in the heatmap; the whole picture without one."""
     width, height = size
     whole = [[0.0, 0.0, float(width), float(height)]]
-    if screening.grids is None or scale is None:
+    if screening.patch_maps is None or scale is None:
         return whole
-    above: npt.NDArray[np.bool_] = shown_map(screening.grids[position]).numpy() > scale.threshold
+    above: npt.NDArray[np.bool_] = shown_map(screening.patch_maps[position]).numpy() > scale.threshold
     rows, columns = above.shape
     labelled, _ = ndimage.label(above, np.ones((3, 3)))
     boxes = []

@@ -1,6 +1,6 @@
 """Stage 1 and a fit as one HTML page that needs nothing but a browser: who was set aside, why, and what to do next."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,8 @@ from flawsift.reports.histogram import Histogram
 from flawsift.reports.overlays import Scale, overlay, shrink
 from flawsift.reports.pages import css_ramp, data_uri, flat, number, plural, template
 from flawsift.screening.consensus import MIN_KEEP, SUSPECT, own_mask
-from flawsift.screening.lookalikes import nearest
-from flawsift.screening.stage1 import Screening
-from flawsift.screening.storage import images_of, read_screening
+from flawsift.screening.lookalikes import most_alike
+from flawsift.screening.result import Screening
 
 NAME = "report.html"
 TITLE, FIT_TITLE = "Screening report", "Fit report"
@@ -78,32 +77,21 @@ def write_screening_report(screening: Screening, images: ImageSet, folder: str |
     return path
 
 
-def write_fit_report(
-    model: Model,
-    screening: str | Path,
-    folder: str | Path,
-    *,
-    images: str | Path | None = None,
-    choices: Mapping[str, str] | None = None,
-) -> Path:
+def write_fit_report(model: Model, screening: Screening, images: ImageSet, folder: str | Path) -> Path:
     """Write `folder/report.html` of a model: its screening, as decided, and its threshold.
 
     Args:
         model: Trained on what the screening kept.
-        screening: The folder of its screening.
+        screening: With the decisions of a person, and without rejected patches where the model learns them all.
+        images: Where its pictures are read from.
         folder: Where the page goes.
-        images: The images' folder; None takes the one that was screened.
-        choices: Decisions that were in force, from `flawsift.screening.decisions.read_decisions`.
 
     Raises:
-        InputError: The screening is damaged, or its images are not there.
+        InputError: An id of the screening is not in the set, or is another image there.
         OutputError: It cannot be written.
     """
-    found = read_screening(screening)
-    found, _ = found.decided(choices or {})
-    found = found if model.detector.leaves_out_patches else replace(found, rejected=None)
     path = ensure_folder(folder) / NAME
-    write_text(path, screening_report(found, images_of(found, images), title=FIT_TITLE, model=model))
+    write_text(path, screening_report(screening, images, title=FIT_TITLE, model=model))
     return path
 
 
@@ -134,7 +122,11 @@ def screening_report(
     sections = [("scores", "Scores"), ("suspects", "Suspects"), ("borderline", "Borderline")]
     sections += [("model", "Model")] if model else []
     sections += [("unreadable", "Unreadable"), ("details", "Parameters"), ("next", "What to do next")]
-    settings = {"options": screening.options, **screening.provenance, **({"training": model.training} if model else {})}
+    settings = {
+        "options": screening.options.as_json(),
+        **screening.provenance,
+        **({"training": model.training} if model else {}),
+    }
     return template(NAME).render(
         title=title,
         headline=headline(screening),
@@ -151,7 +143,7 @@ def screening_report(
         unreadable=unreadable[:MAX_UNREADABLE],
         n_unreadable=len(unreadable),
         details=list(flat(settings)),
-        normalize=screening.options.get("normalize", ""),
+        normalize=screening.options.normalize,
     )
 
 
@@ -238,7 +230,7 @@ def contamination_text(screening: Screening) -> str:
     """Where the share that was set aside comes from."""
     found = screening.contamination
     if found is None:
-        kept = screening.options["keep_share"]  # whatever a person has decided since
+        kept = screening.keep_share  # whatever a person has decided since
         if kept == 1:
             return "To keep all images was set by the user, so the share of defective ones was not estimated."
         share = 100 * (1 - kept)
@@ -268,7 +260,7 @@ def selection_text(screening: Screening) -> str:
     """What stage 2 leaves out of the kept images; empty when it is nothing, unless a person has decided so."""
     if screening.rejected is None:
         return ""
-    if screening.acquitted:
+    if screening.overruled_by_reviewer:
         return "Most of the images that were set aside are kept by decision, so all patches of kept images are learned."
     if not screening.rejected.any():
         return ""
@@ -306,7 +298,7 @@ class _Cards:
         s = self.screening
         if s.descriptions is None:
             return self.of(id_)
-        near = nearest(s.descriptions, self.position[id_], typical(s), N_ALIKE)
+        near = most_alike(s.descriptions, self.position[id_], typical(s), N_ALIKE)
         pictures = [(show(s.names[p]), self._small_picture(int(s.ids[p]))) for p in near]
         return replace(self.of(id_), alike=[(name, picture) for name, picture in pictures if picture])
 
@@ -337,15 +329,17 @@ class _Cards:
             votes=int(self.votes[p]),
             picture=picture,
             heatmap=heatmap,
-            place=place_of(s.grids[p]) if s.grids is not None else "",
+            place=place_of(s.patch_maps[p]) if s.patch_maps is not None else "",
             problem=problem,
         )
 
     def _heatmap(self, image: Image.Image, p: int) -> str:
-        if self.screening.grids is None or self.scale is None:
+        if self.screening.patch_maps is None or self.scale is None:
             return ""
         # full chroma resolution: the contour is one pixel wide
-        return data_uri(overlay(image, shown_map(self.screening.grids[p]), self.scale, max_edge=THUMB), subsampling=0)
+        return data_uri(
+            overlay(image, shown_map(self.screening.patch_maps[p]), self.scale, max_edge=THUMB), subsampling=0
+        )
 
 
 def shown_map(grid: npt.NDArray[np.float16]) -> Tensor:
@@ -375,8 +369,10 @@ def agreement(screening: Screening) -> tuple[npt.NDArray[np.int64], int, float]:
     Returns:
         (N,) votes, the number of voters of each image, the top share.
     """
-    scores, (n_partitions, n) = screening.score_matrix, screening.subset_of.shape
-    own = own_mask(screening.subset_of, len(scores) // n_partitions)
+    if screening.submodels is None:
+        return np.zeros(len(screening.ids), np.int64), 0, 0.0
+    scores, (n_partitions, n) = screening.submodels.score_matrix, screening.submodels.subset_of.shape
+    own = own_mask(screening.submodels.subset_of, len(scores) // n_partitions)
     if own.all(0).any():  # a single subset: nobody is held out, so everybody votes
         own = np.zeros_like(own)
     share = max(TOP_SHARE, 1 - len(screening.kept) / n)
@@ -394,9 +390,9 @@ def map_scale(screening: Screening) -> Scale | None:
     Transparent up to the median of the kept images' peaks, outlined from the 99 % quantile on: of the smoothed maps,
     as they are shown, since smoothing lowers a peak.
     """
-    if screening.grids is None:
+    if screening.patch_maps is None:
         return None
-    kept = screening.grids[screening.is_kept]
+    kept = screening.patch_maps[screening.is_kept]
     sample = kept[:: max(1, len(kept) // SCALE_SAMPLE)]
     maps = to_image_grid(torch.from_numpy(np.nan_to_num(sample.astype(np.float32))), MAP_SIZE)
     return Scale.of(maps.amax((1, 2)).numpy(), None)

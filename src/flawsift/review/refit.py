@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flawsift.detectors.base import Detector, make_detector
 from flawsift.errors import FlawsiftError, InputError
+from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.features.store import FeatureStore
+from flawsift.models.calibration import DEFAULT_RATE
+from flawsift.paths import show
+from flawsift.pipeline import FitResult, fit
+from flawsift.progress import Progress, silent
+from flawsift.screening.options import FINAL, ScreenOptions
+from flawsift.screening.result import Screening
+from flawsift.screening.storage import images_of, load_screening
 
 
 def refit(
@@ -23,8 +33,8 @@ def refit(
     decisions: str | Path,
     images: str | Path | None = None,
     cache: str | Path | None = None,
-    progress: Any = None,
-) -> dict[str, Any]:
+    progress: Progress = silent,
+) -> FitResult:
     """Train on what a screening keeps once a person has decided.
 
     Detector, backbone and false-alarm rate are those of the model that is replaced; where there is none, the backbone
@@ -38,68 +48,43 @@ def refit(
         cache: Feature cache; None takes the default one.
         progress: As for `flawsift.pipeline.fit`.
 
-    Returns:
-        What a person wants to know of the model.
-
     Raises:
         InputError: The screening, its images or the decisions cannot be used.
         OutputError: `out` cannot be written.
     """
-    from flawsift import pipeline
-    from flawsift.detectors.base import make_detector
-    from flawsift.features.backbones import load_backbone
-    from flawsift.features.store import FeatureStore
-    from flawsift.models.calibration import DEFAULT_RATE
-    from flawsift.paths import show
-    from flawsift.progress import silent
-    from flawsift.reports import screening as report
-    from flawsift.screening.decisions import read_decisions
-    from flawsift.screening.storage import images_of, read_screening
+    stage1 = load_screening(screening)
+    detector, backbone, rate = _parts(stage1, Path(out))
+    return fit(
+        images_of(stage1, images),
+        detector,
+        backbone,
+        screening=screening,
+        decisions=decisions,
+        false_alarm_rate=rate,
+        out=out,
+        store=FeatureStore(Path(cache)) if cache is not None else FeatureStore(),
+        seed=stage1.seed,
+        progress=progress,
+    )
 
-    found = read_screening(screening)
+
+def _parts(stage1: Screening, out: Path) -> tuple[Detector, Backbone, float]:
+    """Detector, backbone and false-alarm rate of the model to be."""
     try:
-        detector, spec, rate = _replaced(Path(out)) or (
-            _final_of(found.provenance["detector"]),
-            found.provenance["backbone"]["spec"],
+        detector, spec, rate = _replaced(out) or (
+            _final_of(stage1.provenance["detector"]),
+            stage1.provenance["backbone"]["spec"],
             DEFAULT_RATE,
         )
-        made = make_detector(detector["name"], **detector["params"])
-        loaded = load_backbone(**spec)
+        return make_detector(detector["name"], **detector["params"]), load_backbone(**spec), rate
     except (KeyError, TypeError) as error:
         raise InputError(f"The screening does not say how it was made: {error!r}. Screen the folder again.") from error
-    choices = read_decisions(decisions)
-    model = pipeline.fit(
-        images_of(found, images),
-        made,
-        loaded,
-        screening=screening,
-        decisions=choices,
-        false_alarm_rate=rate,
-        store=FeatureStore(Path(cache)) if cache is not None else FeatureStore(),
-        seed=found.options.get("seed", 0),
-        out=out,
-        progress=progress or silent,
-    )
-    page = report.write_fit_report(model, screening, out, images=images, choices=choices)
-    threshold = model.threshold()
-    return {
-        "n_kept": model.training["n_kept"],
-        "n_images": len(found.ids),
-        "threshold": None if threshold is None else threshold.value,
-        "per_hundred": None if threshold is None else threshold.per_hundred,
-        "seconds": model.training["seconds"],
-        "out": show(out),
-        "report": show(page),
-    }
 
 
 def _final_of(screener: dict[str, Any]) -> dict[str, Any]:
     """The detector that a screening was made by, or the default of stage 2 where nobody had named one."""
-    from flawsift.detectors.base import make_detector
-    from flawsift.screening.stage1 import FINAL, SCREENERS
-
     seed = screener["params"]["seed"]
-    plain = make_detector(SCREENERS["default"], seed=seed)
+    plain = make_detector(ScreenOptions().screener, seed=seed)
     if (screener["name"], screener["params"]) != (plain.name, plain.params()):
         return screener
     return {"name": FINAL, "params": {"seed": seed}}
@@ -113,6 +98,20 @@ def _replaced(out: Path) -> tuple[dict[str, Any], dict[str, Any], float] | None:
         return detector, model["backbone"]["spec"], float(model["training"]["false_alarm_rate"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def summary_of(result: FitResult, out: Path) -> dict[str, Any]:
+    """What a person wants to know of the new model."""
+    training, threshold = result.model.training, result.model.threshold()
+    return {
+        "n_kept": training["n_kept"],
+        "n_images": training["n_images"],
+        "threshold": None if threshold is None else threshold.value,
+        "per_hundred": None if threshold is None else threshold.per_hundred,
+        "seconds": training["seconds"],
+        "out": show(out),
+        "report": show(result.report or ""),
+    }
 
 
 def _say(**what: Any) -> None:
@@ -136,11 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = refit(**given, progress=lambda stage, done, total: _say(stage=stage, done=done, total=total))
     except (FlawsiftError, OSError, MemoryError) as error:
-        from flawsift.paths import show
-
         _say(error=show(" ".join(str(error).split())) or type(error).__name__)
         return 2
-    _say(result=result)
+    _say(result=summary_of(result, given["out"]))
     return 0
 
 

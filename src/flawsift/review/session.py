@@ -31,9 +31,9 @@ from flawsift.reports import screening as report
 from flawsift.reports.overlays import layer, shrink
 from flawsift.screening.decisions import NAME as DECISIONS
 from flawsift.screening.decisions import Change, Decision, DecisionStore
-from flawsift.screening.lookalikes import nearest
-from flawsift.screening.stage1 import Screening
-from flawsift.screening.storage import images_of, read_screening, screening_folder
+from flawsift.screening.lookalikes import most_alike
+from flawsift.screening.result import Screening
+from flawsift.screening.storage import images_of, load_screening, screening_folder
 
 THUMB, PREVIEW = 256, 1200  # pixels of the long edge: a card on a dense screen, a laptop's window
 LAYER = 512  # pixels; a heatmap is smooth, the browser stretches it
@@ -131,7 +131,7 @@ class Review:
         place = screening_folder(folder)
         ensure_folder(place)
         out = place.parent if (place.parent / "model.json").exists() and place.name == "screening" else place / "model"
-        screening = read_screening(place)
+        screening = load_screening(place)
         found = images_of(screening, images)
         store = DecisionStore(place / DECISIONS)
         command = [sys.executable, "-m", "flawsift.review.refit", "--screening", str(place), "--out", str(out)]
@@ -154,7 +154,7 @@ class Review:
         """The screening with the decisions in force."""
         choices = {n: d.choice for n, d in self.store.since(-1)[1].items() if d.choice and n in self.id_of}
         try:
-            return self.screening.decided(choices)[0]
+            return self.screening.with_decisions(choices)[0]
         except InputError:  # everything was removed: nothing to train on, but something to look at
             return replace(self.screening, kept=self.screening.ids[:0], rejected=None)
 
@@ -201,10 +201,10 @@ class Review:
             "held_out": [pages.number(v) for v in s.held_out_scores.tolist()],
             "votes": votes.tolist(),
             "kept": s.is_kept.astype(int).tolist(),
-            "places": [] if s.grids is None else [report.place_of(grid) for grid in s.grids],
+            "places": [] if s.patch_maps is None else [report.place_of(grid) for grid in s.patch_maps],
             "voters": voters,
             "top_share": top_share,
-            "has_maps": s.grids is not None,
+            "has_maps": s.patch_maps is not None,
             "out": show(self.out),
         }
 
@@ -215,7 +215,7 @@ class Review:
     def page(self) -> str:
         """The page's frame."""
         return pages.template("review.html", "review").render(
-            folder=show(self.folder), out=show(self.out), has_maps=self.screening.grids is not None
+            folder=show(self.folder), out=show(self.out), has_maps=self.screening.patch_maps is not None
         )
 
     def style(self) -> str:
@@ -234,14 +234,14 @@ class Review:
             **report.histogram_of(now),
             unreadable=unreadable[: report.MAX_UNREADABLE],
             n_unreadable=len(unreadable),
-            details=list(pages.flat({"options": now.options, **now.provenance})),
+            details=list(pages.flat({"options": now.options.as_json(), **now.provenance})),
         )
 
     def alike(self, id_: int) -> list[int]:
         """Ids of the typical images that look most like one."""
         if self.screening.descriptions is None:
             return []
-        near = nearest(self.screening.descriptions, self.position[id_], report.typical(self.decided()), N_ALIKE)
+        near = most_alike(self.screening.descriptions, self.position[id_], report.typical(self.decided()), N_ALIKE)
         return [int(self.screening.ids[p]) for p in near]
 
     @functools.cached_property
@@ -288,10 +288,10 @@ class Review:
         if kind in ("thumb", "preview"):
             shrink(image, THUMB if kind == "thumb" else PREVIEW).save(buffer, "JPEG", quality=JPEG_QUALITY)
             return buffer.getvalue()
-        if self.screening.grids is None:
+        if self.screening.patch_maps is None:
             return None
         edge = THUMB if kind == "thumb-map" else LAYER
-        grid = report.shown_map(self.screening.grids[self.position[id_]])
+        grid = report.shown_map(self.screening.patch_maps[self.position[id_]])
         layer(_fitted(image, edge), grid, self._scale).save(buffer, "PNG", compress_level=3)
         return buffer.getvalue()
 

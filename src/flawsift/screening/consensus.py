@@ -5,16 +5,14 @@ Scale, vote, estimate of the contamination, selection. No detector and no image 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import binary_dilation
 
+from flawsift.screening.options import Consensus, Normalize
 from flawsift.types import Floats, Ids
-
-Consensus = Literal["mean", "median", "trimmed_mean", "rank_mean"]
-Normalize = Literal["none", "robust", "rank"]
 
 MIN_KEEP = 0.4  # the paper's share; keep="auto" never goes below it
 MAD_TO_SIGMA = 1.4826  # median absolute deviation of a normal distribution in standard deviations
@@ -156,10 +154,10 @@ def rejected_patches(grids: npt.NDArray[np.floating[Any]], z: float) -> npt.NDAr
     their patch, the worse half, so that a part which is always hard, such as an edge, is still learned.
     """
     values = grids.astype(np.float64)
-    found: npt.NDArray[np.bool_] = robust_units(values) > z
+    above: npt.NDArray[np.bool_] = robust_units(values) > z
     if min(values.shape[1:], default=0) >= DILATION_GRID:
-        found = binary_dilation(found, np.ones((1, 3, 3), bool))
-    return found & (values > np.median(values, axis=0))
+        above = binary_dilation(above, np.ones((1, 3, 3), bool))
+    return above & (values > np.median(values, axis=0))
 
 
 def choose(

@@ -62,7 +62,7 @@ def read_decisions(path: str | Path) -> dict[str, str]:
     Raises:
         InputError: The file is missing, lacks a column, or has a row that cannot be understood.
     """
-    return {name: found.choice for name, found in _read(Path(path)).items() if found.choice}
+    return {name: decision.choice for name, decision in _read(Path(path)).items() if decision.choice}
 
 
 def _read(path: Path) -> dict[str, Decision]:
@@ -74,7 +74,7 @@ def _read(path: Path) -> dict[str, Decision]:
         raise InputError(f"{where} cannot be read: {error.strerror or error}.") from error
     except (ValueError, csv.Error) as error:
         raise InputError(f"{where} is not a CSV table in UTF-8: {error}.") from error
-    found: dict[str, Decision] = {}
+    decisions: dict[str, Decision] = {}
     for line, row in enumerate(rows, 2):
         name, choice = row.get("path"), row.get("decision")
         if name is None or choice is None:
@@ -82,16 +82,16 @@ def _read(path: Path) -> dict[str, Decision]:
         choice = choice.strip().lower()
         if choice not in (*CHOICES, ""):
             raise InputError(f"{where}, row {line}: decision must be keep, remove or unsure, got '{choice}'.")
-        if name in found and found[name].choice != choice:
+        if name in decisions and decisions[name].choice != choice:
             raise InputError(f"{where}, row {line}: '{name}' is decided twice, differently.")
         version = (row.get("version") or "").strip()
         if version and not version.isdecimal():
             raise InputError(f"{where}, row {line}: version must be a whole number, got '{version}'.")
-        found[name] = Decision(choice, int(version or 1), row.get("time") or "")
-    return found
+        decisions[name] = Decision(choice, int(version or 1), row.get("time") or "")
+    return decisions
 
 
-def decided(
+def apply_decisions(
     names: Sequence[str], is_kept: npt.NDArray[np.bool_], choices: Mapping[str, str]
 ) -> tuple[npt.NDArray[np.bool_], dict[str, int]]:
     """(N,) what is kept once a person has decided, and how many decisions of each kind there were.
@@ -218,15 +218,15 @@ class DecisionStore:
         return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _following(known: Decision, found: Decision) -> Decision:
+def _following(known: Decision, written: Decision) -> Decision:
     """A row of the file in place of the one known so far.
 
     A hand writes no versions. Versions must not fall, nor stay for another choice: whoever saw the older row could
     overwrite the newer one unseen.
     """
-    if found.choice == known.choice:
-        return found if found.version > known.version else known
-    return replace(found, version=max(found.version, known.version + 1))
+    if written.choice == known.choice:
+        return written if written.version > known.version else known
+    return replace(written, version=max(written.version, known.version + 1))
 
 
 @contextmanager

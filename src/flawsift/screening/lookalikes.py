@@ -1,4 +1,4 @@
-"""Which images look alike: a description of each, and the nearest ones. For people who compare, not for scores."""
+"""Which images look alike: a description of each, and those most like it. For people who compare, not for scores."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ TINY = 1e-6  # of a channel's spread: a constant channel says nothing
 LIMIT = 1e4  # standard deviations; far beyond any real value, but float16 must not overflow
 
 
-def describe(images: ImageSet, layers: Sequence[str]) -> npt.NDArray[np.float16] | None:
+def describe_images(images: ImageSet, layers: Sequence[str]) -> npt.NDArray[np.float16] | None:
     """(N, D) mean of each feature channel over the image, in standard deviations of the set; None without layers.
 
     Args:
@@ -35,13 +35,13 @@ def describe(images: ImageSet, layers: Sequence[str]) -> npt.NDArray[np.float16]
     return result
 
 
-def nearest(
+def most_alike(
     descriptions: npt.NDArray[np.float16], position: int, among: npt.NDArray[np.bool_], count: int
 ) -> list[int]:
     """Positions of the `count` images most like the one at `position`, itself left out, the most similar first.
 
     Args:
-        descriptions: (N, D) from `describe`.
+        descriptions: (N, D) from `describe_images`.
         position: Of the image.
         among: (N,) which images count.
         count: At most this many.

@@ -1,4 +1,4 @@
-"""Results on disk: tables that a person can read and edit, everything needed to repeat them, and heatmaps."""
+"""Screenings on disk: a table that a person can read and edit, arrays, and everything needed to repeat them."""
 
 import csv
 import io
@@ -18,7 +18,8 @@ from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_bytes, write_csv, write_json
 from flawsift.paths import find_name, name_some, show
 from flawsift.screening.consensus import Contamination
-from flawsift.screening.stage1 import Screening
+from flawsift.screening.options import ScreenOptions
+from flawsift.screening.result import Screening, SubModelScores
 
 CSV, JSON = "screening.csv", "screening.json"
 MAPS, REJECTED, DESCRIPTIONS = "maps.npy", "rejected.npy", "descriptions.npy"
@@ -35,7 +36,7 @@ def save_screening(screening: Screening, folder: str | Path) -> Path:
     """
     folder = ensure_folder(folder)
     order = np.argsort(screening.ids)
-    arrays = {MAPS: screening.grids, REJECTED: screening.rejected, DESCRIPTIONS: screening.descriptions}
+    arrays = {MAPS: screening.patch_maps, REJECTED: screening.rejected, DESCRIPTIONS: screening.descriptions}
     for name, values in arrays.items():
         if values is None:
             (folder / name).unlink(missing_ok=True)  # of an earlier screening
@@ -43,19 +44,23 @@ def save_screening(screening: Screening, folder: str | Path) -> Path:
             buffer = io.BytesIO()
             np.save(buffer, values[order], allow_pickle=False)
             write_bytes(folder / name, buffer.getvalue())
-    write_json(folder / JSON, describe(screening))
+    write_json(folder / JSON, summary_of(screening))
     write_csv(folder / CSV, *_table(screening))
     return folder
 
 
-def describe(screening: Screening) -> dict[str, Any]:
+def summary_of(screening: Screening) -> dict[str, Any]:
     """Everything but the per-image numbers, ready for JSON."""
     estimate = screening.contamination
     return {
         "n_images": len(screening.ids),
         "n_kept": len(screening.kept),
         "n_unreadable": len(screening.unreadable),
-        "options": dict(screening.options),
+        "options": {
+            **screening.options.as_json(),
+            "seed": screening.seed,
+            "keep_share": screening.keep_share,
+        },
         "contamination": None if estimate is None else {**vars(estimate), "evidence": dict(estimate.evidence)},
         **screening.provenance,
         "unreadable": {show(name): reason for name, reason in screening.unreadable.items()},
@@ -63,23 +68,24 @@ def describe(screening: Screening) -> dict[str, Any]:
 
 
 def _table(screening: Screening) -> tuple[list[str], list[list[object]]]:
-    n_models = len(screening.score_matrix)
-    header = ["id", "path", "subset", *(f"score_{m}" for m in range(n_models)), "held_out_score", "divergence"]
-    header += ["consensus", "kept", "error"]
-    spread = screening.divergence
+    sub = screening.submodels
+    n_models = 0 if sub is None else len(sub.score_matrix)
+    columns = ["subset", *(f"score_{m}" for m in range(n_models))] if sub is not None else []
+    header = ["id", "path", *columns, "held_out_score", "divergence", "consensus", "kept", "error"]
+    spread = None if sub is None else sub.divergence
     rows: list[list[object]] = []
     for p, (id_, kept) in enumerate(zip(screening.ids, screening.is_kept, strict=True)):
-        scores = [f"{s:.7g}" for s in screening.score_matrix[:, p]]
-        subset = ";".join(str(s) for s in screening.subset_of[:, p])
-        row = [int(id_), screening.names[p], subset, *scores, f"{screening.held_out_scores[p]:.9g}"]
-        row += ["" if spread is None else f"{spread[p]:.9g}", f"{screening.consensus[p]:.9g}", int(kept), ""]
-        rows.append(row)
-    blank = [""] * (n_models + 3)
-    rows += [["", name, "", *blank, 0, reason] for name, reason in screening.unreadable.items()]
+        row: list[object] = [int(id_), screening.names[p]]
+        if sub is not None:
+            row += [";".join(map(str, sub.subset_of[:, p])), *(f"{s:.7g}" for s in sub.score_matrix[:, p])]
+        row += [f"{screening.held_out_scores[p]:.9g}", "" if spread is None else f"{spread[p]:.9g}"]
+        rows.append([*row, f"{screening.consensus[p]:.9g}", int(kept), ""])
+    blank = [""] * (len(columns) + 3)
+    rows += [["", name, *blank, 0, reason] for name, reason in screening.unreadable.items()]
     return header, rows
 
 
-def read_screening(folder: str | Path) -> Screening:
+def load_screening(folder: str | Path) -> Screening:
     """All of a screening from its folder, with the `kept` column as a person may have edited it, by ascending id.
 
     Names are as `show` prints them; `images_of` finds their files.
@@ -90,45 +96,58 @@ def read_screening(folder: str | Path) -> Screening:
     folder = Path(folder)
     with _damage_told(folder):
         rows, content = _read(folder)
-        columns = [c for c in rows[0] if c.startswith("score_")] if rows else []
-        if not columns:
+        if not rows:
             raise ValueError("no scored image")
         ids = np.array([int(row["id"]) for row in rows], np.int64)
-        estimate = content.pop("contamination")
-        divergence = [row["divergence"] for row in rows]
+        estimate, options = content.pop("contamination"), content["options"]
+        # screenings of earlier versions do not name the screener among the options
+        options = {"screener": content.get("detector", {}).get("name", "own"), **options}
+        seed, keep_share = options.pop("seed"), options.pop("keep_share")
         known = {"options", "unreadable", "n_images", "n_kept", "n_unreadable"}
         return Screening(
             ids=ids,
             names=[_safe(row["path"]) for row in rows],
-            subset_of=np.array([[int(s) for s in row["subset"].split(";")] for row in rows], np.int64).T,
-            score_matrix=np.array([[float(row[c]) for row in rows] for c in columns], np.float32),
-            held_out_scores=np.array([float(row["held_out_score"]) for row in rows]),
             consensus=np.array([float(row["consensus"]) for row in rows]),
-            divergence=np.array([float(d) for d in divergence]) if all(divergence) else None,
+            held_out_scores=np.array([float(row["held_out_score"]) for row in rows]),
             kept=ids[[_truth(row["kept"]) for row in rows]],
+            keep_share=keep_share,
+            options=ScreenOptions(**options),
+            seed=seed,
             contamination=_estimate(estimate),
-            options=content["options"],
-            grids=_array(folder / MAPS, len(rows), 3, np.float16),
+            patch_maps=_array(folder / MAPS, len(rows), 3, np.float16),
             rejected=_array(folder / REJECTED, len(rows), 3, np.bool_),
+            submodels=_submodels(rows),
             descriptions=_array(folder / DESCRIPTIONS, len(rows), 2, np.float16),
             unreadable=content["unreadable"],
             provenance={key: value for key, value in content.items() if key not in known},
         )
 
 
-def _estimate(found: Mapping[str, Any] | None) -> Contamination | None:
-    """From JSON, which has no tuples; screenings of earlier versions have no interval."""
-    if found is None:
+def _submodels(rows: list[dict[str, str]]) -> SubModelScores | None:
+    columns = [c for c in rows[0] if c.startswith("score_")]
+    if not columns:
         return None
-    ends = found.get("interval")
-    return Contamination(**{**found, "interval": None if ends is None else (float(ends[0]), float(ends[1]))})
+    divergence = [row["divergence"] for row in rows]
+    return SubModelScores(
+        subset_of=np.array([[int(s) for s in row["subset"].split(";")] for row in rows], np.int64).T,
+        score_matrix=np.array([[float(row[c]) for row in rows] for c in columns], np.float32),
+        divergence=np.array([float(d) for d in divergence]) if all(divergence) else None,
+    )
+
+
+def _estimate(saved: Mapping[str, Any] | None) -> Contamination | None:
+    """From JSON, which has no tuples; screenings of earlier versions have no interval."""
+    if saved is None:
+        return None
+    ends = saved.get("interval")
+    return Contamination(**{**saved, "interval": None if ends is None else (float(ends[0]), float(ends[1]))})
 
 
 def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:
     """The images of a screening read from disk, under its ids.
 
     Args:
-        screening: From `read_screening`.
+        screening: From `load_screening`.
         root: Their folder; None takes the one that the screening was made of.
 
     Raises:
@@ -148,13 +167,12 @@ def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:
     return ImageSet.from_files(folder, names)
 
 
-def matched(screening: Screening, images: ImageSet, folder: str | Path) -> Screening:
+def matched(screening: Screening, images: ImageSet) -> Screening:
     """A screening under the ids of another listing of its images, found by name.
 
     Args:
-        screening: From `read_screening`.
+        screening: Of the same images, from disk or not.
         images: The set to train on. Images that are not kept may be missing; they have negative ids then.
-        folder: Where the screening was read from, for the messages.
 
     Raises:
         InputError: Kept images are missing from the set, or there are none.
@@ -164,11 +182,11 @@ def matched(screening: Screening, images: ImageSet, folder: str | Path) -> Scree
     wanted = [name for name, kept in zip(names, screening.is_kept, strict=True) if kept]
     if missing := [name for name in wanted if name not in by_name]:
         raise InputError(
-            f"{len(missing)} images kept by the screening '{show(folder)}' are not in the folder: "
-            f"{name_some(missing)}. Screen the folder again."
+            f"{len(missing)} images kept by the screening are not among those to train on: "
+            f"{name_some(missing)}. Screen the images again."
         )
     if not wanted:
-        raise InputError(f"The screening '{show(folder)}' keeps no image.")
+        raise InputError("The screening keeps no image.")
     ids = np.array([by_name.get(name, -1 - p) for p, name in enumerate(names)], np.int64)
     return replace(screening, ids=ids, kept=ids[screening.is_kept])
 
@@ -222,10 +240,10 @@ def _safe(name: str) -> str:
 def _array(path: Path, n: int, n_dims: int, kind: type[Kind]) -> npt.NDArray[Kind] | None:
     if not path.exists():
         return None
-    found = np.load(path, allow_pickle=False)
-    if len(found) != n or found.ndim != n_dims:
-        raise ValueError(f"{path.name} has the shape {found.shape}, {n} images are listed")
-    return np.asarray(found, kind)
+    values = np.load(path, allow_pickle=False)
+    if len(values) != n or values.ndim != n_dims:
+        raise ValueError(f"{path.name} has the shape {values.shape}, {n} images are listed")
+    return np.asarray(values, kind)
 
 
 def _truth(cell: str) -> bool:

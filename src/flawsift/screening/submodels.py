@@ -1,7 +1,12 @@
-"""The sub-models of stage 1: trained on a subset each, asked about all images, resumed where a run was killed."""
+"""Stage 1 by sub-models: trained on a subset each, asked about all images, resumed where a run was killed.
+
+    images -> k random disjoint subsets -> k sub-models -> (k, N) score matrix -> consensus
+
+After "Leveraging Learning Bias for Noisy Anomaly Detection" (LLBNAD, arXiv 2508.07441, equations 1 to 3).
+"""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,11 +18,75 @@ from torch import Tensor
 
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Additive, Detector, load_detector, resolve_device, score_together
+from flawsift.detectors.parts.maps import top_mean
 from flawsift.detectors.parts.training import Watch
-from flawsift.executors import Executor
+from flawsift.errors import InputError
+from flawsift.executors import Executor, Run, Serial
 from flawsift.features.store import loaded
 from flawsift.files import write_bytes
 from flawsift.progress import Progress, silent
+from flawsift.screening.consensus import combine, held_out_mean, normalize_scores, own_mask, robust_units
+from flawsift.screening.options import ScreenOptions
+from flawsift.screening.result import Ranking, SubModelScores
+from flawsift.types import Floats
+
+TOP_SHARE = 0.01  # of the patches, for an image's divergence: the paper's code scores images by the top 1 % too
+
+
+def rank_by_submodels(
+    train: ImageSet, detector: Detector, options: ScreenOptions, run: Run, *, wants_fitted: bool = False
+) -> Ranking:
+    """Split, train k sub-models, score every image with all of them, combine.
+
+    Args:
+        train: N images with features attached; groups stay whole.
+        detector: Any unfitted detector; each sub-model is a clone of it, with its seed.
+        options: All but the screener, `keep` and `reject_patches`.
+        run: Where sub-models run.
+        wants_fitted: Merge additive sub-models of the first partition, which together saw every image once.
+
+    Raises:
+        InputError: Fewer images (or groups) than subsets.
+        ExecutorError: Workers were lost more often than a task is retried.
+    """
+    k, device = options.n_subsets, resolve_device(run.device)
+    subset_of = np.stack([split(train, k, seed=run.seed, partition=r) for r in range(options.n_partitions)])
+    sub = SubModels(train, detector, subset_of, k, device, run.checkpoint, run.progress)
+    keep_models = options.divergence_weight > 0
+    merger = _Merger(k) if wants_fitted and isinstance(detector, Additive) else None  # others need not travel back
+    if isinstance(run.executor, Serial):
+        models = sub.all(merger, keep_models=keep_models)
+    else:
+        models = sub.fan_out(run.executor, run.device, merger, keep_models=keep_models)
+    own = own_mask(subset_of, k)
+    comparable = normalize_scores(sub.scores, own, options.normalize)
+    consensus = combine(comparable, own, options.consensus, exclude_own=options.exclude_own)
+    spread = None
+    if keep_models:
+        spread = divergence(train, models, comparable, subset_of, k, device)
+        consensus = robust_units(consensus) + options.divergence_weight * robust_units(spread)
+    scores = SubModelScores(subset_of, sub.scores, spread)
+    fitted = None if merger is None else merger.total
+    return Ranking(consensus, held_out_mean(sub.scores, own), sub.mean_maps(), scores, fitted)
+
+
+@dataclass
+class _Merger:
+    """Adds up additive sub-models of the first partition as they are trained."""
+
+    n_subsets: int
+    seen: int = 0
+    _total: Detector | None = None
+
+    def __call__(self, model: Detector) -> None:
+        if isinstance(model, Additive) and self.seen < self.n_subsets:
+            self._total = model.merged(self._total) if self._total is not None else model
+        self.seen += 1
+
+    @property
+    def total(self) -> Detector | None:
+        """The model of all images, when every sub-model of the first partition was trained in this run."""
+        return self._total if self.seen >= self.n_subsets else None
 
 
 @dataclass(eq=False)
@@ -32,7 +101,7 @@ class SubModels:
     checkpoint: Path | None
     progress: Progress
     scores: npt.NDArray[np.float32] = field(init=False)
-    _grid_sum: Tensor | None = None
+    _map_sum: Tensor | None = None
 
     def __post_init__(self) -> None:
         n_models = len(self.subset_of) * self.n_subsets
@@ -44,18 +113,18 @@ class SubModels:
         n_models, k = len(self.scores), self.n_subsets
         for first in range(0, n_models, k):  # all sub-models of a partition score in one pass, sharing what they read
             rows = range(first, first + k)
-            found = [s for m in rows if not keep_models and (s := self._resume_scores(m)) is not None]
-            if len(found) < k:
+            stored = [s for m in rows if not keep_models and (s := self._resume_scores(m)) is not None]
+            if len(stored) < k:
                 trained = [self._train(m, on_submodel) for m in rows]
                 # larger batches than one model takes: each reads its state once per batch
                 scored = score_together(trained, self.train, self.device, 64, keep_grids=True)
-                found = [(scores, grids) for scores, grids, _ in scored]
-                for m, (scores, grids) in zip(rows, found, strict=True):
+                stored = [(scores, grids) for scores, grids, _ in scored]
+                for m, (scores, grids) in zip(rows, stored, strict=True):
                     self._store_scores(m, scores, grids)
                 models += trained if keep_models else ()
-            for m, (scores, grids) in zip(rows, found, strict=True):
+            for m, (scores, grids) in zip(rows, stored, strict=True):
                 self.scores[m] = scores
-                self._add_grids(m, grids)
+                self._add_maps(m, grids)
         self.progress("sub-models", n_models, n_models)
         return models
 
@@ -99,29 +168,29 @@ class SubModels:
                 if model is not None and on_submodel is not None:
                     on_submodel(model)
                 models += [model] if model is not None and keep_models else ()
-            self._add_grids(m, grids)
+            self._add_maps(m, grids)
         self.progress("sub-models", n_models, n_models)
         return models
 
-    def mean_grids(self) -> npt.NDArray[np.float16] | None:
+    def mean_maps(self) -> npt.NDArray[np.float16] | None:
         """(N, h, w) mean over the sub-models that did not see the image."""
-        if self._grid_sum is None:
+        if self._map_sum is None:
             return None
         others = max(1, self.n_subsets - 1) * len(self.subset_of)
         # far beyond any real score, but float16 must not overflow
-        mean: npt.NDArray[np.float16] = (self._grid_sum / others).clamp(-6e4, 6e4).half().numpy()
+        mean: npt.NDArray[np.float16] = (self._map_sum / others).clamp(-6e4, 6e4).half().numpy()
         return mean
 
     def _subset(self, m: int) -> ImageSet:
         r, j = divmod(m, self.n_subsets)
         return self.train.select(self.train.ids[self.subset_of[r] == j])
 
-    def _add_grids(self, m: int, grids: Tensor) -> None:
+    def _add_maps(self, m: int, grids: Tensor) -> None:
         r, j = divmod(m, self.n_subsets)
-        if self._grid_sum is None:
-            self._grid_sum = torch.zeros_like(grids, dtype=torch.float32)
+        if self._map_sum is None:
+            self._map_sum = torch.zeros_like(grids, dtype=torch.float32)
         others = torch.from_numpy(self.subset_of[r] != j) if self.n_subsets > 1 else slice(None)
-        self._grid_sum[others] += grids[others].float()
+        self._map_sum[others] += grids[others].float()
 
     def _watch(self, m: int) -> Watch:
         """Progress and checkpoint of the training of one sub-model."""
@@ -161,3 +230,71 @@ class _SubModel:
         model = runs.detector.clone().fit(runs._subset(m), device=device, watch=runs._watch(m))
         ((scores, grids, _),) = score_together([model], runs.train, device, 64, keep_grids=True)
         return scores, grids, model if self.wants_model else None
+
+
+def split(train: ImageSet, n_subsets: int, *, seed: int, partition: int = 0) -> npt.NDArray[np.int64]:
+    """A random partition (equation 1): (N,) subset of each image.
+
+    Sizes differ by at most one image; with groups, whole groups go to the smallest subset so far, large ones first.
+
+    Raises:
+        InputError: Fewer groups than subsets.
+    """
+    generator = np.random.default_rng([seed, partition])
+    members = train.members
+    if len(members) < n_subsets:
+        what = "images" if len(members) == len(train) else "groups of images"
+        raise InputError(
+            f"{n_subsets} subsets need at least {n_subsets} {what}, got {len(members)}. "
+            "Use fewer subsets (--subsets) or add images."
+        )
+    groups = list(members.values())
+    shuffled = [groups[g] for g in generator.permutation(len(groups))]
+    shuffled.sort(key=len, reverse=True)  # stable: equal sizes stay shuffled
+    result = np.empty(len(train), np.int64)
+    sizes = np.zeros(n_subsets, np.int64)
+    for positions in shuffled:
+        smallest = int(sizes.argmin())
+        result[positions] = smallest
+        sizes[smallest] += len(positions)
+    return result
+
+
+def divergence(
+    train: ImageSet,
+    models: Sequence[Detector],
+    comparable: Floats,
+    subset_of: npt.NDArray[np.int64],
+    n_subsets: int,
+    device: str,
+) -> Floats:
+    """Equation 2: how far the native sub-model's view of an image lies from the others', (N,).
+
+    Delta(x) = 1 / (k - 1) sum over l != j of |f_l(x) - f_j(x)|, j the native sub-model. f is what the detector expects
+    in place of each patch, where it has such a notion (L2 over channels, mean of the top 1 % of the patches), else the
+    normalised score. Averaged over partitions.
+    """
+    position = {int(i): p for p, i in enumerate(train.ids)}
+    result = np.zeros(len(train))
+    for r, subsets in enumerate(subset_of):
+        rows = slice(r * n_subsets, (r + 1) * n_subsets)
+        native = comparable[rows][subsets, np.arange(len(train))]  # (N,)
+        on_scores = np.abs(comparable[rows] - native).sum(0) / (n_subsets - 1)
+        result += on_scores
+        with torch.inference_mode():
+            for batch in train.batches(models[0].layers, pixels=models[0].reads_pixels):
+                views = [m._expected(batch, device) for m in models[rows]]
+                known = [v.cpu() for v in views if v is not None]
+                if len(known) < n_subsets:
+                    break  # no notion of an expected patch: the scores stand
+                at = np.array([position[int(i)] for i in batch.ids])
+                result[at] += _feature_divergence(torch.stack(known), subsets[at]) - on_scores[at]
+    return result / len(subset_of)
+
+
+def _feature_divergence(views: Tensor, native: npt.NDArray[np.int64]) -> Floats:
+    """(B,) from (k, B, C, h, w) views and the native sub-model of each image."""
+    k, b = views.shape[:2]
+    mine = views[torch.from_numpy(native), torch.arange(b)]  # (B, C, h, w)
+    distance = (views - mine).norm(dim=2).sum(0) / (k - 1)  # (B, h, w); the native's own term is 0
+    return top_mean(distance, TOP_SHARE).double().numpy()

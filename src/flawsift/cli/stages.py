@@ -1,0 +1,139 @@
+"""The commands that train: screen, which is stage 1 alone, and fit, which is both stages."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flawsift.cli.options import (
+    AsJson,
+    BackboneChoice,
+    Decisions,
+    DetectorChoice,
+    FitStage,
+    Groups,
+    Images,
+    Machine,
+    Out,
+    Rate,
+    ScreeningStage,
+    images_in,
+    say,
+    shown_progress,
+    takes_groups,
+    threshold_lines,
+)
+
+if TYPE_CHECKING:
+    from flawsift.pipeline import FitResult
+    from flawsift.screening.result import Screening
+
+
+SCREENER = DetectorChoice("patchcore")  # what `screen` takes where no detector is named
+
+
+@takes_groups
+def screen(
+    images: Images,
+    out: Out,
+    *,
+    detector: DetectorChoice = SCREENER,
+    backbone: BackboneChoice,
+    stage1: ScreeningStage,
+    groups: Groups = None,
+    machine: Machine,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 1: rank the images of a folder by how defective they look, and say which to keep."""
+    from flawsift import pipeline
+    from flawsift.files import ensure_folder
+    from flawsift.screening.storage import summary_of
+
+    options = stage1.options
+    ensure_folder(out)
+    with shown_progress() as progress:
+        result = pipeline.screen(
+            images_in(images, groups),
+            detector.make(machine.seed),
+            backbone.load(machine.device),
+            options=options,
+            out=out,
+            **machine.resources(progress),
+        )
+    page = out / "report.html"
+    lines = screened_lines(result)
+    lines += [f"Table:  {out / 'screening.csv'}", f"Report: {page}", f"Decide: flawsift review {out}"]
+    say(as_json, {**summary_of(result), "out": str(out), "report": str(page)}, lines)
+
+
+def screened_lines(result: "Screening") -> list[str]:
+    """What is said about a screening."""
+    removed = result.removed
+    unreadable = f", {len(result.unreadable)} unreadable" if result.unreadable else ""
+    lines = [f"{len(result.ids)} images screened, {len(removed)} set aside, {len(result.kept)} kept{unreadable}."]
+    if result.rejected is not None and result.rejected.any():
+        share = 100 * float(result.rejected[result.is_kept].mean())
+        lines.append(
+            f"Of the kept images, the {share:.1f} % oddest patches are left out by detectors that can leave out patches"
+            + (", of those set aside all but the most ordinary ones." if result.is_partly_learned.any() else ".")
+        )
+    if result.contamination is not None:
+        lines.append(f"Estimated share of defective images: {result.contamination.text}.")
+    names = dict(zip(result.ids.tolist(), result.names, strict=True))
+    return [*lines, "Most suspicious:", *(f"  {names[int(i)]}" for i in result.ranking[:5])]
+
+
+# twelve parameters: a command's options are its parameters, and four of these are groups of them
+@takes_groups
+def fit(
+    images: Images,
+    out: Out,
+    *,
+    detector: DetectorChoice,
+    backbone: BackboneChoice,
+    stage1: FitStage,
+    groups: Groups = None,
+    screening: Annotated[Path | None, typer.Option("--screening", help="Use this stage 1, edited or not.")] = None,
+    decisions: Decisions = None,
+    no_screen: Annotated[bool, typer.Option("--no-screen", help="Train on every image.")] = False,
+    false_alarm_rate: Rate = None,
+    machine: Machine,
+    as_json: AsJson = False,
+) -> None:
+    """Both stages: screen a folder, then train a detector on what is kept."""
+    from flawsift import pipeline
+    from flawsift.models.calibration import DEFAULT_RATE
+
+    options = stage1.options
+    with shown_progress() as progress:
+        result = pipeline.fit(
+            images_in(images, groups),
+            detector.make(machine.seed),
+            backbone.load(machine.device),
+            screening=screening,
+            no_screen=no_screen,
+            options=options,
+            decisions=decisions,
+            false_alarm_rate=DEFAULT_RATE if false_alarm_rate is None else false_alarm_rate,
+            out=out,
+            **machine.resources(progress),
+        )
+    threshold = result.model.threshold()
+    lines = fitted_lines(result, out)
+    if result.report is not None:
+        lines += [f"Report: {result.report}", f"Decide image by image: flawsift review {screening or out}"]
+    summary: dict[str, Any] = {"out": str(out), **result.model.training}
+    summary |= {"threshold": None if threshold is None else vars(threshold)}
+    say(as_json, {**summary, "report": None if result.report is None else str(result.report)}, lines)
+
+
+def fitted_lines(result: "FitResult", out: Path) -> list[str]:
+    """What is said about a model that was just trained."""
+    training = result.model.training
+    partly = training["n_partly"]
+    more = f", and on the ordinary patches of {partly} more" if partly else ""
+    name, kept, total = result.model.detector.name, training["n_kept"], training["n_images"]
+    lines = [f"Trained {name} on {kept} of {total} images{more}: {out}"]
+    if note := training.get("screening_note"):
+        lines.append(f"Note: {note} Screen the folder again to have them judged.")
+    return [*lines, *threshold_lines(result.model.threshold())]

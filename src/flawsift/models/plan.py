@@ -1,0 +1,118 @@
+"""What stage 2 learns from and which scores its threshold comes from: decided once, here, for everybody who trains."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from flawsift.data.images import ImageSet
+from flawsift.detectors.base import Additive, Detector
+from flawsift.executors import Run
+from flawsift.models.model import set_digest
+from flawsift.paths import name_some, show
+from flawsift.screening.decisions import apply_decisions
+from flawsift.screening.options import ScreenOptions
+from flawsift.screening.result import Screening
+from flawsift.screening.stage1 import screen
+from flawsift.screening.storage import matched
+from flawsift.types import Floats, Ids
+
+HALVES = 2  # of the kept images, for a threshold where stage 1 had another detector: two trainings must do
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingPlan:
+    """What a detector of stage 2 is trained on.
+
+    Attributes:
+        images: (M,) that it learns from, with the patches that are left out (`ImageSet.rejected`).
+        kept: (m,) ids of those that are judged good. The others were set aside, and are learned but for their rejected
+            patches.
+        held_out_scores: (m,) scores of the kept images, by models of this detector that have not seen them; None where
+            stage 1 has none, so that they are to be had from `held_out_scores_of`.
+        screening: What it follows from, with the decisions, or None where nothing was screened.
+        decisions: How many decisions of each kind there were.
+        notes: What a person should know of it.
+    """
+
+    images: ImageSet
+    kept: Ids
+    held_out_scores: Floats | None
+    screening: Screening | None = None
+    decisions: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def plan_training(
+    train: ImageSet,
+    detector: Detector,
+    screening: Screening | None,
+    *,
+    choices: Mapping[str, str] | None = None,
+    same_detector: bool = False,
+) -> TrainingPlan:
+    """The plan that follows from a screening and from what a person decided.
+
+    Args:
+        train: N images with features attached.
+        detector: Of stage 2, unfitted.
+        screening: Of these images, which are found by name; None keeps all of them.
+        choices: {relative path as shown: "keep", "remove" or "unsure"}.
+        same_detector: Whether the held-out scores of the screening are of this detector and backbone. Those of additive
+            detectors are not taken all the same: sub-models of a fifth of the images score far too high.
+
+    Raises:
+        InputError: Kept images are missing, no image is left, or no decision is about one of these images.
+    """
+    if screening is None:
+        is_kept, counts = apply_decisions(train.names, np.ones(len(train), np.bool_), choices or {})
+        kept = train.ids[is_kept]
+        return TrainingPlan(train.select(kept), kept, None, decisions=counts)
+    decided, counts = screening.with_decisions(choices or {})
+    here = matched(decided, train)
+    scores = here.held_out_scores[here.is_kept] if same_detector and not isinstance(detector, Additive) else None
+    note = _difference(screening, train)
+    return TrainingPlan(here.purified(train, detector), here.kept, scores, here, counts, (note,) if note else ())
+
+
+def options_for(detector: Detector, options: ScreenOptions) -> ScreenOptions:
+    """The options of stage 1 for a detector of stage 2.
+
+    With keep="auto", one that learns from defects is trained on everything; stage 1 ranks the images all the same.
+    """
+    if detector.learns_from_defects and options.keep == "auto":
+        return replace(options, keep=1.0, reject_patches=0.0)
+    return options
+
+
+def held_out_scores_of(plan: TrainingPlan, fitted: Detector, run: Run | None = None) -> Floats:
+    """(m,) scores of the kept images, each by a model that has not seen it; empty where there is only one group.
+
+    Those of the plan where it has some. Else, where the detector's statistics are additive, each image and its group is
+    taken out of the fitted model; else two clones are trained on halves, and each scores the other half.
+
+    Args:
+        plan: What the detector was trained on; groups stay whole.
+        fitted: The detector.
+        run: Where clones are trained.
+    """
+    if plan.held_out_scores is not None:
+        return plan.held_out_scores
+    run = run or Run()
+    is_kept = np.isin(plan.images.ids, plan.kept)
+    if len(set(plan.images.select(plan.images.ids[is_kept]).group_names)) < HALVES:
+        return np.empty(0)
+    if isinstance(fitted, Additive):
+        return fitted.held_out_scores(plan.images, device=run.device)[is_kept]
+    halves = ScreenOptions(n_subsets=HALVES, keep=1.0, reject_patches=0.0)
+    return screen(plan.images, fitted.clone(), halves, run).held_out_scores[is_kept]
+
+
+def _difference(screening: Screening, train: ImageSet) -> str | None:
+    """What a screening does not know of the images that it is used for."""
+    known = {show(name) for name in screening.names}
+    if new := [name for name in train.names if show(name) not in known]:
+        return f"Not in the screening, and so not trained on ({len(new)} in all): {name_some(new)}."
+    if len(train) == len(known) and screening.provenance.get("images_digest") not in (None, set_digest(train)):
+        return "Some images have changed since the screening."
+    return None

@@ -1,0 +1,181 @@
+"""The result of stage 1, as data: it can be saved, read, edited by a person and handed to stage 2."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from flawsift.data.images import ImageSet
+from flawsift.detectors.base import Detector
+from flawsift.errors import ParameterError
+from flawsift.paths import show
+from flawsift.screening.consensus import SUSPECT, Contamination, robust_units
+from flawsift.screening.decisions import apply_decisions
+from flawsift.screening.options import ScreenOptions
+from flawsift.types import Floats, Ids
+
+
+@dataclass(frozen=True, eq=False)
+class SubModelScores:
+    """What only a stage 1 by sub-models knows.
+
+    Attributes:
+        subset_of: (R, N) subset of each image in each of R partitions.
+        score_matrix: (R * k, N) raw scores; row r * k + j is sub-model j of partition r.
+        divergence: (N,) equation 2, or None when its weight is 0.
+    """
+
+    subset_of: npt.NDArray[np.int64]
+    score_matrix: npt.NDArray[np.float32]
+    divergence: Floats | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """What a kind of stage 1 says of the training images, before anything is kept or removed.
+
+    Attributes:
+        consensus: (N,) what is ranked; higher is more anomalous.
+        held_out_scores: (N,) raw scores by models that have not seen the image.
+        patch_maps: (N, h, w) held-out maps on the patch grid, or None.
+        submodels: What only sub-models know, or None.
+        fitted: A detector fitted on all images, where that was made by the way and is wanted.
+    """
+
+    consensus: Floats
+    held_out_scores: Floats
+    patch_maps: npt.NDArray[np.float16] | None
+    submodels: SubModelScores | None = None
+    fitted: Detector | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Screening:
+    """Which training images are probably defective, and what stage 2 learns from.
+
+    Attributes:
+        ids: (N,) global ids.
+        names: (N,) relative paths.
+        consensus: (N,) what is ranked; higher is more anomalous.
+        held_out_scores: (N,) raw scores by models that have not seen the image.
+        kept: (m,) global ids for stage 2, in the order of `ids`.
+        keep_share: Share of the images that stage 1 kept, whatever a person has decided since.
+        options: Of stage 1, with the screener's name and the `reject_patches` that was used.
+        seed: Of the partitions.
+        contamination: The estimate behind keep="auto", else None.
+        patch_maps: (N, h, w) float16 held-out maps on the patch grid, or None.
+        rejected: (N, h, w) bool, patches that stage 2 does not learn from, or None.
+        submodels: What only sub-models know, or None where stage 1 was of another kind.
+        descriptions: (N, D) float16 of `flawsift.screening.lookalikes.describe_images`, or None.
+        unreadable: {relative path: reason} of images that could not be used.
+        provenance: Detector, backbone, versions, digests: whatever the caller wants kept.
+    """
+
+    ids: Ids
+    names: Sequence[str]
+    consensus: Floats
+    held_out_scores: Floats
+    kept: Ids
+    keep_share: float
+    options: ScreenOptions
+    seed: int = 0
+    contamination: Contamination | None = None
+    patch_maps: npt.NDArray[np.float16] | None = None
+    rejected: npt.NDArray[np.bool_] | None = None
+    submodels: SubModelScores | None = None
+    descriptions: npt.NDArray[np.float16] | None = None
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Counts, the estimate of the contamination and the most anomalous images."""
+        names = dict(zip(self.ids.tolist(), self.names, strict=True))
+        worst = ", ".join(show(names[int(i)]) for i in self.ranking[:3])
+        estimate = "" if self.contamination is None else f", about {self.contamination.text} defective"
+        unreadable = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
+        return (
+            f"<Screening of {len(self.ids)} images: {len(self.removed)} set aside, {len(self.kept)} kept{unreadable}"
+            f"{estimate}; most anomalous: {worst}>"
+        )
+
+    @property
+    def submodel_scores(self) -> SubModelScores:
+        """What only sub-models know; ParameterError where stage 1 was of another kind."""
+        if self.submodels is None:
+            raise ParameterError("This screening was not made by sub-models. Screen by them: --preset paper.")
+        return self.submodels
+
+    @property
+    def is_kept(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether each image goes on to stage 2."""
+        return np.isin(self.ids, self.kept)
+
+    @property
+    def is_suspect(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether each image stands out by more than `SUSPECT` robust deviations."""
+        suspect: npt.NDArray[np.bool_] = robust_units(self.consensus) > SUSPECT
+        return suspect
+
+    @property
+    def is_partly_learned(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether an image was set aside, and stage 2 learns its patches that are not rejected, if it can."""
+        if self.rejected is None or self.contamination is None:
+            return np.zeros(len(self.ids), np.bool_)
+        some = self.rejected.any((1, 2)) & ~self.rejected.all((1, 2))
+        learned: npt.NDArray[np.bool_] = self.is_suspect & ~self.is_kept & some
+        return learned
+
+    @property
+    def removed(self) -> Ids:
+        """Ids that are not kept, the most anomalous first."""
+        out = ~self.is_kept
+        return self.ids[out][np.argsort(-self.consensus[out], kind="stable")]
+
+    @property
+    def ranking(self) -> Ids:
+        """All ids, the most anomalous first."""
+        return self.ids[np.argsort(-self.consensus, kind="stable")]
+
+    def purified(self, train: ImageSet, detector: Detector) -> ImageSet:
+        """What a detector of stage 2 learns from: (m,) of the screened images.
+
+        Those that are kept; where it can leave out patches, less those that are rejected, and with the other patches of
+        the images that were set aside, which are not in `kept`.
+        """
+        if self.rejected is None or not detector.leaves_out_patches:
+            return train.select(self.kept)
+        partly = self.is_partly_learned & np.isin(self.ids, train.ids)
+        learned = self.is_kept | partly
+        masks = zip(self.ids[learned].tolist(), self.rejected[learned], strict=True)
+        return train.select(self.ids[learned]).without_patches({i: mask for i, mask in masks if mask.any()})
+
+    def with_decisions(self, choices: Mapping[str, str]) -> tuple[Self, dict[str, int]]:
+        """The same once a person has decided, and how many decisions of each kind there were.
+
+        An image that a person keeps is good, and so are all its patches. Where most of the images that evidence of
+        defects had set aside are kept after all, so is what stands out in others: no patch is rejected any more.
+
+        Args:
+            choices: {relative path as shown: "keep", "remove" or "unsure"}; see `screening.decisions.read_decisions`.
+
+        Raises:
+            InputError: None of the decisions is about one of these images, or no image is left.
+        """
+        is_kept, counts = apply_decisions(self.names, self.is_kept, choices)
+        now = replace(self, kept=self.ids[is_kept])
+        if self.rejected is None:
+            return now, counts
+        by_hand = np.array([choices.get(show(name), "") in ("keep", "remove") for name in self.names])
+        # with evidence of defects, only a person keeps a suspect
+        ordinary = is_kept if self.contamination is None else is_kept & ~self.is_suspect
+        masked = (ordinary | now.is_partly_learned) & ~by_hand & (not now.overruled_by_reviewer)
+        return replace(now, rejected=self.rejected & masked[:, None, None]), counts
+
+    @property
+    def overruled_by_reviewer(self) -> bool:
+        """Whether most of the images that evidence of defects had set aside are kept: a person overruled stage 1."""
+        if self.contamination is None or self.contamination.alpha_hat <= 0 or self.rejected is None:
+            return False
+        return bool((self.is_suspect & self.is_kept).sum() > self.is_suspect.sum() / 2)
