@@ -3,7 +3,7 @@
 Arms: all_data (no screening), paper and default (the presets of stage 1), oracle_clean (the training set less its
 anomalies: what a perfect screening would give). The detector has its default parameters in every arm, or its budget
 preset where it has one. Arms with the same screener, subsets and partitions share sub-models. Thresholds come from
-held-out scores of the images that are trained on, as `flawsift.benchmark.trial.compare` has them.
+held-out scores of the images that are trained on, as `flawsift.benchmark.trial.Trial` has them.
 Anomalous images without a mask are left out of sets with masks, since AUPRO needs one of each.
 
 Finished cells are rows already and are skipped, so a killed run goes on where it was.
@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 
 import _rows
-from flawsift.benchmark.trial import compare
+from flawsift.benchmark.trial import Trial
 from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset, load
 from flawsift.datasets.folder import DATA_VARIABLE
 from flawsift.detectors.base import DETECTORS, Detector, detector_class, make_detector
 from flawsift.errors import InputError
+from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.store import FeatureStore, attach
 from flawsift.models import model as models
@@ -116,7 +117,16 @@ def run_cell(
     }
     presets = [PRESET_OF[arm] for arm in arms]
     rows = []
-    results = compare(train, test, data.truth, detector, backbone, presets, seed=seed, calibrate=calibrate)
+    trial = Trial(
+        train=train,
+        test=test,
+        truth=data.truth,
+        detector=detector,
+        backbone=backbone,
+        run=Run(seed=seed),
+        calibrate=calibrate,
+    )
+    results = trial.rows(presets)
     for arm, found in zip(arms, results, strict=True):
         row = {**common, "arm": arm, **{key: found[key] for key in (*METRICS, *SECONDS)}}
         row |= {

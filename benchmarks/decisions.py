@@ -27,7 +27,7 @@ from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.store import FeatureStore, attach
 from flawsift.paths import show
-from flawsift.screening.options import FINAL, PRESETS, SCREENERS
+from flawsift.screening.options import FINAL, PRESETS
 from flawsift.screening.result import Screening
 from flawsift.screening.stage1 import screen
 
@@ -57,7 +57,7 @@ def run_cell(
     split = contaminate(data.truth, alpha=alpha, groups=images.groups, seed=seed, **SIZES[data.name])
     train, test = images.select(split.train_ids), images.select(split.test_ids)
     detector = make_detector(name, seed=seed)
-    stage1 = screen(train, make_detector(SCREENERS["default"], seed=seed), PRESETS["default"], Run(seed=seed))
+    stage1 = screen(train, make_detector(PRESETS["default"].screener, seed=seed), PRESETS["default"], Run(seed=seed))
     choices = right_choices(stage1, data.truth, n)
     decided, counts = stage1.with_decisions(choices)
     common = cell_of(data, images, backbone, detector, alpha, seed)

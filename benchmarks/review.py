@@ -44,7 +44,8 @@ def make_screening(folder: Path, n: int, size: int) -> Path:
     import numpy as np
 
     from flawsift.datasets.synthetic import synthetic, write_folder
-    from flawsift.screening.result import Screening
+    from flawsift.screening.options import ScreenOptions
+    from flawsift.screening.result import Screening, SubModelScores
     from flawsift.screening.storage import ROOT, save_screening
 
     base = min(n, BASE)
@@ -60,15 +61,13 @@ def make_screening(folder: Path, n: int, size: int) -> Path:
     screening = Screening(
         ids=ids,
         names=[f"{i:06d}.png" for i in range(n)],
-        subset_of=(ids % 5)[None],
-        score_matrix=(consensus + generator.normal(0, 0.1, (5, n))).astype(np.float32),
-        held_out_scores=consensus,
         consensus=consensus,
-        divergence=None,
+        held_out_scores=consensus,
         kept=ids[consensus < np.quantile(consensus, 0.9)],
-        contamination=None,
-        options={"n_subsets": 5, "keep": 0.9, "normalize": "robust"},
-        grids=generator.gumbel(size=(n, 32, 32)).astype(np.float16),
+        keep_share=0.9,
+        options=ScreenOptions(keep=0.9),
+        submodels=SubModelScores((ids % 5)[None], (consensus + generator.normal(0, 0.1, (5, n))).astype(np.float32)),
+        patch_maps=generator.gumbel(size=(n, 32, 32)).astype(np.float16),
         descriptions=generator.normal(size=(n, 152)).astype(np.float16),
         provenance={ROOT: str(images)},
     )

@@ -43,6 +43,7 @@ def child(arm: str, detector_name: str, folder: Path, size: int) -> dict[str, An
     from flawsift.features.backbones import load_backbone
     from flawsift.features.store import FeatureStore, attach
     from flawsift.models import model as models
+    from flawsift.screening.options import ScreenOptions
 
     images = ImageSet.from_folder(folder)
     backbone = load_backbone(size=size)
@@ -68,14 +69,13 @@ def child(arm: str, detector_name: str, folder: Path, size: int) -> dict[str, An
         else:
             features = None
 
-            def on_screened(_: object) -> None:
+            def watch(stage: str, done: int, total: int) -> None:
                 nonlocal screened
-                screened = time.perf_counter() - started
+                if stage == "detector" and screened is None:  # stage 2 begins
+                    screened = time.perf_counter() - started
 
-            who = "own" if arm == "two_stage" else "patchcore"
-            pipeline.fit(
-                images, detector, backbone, options=ScreenOptions(screener=who), store=store, on_screened=on_screened
-            )
+            options = ScreenOptions(screener="own" if arm == "two_stage" else "patchcore")
+            pipeline.fit(images, detector, backbone, options=options, store=store, progress=watch)
         seconds = time.perf_counter() - started
         peak = _rows.peak_mb()
         digest = models.set_digest(attach(images, backbone, detector.layers, store=store)[0])  # all cached by now
