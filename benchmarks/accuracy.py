@@ -30,7 +30,8 @@ from flawsift.datasets.folder import DATA_VARIABLE
 from flawsift.detectors.base import DETECTORS, Detector, detector_class, make_detector
 from flawsift.errors import InputError
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 from flawsift.models import model as models
 from flawsift.screening.stage1 import PRESETS
 

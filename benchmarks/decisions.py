@@ -24,7 +24,8 @@ from flawsift.data.truth import GroundTruth
 from flawsift.datasets import Dataset
 from flawsift.detectors.base import make_detector
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 from flawsift.paths import show
 from flawsift.screening.stage1 import FINAL, PRESETS, SCREENERS, Screening, screen
 

@@ -34,7 +34,8 @@ from flawsift.detectors.base import Detector
 from flawsift.errors import FlawsiftError
 from flawsift.executors import SERIAL, Executor, Failure, Serial, make_executor
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 from flawsift.files import ensure_folder, write_bytes
 from flawsift.models import model as models
 from flawsift.progress import Progress, silent

@@ -2,8 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,8 @@ import typer
 from flawsift.errors import ParameterError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from flawsift.data.images import ImageSet
     from flawsift.datasets import Dataset
     from flawsift.detectors.base import Detector
@@ -217,24 +218,8 @@ def _share(keep: str | None) -> float | str | None:
         raise ParameterError(f"--keep must be 'auto' or a share such as 0.4, got '{keep}'.") from None
 
 
-@contextmanager
-def shown_progress() -> Iterator["Progress"]:
+def shown_progress() -> "AbstractContextManager[Progress]":
     """A progress bar on stderr when that is a terminal, else silence."""
-    from flawsift.progress import silent
+    from flawsift.progress import as_progress
 
-    if not sys.stderr.isatty():
-        yield silent
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield tell
+    return as_progress(sys.stderr.isatty())

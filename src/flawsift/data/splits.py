@@ -12,7 +12,7 @@ from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.errors import InputError, SplitError
-from flawsift.files import content_digest, write_json
+from flawsift.files import write_json
 from flawsift.paths import name_some, show
 from flawsift.types import Ids
 
@@ -73,9 +73,7 @@ class Split:
             InputError: An id is not in `images`, or a file cannot be read.
         """
         used = images.select(np.union1d(self.train_ids, self.test_ids))
-        files = {
-            int(i): [n, content_digest(used.source.read(int(i)))] for i, n in zip(used.ids, used.names, strict=True)
-        }
+        files = {int(i): [n, used.source.digest(int(i))] for i, n in zip(used.ids, used.names, strict=True)}
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -188,6 +186,6 @@ def _check_files(files: Mapping[str, str], images: ImageSet) -> dict[str, int]:
 
 def _digest(images: ImageSet, id_: int) -> str:
     try:
-        return content_digest(images.source.read(id_))
+        return images.source.digest(id_)
     except UnreadableImage:  # gone or locked: not the content that it was
         return ""

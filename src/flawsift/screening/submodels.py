@@ -15,7 +15,7 @@ from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Additive, Detector, load_detector, resolve_device, score_together
 from flawsift.detectors.parts.training import Watch
 from flawsift.executors import Executor
-from flawsift.features.store import loaded
+from flawsift.features.extraction import loaded
 from flawsift.files import write_bytes
 from flawsift.progress import Progress, silent
 
