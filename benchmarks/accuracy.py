@@ -31,7 +31,8 @@ from flawsift.detectors.base import DETECTORS, Detector, detector_class, make_de
 from flawsift.errors import InputError
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 from flawsift.models import model as models
 from flawsift.screening.options import PRESETS
 

@@ -25,7 +25,8 @@ from flawsift.datasets import Dataset
 from flawsift.detectors.base import make_detector
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 from flawsift.paths import show
 from flawsift.screening.options import FINAL, PRESETS
 from flawsift.screening.result import Screening

@@ -122,7 +122,8 @@ def ours(task: str, work: Path, threads: int, centres: int) -> dict[str, Any]:
     from flawsift.detectors.parts import coreset
     from flawsift.detectors.patchcore import PatchCore
     from flawsift.features.backbones import load_backbone
-    from flawsift.features.store import FeatureStore, attach
+    from flawsift.features.extraction import attach
+    from flawsift.features.store import FeatureStore
     from flawsift.metrics import ranking as metrics
     from flawsift.models import model as models
     from flawsift.models.calibration import Calibration

@@ -41,7 +41,8 @@ def child(arm: str, detector_name: str, folder: Path, size: int) -> dict[str, An
     from flawsift.data.images import ImageSet
     from flawsift.detectors.base import make_detector
     from flawsift.features.backbones import load_backbone
-    from flawsift.features.store import FeatureStore, attach
+    from flawsift.features.extraction import attach
+    from flawsift.features.store import FeatureStore
     from flawsift.models import model as models
     from flawsift.screening.options import ScreenOptions
 

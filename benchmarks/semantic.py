@@ -20,7 +20,7 @@ from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Detector
 from flawsift.detectors.funad import FUNAD
 from flawsift.detectors.patchcore import PatchCore
-from flawsift.features.store import MemoryFeatures
+from flawsift.features.readers import MemoryFeatures
 from flawsift.metrics.ranking import image_auroc
 
 LAYER = "grey values"

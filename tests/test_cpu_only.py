@@ -16,7 +16,7 @@ from flawsift import pipeline
 from flawsift.cli import main as cli
 from flawsift.reports import diagnostics
 from flawsift.detectors.base import DETECTORS, detector_class
-from flawsift.features.store import MemoryFeatures
+from flawsift.features.readers import MemoryFeatures
 from flawsift.data.images import ImageSet
 
 for name in DETECTORS:

@@ -21,7 +21,8 @@ from flawsift.detectors.base import Detector, make_detector
 from flawsift.detectors.twobanks import TwoBanks
 from flawsift.errors import InputError, ModelError, OutputError, ParameterError
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 from flawsift.models import model as models
 from flawsift.screening.options import FINAL, ScreenOptions
 from flawsift.screening.stage1 import screen as screen_features

@@ -2,7 +2,7 @@
 
     screening = flawsift.screen("parts")                    # who is probably defective
     model = flawsift.fit("parts", out="model")              # screen, then train on what is kept
-    found = flawsift.predict(flawsift.load_model("model"), "new_parts")
+    predictions = flawsift.load_model("model").predict("new_parts")
 
 Names are imported on first use, so that `import flawsift` and the command line's help stay fast.
 """
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from flawsift.errors import FlawsiftError as FlawsiftError
     from flawsift.features.backbones import Backbone as Backbone
     from flawsift.features.backbones import load_backbone as load_backbone
+    from flawsift.features.extraction import attach as attach
     from flawsift.features.store import FeatureStore as FeatureStore
-    from flawsift.features.store import attach as attach
     from flawsift.models.model import Model as Model
     from flawsift.models.model import evaluate as evaluate
     from flawsift.models.model import load_model as load_model

@@ -18,7 +18,8 @@ from flawsift.detectors.parts.training import Watch
 from flawsift.errors import InputError, ParameterError
 from flawsift.executors import Executor, Run
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 from flawsift.files import ensure_folder
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
 from flawsift.models.model import Model, set_digest, versions

@@ -35,7 +35,8 @@ from flawsift.datasets.synthetic import synthetic
 from flawsift.detectors.base import Detector, load_detector
 from flawsift.errors import NotFittedError
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 from flawsift.metrics.ranking import image_auroc
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.stage1 import screen
@@ -287,11 +288,11 @@ class _NoPixels:
     def name(self, id_: int) -> str:
         return f"{id_}"
 
-    def read(self, id_: int) -> bytes:
-        raise AssertionError(f"pixels of image {id_} were read, but reads_pixels is False")
+    def digest(self, id_: int) -> str:
+        raise AssertionError(f"the content of image {id_} was read, but reads_pixels is False")
 
-    def decode(self, data: bytes) -> Any:
-        raise AssertionError("pixels were decoded, but reads_pixels is False")
+    def image(self, id_: int) -> Any:
+        raise AssertionError(f"pixels of image {id_} were read, but reads_pixels is False")
 
 
 def _registered(detector: Detector) -> bool:

@@ -25,7 +25,7 @@ from flawsift.detectors.base import Detector, make_detector
 from flawsift.errors import InputError, ParameterError
 from flawsift.executors import Processes, Run
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import attach
+from flawsift.features.extraction import attach
 from flawsift.metrics import ranking as metrics
 from flawsift.models import model as models
 from flawsift.models.calibration import Calibration

@@ -15,8 +15,9 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from flawsift.data.contamination import Split, contaminate
+from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
+from flawsift.data.splits import Split
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets import load, load_elpv, load_magnetic_tile, write_folder
 from flawsift.datasets.synthetic import synthetic

@@ -393,11 +393,11 @@ def test_an_image_does_not_depend_on_how_many_there_are(recurring: bool) -> None
     options: dict[str, Any] = {"size": 16, "seed": 5, "rare_share": 0.3, "align": False, "recurring": recurring}
     small, large = synthetic(3, 2, **options), synthetic(7, 5, **options)
     for i, j in [(0, 0), (1, 1), (2, 2), (3, 7), (4, 8)]:
-        assert small.images.source.read(i) == large.images.source.read(j)
+        assert small.images.source.digest(i) == large.images.source.digest(j)
         assert small.truth.defect_types[i] == large.truth.defect_types[j]
     for i, j in [(3, 7), (4, 8)]:
         assert np.array_equal(np.asarray(small.truth.masks[i]), np.asarray(large.truth.masks[j]))
-    assert small.images.source.read(0) != small.images.source.read(1)
+    assert small.images.source.digest(0) != small.images.source.digest(1)
 
 
 def test_seeds_and_textures_differ_and_global_state_is_untouched() -> None:
@@ -414,7 +414,7 @@ def test_types_take_turns_unless_one_defect_recurs() -> None:
     masks = [np.asarray(m) for m in data.truth.masks.values()]
     # redraws look at each product, so places may differ now and then, but not as a rule
     assert all(np.array_equal(masks[0], m) for m in masks)
-    assert data.images.source.read(1) != data.images.source.read(2)
+    assert data.images.source.digest(1) != data.images.source.digest(2)
 
 
 def test_aligned_images_resemble_each_other_and_the_rare_variant_does_not() -> None:

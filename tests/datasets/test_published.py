@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flawsift.data.contamination import Split, official
+from flawsift.data.contamination import official
 from flawsift.data.images import FileSource
+from flawsift.data.splits import Split
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets import CATEGORIES, Dataset, load
 from flawsift.errors import InputError, ParameterError, SplitError

@@ -21,7 +21,7 @@ from flawsift.detectors.parts.networks import Residual, Segmenter, Student, Whol
 from flawsift.detectors.parts.training import Watch
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import attach
+from flawsift.features.extraction import attach
 from flawsift.metrics.ranking import pixel_ap
 
 SMALL: dict[str, Any] = {

@@ -26,7 +26,9 @@ from flawsift.detectors.parts.neighbors import linear_attention
 from flawsift.detectors.parts.training import Recipe, StableAdamW, weights_of
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.store import FeatureStore, MemoryFeatures, attach
+from flawsift.features.extraction import attach
+from flawsift.features.readers import MemoryFeatures
+from flawsift.features.store import FeatureStore
 from flawsift.testing import easy_set, with_features
 
 SHORT: dict[str, Any] = {"n_blocks": 2, "width": 16, "steps": 3, "batch_size": 4, "warmup": 1}

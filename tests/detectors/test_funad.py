@@ -20,7 +20,7 @@ from flawsift.detectors.parts import training
 from flawsift.detectors.parts.neighbors import mutual_pairs
 from flawsift.detectors.parts.training import Watch, seeded
 from flawsift.errors import InputError, ParameterError
-from flawsift.features.store import MemoryFeatures
+from flawsift.features.readers import MemoryFeatures
 from flawsift.metrics.ranking import image_auroc
 from flawsift.testing import easy_set, with_features
 

@@ -16,7 +16,7 @@ from flawsift.detectors import padim as padim_module
 from flawsift.detectors.base import Detector, load_detector
 from flawsift.detectors.padim import PaDiM, _held_out_norms, _inverse_factors, _packed
 from flawsift.errors import InputError, ParameterError
-from flawsift.features.store import MemoryFeatures
+from flawsift.features.readers import MemoryFeatures
 
 
 def feature_set(features: npt.NDArray[np.float32]) -> ImageSet:

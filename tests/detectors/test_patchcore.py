@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.patchcore import PatchCore
 from flawsift.errors import InputError, ParameterError
-from flawsift.features.store import MemoryFeatures
+from flawsift.features.readers import MemoryFeatures
 
 
 def feature_set(n: int, seed: int = 0, shift: float = 0.0) -> ImageSet:

@@ -20,7 +20,9 @@ from flawsift.detectors.base import make_detector
 from flawsift.detectors.parts.training import Recipe, Watch
 from flawsift.detectors.rd import LOSSES, RD, Kind, Residual, Student, distances, flattened_loss, position_loss
 from flawsift.errors import InputError, ParameterError
-from flawsift.features.store import FeatureStore, MemoryFeatures, attach
+from flawsift.features.extraction import attach
+from flawsift.features.readers import MemoryFeatures
+from flawsift.features.store import FeatureStore
 from flawsift.testing import easy_set, tiny_backbone, with_features
 
 SHORT: dict[str, Any] = {"n_blocks": (1, 1, 1, 1), "epochs": 2, "batch_size": 4}

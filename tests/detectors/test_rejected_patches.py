@@ -13,7 +13,7 @@ from flawsift.datasets import Dataset
 from flawsift.detectors.base import Detector, make_detector
 from flawsift.detectors.parts.training import without_rejected
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import attach
+from flawsift.features.extraction import attach
 
 TRAINED: dict[str, dict[str, Any]] = {
     "dinomaly": {"layers": ("stride8", "stride16"), "steps": 4, "width": 16, "n_blocks": 2, "warmup": 1},

@@ -17,7 +17,7 @@ from flawsift.detectors.parts.neighbors import local_outlier_factor
 from flawsift.detectors.patchcore import PatchCore
 from flawsift.detectors.softpatch import RIDGE, SoftPatch, lowest, mahalanobis
 from flawsift.errors import InputError, ParameterError
-from flawsift.features.store import MemoryFeatures
+from flawsift.features.readers import MemoryFeatures
 
 LAYERS = ("a", "b")
 

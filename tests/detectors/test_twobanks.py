@@ -13,7 +13,7 @@ from flawsift.detectors.patchcore import PatchCore
 from flawsift.detectors.softpatch import SoftPatch
 from flawsift.detectors.twobanks import TwoBanks
 from flawsift.errors import ParameterError
-from flawsift.features.store import MemoryFeatures
+from flawsift.features.readers import MemoryFeatures
 
 LAYERS = ("a", "b")
 SIDE = 8  # patches, of the larger layer

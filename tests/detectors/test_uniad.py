@@ -21,7 +21,8 @@ from flawsift.detectors.parts.networks import AttentionLayer
 from flawsift.detectors.uniad import Transformer, UniAD, jittered, neighbour_mask
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import MemoryFeatures, attach
+from flawsift.features.extraction import attach
+from flawsift.features.readers import MemoryFeatures
 from flawsift.metrics.ranking import image_auroc
 
 SMALL: dict[str, Any] = {"layers": ("a",), "patch": 4, "width": 16, "epochs": 2}

@@ -15,9 +15,10 @@ from torch import Tensor
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
 from flawsift.errors import InputError, OutputError, ParameterError
-from flawsift.features import store as features_module
+from flawsift.features import extraction
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import FeatureStore, attach, stream
+from flawsift.features.extraction import attach, stream
+from flawsift.features.store import FeatureStore
 
 LAYERS = ("stride8", "stride16")
 
@@ -51,7 +52,7 @@ def test_stored_features_are_the_backbones(tiny: Backbone, easy: Dataset, tmp_pa
         assert not failed
         for layer in LAYERS:
             assert (read(data, layer) - direct[layer]).abs().max() <= error * direct[layer].abs().max()
-    streamed = next(iter(stream(images, tiny, LAYERS)))[0]
+    streamed = next(iter(stream(images, tiny, LAYERS))).data
     stored, _ = attach(images, tiny, LAYERS, store=FeatureStore(tmp_path / "float16"))
     assert torch.equal(read(streamed), read(stored)), "fit and predict must see the same features"
 
@@ -75,7 +76,7 @@ def test_each_content_is_extracted_once(
 
 
 def test_order_follows_the_view(tiny: Backbone, easy: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_module, "SHARD", 4)  # several shards
+    monkeypatch.setattr(extraction, "SHARD", 4)  # several shards
     data, _ = attach(easy.images, tiny, LAYERS, store=FeatureStore(tmp_path))
     ids = np.random.default_rng(0).permutation(easy.images.ids)
     whole = read(data)
@@ -90,7 +91,7 @@ def test_order_follows_the_view(tiny: Backbone, easy: Dataset, tmp_path: Path, m
 def test_a_killed_extraction_goes_on(
     tiny: Backbone, easy: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features_module, "SHARD", 10)
+    monkeypatch.setattr(extraction, "SHARD", 10)
     store = FeatureStore(tmp_path)
     with monkeypatch.context() as inner:
         Counting(tiny, inner, fail_after=30)

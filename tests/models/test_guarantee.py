@@ -13,7 +13,7 @@ from flawsift.datasets.synthetic import synthetic
 from flawsift.detectors.base import make_detector
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import attach
+from flawsift.features.extraction import attach
 from flawsift.testing import SIZE
 
 SEEDS = range(3)

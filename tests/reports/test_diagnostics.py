@@ -17,7 +17,7 @@ from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets.synthetic import synthetic
 from flawsift.errors import InputError
-from flawsift.features.store import MemoryFeatures
+from flawsift.features.readers import MemoryFeatures
 from flawsift.reports import diagnostics
 from flawsift.reports.diagnostics import (
     diagnose,

@@ -27,13 +27,15 @@ from flawsift.benchmark.rows import Row, append_rows, machine, peak_mb, read_row
 from flawsift.benchmark.trial import Trial, screener_of
 from flawsift.data.contamination import Split, contaminate, official
 from flawsift.data.images import ImageSet
+from flawsift.data.splits import Split
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets import Dataset, load
 from flawsift.detectors.base import Detector
 from flawsift.errors import FlawsiftError
 from flawsift.executors import SERIAL, Executor, Failure, Run, Serial, make_executor
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 from flawsift.files import ensure_folder, write_bytes
 from flawsift.models import model as models
 from flawsift.progress import Progress, silent

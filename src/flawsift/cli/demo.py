@@ -14,7 +14,8 @@ from flawsift.data.truth import GroundTruth
 from flawsift.datasets import load
 from flawsift.detectors.base import make_detector
 from flawsift.features.backbones import load_backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 from flawsift.files import write_json
 from flawsift.models import model as models
 from flawsift.models.calibration import Calibration

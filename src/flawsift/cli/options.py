@@ -19,6 +19,8 @@ from flawsift.errors import ParameterError
 from flawsift.screening.options import FLAG, HELP, PRESETS, ScreenOptions
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from flawsift.data.images import ImageSet
     from flawsift.datasets import Dataset
     from flawsift.detectors.base import Detector
@@ -272,24 +274,8 @@ def _share(keep: str) -> float | str:
         raise ParameterError(f"--keep must be 'auto' or a share such as 0.4, got '{keep}'.") from None
 
 
-@contextmanager
-def shown_progress() -> Iterator["Progress"]:
+def shown_progress() -> "AbstractContextManager[Progress]":
     """A progress bar on stderr when that is a terminal, else silence."""
-    from flawsift.progress import silent
+    from flawsift.progress import as_progress
 
-    if not sys.stderr.isatty():
-        yield silent
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield tell
+    return as_progress(sys.stderr.isatty())

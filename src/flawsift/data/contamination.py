@@ -28,163 +28,25 @@ Sources: FUIAD of Real-IAD (definition "share": anomalies replace normals, train
 2024; SoftPatch, Xi et al., NeurIPS 2022, and FUN-AD, Im et al., WACV 2025 ("additive": n_a = int(r n_c)).
 """
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.data.decoding import UnreadableImage
-from flawsift.data.images import ImageSet
+from flawsift.data.splits import Definition, Split
 from flawsift.data.truth import GroundTruth
-from flawsift.errors import InputError, ParameterError, SplitError
-from flawsift.files import content_digest, write_json
-from flawsift.paths import name_some, show
+from flawsift.errors import ParameterError, SplitError
 from flawsift.types import Ids
 
-Definition = Literal["share", "additive", "official"]
-
 MAX_ALPHA = 0.4  # the largest alpha of FUIAD; the default n_train leaves room for it
-FORMAT = "flawsift-split"
-VERSION = 1
 # 0.29 * 100 is 28.999999999999996: without this the floor of a ratio would lose an image to the binary number
 _ROUNDING = 1e-9
 
 _TEST, _NORMAL, _ANOMALOUS = range(3)  # random streams of one seed
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Which images train and which test. It holds no labels; `alpha_reached` says how many, not which.
-
-    Attributes:
-        train_ids: (T,) global ids, ascending.
-        test_ids: (U,) global ids, ascending; the same for every alpha.
-        alpha: Contamination asked for: the share n_a / (n_a + n_c), or, if additive, the ratio n_a / n_c.
-        alpha_reached: Share of anomalies among the training images, n_a / (n_a + n_c) for either definition.
-        alpha_groups: Share of training groups that have an anomaly in training; `alpha_reached` without groups.
-        definition: How `alpha` counts; "official" as the publisher of the split counted.
-        overlap: Whether training anomalies stay in the test set.
-        seed: The seed of all draws.
-    """
-
-    train_ids: Ids
-    test_ids: Ids
-    alpha: float
-    alpha_reached: float
-    alpha_groups: float
-    definition: Definition
-    overlap: bool
-    seed: int
-
-    @property
-    def n_train(self) -> int:
-        """Number of training images, T."""
-        return len(self.train_ids)
-
-    def oracle_clean_ids(self, truth: GroundTruth) -> Ids:
-        """The training ids less the anomalies: what a perfect screening would keep.
-
-        Args:
-            truth: Labels of at least the training images.
-
-        Raises:
-            InputError: A training image has no label.
-        """
-        clean: Ids = self.train_ids[truth.select(self.train_ids).labels == 0]
-        return clean
-
-    def to_manifest(self, images: ImageSet) -> dict[str, Any]:
-        """The split as JSON-ready data that names each image by its relative path and the SHA-256 of its content.
-
-        Args:
-            images: The set that the ids belong to.
-
-        Raises:
-            InputError: An id is not in `images`, or a file cannot be read.
-        """
-        used = images.select(np.union1d(self.train_ids, self.test_ids))
-        files = {
-            int(i): [n, content_digest(used.source.read(int(i)))] for i, n in zip(used.ids, used.names, strict=True)
-        }
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "alpha": self.alpha,
-            "alpha_reached": self.alpha_reached,
-            "alpha_groups": self.alpha_groups,
-            "definition": self.definition,
-            "overlap": self.overlap,
-            "seed": self.seed,
-            "train": [files[i] for i in self.train_ids.tolist()],
-            "test": [files[i] for i in self.test_ids.tolist()],
-        }
-
-    @classmethod
-    def from_manifest(cls, manifest: Mapping[str, Any], images: ImageSet) -> Self:
-        """The split on a set that holds the same files, wherever its folder lies and whatever its ids are.
-
-        Args:
-            manifest: What `to_manifest` gave.
-            images: The set to find the files in, by their relative paths.
-
-        Raises:
-            InputError: This is no manifest of a split, or of a newer version.
-            SplitError: A file is missing or its content is another one.
-        """
-        train, test = _files(manifest, "train"), _files(manifest, "test")
-        by_name = _check_files({**train, **test}, images)
-        try:
-            return cls(
-                train_ids=np.array(sorted(by_name[n] for n in train), np.int64),
-                test_ids=np.array(sorted(by_name[n] for n in test), np.int64),
-                alpha=float(manifest["alpha"]),
-                alpha_reached=float(manifest["alpha_reached"]),
-                alpha_groups=float(manifest["alpha_groups"]),
-                definition=_definition(manifest["definition"]),
-                overlap=bool(manifest["overlap"]),
-                seed=int(manifest["seed"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"The manifest of a split is damaged: {type(error).__name__} {error}.") from error
-
-    def save(self, path: str | Path, images: ImageSet) -> None:
-        """Write the manifest as JSON, in one step.
-
-        Args:
-            path: The file.
-            images: The set that the ids belong to.
-
-        Raises:
-            InputError: An id is not in `images`, or a file cannot be read.
-            OutputError: The file cannot be written.
-        """
-        write_json(Path(path), self.to_manifest(images))
-
-    @classmethod
-    def load(cls, path: str | Path, images: ImageSet) -> Self:
-        """Read a manifest; see `from_manifest`.
-
-        Args:
-            path: The file.
-            images: The set to find the files in.
-
-        Raises:
-            InputError: The file cannot be read or is no manifest of a split.
-            SplitError: An image is missing or its content is another one.
-        """
-        try:
-            manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"The split '{show(path)}' cannot be read: {error}") from error
-        return cls.from_manifest(manifest, images)
-
-
-def contaminate(
+def contaminate(  # ten parameters: each is a choice of the protocol, and a benchmark's row names it
     truth: GroundTruth,
     *,
     alpha: float,
@@ -229,9 +91,7 @@ def contaminate(
     anomalous = truth.select(ids).labels == 1
     unit = _units(ids, groups or {})
     fixed = None if official_test is None else np.isin(ids, truth.select(official_test).ids) & ~anomalous
-    n_normal = _count("test_normal", test_normal, ~anomalous) if fixed is None else int(fixed.sum())
-    goal = np.array([n_normal, _count("test_anomalous", test_anomalous, anomalous)])
-    in_test = _draw_test(unit, anomalous, goal, fixed, _stream(seed, _TEST))
+    in_test = _draw_test(unit, anomalous, (test_normal, test_anomalous), fixed, _stream(seed, _TEST))
     normals = _ordered(np.flatnonzero(~in_test & ~anomalous), unit, _stream(seed, _NORMAL))
     anomalies = _ordered(np.flatnonzero((in_test == overlap) & anomalous), unit, _stream(seed, _ANOMALOUS))
     n_c, n_a = _sizes(alpha, n_train, definition, len(normals), len(anomalies))
@@ -305,13 +165,6 @@ def _check(alpha: float, n_train: int | None, definition: str, seed: int) -> Non
         raise ParameterError(f"contaminate.seed must be 0 or larger, got {seed}.")
 
 
-def _definition(value: object) -> Definition:
-    for known in get_args(Definition):
-        if value == known:
-            return known  # type: ignore[no-any-return]
-    raise ValueError(f"unknown definition '{value}'")
-
-
 def _stream(seed: int, stream: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, stream]))
 
@@ -340,16 +193,18 @@ def _count(name: str, size: int | float, available: npt.NDArray[np.bool_]) -> in
 def _draw_test(
     unit: Ids,
     anomalous: npt.NDArray[np.bool_],
-    goal: Ids,
+    sizes: tuple[int | float, int | float],
     fixed: npt.NDArray[np.bool_] | None,
     stream: np.random.Generator,
 ) -> npt.NDArray[np.bool_]:
-    """(N,) whether an image is tested; `fixed` images are, then groups in random order.
+    """(N,) whether an image is tested; `fixed` normal images are, then groups in random order up to the sizes.
 
     The first round takes each group that fits into what is missing, the second one each that brings the sizes closer.
     A group of s images of one class is left after that only if its class is at most s / 2 short, and is taken over the
     mark only by less than s / 2: so both sizes are at most half a group off, and exact without groups.
     """
+    n_normal = _count("test_normal", sizes[0], ~anomalous) if fixed is None else int(fixed.sum())
+    goal = np.array([n_normal, _count("test_anomalous", sizes[1], anomalous)])
     n_units = int(unit.max(initial=-1)) + 1
     counts = np.stack([np.bincount(unit[anomalous == c], minlength=n_units) for c in (False, True)], axis=1)
     taken = np.zeros(n_units, np.bool_)
@@ -392,40 +247,3 @@ def _sizes(
             "or the test sizes, or allow overlap."
         )
     return n_c, n_a
-
-
-def _files(manifest: Mapping[str, Any], side: str) -> dict[str, str]:
-    """{name: digest} of one side of a manifest."""
-    if not isinstance(manifest, Mapping) or manifest.get("format") != FORMAT:
-        raise InputError(f"This is no manifest of a split: its format is not '{FORMAT}'.")
-    if manifest.get("version") != VERSION:
-        raise InputError(f"The manifest has version {manifest.get('version')}; this flawsift reads {VERSION}.")
-    try:
-        return {str(name): str(digest) for name, digest in manifest[side]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"The manifest of a split is damaged: no list of [name, sha256] under '{side}'.") from error
-
-
-def _check_files(files: Mapping[str, str], images: ImageSet) -> dict[str, int]:
-    """{name: id in `images`}, once each file is there and unchanged."""
-    by_name = {n: int(i) for n, i in zip(images.names, images.ids, strict=True)}
-    missing = [n for n in files if n not in by_name]
-    if missing:
-        raise SplitError(
-            f"{len(missing)} of {len(files)} images of the split are not in this set: {name_some(missing)}. "
-            "Load the folder that the split was made from."
-        )
-    changed = [n for n, digest in files.items() if _digest(images, by_name[n]) != digest]
-    if changed:
-        raise SplitError(
-            f"{len(changed)} of {len(files)} images have changed since the split was made: {name_some(changed)}. "
-            "Restore them or make a new split."
-        )
-    return by_name
-
-
-def _digest(images: ImageSet, id_: int) -> str:
-    try:
-        return content_digest(images.source.read(id_))
-    except UnreadableImage:  # gone or locked: not the content that it was
-        return ""

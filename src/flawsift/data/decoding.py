@@ -1,9 +1,13 @@
-"""File contents to pixels: any format that Pillow reads as an upright 8-bit RGB image, or the reason why not."""
+"""Files, arrays and PIL images to pixels: all become upright 8-bit RGB by the same rules, or say why not."""
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -12,10 +16,15 @@ from flawsift.errors import InputError, one_line
 
 # 16-bit greys are divided by one constant, so that a pixel never depends on the rest of its image.
 SIXTEEN_BIT_WHITE = 65535.0
+ARRAYS = "an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16 or float"
 
 
 class UnreadableImage(InputError):
     """One image cannot be decoded; the text is the reason without the path."""
+
+
+class NotAnImage(InputError, TypeError):
+    """Something that is no image where one was expected; the text says what is accepted and what was got."""
 
 
 def decode(data: bytes) -> Image.Image:
@@ -23,19 +32,76 @@ def decode(data: bytes) -> Image.Image:
 
     The content decides the format, not the file's ending. EXIF rotation is applied, 16-bit grey is divided by
     65535, CMYK and palettes are converted, transparent pixels are laid on black, of an animation the first frame
-    counts.
+    counts. Of 16-bit colour, Pillow reads the high byte. Floats up to 1 are taken as such, others as 8-bit.
 
     Raises:
         UnreadableImage: With the reason.
     """
     if not data:
         raise UnreadableImage("empty file (0 bytes)")
+    with _reasons(), Image.open(io.BytesIO(data)) as opened:
+        return _upright_rgb(opened)
+
+
+def from_picture(picture: Image.Image) -> Image.Image:
+    """A PIL image of any mode as an upright 8-bit RGB image, by the rules of `decode`.
+
+    Raises:
+        UnreadableImage: With the reason: it may not have been read from its file yet.
+    """
+    with _reasons():
+        return _upright_rgb(picture)
+
+
+def from_array(array: npt.NDArray[Any]) -> Image.Image:
+    """An array as an 8-bit RGB image, as if it came from a file that holds the same values; see `decode`.
+
+    Args:
+        array: (H, W) or (H, W, 1) grey, (H, W, 3) RGB or (H, W, 4) RGB with opacity, uint8, uint16 or float.
+
+    Raises:
+        NotAnImage: Another shape or type.
+        UnreadableImage: It holds nan or infinity.
+    """
+    check_array(array)
+    values = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if values.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+            values = values.astype(np.float32)  # as float files are read
+        # Pillow has float images of one channel only; what it could do with them, `_upright_rgb` does too
+        values = values if values.ndim == 2 else _float_to_bytes(values)
+    elif values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        values = values.astype(np.uint16) if values.ndim == 2 else (values >> 8).astype(np.uint8)  # native byte order
+    with _reasons():
+        return _upright_rgb(Image.fromarray(values))
+
+
+def check_array(array: npt.NDArray[Any], what: str = "This") -> None:
+    """Refuse an array that is no image.
+
+    Args:
+        array: Any.
+        what: Its place, for the error.
+
+    Raises:
+        NotAnImage: Its shape or type is another one.
+    """
+    channels = array.shape[2] if array.ndim == 3 else 1
+    shaped = array.ndim in (2, 3) and channels in (1, 3, 4) and array.size > 0
+    typed = array.dtype.kind == "f" or (array.dtype.kind == "u" and array.dtype.itemsize <= 2)
+    if not (shaped and typed):
+        raise NotAnImage(f"{what} is an array of shape {array.shape} and type {array.dtype}. Give {ARRAYS}.")
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Errors of Pillow as reasons that a user understands; its warnings, of odd EXIF and large sizes, are silent."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and of large sizes; large ones raise below
-            with Image.open(io.BytesIO(data)) as opened:
-                opened.load()
-                return _to_rgb(ImageOps.exif_transpose(opened))
+            warnings.simplefilter("ignore")  # sizes that are too large raise below
+            yield
+    except UnreadableImage:
+        raise
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise UnreadableImage(f"more than {limit} megapixels; make it smaller or cut it into tiles") from error
@@ -45,16 +111,31 @@ def decode(data: bytes) -> Image.Image:
         raise UnreadableImage(f"damaged or truncated: {one_line(error)}") from error
 
 
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey is "I;16*" or, in old files, "I"
-        grey = np.asarray(image, dtype=np.float64)
-        # float images have no stated white; values in [0, 1] are taken as such, others as 8-bit
-        white = SIXTEEN_BIT_WHITE if image.mode != "F" else (1.0 if grey.max(initial=0) <= 1 else 255.0)
-        return Image.fromarray(np.clip(np.rint(grey / white * 255), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        return Image.fromarray(_float_to_bytes(np.asarray(image))).convert("RGB")
+    if image.mode.startswith("I"):  # 16-bit grey is "I;16*" or, in old files, "I"
+        return Image.fromarray(_to_bytes(np.asarray(image), SIXTEEN_BIT_WHITE)).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _float_to_bytes(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    # float images have no stated white; values in [0, 1] are taken as such, others as 8-bit
+    if not np.isfinite(values).all():
+        raise UnreadableImage("nan or infinite values")
+    return _to_bytes(values, 1.0 if values.max(initial=0) <= 1 else 255.0)
+
+
+def _to_bytes(values: npt.NDArray[Any], white: float) -> npt.NDArray[np.uint8]:
+    return np.clip(np.rint(values.astype(np.float64) / white * 255), 0, 255).astype(np.uint8)
 
 
 def to_pixels(image: Image.Image, size: int) -> Tensor:

@@ -1,11 +1,12 @@
-"""Images by global id: where pixels come from, how they are decoded, and nothing about what they mean.
+"""Images by global id: where pixels come from, and nothing about what they mean.
 
 `ImageSet` is the one type that detectors, screening and the feature cache speak. It is an ordered view on
 unlabelled images, addressed by global ids only: ids survive every selection, positions never leave a function.
 Labels live in `flawsift.data.truth.GroundTruth` and cannot reach `fit`.
 """
 
-import io
+import hashlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +19,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from flawsift.data.decoding import UnreadableImage, decode, to_pixels
+from flawsift.data.decoding import UnreadableImage, check_array, decode, from_array, from_picture, to_pixels
 from flawsift.data.folders import EXTENSIONS, scan_folder
 from flawsift.data.views import check_view, derive
 from flawsift.errors import InputError
-from flawsift.paths import MAX_NAMED, show
+from flawsift.files import content_digest
+from flawsift.paths import MAX_NAMED, name_some, show
 from flawsift.types import Ids
 
 
@@ -63,17 +65,17 @@ class Batch:
 
 
 class Source(Protocol):
-    """Where the pixels of a global id come from."""
+    """Where the pixels of a global id come from. What cannot be read raises `UnreadableImage`."""
 
     @property
     def ids(self) -> Ids: ...
     def name(self, id_: int) -> str: ...
-    def read(self, id_: int) -> bytes: ...
-    def decode(self, data: bytes) -> Image.Image: ...
+    def digest(self, id_: int) -> str: ...  # of the content: features are cached by it
+    def image(self, id_: int) -> Image.Image: ...  # RGB, upright, in its own size
 
 
 class FeatureReader(Protocol):
-    """What `flawsift.features.store` attaches to an `ImageSet`: frozen features by id."""
+    """What `flawsift.features.extraction` attaches to an `ImageSet`: frozen features by id."""
 
     @property
     def size(self) -> int: ...
@@ -104,40 +106,86 @@ class FileSource:
     def path(self, id_: int) -> Path:
         return self.root / self.names[id_]
 
-    def read(self, id_: int) -> bytes:
+    def digest(self, id_: int) -> str:
+        return content_digest(self._read(id_))
+
+    def image(self, id_: int) -> Image.Image:
+        return decode(self._read(id_))
+
+    def _read(self, id_: int) -> bytes:
         try:
             return self.path(id_).read_bytes()
         except OSError as error:
             raise UnreadableImage(f"cannot be read: {error.strerror or error}") from error
 
-    def decode(self, data: bytes) -> Image.Image:
-        return decode(data)
-
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Images in memory.
+    """Images in memory, as they were given: nothing is copied or converted before it is asked for.
 
     Attributes:
-        arrays: {global id: (H, W, 3) or (H, W) uint8}.
+        arrays: {global id: an array as `flawsift.data.decoding.from_array` takes it, or a PIL image}.
     """
 
-    arrays: Mapping[int, npt.NDArray[np.uint8]]
+    arrays: Mapping[int, npt.NDArray[Any] | Image.Image]
 
     @property
     def ids(self) -> Ids:
         return np.fromiter(self.arrays, np.int64, len(self.arrays))
 
     def name(self, id_: int) -> str:
-        return f"array-{id_}"
+        return f"{'image' if isinstance(self.arrays[id_], Image.Image) else 'array'}-{id_}"
 
-    def read(self, id_: int) -> bytes:
-        buffer = io.BytesIO()
-        np.save(buffer, self.arrays[id_], allow_pickle=False)
-        return buffer.getvalue()
+    def digest(self, id_: int) -> str:
+        array = self.arrays[id_]
+        if isinstance(array, Image.Image) or array.dtype != np.uint8 or array.shape[2:] not in ((), (3,)):
+            array = np.asarray(self.image(id_))
+        sha256 = _Sha256()
+        np.save(sha256, array, allow_pickle=False)
+        return sha256.hexdigest()
 
-    def decode(self, data: bytes) -> Image.Image:
-        return Image.fromarray(np.load(io.BytesIO(data), allow_pickle=False)).convert("RGB")
+    def image(self, id_: int) -> Image.Image:
+        array = self.arrays[id_]
+        if isinstance(array, np.ndarray):
+            return from_array(array)
+        with _ONE_LOADS:
+            return from_picture(array)
+
+
+class _Sha256:
+    """A digest that is written to like a file, so that no copy of an array is made for it."""
+
+    def __init__(self) -> None:
+        sha256 = hashlib.sha256()
+        self.write, self.hexdigest = sha256.update, sha256.hexdigest
+
+
+# A PIL image reads its file when it is first used, and one image may be in a list twice: threads must not meet in it.
+_ONE_LOADS = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class MixedSource:
+    """Images of several sources.
+
+    Attributes:
+        sources: {global id: the source that has it}.
+    """
+
+    sources: Mapping[int, Source]
+
+    @property
+    def ids(self) -> Ids:
+        return np.fromiter(self.sources, np.int64, len(self.sources))
+
+    def name(self, id_: int) -> str:
+        return self.sources[id_].name(id_)
+
+    def digest(self, id_: int) -> str:
+        return self.sources[id_].digest(id_)
+
+    def image(self, id_: int) -> Image.Image:
+        return self.sources[id_].image(id_)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +197,7 @@ class ImageSet:
         source: Where pixels come from.
         groups: {global id: group name} for images that belong together (views of one object, exposures of one
             part). An id that is not in it is a group of its own.
-        reader: Frozen features, attached by `flawsift.features.store.attach`; None for pixels only.
+        reader: Frozen features, attached by `flawsift.attach`; None for pixels only.
         derived: Name of the derived view that pixels and features are of; "" for the images themselves.
         rejected: {global id: (h, w) bool}, True where a patch is not to be learned from (`without_patches`).
     """
@@ -190,16 +238,36 @@ class ImageSet:
         return cls(source.ids, source)
 
     @classmethod
-    def from_arrays(cls, arrays: Sequence[npt.NDArray[np.uint8]], *, ids: Sequence[int] | None = None) -> Self:
-        """Images in memory, each (H, W, 3) or (H, W) uint8; ids 0..N-1 unless given."""
+    def from_arrays(cls, arrays: Sequence[npt.NDArray[Any]], *, ids: Sequence[int] | None = None) -> Self:
+        """Images in memory; they are not copied, so leave them as they are.
+
+        Args:
+            arrays: Each (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16 or float, as
+                `flawsift.data.decoding.from_array` takes it.
+            ids: One distinct id per array; None for 0..N-1.
+
+        Raises:
+            InputError: An array has another shape or type, or the ids do not fit.
+        """
         ids = range(len(arrays)) if ids is None else ids
         if len(ids) != len(arrays) or len(set(ids)) != len(ids):
             raise InputError(f"ids must be one distinct id per array, got {len(ids)} ids for {len(arrays)} arrays.")
-        source = ArraySource({int(i): np.asarray(a) for i, a in zip(ids, arrays, strict=True)})
+        given = [np.asarray(array) for array in arrays]
+        for position, array in enumerate(given):
+            check_array(array, f"Image {position}")
+        source = ArraySource({int(i): array for i, array in zip(ids, given, strict=True)})
         return cls(source.ids, source)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        where = f" below '{show(self.source.root)}'" if isinstance(self.source, FileSource) else ""
+        notes = [f"features of {self.reader.key}"] if self.reader is not None else []
+        notes += [f"derived view '{self.derived}'"] if self.derived else []
+        notes += [f"{len(self.members)} groups"] if self.groups else []
+        listed = f": {name_some(self.names)}" if len(self) else ""
+        return f"ImageSet of {len(self)} images{where}{listed}" + (f"\nwith {', '.join(notes)}" if notes else "")
 
     def select(self, ids: npt.ArrayLike) -> Self:
         """The view of these global ids, in their order.
@@ -245,10 +313,10 @@ class ImageSet:
     @property
     def members(self) -> dict[str, list[int]]:
         """{group: positions of its images in the view}, groups in the order of their first images."""
-        found: dict[str, list[int]] = {}
+        positions: dict[str, list[int]] = {}
         for position, group in enumerate(self.group_names):
-            found.setdefault(group, []).append(position)
-        return found
+            positions.setdefault(group, []).append(position)
+        return positions
 
     def image(self, id_: int) -> Image.Image:
         """The decoded RGB image in its own size, upright.
@@ -256,7 +324,7 @@ class ImageSet:
         Raises:
             UnreadableImage: It cannot be decoded.
         """
-        return self.source.decode(self.source.read(int(id_)))
+        return self.source.image(int(id_))
 
     def pixels_of(self, id_: int, size: int) -> Tensor:
         """One image as (3, size, size) uint8, under the derived view.

@@ -39,6 +39,9 @@ class Threshold:
         """Whether the sample was too small for the rate asked for, so that its maximum is the threshold."""
         return self.expected_rate > self.false_alarm_rate
 
+    def __str__(self) -> str:
+        return f"threshold {self.value:.4g}: about {self.per_hundred:.2g} false alarms per 100 good parts expected"
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -72,3 +75,22 @@ class Calibration:
             return None
         above = max(0, math.floor(false_alarm_rate * (n + 1) + 1e-9) - 1)
         return Threshold(float(self.scores[n - 1 - above]), false_alarm_rate, (above + 1) / (n + 1), n)
+
+    def p_values(self, scores: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """How unusual scores are among the calibration images: conformal p-values, small for anomalies.
+
+        (1 + number of calibration scores that reach the score) / (n + 1), from 1 / (n + 1) to 1; for a further good
+        image, exchangeable with the n calibration images, it is at most p with probability at most p (Vovk et al.,
+        "Algorithmic Learning in a Random World"). They say the same as the threshold, ties included: for any rate, a
+        score is above `threshold(rate).value` exactly when its p-value is at most `threshold(rate).expected_rate`.
+
+        Args:
+            scores: Of any shape.
+
+        Returns:
+            The p-value of each, in the shape of `scores`; nan for nan, and for all without any calibration score.
+        """
+        values = np.asarray(scores, dtype=np.float64)
+        n = len(self.scores)
+        reached = n - np.searchsorted(self.scores, values, side="left")  # by how many calibration scores
+        return np.where(np.isnan(values) | (n == 0), np.nan, (1 + reached) / (n + 1))

@@ -1,13 +1,14 @@
 """A trained model: a detector with its backbone and calibration. It is saved, loaded, asked and measured here.
 
-found = predict(load_model("model"), "new_parts")
+predictions = load_model("model").predict("new_parts")
 """
 
 import hashlib
+import itertools
 import json
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,25 @@ import numpy.typing as npt
 
 import flawsift
 from flawsift.data.images import ImageSet
+from flawsift.data.inputs import Images, as_images, is_stream
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Detector, Prediction, load_detector
-from flawsift.errors import InputError, ModelError
+from flawsift.errors import ModelError, ParameterError
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.store import StoredFeatures, stream
+from flawsift.features.extraction import SHARD, stream
+from flawsift.features.readers import StoredFeatures
 from flawsift.files import content_digest, ensure_folder, write_json
-from flawsift.metrics import ranking as metrics
-from flawsift.metrics.aupro import StreamingAUPRO
 from flawsift.models.calibration import DEFAULT_RATE, Calibration, Threshold
-from flawsift.models.predictions import Predictions
+from flawsift.models.evaluation import MapCollector, measure
+from flawsift.models.predictions import ImagePrediction, Predictions
 from flawsift.paths import show
-from flawsift.progress import Progress, silent
+from flawsift.progress import Progress, ProgressOption, as_progress, silent
 
 FORMAT = 1  # of the model folder
 VERSIONED = ("torch", "timm", "openvino", "numpy", "pillow")  # packages whose version can change a score
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A fitted detector with the backbone that it reads and the scores that its threshold comes from.
 
@@ -54,6 +56,142 @@ class Model:
         """The threshold at a false-alarm rate; None takes the rate it was fitted with."""
         rate = self.training.get("false_alarm_rate", DEFAULT_RATE) if false_alarm_rate is None else false_alarm_rate
         return self.calibration.threshold(rate)
+
+    def predict(
+        self,
+        images: Images,
+        *,
+        false_alarm_rate: float | None = None,
+        device: str = "auto",
+        maps: bool = False,
+        on_maps: Callable[[ImageSet, Prediction], None] | None = None,
+        progress: ProgressOption = None,
+    ) -> Predictions:
+        """Score new images. Memory stays flat: images go through in pieces and nothing but scores is kept.
+
+        Args:
+            images: A folder, an image file, a pattern such as "parts/*.png", a PIL image, an array, a list or an
+                iterator of these, or a set; see `flawsift.data.inputs.as_images`. An iterator is read piece by piece
+                and never held. Of one image, `Predictions.item` gives what is said.
+            false_alarm_rate: For the threshold; None takes the model's.
+            device: Where the detector runs.
+            maps: Keep the anomaly maps too, (H, W) float32 on the network's input grid: a quarter of a megabyte per
+                image at 256 x 256, all in memory. For many images take `stream`, or `on_maps`.
+            on_maps: Called with each piece and its scores and maps, which are not kept.
+            progress: True for a bar, or a callable that is told about each piece.
+
+        Raises:
+            InputError: There are no images, or one is missing.
+            NotAnImage: Something else was given, alone or in a list; it is a TypeError too.
+        """
+        given = images if is_stream(images) else as_images(images)
+        threshold = self.threshold(false_alarm_rate)
+        with as_progress(progress) as tell:
+            parts = list(self._pieces(given, threshold, device, maps=maps, on_maps=on_maps, progress=tell))
+        return Predictions(
+            ids=np.concatenate([np.empty(0, np.int64), *(part.ids for part in parts)]),
+            names=tuple(name for part in parts for name in part.names),
+            scores=np.concatenate([np.empty(0), *(part.scores for part in parts)]),
+            errors={id_: reason for part in parts for id_, reason in part.errors.items()},
+            threshold=threshold,
+            calibration=self.calibration,
+            maps={id_: one for part in parts for id_, one in (part.maps or {}).items()} if maps else None,
+            images=given if isinstance(given, ImageSet) else None,
+        )
+
+    def stream(
+        self,
+        images: Images,
+        *,
+        false_alarm_rate: float | None = None,
+        device: str = "auto",
+        maps: bool = True,
+        batch_size: int = SHARD,
+    ) -> Iterator[ImagePrediction]:
+        """Score new images one after the other, with maps, however many there are: nothing is kept.
+
+        Args:
+            images: As for `predict`, and so are false_alarm_rate and device.
+            maps: Make anomaly maps.
+            batch_size: Images that are read before the first of them is answered; scores do not depend on it. More are
+                faster, 1 answers each at once, as a camera needs it.
+
+        Yields:
+            What is said of each image, in order.
+
+        Raises:
+            InputError, NotAnImage: As for `predict`.
+            ParameterError: `batch_size` is smaller than 1.
+        """
+        if batch_size < 1:
+            raise ParameterError(f"batch_size must be at least 1, got {batch_size}.")
+        given = images if is_stream(images) else as_images(images)
+        threshold = self.threshold(false_alarm_rate)
+        return itertools.chain.from_iterable(self._pieces(given, threshold, device, maps=maps, size=batch_size))
+
+    def evaluate(
+        self,
+        images: Images,
+        truth: GroundTruth,
+        *,
+        device: str = "auto",
+        exact_pixels: int | None = None,
+        progress: ProgressOption = None,
+    ) -> tuple[dict[str, Any], Predictions]:
+        """Metrics of the model on labelled images; it never sees the labels.
+
+        Args:
+            images: Test images, as for `predict`; an iterator is read to its end first.
+            truth: Labels and masks by global id.
+            device: Where the detector runs.
+            exact_pixels: With more map pixels than this, AUPRO is streamed instead of holding all maps: it gets an
+                `aupro_bound`, and the other pixel metrics are None. None is always exact.
+            progress: As for `predict`.
+
+        Returns:
+            As `flawsift.metrics.ranking.evaluate`, with false_alarms_per_100 and missed_per_100 at the model's
+            threshold; and the predictions.
+
+        Raises:
+            InputError: No image can be read, or an image has no label.
+        """
+        chosen = as_images(images)
+        maps = MapCollector(truth, exact_pixels, len(chosen)) if truth.select(chosen.ids).has_masks else None
+        predictions = self.predict(chosen, device=device, on_maps=maps, progress=progress)
+        return measure(predictions, truth, maps), predictions
+
+    def _pieces(
+        self,
+        images: Images,
+        threshold: Threshold | None,
+        device: str,
+        *,
+        maps: bool,
+        on_maps: Callable[[ImageSet, Prediction], None] | None = None,
+        size: int = SHARD,
+        progress: Progress = silent,
+    ) -> Iterator[Predictions]:
+        """Predictions of one piece after the other, as they are made."""
+        for piece in stream(images, self.backbone, self.detector.layers, size=size, progress=progress):
+            scores: dict[int, float] = {}
+            kept: dict[int, npt.NDArray[np.float32]] = {}
+            if len(piece.data):
+                prediction = self.detector.predict(piece.data, device=device, maps=maps or on_maps is not None)
+                scores.update(zip(prediction.ids.tolist(), prediction.scores.tolist(), strict=True))
+                if maps and prediction.maps is not None:
+                    kept.update(zip(prediction.ids.tolist(), prediction.maps, strict=True))
+                if on_maps is not None:
+                    on_maps(piece.data, prediction)
+            ids, names = piece.images.ids, tuple(piece.images.names)
+            values = np.array([scores.get(id_, np.nan) for id_ in ids.tolist()], np.float64)
+            calibration, all_maps = self.calibration, kept if maps else None
+            yield Predictions(ids, names, values, piece.failed, threshold, calibration, all_maps)
+
+    def __repr__(self) -> str:
+        n_kept, n_images = (self.training.get(key, "?") for key in ("n_kept", "n_images"))
+        network = f"{self.backbone.name} at {self.backbone.size} pixels"
+        threshold = self.threshold() or "no threshold"
+        return f"Model: {self.detector.name} on {network}, trained on {n_kept} of {n_images} images\n{threshold}"
 
     def save(self, folder: str | Path) -> Path:
         """Write a model folder: JSON and safetensors. The old model stays valid until the new one is complete.
@@ -115,13 +253,13 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
 
 def versions() -> dict[str, str]:
     """Versions of what can change a score."""
-    found = {"flawsift": flawsift.__version__, "python": platform.python_version()}
+    known = {"flawsift": flawsift.__version__, "python": platform.python_version()}
     for package in VERSIONED:
         try:
-            found[package] = metadata.version(package)
+            known[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+            known[package] = "absent"
+    return known
 
 
 def set_digest(images: ImageSet) -> str:
@@ -129,114 +267,12 @@ def set_digest(images: ImageSet) -> str:
     digests = images.reader.digests if isinstance(images.reader, StoredFeatures) else {}
     listed = zip(images.ids.tolist(), images.names, strict=True)
     lines = "\n".join(f"{i} {show(name)} {digests.get(i, '')}" for i, name in listed)
-    found = hashlib.sha256(lines.encode())
+    sha256 = hashlib.sha256(lines.encode())
     for i, mask in sorted(images.rejected.items()):
-        found.update(f"{i} {mask.shape} ".encode() + np.packbits(mask).tobytes())
-    return found.hexdigest()
+        sha256.update(f"{i} {mask.shape} ".encode() + np.packbits(mask).tobytes())
+    return sha256.hexdigest()
 
 
-def predict(
-    model: Model,
-    images: ImageSet | str | Path,
-    *,
-    false_alarm_rate: float | None = None,
-    device: str = "auto",
-    on_maps: Callable[[ImageSet, Prediction], None] | None = None,
-    progress: Progress = silent,
-) -> Predictions:
-    """Score new images. Memory stays flat: images go through in pieces and nothing but scores is kept.
-
-    Args:
-        model: From `fit` or `load_model`.
-        images: A folder or a set.
-        false_alarm_rate: For the threshold; None takes the model's.
-        device: Where the detector runs.
-        on_maps: Called with each piece and its scores and maps.
-        progress: Told about each piece.
-
-    Raises:
-        InputError: The folder has no images.
-    """
-    found = images if isinstance(images, ImageSet) else ImageSet.from_folder(images)
-    threshold = model.threshold(false_alarm_rate)
-    scores: dict[int, float] = {}
-    errors: dict[int, str] = {}
-    for data, failed in stream(found, model.backbone, model.detector.layers, progress=progress):
-        errors |= failed
-        if len(data):
-            prediction = model.detector.predict(data, device=device, maps=on_maps is not None)
-            scores.update(zip(prediction.ids.tolist(), prediction.scores.tolist(), strict=True))
-            if on_maps is not None:
-                on_maps(data, prediction)
-    values = np.array([scores.get(int(i), np.nan) for i in found.ids])
-    return Predictions(found.ids, tuple(found.names), values, errors, threshold)
-
-
-def evaluate(
-    model: Model,
-    images: ImageSet,
-    truth: GroundTruth,
-    *,
-    device: str = "auto",
-    exact_pixels: int | None = None,
-    progress: Progress = silent,
-) -> tuple[dict[str, Any], Predictions]:
-    """Metrics of a fitted model on labelled images; the model never sees the labels.
-
-    Args:
-        model: From `fit` or `load_model`.
-        images: Test images.
-        truth: Labels and masks by global id.
-        device: Where the detector runs.
-        exact_pixels: With more map pixels than this, AUPRO is streamed instead of holding all maps: it gets an
-            `aupro_bound`, and the other pixel metrics are None. None is always exact.
-        progress: Told about each piece.
-
-    Returns:
-        As `flawsift.metrics.ranking.evaluate`, with false_alarms_per_100 and missed_per_100 at the model's threshold;
-        and the predictions.
-
-    Raises:
-        InputError: No image can be read, or an image has no label.
-    """
-    maps = _Maps(truth, exact_pixels, len(images)) if truth.select(images.ids).has_masks else None
-    found = predict(model, images, device=device, on_maps=maps, progress=progress)
-    readable = np.isfinite(found.scores)
-    if not readable.any():
-        raise InputError(f"None of the {len(images)} test images can be read.")
-    ids, scores = found.ids[readable], found.scores[readable]
-    result: dict[str, Any] = dict(metrics.evaluate(ids, scores, truth, None if maps is None else maps.kept))
-    if maps is not None and maps.stream is not None and result["n_anomalous"] > 0:
-        result |= {"aupro": maps.stream.compute(), "aupro_bound": maps.stream.error_bound()}
-    labels = truth.select(ids).labels
-    stopped = None if found.threshold is None else scores > found.threshold.value
-    for key, cls, wrong in (("false_alarms_per_100", 0, stopped), ("missed_per_100", 1, stopped)):
-        mine = labels == cls
-        share = None if wrong is None or not mine.any() else float((wrong[mine] != bool(cls)).mean())
-        result[key] = None if share is None else 100 * share
-    result["n_unreadable"] = int((~readable).sum())
-    return result, found
-
-
-@dataclass
-class _Maps:
-    """Keeps maps as they come, or streams them where they are too many."""
-
-    truth: GroundTruth
-    exact_pixels: int | None
-    n_images: int
-    kept: list[npt.NDArray[np.float32]] | None = field(default_factory=list)
-    stream: StreamingAUPRO | None = None
-
-    def __call__(self, images: ImageSet, prediction: Prediction) -> None:
-        assert prediction.maps is not None
-        if self.exact_pixels is not None and self.n_images * prediction.maps[0].size > self.exact_pixels:
-            self.kept, self.stream = None, self.stream or StreamingAUPRO()
-        if self.kept is not None:
-            self.kept.extend(prediction.maps)
-        if self.stream is None:
-            return
-        for id_, found in zip(prediction.ids.tolist(), prediction.maps, strict=True):
-            mask = self.truth.mask(id_, found.shape)
-            assert mask is not None  # every anomalous image has one
-            self.stream.update(found, mask)
+# The methods of `Model` as functions, whose first argument is the model.
+predict = Model.predict
+evaluate = Model.evaluate

@@ -1,18 +1,53 @@
 """What a model says of images."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.models.calibration import Threshold
+from flawsift.data.images import ImageSet
+from flawsift.data.notebook import data_frame, rows_html
+from flawsift.errors import InputError
+from flawsift.models.calibration import Calibration, Threshold
+from flawsift.paths import show
 from flawsift.types import Ids
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WORST = 3  # images that a text names
 
 
 @dataclass(frozen=True, eq=False)
+class ImagePrediction:
+    """What a model says of one image.
+
+    Attributes:
+        id: Global id.
+        name: Relative path.
+        score: Raw score, higher is more anomalous; nan if unreadable.
+        is_anomalous: Whether the score is above the threshold; None if unreadable, or without a threshold.
+        p_value: How unusual the score is, see `flawsift.models.calibration.Calibration.p_values`; None if unreadable,
+            or without a calibration.
+        map: (H, W) float32 on the network's input grid; None if unreadable or not asked for.
+        error: Why it is unreadable; None if it is not.
+    """
+
+    id: int
+    name: str
+    score: float
+    is_anomalous: bool | None
+    p_value: float | None
+    map: npt.NDArray[np.float32] | None = field(repr=False)
+    error: str | None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Predictions:
-    """What a model says of a folder.
+    """What a model says of images: arrays, or one `ImagePrediction` after the other.
 
     Attributes:
         ids: (N,) global ids of all images.
@@ -20,6 +55,9 @@ class Predictions:
         scores: (N,) raw scores, nan for unreadable images.
         errors: {id: reason} of unreadable images.
         threshold: In force, or None where the model has no calibration.
+        calibration: What p-values come from.
+        maps: {id: (H, W) float32} on the network's input grid, without unreadable images; None if not asked for.
+        images: The images, for pictures in a notebook; None if they came from an iterator.
     """
 
     ids: Ids
@@ -27,8 +65,92 @@ class Predictions:
     scores: npt.NDArray[np.float64]
     errors: Mapping[int, str]
     threshold: Threshold | None
+    calibration: Calibration = field(default_factory=lambda: Calibration.of([]))
+    maps: Mapping[int, npt.NDArray[np.float32]] | None = None
+    images: ImageSet | None = None
 
     @property
     def is_anomalous(self) -> npt.NDArray[np.bool_] | None:
         """(N,) scores above the threshold; False for unreadable images, which say nothing."""
         return None if self.threshold is None else self.scores > self.threshold.value
+
+    @property
+    def p_values(self) -> npt.NDArray[np.float64]:
+        """(N,) how unusual each score is, see `Calibration.p_values`; nan if unreadable, or without a calibration."""
+        return self.calibration.p_values(self.scores)
+
+    @property
+    def ranking(self) -> Ids:
+        """All ids, the most anomalous first, unreadable images last."""
+        return self.ids[np.argsort(-self.scores, kind="stable")]
+
+    def __len__(self) -> int:
+        """Number of images, N."""
+        return len(self.ids)
+
+    def __getitem__(self, position: int) -> ImagePrediction:
+        """What is said of the image at a position of `ids`, as in a list."""
+        at = operator.index(position)
+        id_, score = int(self.ids[at]), float(self.scores[at])
+        p_value = float(self.calibration.p_values(score))
+        error = self.errors.get(id_)
+        return ImagePrediction(
+            id=id_,
+            name=self.names[at],
+            score=score,
+            is_anomalous=None if self.threshold is None or error is not None else score > self.threshold.value,
+            p_value=None if np.isnan(p_value) else p_value,
+            map=None if self.maps is None else self.maps.get(id_),
+            error=error,
+        )
+
+    def __iter__(self) -> Iterator[ImagePrediction]:
+        return (self[position] for position in range(len(self)))
+
+    def item(self) -> ImagePrediction:
+        """What is said of the one image that there is.
+
+        Raises:
+            InputError: There is none, or more than one.
+        """
+        if len(self) != 1:
+            raise InputError(f"item() is for predictions of one image; these are of {len(self)}. Use an index.")
+        return self[0]
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """A table of id (the index), name, score, is_anomalous, p_value and error.
+
+        Raises:
+            FlawsiftError: pandas is not installed.
+        """
+        flagged = self.is_anomalous
+        columns = {
+            "name": [show(name) for name in self.names],
+            "score": self.scores.tolist(),
+            "is_anomalous": [None] * len(self) if flagged is None else flagged.tolist(),
+            "p_value": self.p_values.tolist(),
+            "error": [self.errors.get(id_) for id_ in self.ids.tolist()],
+        }
+        return data_frame(columns, self.ids.tolist())
+
+    def __repr__(self) -> str:
+        counts = [f"{len(self)} images"]
+        counts += [] if self.is_anomalous is None else [f"{int(self.is_anomalous.sum())} anomalous"]
+        counts += [f"{len(self.errors)} unreadable"] if self.errors else []
+        above = "no threshold" if self.threshold is None else str(self.threshold)
+        worst = [f"{show(one.name)} {one.score:.4g}" for one in self._ranked(WORST) if one.error is None]
+        highest = f"\nhighest scores: {', '.join(worst)}" if worst else ""
+        return f"Predictions of {', '.join(counts)}\n{above}{highest}"
+
+    def _repr_html_(self) -> str:
+        rows = ((one.id, _row(one)) for one in self._ranked(len(self)))
+        return rows_html(self.images, rows, title=repr(self), total=len(self))
+
+    def _ranked(self, n: int) -> Iterator[ImagePrediction]:
+        """The n most anomalous images, unreadable ones last."""
+        return (self[position] for position in np.argsort(-self.scores, kind="stable")[:n])
+
+
+def _row(one: ImagePrediction) -> dict[str, object]:
+    verdict = one.error or {None: "", True: "anomalous", False: "normal"}[one.is_anomalous]
+    return {"name": one.name, "score": one.score, "p-value": one.p_value, "verdict": verdict}

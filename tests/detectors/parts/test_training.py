@@ -28,7 +28,8 @@ from flawsift.detectors.parts.training import (
 )
 from flawsift.errors import InputError, ParameterError, TrainingError
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 
 LAYER = "stride8"
 
@@ -344,7 +345,7 @@ def test_whitened_fibres_have_covariance_1(data: ImageSet) -> None:
 
 
 def test_directions_without_variance_are_not_magnified() -> None:
-    from flawsift.features.store import MemoryFeatures
+    from flawsift.features.readers import MemoryFeatures
 
     x = np.random.default_rng(0).normal(size=(9, 3, 2, 2)).astype(np.float32)
     x[:, 1], x[:, 2] = 2 * x[:, 0], 7  # a copy, and a constant

@@ -1,0 +1,178 @@
+"""What users have, as an `ImageSet`: a folder, files, a pattern, PIL images, arrays, or a list or stream of them."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from flawsift.data.decoding import ARRAYS, NotAnImage, check_array
+from flawsift.data.images import ArraySource, FileSource, ImageSet, MixedSource, Source
+from flawsift.errors import InputError
+from flawsift.paths import name_some, show
+
+OneImage: TypeAlias = str | os.PathLike[str] | npt.NDArray[Any] | Image.Image
+Images: TypeAlias = ImageSet | OneImage | Iterable[OneImage]
+
+_ONE = f"a path to an image file, a PIL image, or {ARRAYS}"
+
+
+def as_images(images: Images, *, groups: Mapping[str, str] | None = None) -> ImageSet:
+    """What users have as an `ImageSet`; an iterator is read to its end.
+
+    Ids are 0..N-1: in the order of a list, in the order of the sorted names for a folder or a pattern. Names are paths
+    relative to the folder, or to the deepest folder that holds all files of a list or pattern; what is in memory is
+    called "array-ID" or "image-ID". Pixels are read, and odd types converted, when they are needed: arrays and PIL
+    images are not copied, so leave them as they are.
+
+    Args:
+        images: A folder; an image file; a pattern such as "parts/*.png" or "parts/**/*.png" (a file or folder of that
+            very name comes first); a PIL image; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16 or
+            float, read as `flawsift.data.decoding.from_array` says; a list or an iterator of files, PIL images and
+            arrays; or an `ImageSet`.
+        groups: {name: group name} for images that belong together; in place of those of an `ImageSet`.
+
+    Raises:
+        InputError: There is no image, a file is missing, or comes twice in a list.
+        NotAnImage: Something else was given, alone or in a list; it is a TypeError too.
+    """
+    if isinstance(images, ImageSet):
+        made = images
+    elif isinstance(images, str | os.PathLike):
+        made = _from_path(images)
+    elif isinstance(images, np.ndarray | Image.Image):
+        made = _from_list([images], "This")
+    elif isinstance(images, Iterable) and not isinstance(images, Mapping | bytes):
+        made = _from_list(list(images), "Image {}")
+    else:
+        raise NotAnImage(
+            f"Images cannot be of type {type(images).__name__}. Give a folder, a pattern such as 'parts/*.png', "
+            f"{_ONE}, a list or an iterator of these, or an ImageSet."
+        )
+    if groups is None:
+        return made
+    known = zip(made.ids.tolist(), made.names, strict=True)
+    return replace(made, groups={id_: groups[name] for id_, name in known if name in groups})
+
+
+def is_stream(images: Images) -> TypeGuard[Iterable[OneImage]]:
+    """Whether images come one after the other and nobody knows how many: an iterator, or what else has no length."""
+    return isinstance(images, Iterable) and not isinstance(images, Sized)
+
+
+def in_pieces(images: Images, size: int) -> Iterator[ImageSet]:
+    """The images in sets of at most `size`, with ids that count up.
+
+    A stream (see `is_stream`) is read piece by piece and no piece is kept. Its names are paths relative to the working
+    folder where a file lies below it, else to the root of the file system. A file that is missing, which is an error
+    in a list, is an unreadable image of a stream.
+
+    Args:
+        images: As for `as_images`.
+        size: The most images in a piece.
+
+    Raises:
+        InputError, NotAnImage: As for `as_images`, for a stream when the image is reached.
+    """
+    if not is_stream(images):
+        whole = as_images(images)
+        yield from (whole.select(whole.ids[start : start + size]) for start in range(0, len(whole), size))
+        return
+    stream, start = iter(images), 0
+    while piece := list(islice(stream, size)):
+        yield _piece(piece, start)
+        start += len(piece)
+    if not start:
+        raise InputError("The iterator gave no image. Was it read to its end before? Make a new one, or give a list.")
+
+
+def _from_path(given: str | os.PathLike[str]) -> ImageSet:
+    path = Path(given)
+    if os.path.isdir(path):
+        return ImageSet.from_folder(path)
+    if os.path.lexists(path):  # a broken link too: an image that cannot be read
+        return _from_files([_absolute(path)])
+    if not glob.has_magic(str(path)):
+        raise InputError(f"'{show(path)}' does not exist. Give a folder, an image file or a pattern such as *.png.")
+    matches = [_absolute(p) for p in glob.glob(str(path), recursive=True) if not os.path.isdir(p)]
+    if not matches:
+        raise InputError(f"No file matches '{show(path)}'. Check the pattern; ** stands for any folders.")
+    return _from_files(sorted(matches, key=Path.as_posix))
+
+
+def _from_list(items: Sequence[OneImage], what: str) -> ImageSet:
+    if not items:
+        raise InputError("The list of images is empty. Check where it comes from.")
+    files, memory = _sorted_out(items, what, 0)
+    if folders := [str(path) for path in files.values() if os.path.isdir(path)]:
+        raise InputError(f"{len(folders)} folders are in a list of images: {name_some(folders)}. Give a folder alone.")
+    if missing := [str(path) for path in files.values() if not os.path.isfile(path)]:
+        raise InputError(f"{len(missing)} of {len(items)} images do not exist: {name_some(missing)}. Check the paths.")
+    if twice := [path for path, n in Counter(files.values()).items() if n > 1]:
+        raise InputError(f"{len(twice)} files come more than once: {name_some(map(str, twice))}. Give each once.")
+    if not memory:
+        return _from_files(list(files.values()))
+    sources: dict[int, Source] = dict.fromkeys(memory, ArraySource(memory))
+    if not files:
+        return _over(sources[0])
+    sources |= dict.fromkeys(files, _file_source(files))
+    return _over(MixedSource({id_: sources[id_] for id_ in range(len(items))}))
+
+
+def _piece(items: Sequence[OneImage], start: int) -> ImageSet:
+    """Some images of a stream, the first of them with the id `start`."""
+    files, memory = _sorted_out(items, "Image {}", start)
+    here = Path.cwd()
+    sources: dict[int, Source] = dict.fromkeys(memory, ArraySource(memory))
+    for id_, path in files.items():
+        root = here if path.is_relative_to(here) else Path(path.anchor)
+        sources[id_] = FileSource(root, {id_: path.relative_to(root).as_posix()})
+    return _over(MixedSource({id_: sources[id_] for id_ in range(start, start + len(items))}))
+
+
+def _sorted_out(
+    items: Sequence[OneImage], what: str, start: int
+) -> tuple[dict[int, Path], dict[int, npt.NDArray[Any] | Image.Image]]:
+    """Files and what is in memory, each by id."""
+    files: dict[int, Path] = {}
+    memory: dict[int, npt.NDArray[Any] | Image.Image] = {}
+    for id_, item in enumerate(items, start):
+        if isinstance(item, str | os.PathLike):
+            files[id_] = _absolute(item)
+        elif isinstance(item, np.ndarray):
+            check_array(item, what.format(id_))
+            memory[id_] = item
+        elif isinstance(item, Image.Image):
+            memory[id_] = item
+        else:
+            raise NotAnImage(f"{what.format(id_)} is of type {type(item).__name__}. Give {_ONE}.")
+    return files, memory
+
+
+def _from_files(files: Sequence[Path]) -> ImageSet:
+    return _over(_file_source(dict(enumerate(files))))
+
+
+def _file_source(files: Mapping[int, Path]) -> FileSource:
+    """Files under the deepest folder that holds them all; under their full paths where none does."""
+    try:
+        root = Path(os.path.commonpath([path.parent for path in files.values()]))
+    except ValueError:  # two drives of Windows
+        return FileSource(Path(), {id_: path.as_posix() for id_, path in files.items()})
+    return FileSource(root, {id_: path.relative_to(root).as_posix() for id_, path in files.items()})
+
+
+def _over(source: Source) -> ImageSet:
+    return ImageSet(source.ids, source)
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    # not resolve(): the target of a link has another name than the one that was given
+    return Path(os.path.abspath(path))

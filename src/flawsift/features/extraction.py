@@ -1,0 +1,233 @@
+"""Each image through the frozen backbone once: into the feature store, or piece by piece into memory."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flawsift.data.decoding import UnreadableImage
+from flawsift.data.images import ImageSet
+from flawsift.data.inputs import Images, as_images, in_pieces, is_stream
+from flawsift.data.views import derive
+from flawsift.errors import InputError, OutputError
+from flawsift.features.backbones import Backbone
+from flawsift.features.readers import MemoryFeatures, StoredFeatures, view_digest
+from flawsift.features.store import DTYPES, Arrays, FeatureStore
+from flawsift.files import ensure_folder
+from flawsift.progress import Progress, silent
+
+SHARD = 64  # images in a shard of the store, and in a piece: 10 s of work on 2 cores is the most that a kill can cost
+
+
+def attach(
+    images: ImageSet,
+    backbone: Backbone,
+    layers: Sequence[str],
+    *,
+    views: Sequence[str] = (),
+    store: FeatureStore | None = None,
+    progress: Progress = silent,
+) -> tuple[ImageSet, dict[int, str]]:
+    """Extract what is missing and attach frozen features to a set.
+
+    Args:
+        images: The set.
+        backbone: The frozen backbone.
+        layers: Layer names or aliases such as "stride8".
+        views: Derived views to extract too, each with ids of the same set and entries of its own in the store.
+        store: Where features are kept; None keeps them in memory, for small sets only.
+        progress: Told about each shard.
+
+    Returns:
+        The readable images with features attached, and {id: reason} for the others.
+
+    Raises:
+        InputError: No image can be read.
+        OutputError: The store cannot be written, or its disk is too full.
+    """
+    if store is None:
+        data, failed = _attach_memory(images, backbone, layers, views)
+    else:
+        data, failed = _attach_stored(images, backbone, layers, store, progress)
+        for view in views:
+            _attach_stored(data.view(view), backbone, layers, store, progress)
+        if views and isinstance(data.reader, StoredFeatures):
+            data = replace(data, reader=_reopened(data.reader, backbone, store))
+    if not len(data) and len(images):
+        reason = next(iter(failed.values()))
+        raise InputError(f"None of the {len(images)} images can be read; the first one: {reason}.")
+    return data, failed
+
+
+class Piece(NamedTuple):
+    """Some images on their way through the backbone.
+
+    Attributes:
+        images: All of them.
+        data: The readable ones, with features in memory.
+        failed: {id: reason} of the others.
+    """
+
+    images: ImageSet
+    data: ImageSet
+    failed: dict[int, str]
+
+
+def stream(
+    images: Images,
+    backbone: Backbone,
+    layers: Sequence[str],
+    *,
+    size: int = SHARD,
+    progress: Progress = silent,
+) -> Iterator[Piece]:
+    """Images in pieces with features in memory, so that memory stays flat; nothing is stored.
+
+    A set that has this backbone's features attached is not extracted again.
+
+    Args:
+        images: As for `flawsift.data.inputs.in_pieces`.
+        backbone: The frozen backbone.
+        layers: Layer names or aliases such as "stride8".
+        size: The most images in a piece; features do not depend on it.
+        progress: Told about each piece. Of an iterator, whose length is unknown, the total is what has been read.
+
+    Raises:
+        InputError: As for `flawsift.data.inputs.as_images`.
+    """
+    given = images if is_stream(images) else as_images(images)
+    total = len(given) if isinstance(given, ImageSet) else 0
+    done = 0
+    for piece in in_pieces(given, size):
+        progress("features", done, total or done + len(piece))
+        attached = piece.reader is not None and piece.reader.key == backbone.key
+        yield Piece(piece, piece, {}) if attached else Piece(piece, *_attach_memory(piece, backbone, layers))
+        done += len(piece)
+    progress("features", done, done)
+
+
+def loaded(images: ImageSet, layers: Sequence[str], views: Sequence[str] = (), *, pixels: bool = False) -> ImageSet:
+    """The set with its features in memory instead of on disk, so that it can travel to a machine without the files.
+
+    Args:
+        images: With features attached.
+        layers: Layers to take along.
+        views: Derived views to take along.
+        pixels: Take decoded images along too.
+
+    Raises:
+        UnreadableImage: An image cannot be decoded any more.
+    """
+    if pixels:
+        arrays = [np.asarray(images.image(int(i)), np.uint8) for i in images.ids]
+        images = replace(images, source=ImageSet.from_arrays(arrays, ids=images.ids.tolist()).source)
+    if not isinstance(images.reader, StoredFeatures):
+        return images
+    return replace(images, reader=images.reader.loaded(images, layers, views))
+
+
+def _attach_memory(
+    images: ImageSet, backbone: Backbone, layers: Sequence[str], views: Sequence[str] = ()
+) -> tuple[ImageSet, dict[int, str]]:
+    pixels, failed = _decode(images, backbone.size)
+    good = images.select([i for i in images.ids if int(i) in pixels])
+    pictures = {("", int(i)): pixels[int(i)] for i in good.ids}
+    pictures |= {(view, i): derive(pixels[i], view) for view in views for _, i in list(pictures)}
+    arrays = _extract(backbone, list(pictures.values()), layers, "float16") if len(good) else {}
+    rows = {key: row for row, key in enumerate(pictures)}
+    return replace(good, reader=MemoryFeatures(backbone.size, backbone.key, rows, arrays)), failed
+
+
+def _attach_stored(
+    images: ImageSet, backbone: Backbone, layers: Sequence[str], store: FeatureStore, progress: Progress
+) -> tuple[ImageSet, dict[int, str]]:
+    names = {layer: backbone.resolve(layer).name for layer in layers}
+    digests, failed = _digests(images)
+    index = store.index(store.space(backbone))
+    have = [set(index.get(name, {})) for name in set(names.values())]
+    complete = set.intersection(*have) if have else set()
+    # the first id of each content stands for all its copies
+    first_of = {digest: id_ for id_, digest in reversed(digests.items()) if digest not in complete}
+    missing = sorted(first_of.values())
+    if missing:
+        store.sweep()
+        _check_space(store, backbone, list(names.values()), len(missing))
+    undecodable: dict[str, str] = {}
+    for start in range(0, len(missing), SHARD):
+        progress("features", start, len(missing))
+        part = images.select(missing[start : start + SHARD])
+        pixels, bad = _decode(part, backbone.size)
+        undecodable.update((digests[i], reason) for i, reason in bad.items())
+        if pixels:
+            arrays = _extract(backbone, list(pixels.values()), sorted(set(names.values())), store.dtype)
+            store.write(backbone, [digests[i] for i in pixels], arrays)
+    if missing:
+        progress("features", len(missing), len(missing))
+        index = store.index(store.space(backbone))
+    failed |= {i: undecodable[d] for i, d in digests.items() if d in undecodable}
+    good = images.select([i for i in images.ids if int(i) not in failed])
+    entries = {layer: index.get(name, {}) for layer, name in names.items()}
+    files = {layer: f"{name}.npy" for layer, name in names.items()}
+    return replace(good, reader=StoredFeatures(backbone.size, backbone.key, digests, entries, files)), failed
+
+
+def _reopened(reader: StoredFeatures, backbone: Backbone, store: FeatureStore) -> StoredFeatures:
+    """The same reader, with what was stored since."""
+    index = store.index(store.space(backbone))
+    return replace(reader, entries={layer: index.get(backbone.resolve(layer).name, {}) for layer in reader.entries})
+
+
+def _digests(images: ImageSet) -> tuple[dict[int, str], dict[int, str]]:
+    digests: dict[int, str] = {}
+    failed: dict[int, str] = {}
+    for i in images.ids:
+        try:
+            digests[int(i)] = view_digest(images.source.digest(int(i)), images.derived)
+        except UnreadableImage as error:
+            failed[int(i)] = str(error)
+    return digests, failed
+
+
+def _decode(images: ImageSet, size: int) -> tuple[dict[int, Tensor], dict[int, str]]:
+    """{id: (3, size, size) uint8} of the images that can be decoded, {id: reason} of the others."""
+
+    def one(id_: int) -> Tensor | UnreadableImage:
+        try:
+            return images.pixels_of(id_, size)
+        except UnreadableImage as error:
+            return error
+
+    ids = [int(i) for i in images.ids]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes outside the interpreter lock
+        results = dict(zip(ids, pool.map(one, ids), strict=True))
+    pixels = {i: r for i, r in results.items() if isinstance(r, Tensor)}
+    return pixels, {i: str(r) for i, r in results.items() if isinstance(r, UnreadableImage)}
+
+
+def _extract(backbone: Backbone, pixels: Sequence[Tensor], layers: Sequence[str], dtype: str) -> Arrays:
+    arrays = {}
+    for layer, value in backbone.extract(torch.stack(list(pixels)), layers).items():
+        with np.errstate(over="ignore"):  # an overflow is told below, with the layer's name
+            array = value.numpy().astype(DTYPES[dtype])
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"Layer '{layer}' of {backbone.name} gives values that {dtype} cannot hold. "
+                "Use FeatureStore(dtype='float32') or check the weights."
+            )
+        arrays[layer] = array
+    return arrays
+
+
+def _check_space(store: FeatureStore, backbone: Backbone, layers: Sequence[str], n: int) -> None:
+    infos = [backbone.resolve(layer) for layer in layers]
+    cells = sum(info.channels * (backbone.size // info.stride) ** 2 for info in infos)
+    need = n * cells * np.dtype(DTYPES[store.dtype]).itemsize
+    try:
+        ensure_folder(store.root, need_bytes=need)
+    except OutputError as error:
+        raise OutputError(f"{error} The feature cache can be moved with FLAWSIFT_CACHE or --cache.") from error
