@@ -20,7 +20,8 @@ from flawsift.detectors.base import Detector, make_detector
 from flawsift.errors import ExecutorError, ParameterError
 from flawsift.executors import SERIAL, Executor, Failure, Processes, Ray, Run, make_executor
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import FeatureStore, attach, loaded
+from flawsift.features.extraction import attach, loaded
+from flawsift.features.store import FeatureStore
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Screening
 from flawsift.screening.stage1 import screen

@@ -25,7 +25,8 @@ from flawsift.detectors.base import make_detector
 from flawsift.errors import ExecutorError
 from flawsift.executors import Ray, Run
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import FeatureStore, attach, loaded
+from flawsift.features.extraction import attach, loaded
+from flawsift.features.store import FeatureStore
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.stage1 import screen
 

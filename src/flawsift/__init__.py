@@ -47,7 +47,7 @@ _EXPORTS = {
     "Model": "models.model",
     "ScreenOptions": "screening.options",
     "Screening": "screening.result",
-    "attach": "features.store",
+    "attach": "features.extraction",
     "contaminate": "data.contamination",
     "evaluate": "models.model",
     "fit": "pipeline",

@@ -13,6 +13,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 
 from flawsift.data.images import FileSource, ImageSet
+from flawsift.data.inputs import Images, as_images
 from flawsift.detectors.base import Additive, Detector, make_detector
 from flawsift.detectors.parts.training import Watch
 from flawsift.errors import InputError, ParameterError
@@ -24,7 +25,7 @@ from flawsift.files import ensure_folder
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
 from flawsift.models.model import Model, set_digest, versions
 from flawsift.models.plan import TrainingPlan, held_out_scores_of, options_for, plan_training
-from flawsift.progress import Progress
+from flawsift.progress import ProgressOption, as_progress
 from flawsift.reports.screening import write_fit_report, write_screening_report
 from flawsift.screening.decisions import read_decisions
 from flawsift.screening.lookalikes import describe_images
@@ -43,14 +44,14 @@ class Resources(TypedDict, total=False):
         seed: Of the partitions, and of detectors given by name.
         device: Where detectors run; "auto" takes a GPU where there is one.
         executor: Where sub-models run.
-        progress: Told how far it is.
+        progress: True for a bar, in a script or a notebook, or a callable that is told.
     """
 
     store: FeatureStore
     seed: int
     device: str
     executor: Executor
-    progress: Progress
+    progress: ProgressOption
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ class FitResult:
 
 
 def screen(
-    images: ImageSet | str | Path,
+    images: Images,
     detector: Detector | str | None = None,
     backbone: Backbone | str = "efficientnet_lite0",
     *,
@@ -92,7 +93,8 @@ def screen(
     """Stage 1 on a folder or a set: which images are probably defective.
 
     Args:
-        images: A folder, or a set (then with its groups).
+        images: A folder, files, a pattern, PIL images, arrays, a list or an iterator of these, or a set (then with its
+            groups); see `flawsift.data.inputs.as_images`.
         detector: A registry name or an unfitted detector; None takes the screener of the options.
         backbone: A name for `load_backbone`, or a backbone.
         options: Of stage 1, or the name of a preset.
@@ -106,13 +108,14 @@ def screen(
     """
     chosen = ScreenOptions.of(options)
     named = FINAL if chosen.screener == OWN else chosen.screener
-    job = _prepare(images, named if detector is None else detector, backbone, OWN, resources)
-    return _stage1(job, chosen, out, wants_fitted=False)[0]
+    with as_progress(resources.get("progress")) as tell:
+        job = _prepare(images, named if detector is None else detector, backbone, OWN, {**resources, "progress": tell})
+        return _stage1(job, chosen, out, wants_fitted=False)[0]
 
 
 # nine parameters: stage 1 is given, made or left out, and each of the others is one decision of the user
 def fit(
-    images: ImageSet | str | Path,
+    images: Images,
     detector: Detector | str = FINAL,
     backbone: Backbone | str = "efficientnet_lite0",
     *,
@@ -127,7 +130,8 @@ def fit(
     """Both stages: screen, then train the detector on what is kept, with a threshold from held-out scores.
 
     Args:
-        images: A folder, or a set (then with its groups).
+        images: A folder, files, a pattern, PIL images, arrays, a list or an iterator of these, or a set (then with its
+            groups); see `flawsift.data.inputs.as_images`.
         detector: Of stage 2: a registry name or an unfitted detector.
         backbone: A name for `load_backbone`, or a backbone.
         screening: Instead of a new stage 1: what `screen` returned, or the folder that it wrote, its `kept` column
@@ -148,33 +152,63 @@ def fit(
         raise InputError("Give either a screening or no_screen, not both.")
     if out is not None:
         ensure_folder(out)
-    started = time.monotonic()
     Calibration.of([]).threshold(false_alarm_rate)  # a bad rate is told now, not after the work
-    choices = decisions if isinstance(decisions, Mapping) else read_decisions(decisions) if decisions else {}
-    chosen = ScreenOptions.of(options)
-    new = screening is None and not no_screen
-    job = _prepare(images, detector, backbone, chosen.screener if new else OWN, resources)
-    fitted: Detector | None = None
-    stage1 = load_screening(screening) if isinstance(screening, str | Path) else screening
-    if new:
-        folder = None if out is None else Path(out) / "screening"
+    asked = _Asked(
+        screening=load_screening(screening) if isinstance(screening, str | Path) else screening,
+        saved=isinstance(screening, str | Path),
+        no_screen=no_screen,
+        options=ScreenOptions.of(options),
+        choices=decisions if isinstance(decisions, Mapping) else read_decisions(decisions) if decisions else {},
+        false_alarm_rate=false_alarm_rate,
+        out=None if out is None else Path(out),
+        started=time.monotonic(),
+    )
+    with as_progress(resources.get("progress")) as tell:
+        screener = asked.options.screener if asked.is_new else OWN
+        job = _prepare(images, detector, backbone, screener, {**resources, "progress": tell})
+        return _both_stages(job, asked)
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What `fit` was asked for, checked."""
+
+    screening: Screening | None
+    saved: bool  # it lies in a folder of its own
+    no_screen: bool
+    options: ScreenOptions
+    choices: Mapping[str, str]
+    false_alarm_rate: float
+    out: Path | None
+    started: float
+
+    @property
+    def is_new(self) -> bool:
+        """Whether stage 1 is still to be made."""
+        return self.screening is None and not self.no_screen
+
+
+def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
+    out, stage1, merged = asked.out, asked.screening, None
+    if asked.is_new:
+        folder = None if out is None else out / "screening"
         wants = job.screener is job.detector and isinstance(job.detector, Additive)
-        stage1, fitted = _stage1(job, options_for(job.detector, chosen), folder, wants_fitted=wants)
-    elif isinstance(screening, Screening) and out is not None:
-        _write_stage1(screening, job.images, Path(out) / "screening")
+        stage1, merged = _stage1(job, options_for(job.detector, asked.options), folder, wants_fitted=wants)
+    elif stage1 is not None and not asked.saved and out is not None:
+        _write_stage1(stage1, job.images, out / "screening")
     same = stage1 is not None and _same_scores(stage1, job)
-    plan = plan_training(job.data, job.detector, stage1, choices=choices, same_detector=same)
+    plan = plan_training(job.data, job.detector, stage1, choices=asked.choices, same_detector=same)
     record = {
         "n_images": len(job.data) + len(job.unreadable),
-        "screened": not no_screen,
-        "screener": job.screener.name if new else None,
-        **({"decisions": dict(plan.decisions)} if choices else {}),
-        "false_alarm_rate": false_alarm_rate,
+        "screened": not asked.no_screen,
+        "screener": job.screener.name if asked.is_new else None,
+        **({"decisions": dict(plan.decisions)} if asked.choices else {}),
+        "false_alarm_rate": asked.false_alarm_rate,
     }
-    model = _stage2(job, plan, fitted, out, record, started)
-    if out is not None and plan.screening is not None and stage1 is not None:
-        write_fit_report(model, *_shown(stage1, choices, job), out)
-    return FitResult(model, stage1, plan, None if out is None else Path(out))
+    model = _stage2(job, plan, merged, out, record, asked.started)
+    if out is not None and stage1 is not None:
+        write_fit_report(model, *_shown(stage1, asked.choices, job), out)
+    return FitResult(model, stage1, plan, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +225,7 @@ class _Job:
 
 
 def _prepare(
-    images: ImageSet | str | Path,
+    images: Images,
     detector: Detector | str,
     backbone: Backbone | str,
     screener: str,
@@ -200,7 +234,7 @@ def _prepare(
     store = resources.get("store") or FeatureStore()
     given_run: dict[str, Any] = {key: value for key, value in resources.items() if key != "store"}
     run = Run(**given_run)
-    given = images if isinstance(images, ImageSet) else ImageSet.from_folder(images)
+    given = as_images(images)
     made = make_detector(detector, seed=run.seed) if isinstance(detector, str) else detector
     loaded = load_backbone(backbone) if isinstance(backbone, str) else backbone
     first = resolve_screener(screener, made, loaded, run.seed)

@@ -10,7 +10,8 @@ from flawsift.benchmark.trial import Trial
 from flawsift.datasets import Dataset
 from flawsift.detectors.base import DETECTORS, make_detector
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 from flawsift.models.model import set_digest
 from flawsift.screening.options import PRESETS, ScreenOptions
 

@@ -19,7 +19,8 @@ from flawsift.detectors.parts.flows import Coupling, Flow, position_code
 from flawsift.detectors.parts.training import Recipe, seeded
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import MemoryFeatures, attach
+from flawsift.features.extraction import attach
+from flawsift.features.readers import MemoryFeatures
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.stage1 import screen
 

@@ -15,7 +15,7 @@ from flawsift.detectors.inreach import ASYMMETRY, MAD, InReaCh, prune
 from flawsift.detectors.parts import maps
 from flawsift.detectors.parts.maps import embed_patches, smooth
 from flawsift.errors import InputError, ParameterError
-from flawsift.features.store import MemoryFeatures
+from flawsift.features.readers import MemoryFeatures
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.stage1 import screen
 

@@ -19,7 +19,8 @@ from flawsift.detectors.parts.training import Recipe, Watch, seeded, weights_of
 from flawsift.detectors.simplenet import Net, SimpleNet
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import MemoryFeatures, attach
+from flawsift.features.extraction import attach
+from flawsift.features.readers import MemoryFeatures
 from flawsift.screening.consensus import combine, normalize_scores, own_mask
 from flawsift.screening.options import Normalize, ScreenOptions
 from flawsift.screening.stage1 import screen

@@ -18,7 +18,7 @@ from flawsift.detectors.base import Detector, make_detector
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError, ParameterError
 from flawsift.executors import Run
-from flawsift.features.store import MemoryFeatures
+from flawsift.features.readers import MemoryFeatures
 from flawsift.screening.consensus import (
     EXPECTED_TAIL,
     choose,

@@ -25,7 +25,7 @@ import torch
 from flawsift.benchmark.grid import NONE, ORACLE, BackboneSpec, Cell, Config, DataSpec, options_of, plan
 from flawsift.benchmark.rows import Row, append_rows, machine, peak_mb, read_rows, source_commit
 from flawsift.benchmark.trial import Trial, screener_of
-from flawsift.data.contamination import Split, contaminate, official
+from flawsift.data.contamination import contaminate, official
 from flawsift.data.images import ImageSet
 from flawsift.data.splits import Split
 from flawsift.data.truth import GroundTruth

@@ -5,8 +5,7 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from flawsift.detectors.base import Detector
     from flawsift.features.backbones import Backbone
     from flawsift.features.store import FeatureStore
+    from flawsift.models.model import Model
     from flawsift.pipeline import Resources
     from flawsift.progress import Progress
 
@@ -50,7 +50,10 @@ class Runtime(StrEnum):
 
 Preset = StrEnum("Preset", list(PRESETS))  # type: ignore[misc]  # named options of stage 1
 
-Images = Annotated[Path, typer.Argument(help="Folder of images, flat or nested.", show_default=False)]
+Images = Annotated[
+    list[str],
+    typer.Argument(help="Folder of images, flat or nested; image files; or a pattern.", show_default=False),
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.", show_default=False)]
 DetectorPreset = Annotated[
     str, typer.Option("--detector-preset", help="'default', or another of `flawsift detectors`, such as 'paper'.")
@@ -151,6 +154,21 @@ class Machine:
         }
 
 
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model of MODEL, --weights and --runtime."""
+
+    model: ModelFolder
+    weights: Weights = None
+    runtime: RuntimeOption = Runtime.auto
+
+    def load(self) -> "Model":
+        """The model."""
+        from flawsift.models.model import load_model
+
+        return load_model(self.model, weights=self.weights, runtime=self.runtime.value)
+
+
 class StageOne:
     """The options of stage 1: those of --preset, and in their place what is given one by one.
 
@@ -212,6 +230,7 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
         groups[parameter.name] = kind, [f.name for f in dataclasses.fields(kind)]
         for f in dataclasses.fields(kind):
             default = f.default if parameter.default is parameter.empty else getattr(parameter.default, f.name)
+            default = parameter.empty if default is dataclasses.MISSING else default
             made = inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=default, annotation=hints[f.name])
             parameters.append(made)
 
@@ -245,12 +264,13 @@ def threshold_lines(threshold: Any) -> list[str]:
     return [text + "."]
 
 
-def images_in(folder: Path, groups: Path | None) -> "ImageSet":
-    """The images of a folder, with groups from a CSV file."""
+def images_in(given: Sequence[str], groups: Path | None) -> "ImageSet":
+    """The images of a folder, of some files or of a pattern, with groups from a CSV file."""
     from flawsift.data.folders import read_groups
-    from flawsift.data.images import ImageSet
+    from flawsift.data.inputs import as_images
 
-    return ImageSet.from_folder(folder, groups=None if groups is None else read_groups(groups))
+    images = given[0] if len(given) == 1 else list(given)
+    return as_images(images, groups=None if groups is None else read_groups(groups))
 
 
 def tested_images(data: "Dataset") -> "ImageSet":

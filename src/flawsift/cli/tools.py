@@ -92,7 +92,7 @@ def diagnose(
     as_json: AsJson = False,
 ) -> None:
     """Whether defects vary more than good patches, as methods for contaminated sets assume: OUT/diagnose.html."""
-    from flawsift.features.store import attach
+    from flawsift.features.extraction import attach
     from flawsift.files import ensure_folder
     from flawsift.reports import diagnostics
 

@@ -1,6 +1,7 @@
 """The commands that use a model: predict and evaluate."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -8,86 +9,115 @@ from flawsift.cli.options import (
     AsJson,
     Device,
     Images,
-    ModelFolder,
+    ModelChoice,
     Out,
     Rate,
-    Runtime,
-    RuntimeOption,
-    Weights,
     images_in,
     say,
     shown_progress,
+    takes_groups,
     tested_images,
     threshold_lines,
 )
 
+if TYPE_CHECKING:
+    from flawsift.models.predictions import ImagePrediction, Predictions
 
+MAX_SHOWN = 20  # images that `predict` prints one by one where it writes no table
+
+
+@takes_groups
 def predict(
-    model: ModelFolder,
+    model: ModelChoice,
     images: Images,
-    out: Out,
-    weights: Weights = None,
-    runtime: RuntimeOption = Runtime.auto,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the table and the heatmaps.")] = None,
     device: Device = "auto",
     false_alarm_rate: Rate = None,
     maps: Annotated[bool, typer.Option("--maps/--no-maps", help="Write heatmap overlays.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Score new images: predictions.csv, and heatmap overlays in OUT/maps."""
+    """Score new images: verdicts on the screen; with --out, predictions.csv and heatmap overlays in OUT/maps."""
     from flawsift.files import ensure_folder
-    from flawsift.models import model as models
-    from flawsift.paths import show
     from flawsift.reports.predictions import OverlayWriter, write_predictions
 
-    ensure_folder(out)
-    loaded = models.load_model(model, weights=weights, runtime=runtime.value)
-    found = images_in(images, None)
-    writer = OverlayWriter(out / "maps", loaded.calibration, loaded.threshold(false_alarm_rate)) if maps else None
+    if out is not None:
+        ensure_folder(out)
+    loaded = model.load()
+    given = images_in(images, None)
+    threshold = loaded.threshold(false_alarm_rate)
+    writer = OverlayWriter(out / "maps", loaded.calibration, threshold) if out is not None and maps else None
     with shown_progress() as progress:
-        result = models.predict(
-            loaded, found, false_alarm_rate=false_alarm_rate, device=device, on_maps=writer, progress=progress
+        result = loaded.predict(
+            given, false_alarm_rate=false_alarm_rate, device=device, on_maps=writer, progress=progress
         )
-    table = write_predictions(result, out)
-    flagged = result.is_anomalous
-    total = len(result.ids)
-    lines = [f"{total} images scored." if flagged is None else f"{int(flagged.sum())} of {total} images are anomalous."]
-    lines += threshold_lines(result.threshold)
-    lines += [
-        f"Not readable: {show(result.names[p])}: {r}" for p, r in enumerate(map(result.errors.get, result.ids)) if r
-    ]
-    lines.append(f"Table: {table}" + (f"   Heatmaps: {out / 'maps'}" if maps else ""))
-    summary = {
-        "n_images": total,
-        "n_anomalous": None if flagged is None else int(flagged.sum()),
+    lines = predicted_lines(result, one_by_one=out is None)
+    summary: dict[str, Any] = {
+        "n_images": len(result),
+        "n_anomalous": None if result.is_anomalous is None else int(result.is_anomalous.sum()),
         "n_unreadable": len(result.errors),
-        "threshold": None if result.threshold is None else vars(result.threshold),
-        "predictions": str(table),
+        "threshold": None if threshold is None else vars(threshold),
     }
+    if out is None:
+        summary["images"] = [_as_json(one) for one in result]
+    else:
+        table = write_predictions(result, out)
+        lines.append(f"Table: {table}" + (f"   Heatmaps: {out / 'maps'}" if maps else ""))
+        summary["predictions"] = str(table)
     say(as_json, summary, lines)
 
 
+def predicted_lines(result: "Predictions", *, one_by_one: bool) -> list[str]:
+    """What is said about new images, the most anomalous by themselves where no table is written."""
+    from flawsift.paths import show
+
+    flagged, lines = result.is_anomalous, []
+    readable = sorted((one for one in result if one.error is None), key=lambda one: -one.score)
+    if one_by_one and readable:
+        shown = readable[:MAX_SHOWN]
+        width = max(len(show(one.name)) for one in shown)
+        lines += [_verdict(one, width) for one in shown]
+        if more := len(readable) - len(shown):
+            lines.append(f"and {more} more, which score lower. Give --out for a table of all.")
+    if len(result) > 1 or not one_by_one:
+        counted = f"{int(flagged.sum())} of {len(result)} images are anomalous." if flagged is not None else ""
+        lines.append(counted or f"{len(result)} images scored.")
+    lines += threshold_lines(result.threshold)
+    return lines + [f"Not readable: {show(one.name)}: {one.error}" for one in result if one.error is not None]
+
+
+def _verdict(one: "ImagePrediction", width: int) -> str:
+    from flawsift.paths import show
+
+    verdict = {None: "", True: "anomalous", False: "normal"}[one.is_anomalous]
+    p_value = "" if one.p_value is None else f"p-value {one.p_value:.3g}"
+    return f"{show(one.name):<{width}}  score {one.score:<8.4g} {verdict:<9}  {p_value}".rstrip()
+
+
+def _as_json(one: "ImagePrediction") -> dict[str, object]:
+    known = {"score": one.score, "is_anomalous": one.is_anomalous, "p_value": one.p_value}
+    return {"path": one.name, **(known if one.error is None else {"error": one.error})}
+
+
+@takes_groups
 def evaluate(
-    model: ModelFolder,
+    model: ModelChoice,
     dataset: Annotated[str, typer.Argument(help="MVTec-style tree, or a named data set.", show_default=False)],
     out: Out,
-    weights: Weights = None,
-    runtime: RuntimeOption = Runtime.auto,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on labelled images: OUT/metrics.json and OUT/predictions.csv."""
     from flawsift import datasets
     from flawsift.files import ensure_folder, write_json
-    from flawsift.models import model as models
     from flawsift.reports.evaluation import write_evaluation_report
     from flawsift.reports.predictions import write_predictions
 
     ensure_folder(out)
-    loaded = models.load_model(model, weights=weights, runtime=runtime.value)
+    loaded = model.load()
     data = datasets.load(dataset)
     images = tested_images(data)
     with shown_progress() as progress:
-        result, predictions = models.evaluate(loaded, images, data.truth, device=device, progress=progress)
+        result, predictions = loaded.evaluate(images, data.truth, device=device, progress=progress)
     write_predictions(predictions, out, data.truth)
     write_json(out / "metrics.json", result)
     page = write_evaluation_report(loaded, result, predictions, images, data.truth, out, device=device)

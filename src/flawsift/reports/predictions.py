@@ -16,17 +16,25 @@ from flawsift.reports.overlays import Scale, save_overlay
 
 
 def write_predictions(predictions: Predictions, folder: str | Path, truth: GroundTruth | None = None) -> Path:
-    """Write predictions.csv: path, score, is_anomalous, error, and label and defect_type where they are known."""
-    flagged = predictions.is_anomalous
+    """Write predictions.csv: path, score, is_anomalous, p_value, error, and label and defect_type where they are known."""
+    flagged, p_values = predictions.is_anomalous, predictions.p_values
     known = {} if truth is None else dict(zip(truth.ids.tolist(), truth.labels.tolist(), strict=True))
     types = {} if truth is None else dict(zip(truth.ids.tolist(), truth.defect_types, strict=True))
-    header = ["path", "score", "is_anomalous", "error", *(["label", "defect_type"] if truth is not None else [])]
+    header = [
+        "path",
+        "score",
+        "is_anomalous",
+        "p_value",
+        "error",
+        *(["label", "defect_type"] if truth is not None else []),
+    ]
     rows: list[list[object]] = []
     for p, (id_, name) in enumerate(zip(predictions.ids.tolist(), predictions.names, strict=True)):
         error = predictions.errors.get(id_, "")
         score = "" if error else f"{predictions.scores[p]:.9g}"
         verdict: object = "" if error or flagged is None else int(flagged[p])
-        rows.append([name, score, verdict, error, *([known[id_], types[id_]] if truth is not None else [])])
+        p_value = "" if error or np.isnan(p_values[p]) else f"{p_values[p]:.6g}"
+        rows.append([name, score, verdict, p_value, error, *([known[id_], types[id_]] if truth is not None else [])])
     path = ensure_folder(folder) / "predictions.csv"
     write_csv(path, header, rows)
     return path

@@ -1,13 +1,15 @@
 """The result of stage 1, as data: it can be saved, read, edited by a person and handed to stage 2."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
+from flawsift.data.notebook import data_frame, rows_html
 from flawsift.detectors.base import Detector
 from flawsift.errors import ParameterError
 from flawsift.paths import show
@@ -15,6 +17,11 @@ from flawsift.screening.consensus import SUSPECT, Contamination, robust_units
 from flawsift.screening.decisions import apply_decisions
 from flawsift.screening.options import ScreenOptions
 from flawsift.types import Floats, Ids
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WORST = 3  # images that a text names
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +58,7 @@ class Ranking:
     fitted: Detector | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Screening:
     """Which training images are probably defective, and what stage 2 learns from.
 
@@ -71,6 +78,7 @@ class Screening:
         descriptions: (N, D) float16 of `flawsift.screening.lookalikes.describe_images`, or None.
         unreadable: {relative path: reason} of images that could not be used.
         provenance: Detector, backbone, versions, digests: whatever the caller wants kept.
+        images: The images, for pictures in a notebook, or None.
     """
 
     ids: Ids
@@ -88,17 +96,39 @@ class Screening:
     descriptions: npt.NDArray[np.float16] | None = None
     unreadable: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    images: ImageSet | None = None
 
     def __repr__(self) -> str:
-        """Counts, the estimate of the contamination and the most anomalous images."""
-        names = dict(zip(self.ids.tolist(), self.names, strict=True))
-        worst = ", ".join(show(names[int(i)]) for i in self.ranking[:3])
-        estimate = "" if self.contamination is None else f", about {self.contamination.text} defective"
-        unreadable = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
-        return (
-            f"<Screening of {len(self.ids)} images: {len(self.removed)} set aside, {len(self.kept)} kept{unreadable}"
-            f"{estimate}; most anomalous: {worst}>"
-        )
+        counts = [f"{len(self.ids)} images", f"{len(self.removed)} set aside", f"{len(self.kept)} kept"]
+        counts += [f"{len(self.unreadable)} unreadable"] if self.unreadable else []
+        estimate = "" if self.contamination is None else f"\nestimated share of defects: {self.contamination.text}"
+        worst = ", ".join(f"{row['name']} {row['consensus']:.3g}" for _, row in islice(self._ranked(), WORST))
+        return f"Screening of {', '.join(counts)}{estimate}\nmost anomalous: {worst}"
+
+    def _repr_html_(self) -> str:
+        return rows_html(self.images, self._ranked(), title=repr(self), total=len(self.ids))
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """A table of id (the index), name, consensus, held_out_score, is_suspect and kept.
+
+        Raises:
+            FlawsiftError: pandas is not installed.
+        """
+        columns = {
+            "name": [show(name) for name in self.names],
+            "consensus": self.consensus.tolist(),
+            "held_out_score": self.held_out_scores.tolist(),
+            "is_suspect": self.is_suspect.tolist(),
+            "kept": self.is_kept.tolist(),
+        }
+        return data_frame(columns, self.ids.tolist())
+
+    def _ranked(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(id, what is said of it) of each image, the most anomalous first."""
+        is_kept = self.is_kept
+        for p in np.argsort(-self.consensus, kind="stable").tolist():
+            row = {"name": show(self.names[p]), "consensus": float(self.consensus[p])}
+            yield int(self.ids[p]), {**row, "verdict": "kept" if is_kept[p] else "set aside"}
 
     @property
     def submodel_scores(self) -> SubModelScores:

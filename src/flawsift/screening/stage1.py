@@ -84,6 +84,7 @@ def screen_and_fit(
         patch_maps=ranking.patch_maps,
         rejected=rejected,
         submodels=ranking.submodels,
+        images=train,
     )
     return screening, ranking.fitted
 

@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -93,7 +93,13 @@ def load_screening(folder: str | Path) -> Screening:
     Raises:
         InputError: A file is missing or damaged, or a cell of `kept` is neither yes nor no.
     """
-    folder = Path(folder)
+    screening = _load(Path(folder))
+    with suppress(InputError):  # the images may be gone; then there are no pictures in a notebook
+        return replace(screening, images=images_of(screening))
+    return screening
+
+
+def _load(folder: Path) -> Screening:
     with _damage_told(folder):
         rows, content = _read(folder)
         if not rows:

@@ -22,7 +22,7 @@ from flawsift.detectors.parts.maps import top_mean
 from flawsift.detectors.parts.training import Watch
 from flawsift.errors import InputError
 from flawsift.executors import Executor, Run, Serial
-from flawsift.features.store import loaded
+from flawsift.features.extraction import loaded
 from flawsift.files import write_bytes
 from flawsift.progress import Progress, silent
 from flawsift.screening.consensus import combine, held_out_mean, normalize_scores, own_mask, robust_units
