@@ -16,7 +16,7 @@ from flawsift.reports.overlays import Scale, save_overlay
 
 
 def write_predictions(predictions: Predictions, folder: str | Path, truth: GroundTruth | None = None) -> Path:
-    """Write predictions.csv: path, score, is_anomalous, p_value, error, and label and defect_type where they are known."""
+    """Write predictions.csv: path, score, is_anomalous, p_value, error; label and defect_type where they are known."""
     flagged, p_values = predictions.is_anomalous, predictions.p_values
     known = {} if truth is None else dict(zip(truth.ids.tolist(), truth.labels.tolist(), strict=True))
     types = {} if truth is None else dict(zip(truth.ids.tolist(), truth.defect_types, strict=True))
