@@ -22,8 +22,9 @@ from flawsift.errors import InputError
 from flawsift.features.backbones import Backbone
 from flawsift.models import model as models
 from flawsift.review import session as reviewing
+from flawsift.review.guard import MAX_BODY
 from flawsift.review.refit import refit
-from flawsift.review.server import MAX_BODY, make_app, serve
+from flawsift.review.server import make_app, serve
 from flawsift.review.session import Refit, Review
 from flawsift.screening.decisions import read_decisions
 from flawsift.screening.stage1 import FINAL
@@ -274,7 +275,7 @@ def test_decisions_of_an_earlier_run_are_there(folder: Path, client: TestClient)
     decide(client, 5, "remove", 0)
     with TestClient(make_app(Review.open(folder), "other", PORT), base_url=BASE) as later:
         assert later.get("/other/content").json()["decisions"] == {"5": ["remove", 1]}
-    now = Review.open(folder).decided()
+    now = Review.open(folder).reviewed_screening()
     assert 5 not in now.kept.tolist()
     assert 5 in read_screening(folder).kept.tolist()
 
@@ -285,7 +286,7 @@ def test_a_set_without_a_kept_image_can_still_be_looked_at(folder: Path) -> None
     review.screening = replace(review.screening, rejected=review.screening.grids > 0)
     review.decide([{"id": i, "decision": "remove", "version": 0} for i in review.screening.ids.tolist()])
     page = review.overview()
-    assert not len(review.decided().kept)
+    assert not len(review.reviewed_screening().kept)
     assert "nan" not in page
 
 
