@@ -1,15 +1,12 @@
 """The diagnosis of the assumption behind learning from contaminated sets."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from flawsift.cli.main import main
@@ -19,24 +16,9 @@ from flawsift.datasets.synthetic import synthetic
 from flawsift.errors import InputError
 from flawsift.features.readers import MemoryFeatures
 from flawsift.reports import diagnostics
-from flawsift.reports.diagnostics import (
-    diagnose,
-    examine,
-    find_recurrence,
-    read_labels,
-    reference_distances,
-    write_diagnosis,
-)
-from flawsift.reports.pairs import (
-    ALL,
-    ANOMALY_ANOMALY,
-    NORMAL_ANOMALY,
-    NORMAL_NORMAL,
-    chance_below,
-    matching,
-    pair_distances,
-    synthetic_setting,
-)
+from flawsift.reports.diagnostics import diagnose, examine, read_labels, write_diagnosis
+from flawsift.reports.pairs import ALL, ANOMALY_ANOMALY, NORMAL_ANOMALY, NORMAL_NORMAL, matching, pair_distances
+from tests.reports.material import synthetic_setting
 
 TINY = ["--backbone", "tiny", "--size", "64", "--layer", "stride8"]
 
@@ -66,13 +48,6 @@ def test_the_synthetic_setting_gives_the_known_ratios_and_distances(row: tuple[A
     assert not any(f.warnings for f in found)
 
 
-def test_squared_distances_equal_the_theory() -> None:
-    vectors, labels = synthetic_setting(16, 2000, 2000, seed=3)
-    found = pair_distances(vectors, labels, n=50_000)
-    for kind, expected in {NORMAL_NORMAL: 2.0, ANOMALY_ANOMALY: 4.0, NORMAL_ANOMALY: 3 + 1.5**2}.items():
-        assert (found[kind] ** 2).mean() == pytest.approx(16 * expected, rel=0.02)
-
-
 @pytest.mark.parametrize("labelled", [True, False])
 def test_anomalies_tighter_than_normals_warn(labelled: bool) -> None:
     vectors, labels = synthetic_setting(128, variance=0.5, seed=0)
@@ -99,66 +74,6 @@ def test_an_inversion_in_few_channels_needs_labels() -> None:
     assert examine(vectors, labels).warnings
 
 
-def test_matches_equal_the_definition() -> None:
-    vectors, labels = synthetic_setting(3, 60, 20, seed=2)
-    gaps = torch.cdist(vectors, vectors).fill_diagonal_(math.inf)
-    for k in (1, 3):
-        near = gaps.argsort(dim=1)[:, :k].tolist()
-        pairs = [(i, j) for i in range(80) for j in near[i] if i in near[j]]
-        found = matching(vectors, labels, k=k)
-        assert found.matched == len({i for i, _ in pairs}) / 80
-        assert found.true_normal == len({i for i, j in pairs if i < 60 and j < 60}) / 60
-        assert found.true_anomaly == len({i for i, j in pairs if i >= 60 and j >= 60}) / 20
-        assert found.false == len({i for i, j in pairs if (i < 60) != (j < 60)}) / 80
-
-
-def test_pairs_and_matches_across_images_leave_out_those_within() -> None:
-    # two images of two vectors each: close together within, 10 apart across
-    vectors, owners = torch.tensor([[0.0], [1.0], [11.0], [12.0]]), torch.tensor([0, 0, 1, 1])
-    found = pair_distances(vectors, owners=owners, n=500)[ALL]
-    assert sorted(set(found.tolist())) == [10, 11, 12]
-    assert matching(vectors).matched == 1
-    assert matching(vectors, owners=owners).matched == 0.5
-    alone = pair_distances(vectors[:2], owners=owners[:2])
-    assert alone == {}, "one image has no pairs across images"
-
-
-def test_reference_distances_equal_brute_force_without_the_own_image() -> None:
-    patches = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0))
-    references = torch.tensor([1, 2, 4, 5, 6])
-    near, typical = reference_distances(patches, references)
-    for i in range(7):
-        others = [r for r in references.tolist() if r != i]
-        for p in range(5):
-            each = [(patches[r] - patches[i, p]).norm(dim=1).min().item() for r in others]
-            assert near[i, p].item() == pytest.approx(min(each), abs=1e-5)
-            assert typical[i, p].item() == pytest.approx(sorted(each)[(len(each) - 1) // 2], abs=1e-5)
-
-
-def test_references_of_the_same_owner_are_left_out() -> None:
-    vectors = torch.tensor([[0.0], [1.0], [10.0], [14.0]]).unsqueeze(1)
-    near, typical = reference_distances(vectors, torch.arange(4), owners=torch.tensor([0, 0, 1, 1]))
-    assert near.flatten().tolist() == [10, 9, 9, 13]
-    assert typical.flatten().tolist() == [10, 9, 9, 13]  # of two the lower
-
-
-def test_copies_are_at_distance_zero() -> None:
-    one = torch.randn(1, 30, 300, generator=torch.Generator().manual_seed(0))
-    near, typical = reference_distances(one.repeat(6, 1, 1), torch.arange(6))
-    assert (near == 0).all()
-    assert (typical == 0).all()
-
-
-@pytest.mark.parametrize(("n_alike", "suspicious"), [(2, False), (3, True)])
-def test_two_look_alikes_are_a_coincidence(n_alike: int, suspicious: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    patches = torch.randn(40, 20, 16, generator=generator)
-    patches[:n_alike, 7] = torch.randn(16, generator=generator) * 4
-    found = find_recurrence(*reference_distances(patches, torch.arange(40)))
-    assert found.twins == list(range(n_alike))
-    assert found.suspicious == suspicious
-
-
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_an_offset_changes_nothing(offset: float) -> None:
     vectors, labels = synthetic_setting(32, variance=0.5, seed=0)
@@ -166,36 +81,6 @@ def test_an_offset_changes_nothing(offset: float) -> None:
     assert len(found.warnings) == 3
     assert found.recurrence.ordinary == pytest.approx(expected.recurrence.ordinary, rel=1e-3)
     assert found.recurrence.twins == expected.recurrence.twins
-
-
-def test_a_recurring_defect_is_seen_on_a_saturated_background() -> None:
-    generator = torch.Generator().manual_seed(0)
-    patches = torch.randn(40, 20, 16, generator=generator)
-    patches[:, :14] = torch.randn(16, generator=generator)  # the same in all images: most patches are copies
-    patches[:5, 17] = torch.randn(16, generator=generator) * 4 + 0.1 * torch.randn(5, 16, generator=generator)
-    found = find_recurrence(*reference_distances(patches, torch.arange(40)))
-    assert found.ordinary > 1
-    assert found.twins == list(range(5))
-    assert found.suspicious
-
-
-def test_a_recurring_patch_is_a_twin_and_a_scattered_one_is_not() -> None:
-    generator = torch.Generator().manual_seed(0)
-    patches = torch.randn(40, 20, 16, generator=generator)
-    same, spots = torch.randn(16, generator=generator) * 4, torch.randn(5, 16, generator=generator) * 4
-    patches[:5, 7] = same + 0.1 * torch.randn(5, 16, generator=generator)  # one defect in five images
-    patches[5:10, 3] = spots  # five different ones
-    found = find_recurrence(*reference_distances(patches, torch.arange(40)))
-    assert found.unusual == list(range(10))
-    assert found.twins == list(range(5))
-    assert found.suspicious
-
-
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.lists(st.integers(0, 5), min_size=1, max_size=20))
-@settings(max_examples=50, deadline=None)
-def test_chance_below_counts_ties_half(a: list[int], b: list[int]) -> None:
-    expected = np.mean([[1.0 if x < y else 0.5 if x == y else 0.0 for y in b] for x in a])
-    assert chance_below(np.array(a, float), np.array(b, float)) == pytest.approx(expected)
 
 
 def features_of(patches: torch.Tensor) -> ImageSet:

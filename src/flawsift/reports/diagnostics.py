@@ -11,7 +11,7 @@ Reference: Im et al. (FUN-AD), WACV 2025, arXiv 2411.16110, the analysis of pair
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from flawsift.reports.pairs import (
     matching,
     pair_distances,
 )
+from flawsift.reports.recurrence import Recurrence, find_recurrence, reference_distances
 from flawsift.types import Floats
 
 PAGE, DATA = "diagnose.html", "diagnostics.json"
@@ -47,13 +48,7 @@ WORST_SHARE = 0.01  # of an anomalous image's patches that count as anomalous wh
 MAX_IMAGES = 500  # more are drawn from; the cost is images x references
 RARE_SHARE = 0.1  # of them that the rarer class has, if there are as many: two images would say nothing of their class
 MAX_REFERENCES = 64  # a defect in 5 % of the images is in three of them
-BLOCK_FLOATS = 1 << 24  # distances held at a time, 64 MB
-COPY = 2e-3  # distances below this share of a vector's length are rounding of float32 products: copies
 MIN_IMAGES = 4  # with fewer, "most images" says nothing
-FENCE = 3.0  # robust standard deviations above the median: 1 in 1000 of a normal distribution
-MAD_TO_SIGMA = 1.4826
-MIN_TWINS = 3  # images; two alike are a coincidence or a copied file
-TWIN_SHARE = 0.2  # of the unusual images: below, chance twins of many defects would warn
 
 WIDTH, HEIGHT = 720.0, 220.0  # of the drawing, in its own units
 MAX_NAMED = 24  # files that the page names; the JSON has all
@@ -69,35 +64,8 @@ CANNOT_SAY = (
 
 
 @dataclass(frozen=True)
-class Recurrence:
-    """The sign of recurring defects that is seen without labels.
-
-    An image is unusual when the patch of it that is farthest from most reference images stands out among those of all
-    images (`fence`). It has a twin when a patch of it beyond the fence is nevertheless nearer to some other image than
-    an ordinary patch is to its nearest.
-
-    Attributes:
-        unusual: (U,) positions of unusual images.
-        twins: (T,) those that have a twin.
-        fence: Distance to the median reference image above which an image's worst patch is unusual.
-        ordinary: Median distance of a patch to its nearest reference image, copies not counted: where most of each
-            image is one saturated background, a median of all would be 0, and nothing nearer than that.
-    """
-
-    unusual: Sequence[int]
-    twins: Sequence[int]
-    fence: float
-    ordinary: float
-
-    @property
-    def suspicious(self) -> bool:
-        """Whether a good part of the unusual images have twins."""
-        return len(self.twins) >= max(MIN_TWINS, TWIN_SHARE * len(self.unusual))
-
-
-@dataclass(frozen=True)
 class Diagnosis:
-    """What was found.
+    """What distances, matches and look-alikes of a set of patches say about the assumption.
 
     Attributes:
         counts: How many images and vectors of which kind.
@@ -178,14 +146,14 @@ def diagnose(data: ImageSet, layer: str = "stride16", *, truth: GroundTruth | No
     features = [standardized(batch.features[layer], statistics) for batch in data.batches((layer,))]
     patches = torch.cat(features).flatten(2).transpose(1, 2).contiguous()  # (N, P, C)
     grid = features[0].shape[2:]
-    near, typical = reference_distances(patches, torch.randperm(len(data), generator=generator)[:MAX_REFERENCES])
-    recurrence = find_recurrence(near, typical)
+    references = torch.randperm(len(data), generator=generator)[:MAX_REFERENCES]
+    recurrence = find_recurrence(*reference_distances(patches, references))
     chosen, flags = _choose(data, patches, grid, labels, truth, generator)
     owners, vectors = chosen[:, 0], patches[chosen[:, 0], chosen[:, 1]]
-    found = examine(vectors, flags, owners=owners, recurrence=recurrence, seed=seed)
+    diagnosis = examine(vectors, flags, owners=owners, recurrence=recurrence, seed=seed)
     counts = {"images": len(data), **({} if labels is None else {"anomalous images": int(labels.sum())})}
     names = [data.names[i] for i in recurrence.twins]
-    return Diagnosis(**{**vars(found), "counts": {**counts, **found.counts}, "twins": names})
+    return replace(diagnosis, counts={**counts, **diagnosis.counts}, twins=names)
 
 
 def examine(
@@ -220,49 +188,13 @@ def examine(
     distances = pair_distances(vectors, labels, owners=own, seed=seed)
     auroc = None
     if labels is not None:
-        nearest, _ = NearestNeighbors(vectors, owners=own).query(vectors, owners=own)
-        auroc = image_auroc(nearest[:, 0].numpy(), labels.numpy().astype(np.int8))
+        to_nearest, _ = NearestNeighbors(vectors, owners=own).query(vectors, owners=own)
+        auroc = image_auroc(to_nearest[:, 0].numpy(), labels.numpy().astype(np.int8))
     across = [] if owners is None else [matching(vectors, labels, k=k, owners=own) for k in ks]
     counts = {"vectors": len(vectors), **({} if labels is None else {"anomalous vectors": int(labels.sum())})}
     plain = [matching(vectors, labels, k=k) for k in ks]
     warnings = _warnings(distances, auroc, recurrence)
     return Diagnosis(counts, distances, plain, across, recurrence, auroc, warnings)
-
-
-def reference_distances(patches: Tensor, references: Tensor, *, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(N, P) distance of each patch to the nearest reference image, and to the median one, its own image left out.
-
-    Args:
-        patches: (N, P, C).
-        references: (R,) positions of the reference images.
-        owners: (N,) integers; references of the same owner are left out too.
-    """
-    n, p, channels = patches.shape
-    owners = torch.arange(n) if owners is None else owners
-    # a common offset is no part of a distance, but float32 products lose the distances beside it
-    patches = patches - patches.mean((0, 1))
-    flat = patches.reshape(-1, channels)
-    rounding = COPY * flat.norm(dim=1).view(n, p, 1)
-    parts = []
-    for part in torch.split(references, max(1, BLOCK_FLOATS // (n * p * p))):
-        near = torch.cdist(flat, patches[part].reshape(-1, channels)).view(n, p, len(part), p).amin(3)
-        near = near.masked_fill(near < rounding, 0.0)
-        own = owners[:, None] == owners[part]  # an image says nothing of itself
-        parts.append(near.masked_fill(own[:, None, :], torch.nan))
-    to_image = torch.cat(parts, dim=2)  # (N, P, R)
-    return to_image.nan_to_num(nan=torch.inf).amin(2), to_image.nanmedian(dim=2).values
-
-
-def find_recurrence(near: Tensor, typical: Tensor) -> Recurrence:
-    """From (N, P) distances to the nearest and to the median reference image; see `Recurrence`."""
-    worst = typical.amax(1)
-    middle = worst.median()
-    fence = float(middle + FENCE * MAD_TO_SIGMA * (worst - middle).abs().median())
-    apart = near[near > 0]
-    ordinary = float(apart.median()) if len(apart) else 0.0
-    unusual = worst > fence
-    twins = ((typical > fence) & (near < ordinary)).any(1)
-    return Recurrence(unusual.nonzero()[:, 0].tolist(), twins.nonzero()[:, 0].tolist(), fence, ordinary)
 
 
 def read_labels(path: str | Path, images: ImageSet) -> GroundTruth:
@@ -303,31 +235,29 @@ def read_labels(path: str | Path, images: ImageSet) -> GroundTruth:
     return GroundTruth(np.array([ids[n] for n in labels], np.int64), np.array(flags, np.int8), types, {})
 
 
-def write_diagnosis(found: Diagnosis, folder: str | Path, *, title: str = "Diagnosis") -> Path:
+def write_diagnosis(diagnosis: Diagnosis, folder: str | Path) -> Path:
     """Write `folder/diagnose.html`, which needs nothing but a browser, and `folder/diagnostics.json`.
 
     Raises:
         OutputError: They cannot be written.
     """
     folder = ensure_folder(folder)
-    write_json(folder / DATA, found.as_json())
-    write_text(folder / PAGE, diagnosis_page(found, title=title))
+    write_json(folder / DATA, diagnosis.as_json())
+    write_text(folder / PAGE, diagnosis_page(diagnosis))
     return folder / PAGE
 
 
-def diagnosis_page(found: Diagnosis, *, title: str = "Diagnosis") -> str:
+def diagnosis_page(diagnosis: Diagnosis) -> str:
     """The diagnosis as one self-contained HTML page."""
-    shown = found.as_json()
     return template(PAGE).render(
-        title=title,
-        plot=_plot(found.distances),
+        plot=_plot(diagnosis.distances),
         width=WIDTH,
         height=HEIGHT,
-        twins=[show(name) for name in found.twins[:MAX_NAMED]],
-        n_more=max(0, len(found.twins) - MAX_NAMED),
-        tables=[("all vectors", found.matching), ("vectors of different images only", found.matching_across)],
-        labelled=found.nearest_auroc is not None,
-        **shown,
+        twins=[show(name) for name in diagnosis.twins[:MAX_NAMED]],
+        n_more=max(0, len(diagnosis.twins) - MAX_NAMED),
+        tables=[("all vectors", diagnosis.matching), ("vectors of different images only", diagnosis.matching_across)],
+        labelled=diagnosis.nearest_auroc is not None,
+        **diagnosis.as_json(),
     )
 
 
@@ -372,14 +302,14 @@ def _choose(
         return torch.cat([_of_image(i, d) for i, d in enumerate(drawn)]), None
     normal = (~labels).nonzero()[:, 0]
     references = normal[torch.randperm(len(normal), generator=generator)[:MAX_REFERENCES]]
-    _, typical = reference_distances(patches, references)
+    _, to_median = reference_distances(patches, references)
     chosen, flags = [], []
     for i, id_ in enumerate(data.ids.tolist()):
         order = torch.randperm(p, generator=generator)
         if labels[i]:
             mask = truth.mask(id_, (int(grid[0]), int(grid[1])))
             inside = None if mask is None else torch.from_numpy(mask.reshape(-1))
-            worst = typical[i].argsort(descending=True)[: max(1, int(WORST_SHARE * p))]
+            worst = to_median[i].argsort(descending=True)[: max(1, int(WORST_SHARE * p))]
             order = worst if inside is None or not inside.any() else order[inside[order]]
         chosen.append(_of_image(i, order[:PATCHES]))
         flags.append(torch.full((len(chosen[-1]),), bool(labels[i])))
@@ -391,26 +321,26 @@ def _of_image(image: int, places: Tensor) -> Tensor:
 
 
 def _warnings(distances: Mapping[str, Floats], auroc: float | None, recurrence: Recurrence) -> list[str]:
-    found = []
+    warnings = []
     if NORMAL_NORMAL in distances and ANOMALY_ANOMALY in distances:
         normal, anomalous = distances[NORMAL_NORMAL].mean(), distances[ANOMALY_ANOMALY].mean()
         if anomalous < normal:
-            found.append(
+            warnings.append(
                 f"Anomalous patches vary less than normal ones: their mean distance is {anomalous:.3g} against "
                 f"{normal:.3g}. Methods that take what has near neighbours for normal will take them for normal."
             )
     if auroc is not None and auroc < 0.5:
-        found.append(
+        warnings.append(
             f"Anomalous patches have nearer neighbours than normal ones (AUROC {auroc:.2f} of the distance to the "
             "nearest): pseudo-labels from such distances are the wrong way round."
         )
     if recurrence.suspicious:
-        found.append(
+        warnings.append(
             f"{len(recurrence.twins)} of {len(recurrence.unusual)} unusual images have a place that is unlike most "
             "images, yet more like another image than ordinary patches are: a defect that recurs, perhaps. Set such "
             "images aside before a method that learns from distances."
         )
-    return found
+    return warnings
 
 
 def _summary(values: Floats) -> dict[str, float]:

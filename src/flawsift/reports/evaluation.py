@@ -17,12 +17,20 @@ from flawsift.models import model as models
 from flawsift.models.predictions import Predictions
 from flawsift.paths import show
 from flawsift.reports.histogram import Histogram
-from flawsift.reports.overlays import Scale, overlay, shrink
-from flawsift.reports.pages import css_ramp, data_uri, flat, number, template
+from flawsift.reports.overlays import Scale, overlay, peak_position, shrink
+from flawsift.reports.pages import REPORT, THUMB, css_ramp, data_uri, flat, number, template, unreadable_files
 from flawsift.reports.predictions import scaled_map
-from flawsift.reports.screening import MAX_UNREADABLE, NAME, THUMB, place_of
+from flawsift.types import Floats
 
 N_WORST = 12  # of each kind of error: a screen or two
+SECTIONS = (
+    ("metrics", "Metrics"),
+    ("scores", "Scores"),
+    ("false-alarms", "False alarms"),
+    ("missed", "Missed"),
+    ("unreadable", "Unreadable"),
+    ("details", "Parameters"),
+)
 METRICS = {
     "image_auroc": "Image AUROC",
     "image_ap": "Image AP",
@@ -37,8 +45,8 @@ METRICS = {
 
 
 @dataclass(frozen=True)
-class Card:
-    """One image as the page shows it; texts, and data URIs that are "" where there is none."""
+class EvaluationCard:
+    """One test image as the page shows it; texts, and data URIs that are "" where there is none."""
 
     name: str
     truth: str
@@ -47,14 +55,14 @@ class Card:
     score: str
     picture: str = ""
     heatmap: str = ""
-    place: str = ""
+    peak_position: str = ""
     problem: str = ""
 
 
 def write_evaluation_report(
     model: models.Model,
     metrics: Mapping[str, Any],
-    found: Predictions,
+    predictions: Predictions,
     images: ImageSet,
     truth: GroundTruth,
     folder: str | Path,
@@ -65,8 +73,8 @@ def write_evaluation_report(
 
     Args:
         model: That made the predictions; it scores the few images that are shown again, for their maps.
-        metrics: From `flawsift.models.model.evaluate`, as `found`.
-        found: Of all test images.
+        metrics: From `flawsift.models.model.evaluate`, as `predictions`.
+        predictions: Of all test images.
         images: The test images.
         truth: Their labels.
         folder: Where the page goes.
@@ -75,50 +83,58 @@ def write_evaluation_report(
     Raises:
         OutputError: It cannot be written.
     """
-    readable = np.isfinite(found.scores)
-    ids, scores = found.ids[readable], found.scores[readable]
+    readable = np.isfinite(predictions.scores)
+    ids, scores = predictions.ids[readable], predictions.scores[readable]
     truth = truth.select(ids)
     defective = truth.labels == 1
-    cut = None if found.threshold is None else found.threshold.value
-    good_first = ids[~defective][np.argsort(-scores[~defective], kind="stable")][:N_WORST]
-    bad_first = ids[defective][np.argsort(scores[defective], kind="stable")][:N_WORST]
-    shown = _shown(model, found, images, truth, [*good_first.tolist(), *bad_first.tolist()], device)
-    names = dict(zip(found.ids.tolist(), found.names, strict=True))
-    unreadable = [(show(names[i]), show(reason)) for i, reason in found.errors.items()]
-    path = ensure_folder(folder) / NAME
+    cut = _cut(predictions)
+    highest_good = ids[~defective][np.argsort(-scores[~defective], kind="stable")][:N_WORST]
+    lowest_defective = ids[defective][np.argsort(scores[defective], kind="stable")][:N_WORST]
+    cards = _cards(model, predictions, images, truth, [*highest_good.tolist(), *lowest_defective.tolist()], device)
+    alarms, missed = metrics["false_alarms_per_100"], metrics["missed_per_100"]
+    names = dict(zip(predictions.ids.tolist(), predictions.names, strict=True))
+    path = ensure_folder(folder) / REPORT
     page = template("evaluation.html").render(
         title="Evaluation report",
         headline=_headline(metrics),
         explanation="Labels were used here only; the model never saw them.",
-        sections=[("metrics", "Metrics"), ("scores", "Scores"), ("false-alarms", "False alarms"), ("missed", "Missed"),
-                  ("unreadable", "Unreadable"), ("details", "Parameters")],
+        sections=SECTIONS,
         metrics=[(label, "-" if metrics.get(key) is None else f"{metrics[key]:.4g}") for key, label in METRICS.items()],
         histogram=Histogram.of(scores, ~defective, cut=cut, sides=("good", "defective")),
         histogram_text=_headline(metrics),
         types=_types(truth, scores, cut),
         threshold="" if cut is None else number(cut),
         groups=[
-            _group("false-alarms", "False alarms", "good", good_first, shown, metrics["false_alarms_per_100"]),
-            _group("missed", "Missed", "defective", bad_first, shown, metrics["missed_per_100"]),
+            _group("false-alarms", "False alarms", "good", [cards[i] for i in highest_good.tolist()], alarms),
+            _group("missed", "Missed", "defective", [cards[i] for i in lowest_defective.tolist()], missed),
         ],
-        has_maps=any(card.heatmap for card in shown.values()),
+        has_maps=any(card.heatmap for card in cards.values()),
         ramp=css_ramp(),
-        unreadable=unreadable[:MAX_UNREADABLE],
-        n_unreadable=len(unreadable),
-        details=list(flat({
-            "detector": {"name": model.detector.name, "params": model.detector.params()},
-            "backbone": {"spec": model.backbone.spec, "weights_digest": model.backbone.weights_digest},
-            "threshold": {} if found.threshold is None else vars(found.threshold),
-            "training": model.training,
-        })),
-    )  # fmt: skip
+        **unreadable_files((names[i], reason) for i, reason in predictions.errors.items()),
+        details=list(flat(_settings(model, predictions))),
+    )
     write_text(path, page)
     return path
 
 
+def _cut(predictions: Predictions) -> float | None:
+    """The score above which an image was called anomalous."""
+    return None if predictions.threshold is None else predictions.threshold.value
+
+
+def _settings(model: models.Model, predictions: Predictions) -> dict[str, Any]:
+    """What the page lists of the model."""
+    return {
+        "detector": {"name": model.detector.name, "params": model.detector.params()},
+        "backbone": {"spec": model.backbone.spec, "weights_digest": model.backbone.weights_digest},
+        "threshold": {} if predictions.threshold is None else vars(predictions.threshold),
+        "training": model.training,
+    }
+
+
 def _headline(metrics: Mapping[str, Any]) -> str:
-    n, bad = metrics["n_images"], metrics["n_anomalous"]
-    text = f"{n:,} test images, {bad:,} of them defective."
+    n, n_defective = metrics["n_images"], metrics["n_anomalous"]
+    text = f"{n:,} test images, {n_defective:,} of them defective."
     if metrics.get("image_auroc") is not None:
         text += f" Image AUROC {metrics['image_auroc']:.3f}."
     alarms, missed = metrics["false_alarms_per_100"], metrics["missed_per_100"]
@@ -129,22 +145,21 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     return text
 
 
-def _types(truth: GroundTruth, scores: npt.NDArray[np.float64], cut: float | None) -> list[tuple[str, int, str, str]]:
+def _types(truth: GroundTruth, scores: Floats, cut: float | None) -> list[tuple[str, int, str, str]]:
     """(kind, images, median score, share above the threshold) of each kind of image."""
     kinds = np.array(truth.defect_types, dtype=object)
     rows = []
     for kind in dict.fromkeys(truth.defect_types):
-        mine = scores[kinds == kind]
-        share = "" if cut is None else f"{100 * float((mine > cut).mean()):.0f} %"
-        rows.append((show(kind), len(mine), number(float(np.median(mine))), share))
+        of_kind = scores[kinds == kind]
+        share = "" if cut is None else f"{100 * float((of_kind > cut).mean()):.0f} %"
+        rows.append((show(kind), len(of_kind), number(float(np.median(of_kind))), share))
     return rows
 
 
 def _group(
-    id_: str, title: str, kind: str, ids: npt.NDArray[np.int64], shown: Mapping[int, Card], per_hundred: float | None
+    id_: str, title: str, kind: str, cards: Sequence[EvaluationCard], per_hundred: float | None
 ) -> dict[str, Any]:
     """The errors of one kind; without any, the images that came closest."""
-    cards = [shown[int(i)] for i in ids]
     wrong = [card for card in cards if card.tone == "removed"]
     most = "highest-scoring good" if kind == "good" else "lowest-scoring defective"
     if not cards:
@@ -158,36 +173,36 @@ def _group(
     return {"id": id_, "title": title, "text": text, "cards": cards}
 
 
-def _shown(
+def _cards(
     model: models.Model,
-    found: Predictions,
+    predictions: Predictions,
     images: ImageSet,
     truth: GroundTruth,
     ids: Sequence[int],
     device: str,
-) -> dict[int, Card]:
-    """Cards by id, with maps from a second look at these few images."""
+) -> dict[int, EvaluationCard]:
+    """Cards by id, with maps from a second prediction of these few images."""
     maps: dict[int, npt.NDArray[np.float32]] = {}
 
     def take(part: ImageSet, prediction: Prediction) -> None:
         assert prediction.maps is not None
-        for id_, score, one in zip(part.ids.tolist(), prediction.scores, prediction.maps, strict=True):
-            maps[id_] = scaled_map(one, float(score))
+        for id_, score, map_ in zip(part.ids.tolist(), prediction.scores, prediction.maps, strict=True):
+            maps[id_] = scaled_map(map_, float(score))
 
     chosen = images.select(ids)
     if len(chosen):
         models.predict(model, chosen, device=device, on_maps=take)
-    cut = None if found.threshold is None else found.threshold.value
-    sample = model.calibration.scores if len(model.calibration.scores) else found.scores
+    cut = _cut(predictions)
+    sample = model.calibration.scores if len(model.calibration.scores) else predictions.scores
     scale = Scale.of(sample, cut)
-    score_of = dict(zip(found.ids.tolist(), found.scores.tolist(), strict=True))
-    kinds = dict(zip(truth.ids.tolist(), zip(truth.labels.tolist(), truth.defect_types, strict=True), strict=True))
+    score_of = dict(zip(predictions.ids.tolist(), predictions.scores.tolist(), strict=True))
+    truth_of = dict(zip(truth.ids.tolist(), zip(truth.labels.tolist(), truth.defect_types, strict=True), strict=True))
     cards = {}
     for id_, name in zip(chosen.ids.tolist(), chosen.names, strict=True):
-        label, kind = kinds[id_]
+        label, kind = truth_of[id_]
         stopped = None if cut is None else score_of[id_] > cut
         wrong = stopped is not None and stopped != bool(label)
-        cards[id_] = Card(
+        cards[id_] = EvaluationCard(
             name=show(name),
             truth=show(kind),
             verdict="no threshold" if stopped is None else "stopped" if stopped else "passed",
@@ -198,13 +213,13 @@ def _shown(
     return cards
 
 
-def _pictures(images: ImageSet, id_: int, found: npt.NDArray[np.float32] | None, scale: Scale) -> dict[str, str]:
+def _pictures(images: ImageSet, id_: int, map_: npt.NDArray[np.float32] | None, scale: Scale) -> dict[str, str]:
     try:
         image = images.image(id_)
     except UnreadableImage as error:
         return {"problem": show(str(error))}
     result = {"picture": data_uri(shrink(image, THUMB))}
-    if found is not None:
-        result["heatmap"] = data_uri(overlay(image, found, scale, max_edge=THUMB), subsampling=0)
-        result["place"] = place_of(found.astype(np.float16))
+    if map_ is not None:
+        result["heatmap"] = data_uri(overlay(image, map_, scale, max_edge=THUMB), subsampling=0)
+        result["peak_position"] = peak_position(map_.astype(np.float16))
     return result

@@ -1,9 +1,10 @@
-"""What a screening kept and removed, with a person's decisions, in the forms that other tools read. Originals stay."""
+"""What a screening kept and removed, with a reviewer's decisions, in formats of other tools. Originals stay."""
 
 import json
 import os
 import shlex
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,31 +18,30 @@ from PIL import Image
 from scipy import ndimage
 
 from flawsift import __version__
-from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.errors import OutputError, ParameterError, unknown_name
 from flawsift.files import ensure_folder, write_csv, write_json, write_text
 from flawsift.paths import show
+from flawsift.reports.evidence import map_scale, smoothed
 from flawsift.reports.overlays import Scale
-from flawsift.reports.screening import map_scale, shown_map
 from flawsift.screening.decisions import apply_decisions
 from flawsift.screening.result import Screening
 
 STATUS = ("removed", "kept")  # by whether an image is kept
-SUSPECT = "suspect region"
+REGION = "suspect region"
 ORIENTATION = 0x0112  # the EXIF tag
-TURNED = 5  # orientations from here on swap width and height
+TURNED = range(5, 9)  # its values that swap width and height
 
 
 @dataclass(frozen=True, eq=False)
-class _Row:
-    """One image of the export."""
+class _Image:
+    """One image of an export."""
 
     id: int
     name: str  # as `show` prints it
     path: Path
     is_kept: bool
-    decision: str  # "" where nobody decided
+    decision: str  # "" where there is none
     rank: int
     consensus: float
     held_out_score: float
@@ -50,6 +50,17 @@ class _Row:
     @property
     def status(self) -> str:
         return STATUS[self.is_kept]
+
+
+@dataclass(frozen=True, eq=False)
+class _Export:
+    """What is written, and where."""
+
+    screening: Screening
+    images: list[_Image]
+    root: Path  # the images' folder
+    folder: Path  # of the export
+    link: bool
 
 
 def export(
@@ -93,65 +104,64 @@ def export(
         )
     is_kept, _ = apply_decisions(screening.names, screening.is_kept, choices or {})
     rank = {i: r for r, i in enumerate(screening.ranking.tolist(), 1)}
-    rows = []
+    listed = []
     for p, id_ in enumerate(screening.ids.tolist()):
         name = show(screening.names[p])
         scores = float(screening.consensus[p]), float(screening.held_out_scores[p])
         decision = (choices or {}).get(name, "")
-        rows.append(_Row(id_, name, source.path(id_), bool(is_kept[p]), decision, rank[id_], *scores, p))
-    folder = ensure_folder(out)
-    missing = FORMATS[to](rows, folder, screening, source.root, link)
+        listed.append(_Image(id_, name, source.path(id_), bool(is_kept[p]), decision, rank[id_], *scores, p))
+    missing = FORMATS[to](_Export(screening, listed, source.root, ensure_folder(out), link))
     return {"kept": int(is_kept.sum()), "removed": int((~is_kept).sum()), "missing": missing}
 
 
-def _folder(rows: list[_Row], out: Path, screening: Screening, root: Path, link: bool) -> int:
+def _folder(job: _Export) -> int:
     missing = 0
     for status in STATUS:
-        (out / status).mkdir()
-    for row in rows:
-        target = out / row.status / row.path.relative_to(root)
+        (job.folder / status).mkdir()
+    for image in job.images:
+        target = job.folder / image.status / image.path.relative_to(job.root)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if not row.path.exists():
+            if not image.path.exists():
                 missing += 1
-            elif link:
-                target.symlink_to(os.path.abspath(row.path))
+            elif job.link:
+                target.symlink_to(os.path.abspath(image.path))
             else:
-                shutil.copy2(row.path, target)
+                shutil.copy2(image.path, target)
         except OSError as error:
             raise OutputError(f"Cannot write '{show(target)}': {error.strerror or error}.") from error
     return missing
 
 
-def _csv(rows: list[_Row], out: Path, screening: Screening, root: Path, link: bool) -> int:
+def _csv(job: _Export) -> int:
     header = ["id", "path", "status", "decision", "rank", "consensus", "held_out_score", "file"]
     table = [
-        (r.id, r.name, r.status, r.decision, r.rank, f"{r.consensus:.9g}", f"{r.held_out_score:.9g}", _absolute(r.path))
-        for r in rows
+        (i.id, i.name, i.status, i.decision, i.rank, f"{i.consensus:.9g}", f"{i.held_out_score:.9g}", _absolute(i.path))
+        for i in job.images
     ]
-    write_csv(out / "images.csv", header, table)
+    write_csv(job.folder / "images.csv", header, table)
     return 0
 
 
-def _coco(rows: list[_Row], out: Path, screening: Screening, root: Path, link: bool) -> int:
+def _coco(job: _Export) -> int:
     """https://cocodataset.org/#format-data: one file of object detection; kept images have no annotation."""
-    scale = map_scale(screening)
-    listed: list[dict[str, Any]] = []
+    scale = map_scale(job.screening)
+    pictures: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     missing = 0
-    for row in rows:
-        size = _size(row.path)
+    for image in job.images:
+        size = _size(image.path)
         if size is None:
             missing += 1
             continue
         width, height = size
-        extra = {"status": row.status, "decision": row.decision, "consensus": row.consensus}
-        listed.append({"id": row.id, "file_name": row.name, "width": width, "height": height, "flawsift": extra})
-        for box in () if row.is_kept else _boxes(screening, scale, row.position, size):
+        extra = {"status": image.status, "decision": image.decision, "consensus": image.consensus}
+        pictures.append({"id": image.id, "file_name": image.name, "width": width, "height": height, "flawsift": extra})
+        for box in () if image.is_kept else _boxes(job.screening, scale, image.position, size):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
-                    "image_id": row.id,
+                    "image_id": image.id,
                     "category_id": 1,
                     "bbox": box,
                     "area": round(box[2] * box[3], 2),
@@ -162,60 +172,61 @@ def _coco(rows: list[_Row], out: Path, screening: Screening, root: Path, link: b
     content = {
         "info": {"description": "Screened by flawsift", "version": __version__},
         "licenses": [],
-        "categories": [{"id": 1, "name": SUSPECT, "supercategory": "defect"}],
-        "images": listed,
+        "categories": [{"id": 1, "name": REGION, "supercategory": "defect"}],
+        "images": pictures,
         "annotations": annotations,
     }
-    write_json(out / "annotations.json", content)
+    write_json(job.folder / "annotations.json", content)
     return missing
 
 
-def _fiftyone(rows: list[_Row], out: Path, screening: Screening, root: Path, link: bool) -> int:
+def _fiftyone(job: _Export) -> int:
     """FiftyOneImageClassificationDataset: labels by absolute path, classes by number, attributes beside them."""
     labels = {}
-    for row in rows:
+    for image in job.images:
         attributes: dict[str, Any] = {
-            "consensus": row.consensus,
-            "held_out_score": row.held_out_score,
-            "rank": row.rank,
+            "consensus": image.consensus,
+            "held_out_score": image.held_out_score,
+            "rank": image.rank,
         }
-        attributes["decision"] = row.decision or None
-        labels[_absolute(row.path)] = {"label": int(row.is_kept), "confidence": None, "attributes": attributes}
-    write_json(out / "labels.json", {"classes": list(STATUS), "labels": labels})
+        attributes["decision"] = image.decision or None
+        labels[_absolute(image.path)] = {"label": int(image.is_kept), "confidence": None, "attributes": attributes}
+    write_json(job.folder / "labels.json", {"classes": list(STATUS), "labels": labels})
     return 0
 
 
-def _labelstudio(rows: list[_Row], out: Path, screening: Screening, root: Path, link: bool) -> int:
+def _labelstudio(job: _Export) -> int:
     """Tasks of the Basic Label Studio JSON format, images by its local file serving, and the labelling interface."""
-    scale = map_scale(screening)
-    folder = Path(_absolute(root)).name
+    scale = map_scale(job.screening)
+    folder = Path(_absolute(job.root)).name
+    is_kept = job.screening.is_kept  # without the decisions
     tasks = []
-    for row in rows:
-        address = f"/data/local-files/?d={quote(os.fsencode(f'{folder}/{row.path.relative_to(root).as_posix()}'))}"
-        data = {"image": address, "path": row.name, "consensus": row.consensus, "rank": row.rank}
-        screened = STATUS[bool(screening.is_kept[row.position])]
-        result = [_choice(f"{row.id}-screening", screened)]
-        size = None if row.is_kept else _size(row.path)
+    for image in job.images:
+        below = image.path.relative_to(job.root).as_posix()
+        address = f"/data/local-files/?d={quote(os.fsencode(f'{folder}/{below}'))}"
+        data = {"image": address, "path": image.name, "consensus": image.consensus, "rank": image.rank}
+        result = [_choice(f"{image.id}-screening", STATUS[bool(is_kept[image.position])])]
+        size = None if image.is_kept else _size(image.path)
         if size is not None:
-            for b, box in enumerate(_boxes(screening, scale, row.position, size)):
-                result.append(_rectangle(f"{row.id}-region-{b}", box, size))
-        prediction = {"model_version": f"flawsift {__version__}", "score": row.consensus, "result": result}
+            for b, box in enumerate(_boxes(job.screening, scale, image.position, size)):
+                result.append(_rectangle(f"{image.id}-region-{b}", box, size))
+        prediction = {"model_version": f"flawsift {__version__}", "score": image.consensus, "result": result}
         task: dict[str, Any] = {"data": data, "predictions": [prediction]}
-        if row.decision in ("keep", "remove"):
-            task["annotations"] = [{"result": [_choice(f"{row.id}-person", row.status)]}]
+        if image.decision in ("keep", "remove"):
+            task["annotations"] = [{"result": [_choice(f"{image.id}-person", image.status)]}]
         tasks.append(task)
-    write_json(out / "tasks.json", tasks)
+    write_json(job.folder / "tasks.json", tasks)
     choices = "\n".join(f"    <Choice value={quoteattr(s)}/>" for s in reversed(STATUS))
     write_text(
-        out / "interface.xml",
+        job.folder / "interface.xml",
         f'<View>\n  <Image name="image" value="$image"/>\n  <Choices name="status" toName="image" choice="single">\n'
         f'{choices}\n  </Choices>\n  <RectangleLabels name="region" toName="image">\n'
-        f"    <Label value={quoteattr(SUSPECT)}/>\n  </RectangleLabels>\n</View>\n",
+        f"    <Label value={quoteattr(REGION)}/>\n  </RectangleLabels>\n</View>\n",
     )
     return 0
 
 
-FORMATS: Mapping[str, Callable[[list[_Row], Path, Screening, Path, bool], int]] = {
+FORMATS: Mapping[str, Callable[[_Export], int]] = {
     "folder": _folder,
     "csv": _csv,
     "coco": _coco,
@@ -232,7 +243,7 @@ def _rectangle(id_: str, box: list[float], size: tuple[int, int]) -> dict[str, A
     """Label Studio's boxes are in percent of the picture."""
     (x, y, w, h), (width, height) = box, size
     percent = {"x": 100 * x / width, "y": 100 * y / height, "width": 100 * w / width, "height": 100 * h / height}
-    value = {**{key: round(v, 3) for key, v in percent.items()}, "rotation": 0, "rectanglelabels": [SUSPECT]}
+    value = {**{key: round(v, 3) for key, v in percent.items()}, "rotation": 0, "rectanglelabels": [REGION]}
     common = {"id": id_, "type": "rectanglelabels", "from_name": "region", "to_name": "image", "value": value}
     return {**common, "original_width": width, "original_height": height, "image_rotation": 0}
 
@@ -243,13 +254,13 @@ def _boxes(screening: Screening, scale: Scale | None, position: int, size: tuple
     whole = [[0.0, 0.0, float(width), float(height)]]
     if screening.patch_maps is None or scale is None:
         return whole
-    above: npt.NDArray[np.bool_] = shown_map(screening.patch_maps[position]).numpy() > scale.threshold
-    rows, columns = above.shape
+    above: npt.NDArray[np.bool_] = smoothed(screening.patch_maps[position]).numpy() > scale.threshold
+    n_rows, n_columns = above.shape
     labelled, _ = ndimage.label(above, np.ones((3, 3)))
     boxes = []
     for vertical, horizontal in ndimage.find_objects(labelled):
-        x, w = horizontal.start * width / columns, (horizontal.stop - horizontal.start) * width / columns
-        y, h = vertical.start * height / rows, (vertical.stop - vertical.start) * height / rows
+        x, w = horizontal.start * width / n_columns, (horizontal.stop - horizontal.start) * width / n_columns
+        y, h = vertical.start * height / n_rows, (vertical.stop - vertical.start) * height / n_rows
         boxes.append([round(v, 2) for v in (x, y, w, h)])
     return boxes or whole
 
@@ -257,10 +268,12 @@ def _boxes(screening: Screening, scale: Scale | None, position: int, size: tuple
 def _size(path: Path) -> tuple[int, int] | None:
     """(width, height) of a picture upright, from its head; None where it cannot be read."""
     try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= TURNED
-            return (image.height, image.width) if turned else image.size
-    except (OSError, UnreadableImage, ValueError, SyntaxError, Image.DecompressionBombError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF, as in decoding
+            with Image.open(path) as opened:
+                is_turned = opened.getexif().get(ORIENTATION) in TURNED
+                return (opened.height, opened.width) if is_turned else opened.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 

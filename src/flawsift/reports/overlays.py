@@ -119,6 +119,13 @@ def shrink(image: Image.Image, max_edge: int | None) -> Image.Image:
     return picture
 
 
+def peak_position(map: npt.NDArray[np.floating[Any]]) -> str:
+    """Where a map (h, w) is highest, for those who cannot see it."""
+    h, w = map.shape
+    row, column = divmod(int(np.nan_to_num(map.astype(np.float32), nan=-np.inf).argmax()), w)
+    return f"highest {100 * (column + 0.5) / w:.0f} % from the left and {100 * (row + 0.5) / h:.0f} % from the top"
+
+
 def save_overlay(path: Path, image: Image.Image, map: npt.NDArray[Any] | Tensor, scale: Scale) -> None:
     """Write an overlay as PNG in one step, and the folders above it.
 

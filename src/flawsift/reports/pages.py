@@ -1,9 +1,9 @@
-"""What all pages share: templates whose values are escaped, pictures in the page, colours, numbers."""
+"""What all pages share: templates whose values are escaped, pictures in the page, colours, numbers, tables."""
 
 import base64
 import functools
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,18 @@ from PIL import Image
 from flawsift.paths import show
 from flawsift.reports.overlays import colours
 
+REPORT = "report.html"
+THUMB = 320  # pixels of a picture's long edge: sharp at half a phone's width
 JPEG_QUALITY = 85
+MAX_UNREADABLE = 200  # rows; the tables beside a page have all
 
 
 @functools.cache
 def template(name: str, room: str = "reports") -> Template:
-    """A page of a room's folder of templates, which may use those of the reports; what is put into it is escaped."""
+    """A template of `flawsift.<room>`, which may use those of the reports; every value put into it is escaped."""
     loader = ChoiceLoader([PackageLoader(f"flawsift.{r}", "templates") for r in dict.fromkeys((room, "reports"))])
-    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return made.get_template(name)
+    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return env.get_template(name)
 
 
 def data_uri(image: Image.Image, *, subsampling: int = -1) -> str:
@@ -47,6 +50,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield show(name), show(", ".join(map(str, value)))
         else:
             yield show(name), "none" if value is None else show(str(value))
+
+
+def unreadable_files(reasons: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """What a page says of files that could not be read, from (name, reason) of each."""
+    rows = [(show(name), show(reason)) for name, reason in reasons]
+    return {"unreadable": rows[:MAX_UNREADABLE], "n_unreadable": len(rows)}
 
 
 def number(value: float) -> str:

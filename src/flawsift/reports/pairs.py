@@ -1,6 +1,5 @@
 """Distances of pairs of vectors by class, and mutual matches: what methods for contaminated sets assume."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -56,7 +55,7 @@ def pair_distances(
     normal, anomalous = (~flags).nonzero()[:, 0], flags.nonzero()[:, 0]
     sides = {NORMAL_NORMAL: (normal, normal), NORMAL_ANOMALY: (normal, anomalous)}
     sides |= {ANOMALY_ANOMALY: (anomalous, anomalous)}
-    found = {}
+    distances = {}
     for kind, (left, right) in ({ALL: (normal, normal)} if labels is None else sides).items():
         if not len(left) or not len(right) or len(torch.unique(torch.cat([own[left], own[right]]))) < 2:
             continue
@@ -67,8 +66,8 @@ def pair_distances(
             a, b = a[own[a] != own[b]][: n - count], b[own[a] != own[b]][: n - count]
             parts.append((vectors[a] - vectors[b]).norm(dim=1))
             count += len(a)
-        found[kind] = torch.cat(parts).double().numpy()
-    return found
+        distances[kind] = torch.cat(parts).double().numpy()
+    return distances
 
 
 def matching(vectors: Tensor, labels: Tensor | None = None, *, k: int = 1, owners: Tensor | None = None) -> Matching:
@@ -85,19 +84,6 @@ def matching(vectors: Tensor, labels: Tensor | None = None, *, k: int = 1, owner
     n_anomalous = int(labels.sum())
     true_normal = share(~left & ~right, len(labels) - n_anomalous)
     return Matching(k, matched, true_normal, share(left & right, n_anomalous), share(left ^ right, len(labels)))
-
-
-def synthetic_setting(
-    channels: int, n_normal: int = 1000, n_anomalous: int = 100, *, shift: float = 1.5, variance: float = 2.0, seed: int
-) -> tuple[Tensor, Tensor]:
-    """The paper's synthetic setting: normal ~ N(0, I), anomalous ~ N(shift, variance I).
-
-    Returns:
-        (N, C) vectors and (N,) labels, True for anomalous.
-    """
-    draws = np.random.default_rng(seed).standard_normal((n_normal + n_anomalous, channels))
-    draws[n_normal:] = shift + math.sqrt(variance) * draws[n_normal:]
-    return torch.from_numpy(draws.astype(np.float32)), torch.arange(len(draws)) >= n_normal
 
 
 def chance_below(a: Floats, b: Floats) -> float:

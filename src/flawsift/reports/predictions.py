@@ -61,12 +61,12 @@ class OverlayWriter:
         scores = self.calibration.scores if len(self.calibration.scores) else prediction.scores
         scale = Scale.of(scores, None if self.threshold is None else self.threshold.value)
         assert prediction.maps is not None
-        for id_, name, score, found in zip(images.ids, images.names, prediction.scores, prediction.maps, strict=True):
-            drawn = scaled_map(found, float(score))
+        for id_, name, score, map_ in zip(images.ids, images.names, prediction.scores, prediction.maps, strict=True):
+            drawn = scaled_map(map_, float(score))
             save_overlay(self.folder / f"{name}.png", images.image(int(id_)), drawn, scale)
 
 
-def scaled_map(found: npt.NDArray[np.float32], score: float) -> npt.NDArray[np.float32]:
+def scaled_map(map_: npt.NDArray[np.float32], score: float) -> npt.NDArray[np.float32]:
     """A smoothed map (h, w) scaled so that its peak is the image score."""
-    peak = float(found.max())
-    return found * np.float32(score / peak) if peak > 0 else found
+    peak = float(map_.max())
+    return map_ * np.float32(score / peak) if peak > 0 else map_

@@ -1,7 +1,7 @@
-"""What the page shows and does where a person decides: `flawsift review`, served by `flawsift.review.server`.
+"""What the page of `flawsift review` shows, and what it does when a reviewer decides.
 
-Pictures are encoded anew and asked for by the ids of the screening, so no path ever comes from the network. Decisions
-are on disk before they are confirmed.
+Pictures are encoded anew and requested by the ids of the screening, so no path ever comes from the network. Decisions
+are on disk before they are confirmed. `flawsift.review.server` serves all this.
 """
 
 import contextlib
@@ -26,10 +26,12 @@ from flawsift.data.images import FileSource, ImageSet
 from flawsift.errors import InputError, ParameterError
 from flawsift.files import ensure_folder
 from flawsift.paths import show
-from flawsift.reports import pages
-from flawsift.reports import screening as report
-from flawsift.reports.overlays import layer, shrink
-from flawsift.screening.decisions import NAME as DECISIONS
+from flawsift.reports.evidence import agreement, is_typical, map_scale, smoothed
+from flawsift.reports.overlays import Scale, layer, peak_position, shrink
+from flawsift.reports.pages import css_ramp, flat, number, template, unreadable_files
+from flawsift.reports.screening import consensus_histogram
+from flawsift.reports.wording import explanation, headline
+from flawsift.screening import decisions
 from flawsift.screening.decisions import Change, Decision, DecisionStore
 from flawsift.screening.lookalikes import most_alike
 from flawsift.screening.result import Screening
@@ -57,7 +59,7 @@ class Refit:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> bool:
-        """Start, unless one is running."""
+        """Start, unless one is running; False then."""
         with self._lock:
             if self.status["state"] == "running":
                 return False
@@ -71,7 +73,7 @@ class Refit:
         return True
 
     def stop(self) -> None:
-        """End it; what it has done is taken up by the next one."""
+        """End the process; the next one resumes where it was."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             self._process.wait()
@@ -81,14 +83,14 @@ class Refit:
         result = error = None
         for line in process.stdout:
             try:
-                told = json.loads(line, parse_constant=lambda _: None)  # what is not a number cannot be sent on
+                message = json.loads(line, parse_constant=lambda _: None)  # JSON for browsers has no nan
             except (ValueError, RecursionError):
                 continue  # a library printed something
-            if not isinstance(told, dict):
+            if not isinstance(message, dict):
                 continue  # likewise, a number for instance
-            if "stage" in told:
-                self.status = {**self.status, **{key: told.get(key) for key in ("stage", "done", "total")}}
-            result, error = told.get("result", result), told.get("error", error)
+            if "stage" in message:
+                self.status = {**self.status, **{key: message.get(key) for key in ("stage", "done", "total")}}
+            result, error = message.get("result", result), message.get("error", error)
         code = process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
@@ -102,12 +104,12 @@ class Refit:
 
 @dataclass(eq=False)
 class Review:
-    """One screening, its images, and what a person decides about them.
+    """One screening, its images, and what a reviewer decides about them.
 
     Attributes:
         folder: The screening's.
         out: Where a refit writes its model.
-        screening: Read from disk.
+        screening: Read from disk, without the decisions.
         images: Under the same ids.
         store: Decisions on disk.
         refit: Stage 2 in the background.
@@ -128,17 +130,17 @@ class Review:
             InputError: There is no screening, it or its decisions are damaged, or its images are not there.
             OutputError: The folder cannot be written.
         """
-        place = screening_folder(folder)
-        ensure_folder(place)
-        out = place.parent if (place.parent / "model.json").exists() and place.name == "screening" else place / "model"
-        screening = load_screening(place)
-        found = images_of(screening, images)
-        store = DecisionStore(place / DECISIONS)
-        command = [sys.executable, "-m", "flawsift.review.refit", "--screening", str(place), "--out", str(out)]
+        home = screening_folder(folder)
+        ensure_folder(home)
+        out = home.parent if (home.parent / "model.json").exists() and home.name == "screening" else home / "model"
+        screening = load_screening(home)
+        pictures = images_of(screening, images)
+        store = DecisionStore(home / decisions.NAME)
+        command = [sys.executable, "-m", "flawsift.review.refit", "--screening", str(home), "--out", str(out)]
         command += ["--decisions", str(store.path)]
         command += ["--images", str(images)] if images is not None else []
         command += ["--cache", str(cache)] if cache is not None else []
-        return cls(place, out, screening, found, store, Refit(command))
+        return cls(home, out, screening, pictures, store, Refit(command))
 
     @functools.cached_property
     def position(self) -> dict[int, int]:
@@ -150,7 +152,7 @@ class Review:
         """{name as shown: global id}."""
         return {show(n): i for i, n in zip(self.screening.ids.tolist(), self.screening.names, strict=True)}
 
-    def decided(self) -> Screening:
+    def reviewed_screening(self) -> Screening:
         """The screening with the decisions in force."""
         choices = {n: d.choice for n, d in self.store.since(-1)[1].items() if d.choice and n in self.id_of}
         try:
@@ -158,8 +160,8 @@ class Review:
         except InputError:  # everything was removed: nothing to train on, but something to look at
             return replace(self.screening, kept=self.screening.ids[:0], rejected=None)
 
-    def news(self, since: int) -> dict[str, Any]:
-        """The revision and the decisions that changed after an older one, by id."""
+    def changes_since(self, since: int) -> dict[str, Any]:
+        """The revision now, the decisions that changed after an older one, by id, and the state of the refit."""
         revision, rows = self.store.since(since)
         return {"revision": revision, "decisions": self._by_id(rows), "refit": self.refit.status}
 
@@ -170,18 +172,18 @@ class Review:
             ParameterError: A change is not of the form {"id", "decision", "version"}, or of an unknown image.
             OutputError: They cannot be written.
         """
-        asked = []
+        wanted = []
         for change in changes:
             try:
                 id_, choice, seen = change["id"], change["decision"], change["version"]
                 name = show(self.screening.names[self.position[id_]])
             except (KeyError, TypeError) as error:
                 raise ParameterError("A change needs the id of an image, a decision and a version.") from error
-            # true and 5.0 are equal to whole numbers, but whoever sends them means something else
+            # True and 5.0 equal whole numbers and would pass for ids, but are none
             if type(id_) is not int or not isinstance(choice, str) or type(seen) is not int:
                 raise ParameterError("A decision is a text, an id and a version are whole numbers.")
-            asked.append(Change(name, choice, seen))
-        written, refused = self.store.write(asked)
+            wanted.append(Change(name, choice, seen))
+        written, refused = self.store.write(wanted)
         return {"written": self._by_id(written), "refused": self._by_id(refused), "revision": self.store.revision}
 
     def _by_id(self, rows: Mapping[str, Decision]) -> dict[int, list[Any]]:
@@ -190,63 +192,60 @@ class Review:
     @functools.cached_property
     def _content(self) -> dict[str, Any]:
         s = self.screening
-        votes, voters, top_share = report.agreement(s)
+        votes, voters, _ = agreement(s)
         rank = np.empty(len(s.ids), np.int64)
         rank[np.argsort(-s.consensus, kind="stable")] = np.arange(1, len(s.ids) + 1)
         return {
             "ids": s.ids.tolist(),
             "names": [show(name) for name in s.names],
             "rank": rank.tolist(),
-            "consensus": [pages.number(v) for v in s.consensus.tolist()],
-            "held_out": [pages.number(v) for v in s.held_out_scores.tolist()],
+            "consensus": [number(v) for v in s.consensus.tolist()],
+            "held_out": [number(v) for v in s.held_out_scores.tolist()],
             "votes": votes.tolist(),
             "kept": s.is_kept.astype(int).tolist(),
-            "places": [] if s.patch_maps is None else [report.place_of(grid) for grid in s.patch_maps],
+            "peak_positions": [] if s.patch_maps is None else [peak_position(patch_map) for patch_map in s.patch_maps],
             "voters": voters,
-            "top_share": top_share,
             "has_maps": s.patch_maps is not None,
-            "out": show(self.out),
         }
 
     def content(self) -> dict[str, Any]:
         """Everything that the page shows of the images, pictures left out."""
-        return {**self._content, **self.news(-1)}
+        return {**self._content, **self.changes_since(-1)}
 
     def page(self) -> str:
         """The page's frame."""
-        return pages.template("review.html", "review").render(
+        return template("review.html", "review").render(
             folder=show(self.folder), out=show(self.out), has_maps=self.screening.patch_maps is not None
         )
 
     def style(self) -> str:
         """The style that the page shares with the report."""
-        return pages.template("style.css").render(ramp=pages.css_ramp())
+        return template("style.css").render(ramp=css_ramp())
 
     def overview(self) -> str:
         """What the report says beyond single images, with the decisions in force."""
-        now = self.decided()
-        unreadable = [(show(name), show(reason)) for name, reason in now.unreadable.items()]
-        return pages.template("overview.html").render(
-            headline=report.headline(self.screening),
+        now = self.reviewed_screening()
+        return template("overview.html").render(
+            headline=headline(self.screening),
             n_kept=len(now.kept),
             n_removed=len(now.ids) - len(now.kept),
-            contamination=report.explanation(now),
-            **report.histogram_of(now),
-            unreadable=unreadable[: report.MAX_UNREADABLE],
-            n_unreadable=len(unreadable),
-            details=list(pages.flat({"options": now.options.as_json(), **now.provenance})),
+            explanation=explanation(now),
+            **consensus_histogram(now),
+            **unreadable_files(now.unreadable.items()),
+            details=list(flat({"options": now.options.as_json(), **now.provenance})),
         )
 
     def alike(self, id_: int) -> list[int]:
         """Ids of the typical images that look most like one."""
         if self.screening.descriptions is None:
             return []
-        near = most_alike(self.screening.descriptions, self.position[id_], report.typical(self.decided()), N_ALIKE)
+        typical = is_typical(self.reviewed_screening())
+        near = most_alike(self.screening.descriptions, self.position[id_], typical, N_ALIKE)
         return [int(self.screening.ids[p]) for p in near]
 
     @functools.cached_property
-    def _scale(self) -> Any:
-        return report.map_scale(self.screening)
+    def _scale(self) -> Scale | None:
+        return map_scale(self.screening)
 
     def stamp(self, id_: int) -> str:
         """What changes when an image's file does; "" where there is no such file."""
@@ -256,7 +255,7 @@ class Review:
             status = source.path(id_).stat()
         except OSError:
             return ""
-        # to read a pipe of that name would wait for ever
+        # reading a pipe of that name would never end
         return f"{status.st_mtime_ns:x}-{status.st_size:x}" if stat.S_ISREG(status.st_mode) else ""
 
     def picture(self, kind: str, id_: int, stamp: str) -> bytes | None:
@@ -288,11 +287,11 @@ class Review:
         if kind in ("thumb", "preview"):
             shrink(image, THUMB if kind == "thumb" else PREVIEW).save(buffer, "JPEG", quality=JPEG_QUALITY)
             return buffer.getvalue()
-        if self.screening.patch_maps is None:
+        if self.screening.patch_maps is None or self._scale is None:
             return None
         edge = THUMB if kind == "thumb-map" else LAYER
-        grid = report.shown_map(self.screening.patch_maps[self.position[id_]])
-        layer(_fitted(image, edge), grid, self._scale).save(buffer, "PNG", compress_level=3)
+        patch_map = self.screening.patch_maps[self.position[id_]]
+        layer(_fitted(image, edge), smoothed(patch_map), self._scale).save(buffer, "PNG", compress_level=3)
         return buffer.getvalue()
 
 

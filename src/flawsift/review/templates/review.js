@@ -401,14 +401,14 @@
     $("single-map").hidden = !data.has_maps;
     if (data.has_maps) {
       $("single-map").src = `picture/preview-map/${id}`;
-      $("single-map").alt = `Heatmap of ${data.names[p]}, ${data.places[p]}`;
+      $("single-map").alt = `Heatmap of ${data.names[p]}, ${data.peak_positions[p]}`;
     }
-    $("single-caption").textContent = data.has_maps ? `Heatmap ${data.places[p]}` : "";
+    $("single-caption").textContent = data.has_maps ? `Heatmap ${data.peak_positions[p]}` : "";
     const facts = [
       ["Rank", `${data.rank[p].toLocaleString("en")} of ${data.ids.length.toLocaleString("en")}`],
       ["Consensus", data.consensus[p]],
       ["Held-out score", data.held_out[p]],
-      ["Sub-models agreeing", `${data.votes[p]} of ${data.voters}`],
+      ...(data.voters ? [["Sub-models agreeing", `${data.votes[p]} of ${data.voters}`]] : []),
     ];
     $("single-facts").replaceChildren(...facts.map(([term, value]) => {
       const row = make("div");

@@ -1,0 +1,70 @@
+"""The result of a screening in sentences: how many images were set aside, on what estimate, what stage 2 leaves out."""
+
+from flawsift.reports.pages import plural
+from flawsift.screening.consensus import MIN_KEEP, SUSPECT
+from flawsift.screening.result import Screening
+
+
+def headline(screening: Screening) -> str:
+    """The result in one sentence or two."""
+    n, n_kept, n_bad = len(screening.ids), len(screening.kept), len(screening.unreadable)
+    n_removed = n - n_kept
+    start = f"Of {n:,} {plural(n, 'image')}, "
+    end = f"{n_kept:,} {'was' if n_kept == 1 else 'were'} kept."
+    if not n_removed:
+        text = f"{start}none was set aside; all were kept." if n > 1 else "The only image was kept."
+    elif screening.contamination is None:
+        text = f"{start}the {n_removed:,} most unusual {'was' if n_removed == 1 else 'were'} set aside; {end}"
+    else:
+        looks = "looks defective and was" if n_removed == 1 else "look defective and were"
+        text = f"{start}{n_removed:,} {looks} set aside; {end}"
+    return text + (f" {n_bad:,} {plural(n_bad, 'file')} could not be read." if n_bad else "")
+
+
+def explanation(screening: Screening) -> str:
+    """What stands below the headline: the estimate, and what stage 2 leaves out."""
+    return f"{contamination_text(screening)} {selection_text(screening)}".strip()
+
+
+def contamination_text(screening: Screening) -> str:
+    """Where the share that was set aside comes from."""
+    estimate = screening.contamination
+    if estimate is None:
+        kept = screening.keep_share  # whatever a reviewer has decided since
+        if kept == 1:
+            return "To keep all images was set by the user, so the share of defective ones was not estimated."
+        share = 100 * (1 - kept)
+        return (
+            f"The share to set aside ({share:.0f}\u00a0%) was set by the user, not estimated from the images: "
+            "it says nothing about how many are defective."
+        )
+    if estimate.method.startswith("none"):
+        return f"The share of defective images could not be estimated ({estimate.method.removeprefix('none: ')})."
+    if estimate.alpha_hat <= 0:
+        return (
+            "No more images score high than would in a set of good images. "
+            "Defects that look ordinary can still be among the highest-ranked."
+        )
+    text = f"Estimated share of defective images, by the {estimate.method}: {estimate.text}. "
+    if estimate.alpha_hat >= 1 - MIN_KEEP - 1e-9:
+        return text + "This is the largest share that the estimate can give; the true one may be higher."
+    return text + "The estimate errs on the low side when defects score like good images."
+
+
+def selection_text(screening: Screening) -> str:
+    """What stage 2 leaves out of the kept images; empty when it is nothing, unless a reviewer has decided so."""
+    if screening.rejected is None:
+        return ""
+    if screening.overruled_by_reviewer:
+        return "Most of the images that were set aside are kept by decision, so all patches of kept images are learned."
+    if not screening.rejected.any():
+        return ""
+    share = 100 * float(screening.rejected[screening.is_kept].mean())
+    text = f"Of the kept images, the {share:.1f} % of the patches that look least like the others are suspect,"
+    text += " and left out of training, except where a detector judges its patches itself."
+    if screening.contamination is None:
+        return text
+    text += f" Images more than {SUSPECT:g} robust deviations above the median score were set aside."
+    if screening.is_partly_learned.any():
+        text += " A detector that leaves out patches learns only the most ordinary ones of these."
+    return text

@@ -1,0 +1,105 @@
+"""Stage 2 with decisions, in a process of its own."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from flawsift import pipeline
+from flawsift.detectors.base import make_detector
+from flawsift.features.backbones import Backbone
+from flawsift.models import model as models
+from flawsift.review.refit import refit, summary_of
+from flawsift.review.server import make_app
+from flawsift.review.session import Refit, Review
+from flawsift.screening.options import FINAL
+from flawsift.screening.storage import load_screening
+from tests.review.material import BASE, PORT, TOKEN
+
+
+def test_a_refit_runs_in_its_own_process_and_says_how_far_it_is(folder: Path) -> None:
+    review = Review.open(folder)
+    assert review.refit.command[1:3] == ["-m", "flawsift.review.refit"]
+    report = (
+        "import json, os, sys\nprint(json.dumps({'stage': 'detector', 'done': 1, 'total': os.getpid()}), flush=True)"
+    )
+    review.refit.command = [sys.executable, "-c", f"{report}\nsys.stdin.read()"]
+    with TestClient(make_app(review, TOKEN, PORT), base_url=BASE) as client:
+        assert client.post(f"/{TOKEN}/refit", json={}).status_code == 202
+        assert client.post(f"/{TOKEN}/refit", json={}).status_code == 409
+        deadline = time.monotonic() + 30
+        while not (process := review.refit.status["total"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(process, 0)  # asks whether it is there
+    with pytest.raises(ProcessLookupError):  # ended with the server
+        os.kill(process, 0)
+
+
+def test_a_refit_that_fails_says_why() -> None:
+    failing = Refit([sys.executable, "-c", "print('noise'); print('{\"error\": \"no space\"}'); raise SystemExit(2)"])
+    assert failing.start()
+    deadline = time.monotonic() + 30
+    while failing.status["state"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert failing.status == {"state": "failed", "message": "no space"}
+    missing = Refit(["/nonexistent/python"])
+    missing.start()
+    assert missing.status["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    "noise", ["5", "null", '"text"', "[1]", '{"other": 1}', '{"stage": "x", "state": "done"}', "[" * 20_000]
+)
+def test_what_libraries_print_does_not_disturb_a_refit(noise: str) -> None:
+    result = json.dumps({"result": {"n_kept": 3, "threshold": float("nan")}})
+    made = Refit([sys.executable, "-c", f"print({noise!r}); print({result!r}); print({noise!r})"])
+    assert made.start()
+    deadline = time.monotonic() + 30
+    while made.status["state"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert made.status == {"state": "done", "n_kept": 3, "threshold": None}
+
+
+def test_refit_trains_with_the_decisions_and_reports(folder: Path, tmp_path: Path) -> None:
+    screening = load_screening(folder)
+    back = int(screening.removed[0])
+    names = dict(zip(screening.ids.tolist(), screening.names, strict=True))
+    (tmp_path / "d.csv").write_text(f"path,decision\n{names[back]},keep\n")
+    stages: list[str] = []
+    out = tmp_path / os.fsdecode(b"mod\xe9l")  # the page is told in UTF-8
+    told = refit(folder, out, decisions=tmp_path / "d.csv", progress=lambda stage, done, total: stages.append(stage))
+    result = summary_of(told, out)
+    assert result["n_kept"] == len(screening.kept) + 1
+    json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
+    assert "detector" in stages
+    assert (out / "model.json").exists()
+    page = (out / "report.html").read_text("utf-8")
+    assert "a person decided to keep 1 and to remove 0" in page
+    assert models.load_model(out).training["n_kept"] == len(screening.kept) + 1
+
+
+def test_a_refit_replaces_a_model_by_one_of_its_kind(folder: Path, screened: Path, tiny: Backbone) -> None:
+    out = folder / "model"
+    final = make_detector("patchcore", coreset_ratio=0.02)
+    pipeline.fit(screened / "parts", final, tiny, screening=folder, out=out, false_alarm_rate=0.07)
+    (folder / "d.csv").write_text("path,decision\n")
+    refit(folder, out, decisions=folder / "d.csv")
+    model = models.load_model(out)
+    assert (model.detector.name, model.detector.params()) == ("patchcore", final.params()), "the screening's is padim"
+    assert model.training["false_alarm_rate"] == 0.07
+
+
+def test_a_first_refit_has_the_default_detector(screened: Path, tiny: Backbone, tmp_path: Path) -> None:
+    pipeline.screen(screened / "parts", "patchcore", tiny, out=tmp_path / "s", seed=3)
+    (tmp_path / "d.csv").write_text("path,decision\n")
+    for _ in range(2):  # without a model to replace, then with one
+        refit(tmp_path / "s", tmp_path / "m", decisions=tmp_path / "d.csv")
+        model = models.load_model(tmp_path / "m")
+        assert model.detector.params() == make_detector(FINAL, seed=3).params()
