@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -305,3 +306,27 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert __version__ in done.stdout or "Options" in done.stdout
+
+
+def test_the_package_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "flawsift", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Usage: flawsift [OPTIONS] COMMAND")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_a_shell_completes_commands_and_options(tmp_path: Path) -> None:
+    command = tmp_path / "flawsift"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m flawsift "$@"\n')
+    command.chmod(0o755)
+    script = """
+        flawsift --install-completion >&2
+        . ~/.bashrc
+        COMP_WORDS=(flawsift scr) COMP_CWORD=1; _flawsift_completion flawsift; echo "${COMPREPLY[@]}"
+        COMP_WORDS=(flawsift screen parts --det) COMP_CWORD=3; _flawsift_completion flawsift; echo "${COMPREPLY[@]}"
+        [ "$(flawsift --show-completion)" = "$(cat ~/.bash_completions/flawsift.sh)" ] && echo same
+    """
+    environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.splitlines() == ["screen", "--detector --detector-preset", "same"], done.stderr
+    assert done.stderr.startswith("bash completion installed in ")

@@ -23,7 +23,6 @@ app = typer.Typer(
     name="flawsift",
     help="Unlabelled product images in; probable defects, a purified set and a trained detector out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run a command, print errors as one line, exit."""
     _quiet_libraries()
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, prog_name="flawsift", standalone_mode=False)
     except FlawsiftError as error:
         code = _fail(str(error))
     except _UsageProblem as error:
