@@ -18,10 +18,10 @@ def main() -> None:
         store = flawsift.FeatureStore(Path(folder) / "cache")
 
         screening = flawsift.screen(parts, backbone=backbone, store=store)
-        model = flawsift.fit(parts, backbone=backbone, store=store)
-        found = flawsift.predict(model, parts)
+        fitted = flawsift.fit(parts, backbone=backbone, screening=screening, store=store)
+        found = fitted.model.predict(parts)
 
-        threshold = model.threshold()
+        threshold = fitted.model.threshold()
         assert threshold is not None
         assert screening.contamination is not None
         labels = data.truth.select(found.ids).labels

@@ -24,7 +24,7 @@ def test_the_quick_start_runs_as_printed(
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
-    assert "look at these first: ['part-4" in printed
+    assert "most anomalous: part-4" in printed
     assert "part-45.png" in printed
     assert "DEFECTIVE" in printed
 

@@ -113,7 +113,7 @@ def screen(
         return _stage1(job, chosen, out, wants_fitted=False)[0]
 
 
-# nine parameters: stage 1 is given, made or left out, and each of the others is one decision of the user
+# long: stage 1 is given, made or left out, and each of the other parameters is one decision of the user
 def fit(
     images: Images,
     detector: Detector | str = FINAL,

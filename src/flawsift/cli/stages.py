@@ -83,8 +83,8 @@ def screened_lines(result: "Screening") -> list[str]:
     return [*lines, "Most suspicious:", *(f"  {names[int(i)]}" for i in result.ranking[:5])]
 
 
-# twelve parameters: a command's options are its parameters, and four of these are groups of them
 @takes_groups
+# long: a command's options are its parameters, and four of these are groups of them
 def fit(
     images: Images,
     out: Out,

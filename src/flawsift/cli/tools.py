@@ -79,6 +79,7 @@ def export(
 
 
 @takes_groups
+# long: a command's options are its parameters
 def diagnose(
     images: Images,
     out: Out,
