@@ -151,15 +151,20 @@ def test_what_cannot_be_read_is_one_answer_of_many(model: Model, easy: Dataset, 
         model.predict([missing])
 
 
-def test_wrong_input_is_told_before_any_work(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_input_is_told_before_any_work(model: Model, easy: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> Any:
         raise AssertionError("work was done")
 
     monkeypatch.setattr(model.backbone, "extract", never)
-    for ask in (model.predict, model.stream, lambda images: model.evaluate(images, flawsift.GroundTruth)):
-        for bad, error in ((None, NotAnImage), ([None], NotAnImage), ([], InputError), ("none", InputError)):
-            with pytest.raises(error):
-                ask(bad)  # type: ignore[operator]
+    wrong: list[tuple[Any, type[Exception]]] = [(None, NotAnImage), ([None], TypeError)]
+    wrong += [([], InputError), ("none", InputError)]
+    for bad, error in wrong:
+        with pytest.raises(error):
+            model.predict(bad)
+        with pytest.raises(error):
+            model.stream(bad)
+        with pytest.raises(error):
+            model.evaluate(bad, easy.truth)
     for rate in (0, 1.5):
         with pytest.raises(ParameterError, match="false_alarm_rate"):
             model.predict(np.zeros((8, 8)), false_alarm_rate=rate)
