@@ -53,3 +53,38 @@ def test_the_rate_holds_for_exchangeable_scores() -> None:
         assert found is not None
         rates.append((generator.gumbel(size=200) > found.value).mean())
     assert np.mean(rates) == pytest.approx(0.05, abs=0.006)
+
+
+SCORES = st.integers(-5, 5).map(float) | st.floats(-1e6, 1e6)  # integers make ties
+
+
+@given(calibration=st.lists(SCORES, min_size=1, max_size=60), scores=st.lists(SCORES, max_size=20))
+def test_p_values_by_counting(calibration: list[float], scores: list[float]) -> None:
+    found = Calibration.of(calibration).p_values(scores)
+    expected = [(1 + sum(c >= s for c in calibration)) / (len(calibration) + 1) for s in scores]
+    assert found.tolist() == expected
+
+
+@given(calibration=st.lists(SCORES, min_size=1, max_size=120), score=SCORES, rate=st.floats(0.001, 0.999))
+def test_the_threshold_and_the_p_value_agree(calibration: list[float], score: float, rate: float) -> None:
+    of = Calibration.of(calibration)
+    threshold = of.threshold(rate)
+    assert threshold is not None
+    for tested in (score, threshold.value, *calibration):
+        p_value = float(of.p_values(tested))
+        assert (tested > threshold.value) == (p_value <= threshold.expected_rate)
+        if not threshold.limited:  # then it is the rate that was asked for, too
+            assert (tested > threshold.value) == (p_value <= rate + 1e-9)
+
+
+def test_p_values_without_anything_to_compare_with() -> None:
+    assert np.isnan(Calibration.of([]).p_values([1.0, 2.0])).all()
+    found = Calibration.of([1.0, 2.0, 3.0]).p_values([[np.nan, 9.0], [3.0, 0.0]])
+    np.testing.assert_array_equal(found, [[np.nan, 0.25], [0.5, 1.0]])
+
+
+def test_p_values_of_exchangeable_scores_are_uniform() -> None:
+    generator = np.random.default_rng(0)
+    p_values = np.concatenate([Calibration.of(s[:99]).p_values(s[99:]) for s in generator.gumbel(size=(400, 120))])
+    for rate in (0.01, 0.1, 0.5):
+        assert (p_values <= rate).mean() == pytest.approx(rate, abs=0.15 * rate + 0.002)

@@ -1,1 +1,1 @@
-"""Images by global id, what is drawn into them, and apart from them what a person knows of them."""
+"""Images by global id, derived views of them, and apart from them what a person knows about them."""

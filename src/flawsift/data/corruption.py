@@ -26,7 +26,7 @@ Field = Callable[[int, np.random.Generator], Floats]  # (S, S) levels in [0, 1]
 
 SMALLEST_CELL = 8  # pixels: 2^5 cells at the papers' 256 px
 NOISE_ABOVE = 0.5  # where the mask lies: on average 5 % of the image
-MOST_KEPT = 0.8  # share of the image that shines through a texture at most
+MOST_KEPT = 0.8  # largest share of the image where a texture is blended with it
 PHOTO = "photo"  # kind of the names whose textures are photographs
 SELF_SHARE = 0.3  # of the textures that are parts of the image itself: near its colours, and near real defects
 
@@ -38,7 +38,7 @@ class Corruption(NamedTuple):
         image: (3, S, S) uint8, (1 - kept) texture + kept image in the mask, and the image outside.
         mask: (S, S) bool; empty now and then, which is a good image.
         texture: (3, S, S) uint8.
-        kept: Share of the image that shines through, in [0, 0.8].
+        kept: Share of the image in the blend, in [0, 0.8].
     """
 
     image: Tensor
@@ -89,9 +89,9 @@ def photo_views(keys: Iterable[str], folder: str) -> tuple[str, ...]:
 
 
 def _photographs(folder: str) -> list[str]:
-    if not (found := scan_folder(Path(folder))):
+    if not (names := scan_folder(Path(folder))):
         raise InputError(f"The folder of textures '{folder}' holds no image.")
-    return found
+    return names
 
 
 def _fingerprint(folder: str, names: Sequence[str]) -> str:
@@ -124,10 +124,8 @@ def perlin_mask(size: int, generator: np.random.Generator) -> npt.NDArray[np.boo
     """(size, size): where turned Perlin noise, with 2^a by 2^b cells, is high."""
     finest = max(0, int(np.log2(size / SMALLEST_CELL)))
     rows, columns = (int(n) for n in 2 ** generator.integers(0, finest + 1, 2))
-    found: npt.NDArray[np.bool_] = (
-        perlin_noise(size, rows, columns, generator.uniform(-90, 90), generator) > NOISE_ABOVE
-    )
-    return found
+    mask: npt.NDArray[np.bool_] = perlin_noise(size, rows, columns, generator.uniform(-90, 90), generator) > NOISE_ABOVE
+    return mask
 
 
 def perlin_noise(size: int, rows: int, columns: int, degrees: float, generator: np.random.Generator) -> Floats:
@@ -145,8 +143,8 @@ def perlin_noise(size: int, rows: int, columns: int, degrees: float, generator: 
     dv, du = v - i, u - j
 
     def corner(a: int, b: int) -> Floats:
-        found: Floats = north[i + a, j + b] * (dv - a) + west[i + a, j + b] * (du - b)
-        return found
+        height: Floats = north[i + a, j + b] * (dv - a) + west[i + a, j + b] * (du - b)
+        return height
 
     fade_v, fade_u = (t**3 * (t * (6 * t - 15) + 10) for t in (dv, du))
     top = corner(0, 0) + fade_u * (corner(0, 1) - corner(0, 0))

@@ -100,7 +100,7 @@ def _read_mask(path: Path) -> NDArray[np.bool_]:
 
     try:
         with Image.open(path) as image:
-            # Opaque alpha is no defect, and neither is a place in a palette.
+            # Opacity is no defect, and a number that stands for a colour of a palette says nothing by itself.
             plain = image.convert("RGB") if image.mode in ("P", "PA", "LA", "RGBA") else image
             values = np.atleast_3d(np.asarray(plain))
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for broken PNG files
@@ -120,6 +120,7 @@ def _resize_rows(mask: NDArray[np.bool_], size: int) -> NDArray[np.bool_]:
 
 
 def checked_labels(labels: ArrayLike) -> NDArray[np.int8]:
+    """(N,) labels, all 0 or 1; InputError if one is neither."""
     array = np.asarray(labels).reshape(-1)
     wrong = np.unique(array[(array != 0) & (array != 1)]).tolist()
     refuse(wrong, "kinds of label that are neither 0 nor 1", "Give 0 for normal and 1 for anomalous.")
@@ -127,6 +128,7 @@ def checked_labels(labels: ArrayLike) -> NDArray[np.int8]:
 
 
 def refuse(offenders: list[Any], what: str, remedy: str) -> None:
+    """Raise InputError if there are offenders: how many, what they are, at most five of them, and what to do."""
     if offenders:
         some = ", ".join(map(str, offenders[:5])) + (", ..." if len(offenders) > 5 else "")
         raise InputError(f"There are {len(offenders)} {what}: {some}. {remedy}")

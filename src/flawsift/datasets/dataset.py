@@ -147,22 +147,22 @@ def match_masks(files: Sequence[str], masks: Path) -> dict[str, Path]:
     by_stem: dict[str, str] = {}
     for mask in names:
         by_stem.setdefault(_stem(mask), mask)
-    found: dict[str, str] = {}
+    mask_of: dict[str, str] = {}
     for file in files:
         stem = _stem(file)
         mask_name = by_stem.get(f"{stem}_mask") or by_stem.get(stem)
         if mask_name is not None:
-            found[file] = mask_name
-    _refuse_shared(found, masks)
-    stray = sorted(m for m in set(names) - set(found.values()) if m.split("/")[0] not in NORMAL_FOLDERS)
+            mask_of[file] = mask_name
+    _refuse_shared(mask_of, masks)
+    stray = sorted(m for m in set(names) - set(mask_of.values()) if m.split("/")[0] not in NORMAL_FOLDERS)
     if stray:
         log.warning("%d masks in '%s' have no image and are ignored: %s.", len(stray), show(masks), name_some(stray))
-    return {file: masks / name for file, name in found.items()}
+    return {file: masks / name for file, name in mask_of.items()}
 
 
-def _refuse_shared(found: Mapping[str, str], masks: Path) -> None:
+def _refuse_shared(mask_of: Mapping[str, str], masks: Path) -> None:
     users: dict[str, list[str]] = {}
-    for file, mask in found.items():
+    for file, mask in mask_of.items():
         users.setdefault(mask, []).append(file)
     shared = [f"{m} ({' and '.join(sorted(f))})" for m, f in users.items() if len(f) > 1]
     if shared:

@@ -4,7 +4,7 @@ Each cell has a probability of being defective: 0 (1,508 cells), 1/3 (295), 2/3 
 no groups are known although cells of one module resemble each other, and there is no official split.
 
 Source: Buerhop-Lutz et al., "A benchmark for visual identification of defective solar cells in electroluminescence
-imagery", EU PVSEC 2018; Deitsch et al., Solar Energy 185, 2019. https://github.com/zae-bayern/elpv-dataset.
+imagery", EU PVSEC 2018; Deitsch et al., Solar Energy 185, 2019. https://github.com/zae-bayern/elpv-dataset
 (CC BY-NC-SA 4.0, hence an optional extra).
 """
 

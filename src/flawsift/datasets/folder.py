@@ -64,9 +64,9 @@ def load_folder(
         root = _common_root(normal_folder, defect_folder)
         files = require_images(defect_folder)
         _refuse_normal_types(defect_folder, files)
-        found = match_masks(files, _absolute(masks)) if masks is not None else {}
+        mask_of = match_masks(files, _absolute(masks)) if masks is not None else {}
         prefix = defect_folder.relative_to(root)
-        entries = [Entry((prefix / f).as_posix(), _defect_type(f), found.get(f)) for f in files]
+        entries = [Entry((prefix / f).as_posix(), _defect_type(f), mask_of.get(f)) for f in files]
     elif masks is not None:
         raise InputError("masks without a defect folder: name the folder of the images that they belong to.")
     prefix = normal_folder.relative_to(root)

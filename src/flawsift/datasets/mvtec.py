@@ -88,14 +88,14 @@ def _normal_folder(names: list[str]) -> str | None:
 
 def _train_folder(folder: Path) -> str | None:
     """The folder of training images; None if there is no folder `train`."""
-    found = sub_folders(folder / "train")
-    normal = _normal_folder(found)
-    if normal is not None and len(found) == 1:
+    types = sub_folders(folder / "train")
+    normal = _normal_folder(types)
+    if normal is not None and len(types) == 1:
         return f"train/{normal}"
     if not (folder / "train").is_dir():
         return None
     # labels are folder names here: an image in train outside of train/good would get a guessed one
-    raise InputError(f"'{show(folder / 'train')}' must hold the one folder good. Found: {_list(found)}.")
+    raise InputError(f"'{show(folder / 'train')}' must hold the one folder good. Found: {_list(types)}.")
 
 
 def _normals(folder: Path, part_folder: str | None, part: Literal["train", "test"]) -> list[Entry]:

@@ -112,10 +112,10 @@ def load_visa(category: str, root: str | Path | None = None) -> Dataset:
 
 
 def find_root(name: str, category: str, root: str | Path | None) -> Path:
-    """The folder of a published set, once the category is known to be one of its.
+    """The folder of a published set that has such a category.
 
     Raises:
-        InputError: It is not, or the folder is unknown or missing.
+        InputError: The set has no such category, or the folder is unknown or missing.
     """
     if category not in CATEGORIES[name]:
         raise InputError(unknown_name(f"category of {name}", category, CATEGORIES[name]))

@@ -132,9 +132,9 @@ def region_weights(mask: BoolArray) -> tuple[NDArray[np.float64], int]:
 
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # labelling costs by area
-    regions, found = label(box, structure=np.ones((3, 3)))
+    regions, n_regions = label(box, structure=np.ones((3, 3)))
     region = regions[box]
-    return 1.0 / np.bincount(region, minlength=1)[region], int(found)
+    return 1.0 / np.bincount(region, minlength=1)[region], int(n_regions)
 
 
 def ramp_area(start: FloatArray, stop: FloatArray, limit: float) -> FloatArray:

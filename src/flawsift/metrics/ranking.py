@@ -143,7 +143,7 @@ class _Ranks(NamedTuple):
     """At each distinct anomalous score, descending, how many lie there or higher; (U,) each."""
 
     threshold: FloatArray
-    found: IntArray  # anomalous, score >= threshold
+    hits: IntArray  # anomalous, score >= threshold
     above: IntArray  # normal, score > threshold
     reached: IntArray  # normal, score >= threshold
     n_normal: int
@@ -190,11 +190,11 @@ def _gather(pairs: Iterable[tuple[Any, Any]]) -> _Pixels:
     n_regions = 0
     for at, (anomaly_map, mask) in enumerate(pairs):
         values, is_defect = checked_pair(anomaly_map, mask, f"Map {at}")
-        weight, found = region_weights(is_defect)
+        weight, n_here = region_weights(is_defect)
         normal.append(values[~is_defect])
         defect.append(values[is_defect])
         weights.append(weight)
-        n_regions += found
+        n_regions += n_here
     background, scores = np.concatenate(normal), np.concatenate(defect)
     background.sort()
     order = np.argsort(scores)  # neighbours in order hit neighbouring places: 8 times faster look-ups
@@ -214,25 +214,25 @@ def _ranks(normal: FloatArray, anomalous: FloatArray) -> _Ranks:
 
 
 def _auroc(ranks: _Ranks) -> float:
-    lost = int(np.diff(ranks.found, prepend=0) @ (ranks.above + ranks.reached))  # in halves: a tie is half lost
-    return 1.0 - lost / (2 * int(ranks.found[-1]) * ranks.n_normal)
+    lost = int(np.diff(ranks.hits, prepend=0) @ (ranks.above + ranks.reached))  # in halves: a tie is half lost
+    return 1.0 - lost / (2 * int(ranks.hits[-1]) * ranks.n_normal)
 
 
 def _ap(ranks: _Ranks) -> float:
-    return float(np.diff(ranks.found, prepend=0) @ (ranks.found / (ranks.found + ranks.reached)) / ranks.found[-1])
+    return float(np.diff(ranks.hits, prepend=0) @ (ranks.hits / (ranks.hits + ranks.reached)) / ranks.hits[-1])
 
 
 def _f1_max(ranks: _Ranks) -> tuple[float, float]:
-    f1 = 2 * ranks.found / (ranks.found + ranks.reached + ranks.found[-1])
+    f1 = 2 * ranks.hits / (ranks.hits + ranks.reached + ranks.hits[-1])
     best = int(np.argmax(f1))
     return float(f1[best]), float(ranks.threshold[best])
 
 
 def _image_ranks(scores: ArrayLike, labels: ArrayLike) -> _Ranks:
     label = checked_labels(labels)
-    values, found = _scores(scores, len(label)), int(np.sum(label))
-    if not 0 < found < len(label):
-        raise InputError(f"The metric needs normal and anomalous images, got {found} anomalous of {len(label)}.")
+    values, n_anomalous = _scores(scores, len(label)), int(np.sum(label))
+    if not 0 < n_anomalous < len(label):
+        raise InputError(f"The metric needs normal and anomalous images, got {n_anomalous} anomalous of {len(label)}.")
     return _ranks(np.sort(values[label == 0]), values[label == 1])
 
 

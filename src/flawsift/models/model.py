@@ -113,8 +113,8 @@ class Model:
         Args:
             images: As for `predict`, and so are false_alarm_rate and device.
             maps: Make anomaly maps.
-            batch_size: Images that are read before the first of them is answered; scores do not depend on it. More are
-                faster, 1 answers each at once, as a camera needs it.
+            batch_size: Images that are read before the first of them is answered. More are faster, 1 answers each at
+                once, as a camera needs it; scores are the same, rounding aside.
 
         Yields:
             What is said of each image, in order.

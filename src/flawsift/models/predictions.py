@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +88,7 @@ class Predictions:
         """Number of images, N."""
         return len(self.ids)
 
-    def __getitem__(self, position: int) -> ImagePrediction:
+    def __getitem__(self, position: SupportsIndex) -> ImagePrediction:
         """What is said of the image at a position of `ids`, as in a list."""
         at = operator.index(position)
         id_, score = int(self.ids[at]), float(self.scores[at])
