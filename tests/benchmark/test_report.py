@@ -1,6 +1,7 @@
 """Tables, curves and prices say what the rows say."""
 
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -203,10 +204,14 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     assert "\\begin{table*}" in found["LaTeX"].read_text()
 
 
-@pytest.mark.parametrize(("system", "mib"), [("linux", 2048), ("darwin", 2)])
+@pytest.mark.parametrize(("system", "mib"), [("linux", 2048), ("darwin", 2), ("win32", 2)])
 def test_peak_memory_is_in_mib_on_every_system(monkeypatch: pytest.MonkeyPatch, system: str, mib: float) -> None:
+    usage = SimpleNamespace(ru_maxrss=2 * 2**20, peak_wset=2 * 2**20)
+    resource = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: usage)
+    process = SimpleNamespace(memory_info=lambda: usage)
     monkeypatch.setattr("sys.platform", system)
-    monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=2 * 2**20))
+    monkeypatch.setitem(sys.modules, "resource", None if system == "win32" else resource)
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
     assert peak_mb() == mib
 
 
