@@ -55,7 +55,9 @@ def parse_config(content: Mapping[str, Any]) -> Config:
         first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         raise ParameterError(_text(first)) from None
     given = file.model_dump(exclude_unset=True, exclude={"backbone", "data", "detectors"})
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    settings: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
     if not file.subsets:
         settings.pop("subsets", None)
     backbone = BackboneSpec(**file.backbone.model_dump(exclude_unset=True))
@@ -205,7 +207,7 @@ class DetectorTable(_Table):
 Named = TypeVar("Named", DataTable, DetectorTable)
 
 
-def _named(tables: list[Named], info: ValidationInfo) -> list[T]:
+def _named(tables: list[Named], info: ValidationInfo) -> list[Named]:
     if not tables:
         raise ParameterError(f"give at least one table [[{info.field_name}]] with a name.")
     names = [getattr(table, "label", "") or table.name for table in tables]
@@ -235,7 +237,7 @@ class BenchmarkFile(_Table):
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
-TABLES: Mapping[str, type[_Table]] = {"backbone": BackboneTable, "data": DataTable, "detectors": DetectorTable}
+_TABLES: Mapping[str, type[_Table]] = {"backbone": BackboneTable, "data": DataTable, "detectors": DetectorTable}
 
 
 def _text(error: ErrorDetails) -> str:
@@ -255,12 +257,13 @@ def _text(error: ErrorDetails) -> str:
 
 def _place(location: Sequence[str | int]) -> tuple[str, type[_Table], list[str]]:
     """(table as a file writes it, its model, keys within it) of where pydantic found an error."""
-    head, *inner = location
-    if isinstance(name := head, str) and name in TABLES and inner:
-        number = inner.pop(0) + 1 if isinstance(inner[0], int) else 0
-        table, model = (f"[[{name}]] {number}" if number else f"[{name}]"), TABLES[name]
-        if inner[0:1] == ["backbone"] and len(inner) > 1:
-            model = BackboneTable
-    else:
-        table, model, inner = "benchmark", BenchmarkFile, list(location)
+    match location:
+        case ("data" | "detectors" as name, int(position), *inner):
+            table, model = f"[[{name}]] {position + 1}", _TABLES[name]
+        case ("backbone" as name, _, *_):
+            table, model, inner = f"[{name}]", _TABLES[name], list(location[1:])
+        case _:
+            table, model, inner = "benchmark", BenchmarkFile, list(location)
+    if len(inner) > 1 and inner[0] == "backbone":
+        model = BackboneTable  # of a detector
     return table, model, [key for key in inner if isinstance(key, str)]
