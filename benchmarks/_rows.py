@@ -38,9 +38,9 @@ def _git(*arguments: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what can change a score or its speed."""
-    from flawsift.models import model as models
+    from flawsift.models import model
 
-    return models.versions()
+    return model.versions()
 
 
 def provenance() -> Row:
@@ -121,5 +121,5 @@ def run_json(
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         raise RuntimeError(f"{' '.join(command[1:])} ended with code {done.returncode}; its messages are above.")
-    found: Row = json.loads(lines[-1])
-    return found
+    result: Row = json.loads(lines[-1])
+    return result

@@ -26,10 +26,9 @@ from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Detector, make_detector
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.extraction import attach
-from flawsift.features.store import FeatureStore
-from flawsift.models import model as models
+from flawsift.features.store import FeatureStore, attach
 from flawsift.models.calibration import Calibration
+from flawsift.models.model import Model, evaluate, set_digest
 from flawsift.screening.consensus import keep_lowest, rejected_patches, robust_units
 from flawsift.screening.options import PRESETS
 from flawsift.screening.result import Screening
@@ -108,8 +107,8 @@ def run_cell(
     stage1 = screen(train, detector, PRESETS["default"], Run(seed=seed))
     common = cell_of(data, images, backbone, detector, alpha, seed)
     chosen = {variant: VARIANTS[variant](train, stage1, data.truth) for variant in names}
-    for variant, found in measured(chosen, detector, backbone, len(train), test, data.truth):
-        yield {**common, "variant": variant, **found}
+    for variant, row in measured(chosen, detector, backbone, len(train), test, data.truth):
+        yield {**common, "variant": variant, **row}
 
 
 def measured(
@@ -123,11 +122,11 @@ def measured(
     """(name, figures) of each selection from n_train images; those that are equal share one training."""
     known: dict[str, _rows.Row] = {}
     for name, learned in chosen.items():
-        digest = models.set_digest(learned)
+        digest = set_digest(learned)
         if digest not in known:
-            model = models.Model(detector.clone().fit(learned), backbone, Calibration.of([]), {})
-            found, _ = models.evaluate(model, test, truth)
-            known[digest] = {key: found[key] for key in METRICS}
+            model = Model(detector.clone().fit(learned), backbone, Calibration.of([]), {})
+            metrics, _ = evaluate(model, test, truth)
+            known[digest] = {key: metrics[key] for key in METRICS}
         yield (
             name,
             {
@@ -157,10 +156,8 @@ def main() -> None:
         for name, alpha, seed in cells(args):
             missing = [v for v in args.variants if (commit, name, f"{alpha:.6g}", str(seed), v) not in done]
             if name not in loaded:
-                found = load_set(name)
-                loaded = {
-                    name: found and (found, attach(found.images, backbone, LAYERS, store=FeatureStore(scratch))[0])
-                }
+                data = load_set(name)
+                loaded = {name: data and (data, attach(data.images, backbone, LAYERS, store=FeatureStore(scratch))[0])}
             if loaded[name] is None or not missing:
                 continue
             data, images = loaded[name]

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,10 +31,9 @@ from flawsift.detectors.base import DETECTORS, Detector, detector_class, make_de
 from flawsift.errors import InputError
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.extraction import attach
-from flawsift.features.store import FeatureStore
-from flawsift.models import model as models
-from flawsift.screening.options import PRESETS
+from flawsift.features.store import FeatureStore, attach
+from flawsift.models.model import set_digest
+from flawsift.screening.stage1 import PRESETS
 
 # sizes that allow alpha 0 to 0.4 for every seed; see flawsift.data.contamination
 SIZES: dict[str, dict[str, Any]] = {
@@ -45,7 +44,7 @@ SIZES: dict[str, dict[str, Any]] = {
 ALPHAS = (0.0, 0.1, 0.2, 0.4)
 MAIN = ("patchcore", "padim")  # what is run unless others are asked for
 ARMS = ("all_data", "paper", "default", "oracle_clean")
-PRESET_OF = {arm: "none" if arm == "all_data" else arm for arm in ARMS}  # as `flawsift.benchmark.runner` calls it
+PRESET_OF = {arm: "none" if arm == "all_data" else arm for arm in ARMS}  # as `flawsift.benchmark.trial` calls it
 SECONDS = ("seconds_stage2", "seconds_evaluate")
 LAYERS = ("stride4", "stride8", "stride16")  # what the detectors read
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "aupro", "false_alarms_per_100", "missed_per_100")
@@ -76,7 +75,7 @@ def cell_of(
     return {
         **_rows.provenance(),
         "data": data.name,
-        "data_digest": models.set_digest(images),
+        "data_digest": set_digest(images),
         "weights_digest": backbone.weights_digest,
         "backbone": backbone.key,
         "detector": detector.name,
@@ -91,20 +90,27 @@ def protocol_of(train: ImageSet, test: ImageSet) -> str:
     return f"share, {len(train)} train, {len(test)} test" + (", by group" if train.groups else "")
 
 
+class Cell(NamedTuple):
+    """A detector, a contamination and a seed, and the arms to run of it."""
+
+    detector: str
+    alpha: float
+    seed: int
+    arms: list[str]
+
+
 def run_cell(
     data: Dataset,
     images: ImageSet,
     backbone: Backbone,
-    name: str,
-    alpha: float,
-    seed: int,
-    arms: Sequence[str],
+    cell: Cell,
     *,
     overlap: bool,
     calibrate: bool,
     store: FeatureStore,
 ) -> list[_rows.Row]:
     """The rows of some arms of one contaminated set."""
+    name, alpha, seed, arms = cell
     split = contaminate(data.truth, alpha=alpha, overlap=overlap, groups=images.groups, seed=seed, **SIZES[data.name])
     train, test = images.select(split.train_ids), images.select(split.test_ids)
     detector = make_detector(name, "budget" if "budget" in detector_class(name).presets else "default", seed=seed)
@@ -118,28 +124,19 @@ def run_cell(
     }
     presets = [PRESET_OF[arm] for arm in arms]
     rows = []
-    trial = Trial(
-        train=train,
-        test=test,
-        truth=data.truth,
-        detector=detector,
-        backbone=backbone,
-        run=Run(seed=seed),
-        calibrate=calibrate,
-    )
-    results = trial.rows(presets)
-    for arm, found in zip(arms, results, strict=True):
-        row = {**common, "arm": arm, **{key: found[key] for key in (*METRICS, *SECONDS)}}
+    results = compare(train, test, data.truth, detector, backbone, presets, seed=seed, calibrate=calibrate)
+    for arm, measured in zip(arms, results, strict=True):
+        row = {**common, "arm": arm, **{key: measured[key] for key in (*METRICS, *SECONDS)}}
         row |= {
-            "keep_share": found["keep_share"],
-            "alpha_kept": found["alpha_kept"],
-            "rejected_patches": found["rejected_patches"],
+            "keep_share": measured["keep_share"],
+            "alpha_kept": measured["alpha_kept"],
+            "rejected_patches": measured["rejected_patches"],
             "peak_mb": _rows.peak_mb(),
         }
         if arm in PRESETS:
-            row |= {key: found[key] for key in ("screener", "seconds_stage1", "stage1_auroc")}
+            row |= {key: measured[key] for key in ("screener", "seconds_stage1", "stage1_auroc")}
         if arm == "default":
-            row |= {key: found[key] for key in ("alpha_hat", "alpha_low", "alpha_high")}
+            row |= {key: measured[key] for key in ("alpha_hat", "alpha_low", "alpha_high")}
         rows.append(row)
     return rows
 
@@ -184,20 +181,20 @@ def _run_set(
                 key = (commit, name, detector, f"{alpha:.6g}", str(seed))
                 arms = [arm for arm in args.arms if (*key, arm, backbone.key) not in done]
                 if arms:
-                    cells.append((detector, alpha, seed, arms))
+                    cells.append(Cell(detector, alpha, seed, arms))
     data = load_set(name) if cells else None
     if data is None:
         return
     images, failed = attach(data.images, backbone, LAYERS, store=store)
     if failed:
         _rows.say(f"{name}: {len(failed)} images cannot be read")
-    for number, (detector, alpha, seed, arms) in enumerate(cells):
+    for number, cell in enumerate(cells):
         started = time.perf_counter()
         options = {"overlap": args.overlap, "calibrate": not args.no_calibrate, "store": store}
-        rows = run_cell(data, images, backbone, detector, alpha, seed, arms, **options)
+        rows = run_cell(data, images, backbone, cell, **options)
         _rows.append_rows(path, rows)
         shown = "  ".join(f"{row['arm']} {row['image_auroc']:.3f}" for row in rows)
-        at = f"[{number + 1}/{len(cells)}] {name} {detector} alpha {alpha:g} seed {seed}"
+        at = f"[{number + 1}/{len(cells)}] {name} {cell.detector} alpha {cell.alpha:g} seed {cell.seed}"
         _rows.say(f"{at}: {shown}  ({time.perf_counter() - started:.0f} s)")
 
 

@@ -69,8 +69,8 @@ def run_cell(
         "decided": decided.purified(train, detector),
         "oracle_clean": train.select(train.ids[data.truth.select(train.ids).labels == 0]),
     }
-    for arm, found in measured(arms, detector, backbone, len(train), test, data.truth):
-        yield {**common, "arm": arm, **found}
+    for arm, row in measured(arms, detector, backbone, len(train), test, data.truth):
+        yield {**common, "arm": arm, **row}
 
 
 def main() -> None:
@@ -110,7 +110,7 @@ def figures(rows: list[dict[str, str]]) -> dict[str, float]:
     for row in rows:
         cell = f"{row['data']}_{row['detector']}_{row['alpha']}_{row['arm']}"
         values.setdefault(cell, []).append(float(row["image_auroc"]))
-    return {cell: statistics.mean(found) for cell, found in values.items()}
+    return {cell: statistics.mean(aurocs) for cell, aurocs in values.items()}
 
 
 if __name__ == "__main__":

@@ -138,20 +138,20 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (args.images, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     before, start = busy_seconds(), time.perf_counter()
-    found: dict[str, float] = {}
+    measured: dict[str, float] = {}
     for name, layers in LAYERS.items():
         rates = measure(backbones, pixels, layers, args.repeats)
         show(f"efficientnet_lite0, {SIZE} px, {' + '.join(layers)}", rates)
-        found |= {key if name == "s8_s16" else f"{key}_{name}": value for key, value in figures(rates).items()}
+        measured |= {key if name == "s8_s16" else f"{key}_{name}": value for key, value in figures(rates).items()}
     after, wall = busy_seconds(), time.perf_counter() - start
     others = (after[0] - before[0] - (after[1] - before[1])) / wall / (os.cpu_count() or 1)
-    found["others_cpu_share"] = max(others, 0.0)
+    measured["others_cpu_share"] = max(others, 0.0)
     if others > QUIET:  # torch's threads wait for each other at each layer, so a shared core hurts torch most
         _rows.say(f"\nOther work took {others:.0%} of the CPU: the ratios flatter OpenVINO.")
-    speedup = found["openvino_speedup"]
+    speedup = measured["openvino_speedup"]
     verdict = f"{speedup:.2f} x: {'met' if speedup >= GOAL else 'MISSED'}"
     _rows.say(f"\nGoal: OpenVINO >= {GOAL:g} x torch eager at its best batch: {verdict}")
-    _rows.finish("features", found, args)
+    _rows.finish("features", measured, args)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def measure(folder: Path, chromium: Path, seconds: float) -> dict[str, Any]:
             opened = time.perf_counter() - started
             page.select_option("#filter", "all")
             page.wait_for_timeout(1000)
-            found = page.evaluate(SCROLL, seconds)
+            scrolled = page.evaluate(SCROLL, seconds)
             page.wait_for_timeout(200)
             started = time.perf_counter()
             wait(page, "document.querySelectorAll('.tile img').length > 0")
@@ -123,16 +123,16 @@ def measure(folder: Path, chromium: Path, seconds: float) -> dict[str, Any]:
         server.terminate()
         server.wait()
         server.stdout.close()
-    frames = sorted(found["frames"])
+    frames = sorted(scrolled["frames"])
     return {
         "seconds_to_open": opened,
-        "pixels_scrolled": found["way"],
+        "pixels_scrolled": scrolled["way"],
         "frames": len(frames),
         "frame_median_ms": statistics.median(frames),
         "frame_p99_ms": frames[int(0.99 * (len(frames) - 1))],
         "frame_max_ms": frames[-1],
         "stalls": sum(f > STALL for f in frames),
-        "tiles_in_page": found["tiles"],
+        "tiles_in_page": scrolled["tiles"],
         "seconds_until_pictures": settled,
         "decision_median_ms": 1000 * statistics.median(times),
         "heap_mb": heap,

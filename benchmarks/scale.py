@@ -42,9 +42,8 @@ def child(stage: str, n: int, folder: Path, cache: Path, size: int) -> dict[str,
     from flawsift.data.images import ImageSet
     from flawsift.detectors.base import make_detector
     from flawsift.features.backbones import load_backbone
-    from flawsift.features.extraction import attach
-    from flawsift.features.store import FeatureStore
-    from flawsift.models import model as models
+    from flawsift.features.store import FeatureStore, attach
+    from flawsift.models.model import set_digest
 
     images = ImageSet.from_folder(folder)
     images = images.select(images.ids[:n])
@@ -64,7 +63,7 @@ def child(stage: str, n: int, folder: Path, cache: Path, size: int) -> dict[str,
             detector.fit(data)
             result["seconds"] = time.perf_counter() - started
             result["params"] = detector.params()
-    result |= {"peak_mb": _rows.peak_mb(), "anonymous_mb": anonymous.mb, "data_digest": models.set_digest(data)}
+    result |= {"peak_mb": _rows.peak_mb(), "anonymous_mb": anonymous.mb, "data_digest": set_digest(data)}
     return result
 
 
@@ -87,16 +86,16 @@ def main() -> None:
         for n in sorted(args.sizes):
             store = Path(scratch) / f"cache-{n}"
             for stage in args.stages:
-                found = _rows.run_json(__file__, "--size", args.size, "--child", stage, n, folder, store)
+                result = _rows.run_json(__file__, "--size", args.size, "--child", stage, n, folder, store)
                 labels = {"stage": stage, "detector": stage if stage in ("padim", "patchcore") else None, "n_images": n}
                 protocol = f"synthetic, {args.size} px, default presets"
-                row = {**_rows.provenance(), **labels, "alpha": 0.0, "seed": 0, "protocol": protocol, **found}
-                row["seconds_per_image"] = found["seconds"] / n
+                row = {**_rows.provenance(), **labels, "alpha": 0.0, "seed": 0, "protocol": protocol, **result}
+                row["seconds_per_image"] = result["seconds"] / n
                 rows.append(row)
-                anonymous = f"{found['anonymous_mb']:.0f}" if found["anonymous_mb"] is not None else "?"
+                anonymous = f"{result['anonymous_mb']:.0f}" if result["anonymous_mb"] is not None else "?"
                 _rows.say(
-                    f"{stage:10s} n={n:<6d} {found['seconds']:8.2f} s  {1000 * row['seconds_per_image']:7.2f} ms/image"
-                    f"  peak {found['peak_mb']:6.0f} MiB, anonymous {anonymous} MiB"
+                    f"{stage:10s} n={n:<6d} {result['seconds']:8.2f} s  {1000 * row['seconds_per_image']:7.2f} ms/image"
+                    f"  peak {result['peak_mb']:6.0f} MiB, anonymous {anonymous} MiB"
                 )
             shutil.rmtree(store, ignore_errors=True)
     _rows.append_rows(args.results / "scale.csv", rows)

@@ -27,10 +27,10 @@ ANOMALOUS = 0.1  # share of the images
 
 def make_images(folder: Path, n: int, size: int) -> None:
     """Write n synthetic images, a tenth of them defective, as PNG."""
-    from flawsift.datasets import synthetic as module
+    from flawsift.datasets.synthetic import synthetic, write_folder
 
     n_anomalous = round(ANOMALOUS * n)
-    module.write_folder(module.synthetic(n - n_anomalous, n_anomalous, size=size, seed=0), folder)
+    write_folder(synthetic(n - n_anomalous, n_anomalous, size=size, seed=0), folder)
 
 
 def child(arm: str, detector_name: str, folder: Path, size: int) -> dict[str, Any]:
@@ -41,10 +41,8 @@ def child(arm: str, detector_name: str, folder: Path, size: int) -> dict[str, An
     from flawsift.data.images import ImageSet
     from flawsift.detectors.base import make_detector
     from flawsift.features.backbones import load_backbone
-    from flawsift.features.extraction import attach
-    from flawsift.features.store import FeatureStore
-    from flawsift.models import model as models
-    from flawsift.screening.options import ScreenOptions
+    from flawsift.features.store import FeatureStore, attach
+    from flawsift.models.model import set_digest
 
     images = ImageSet.from_folder(folder)
     backbone = load_backbone(size=size)
@@ -79,7 +77,7 @@ def child(arm: str, detector_name: str, folder: Path, size: int) -> dict[str, An
             pipeline.fit(images, detector, backbone, options=options, store=store, progress=watch)
         seconds = time.perf_counter() - started
         peak = _rows.peak_mb()
-        digest = models.set_digest(attach(images, backbone, detector.layers, store=store)[0])  # all cached by now
+        digest = set_digest(attach(images, backbone, detector.layers, store=store)[0])  # all cached by now
     return {
         "seconds": seconds,
         "seconds_features": features,
@@ -114,12 +112,12 @@ def main() -> None:
             rows = []
             for repeat in range(args.repeats):
                 for arm in ARMS[detector]:
-                    found = _rows.run_json(__file__, "--size", args.size, "--child", arm, detector, folder)
-                    passes.append(found["passes_per_image"])
+                    result = _rows.run_json(__file__, "--size", args.size, "--child", arm, detector, folder)
+                    passes.append(result["passes_per_image"])
                     protocol = f"synthetic {args.n} x {args.size}, k=5, cold cache"
                     labels = {"detector": detector, "arm": arm, "repeat": repeat, "seed": 0, "protocol": protocol}
-                    rows.append({**_rows.provenance(), **labels, "alpha": ANOMALOUS, **found})
-                    _rows.say(f"{detector:10s} {arm:12s} {found['seconds']:7.2f} s  {found['peak_mb']:6.0f} MiB")
+                    rows.append({**_rows.provenance(), **labels, "alpha": ANOMALOUS, **result})
+                    _rows.say(f"{detector:10s} {arm:12s} {result['seconds']:7.2f} s  {result['peak_mb']:6.0f} MiB")
             _rows.append_rows(args.results / "screening.csv", rows)
             medians = {a: statistics.median(r["seconds"] for r in rows if r["arm"] == a) for a in ARMS[detector]}
             plain = medians["plain"]

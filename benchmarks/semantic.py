@@ -30,11 +30,11 @@ SIZE = 8  # pixels
 
 def digits() -> tuple[ImageSet, np.ndarray]:
     """All digits with their grey values as (64, 1, 1) features, and which digit each is."""
-    found = load_digits()
-    images = ImageSet.from_arrays(list((found.images * 255 / 16).astype(np.uint8)))
-    values = found.data.astype(np.float32).reshape(-1, SIZE * SIZE, 1, 1)
+    loaded = load_digits()
+    images = ImageSet.from_arrays(list((loaded.images * 255 / 16).astype(np.uint8)))
+    values = loaded.data.astype(np.float32).reshape(-1, SIZE * SIZE, 1, 1)
     rows = {("", i): i for i in images.ids.tolist()}
-    return ImageSet(images.ids, images.source, {}, MemoryFeatures(SIZE, LAYER, rows, {LAYER: values})), found.target
+    return ImageSet(images.ids, images.source, {}, MemoryFeatures(SIZE, LAYER, rows, {LAYER: values})), loaded.target
 
 
 def detectors(seed: int, steps: int) -> dict[str, Detector]:

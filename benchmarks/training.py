@@ -40,9 +40,8 @@ def child(name: str, n: int, size: int, n_models: int, repeats: int, batched_onl
     from flawsift.detectors.base import make_detector
     from flawsift.detectors.parts.training import Watch
     from flawsift.features.backbones import load_backbone
-    from flawsift.features.extraction import attach
-    from flawsift.features.store import FeatureStore
-    from flawsift.models import model as models
+    from flawsift.features.store import FeatureStore, attach
+    from flawsift.models.model import set_digest
 
     images = synthetic(n, 0, size=size, seed=0).images
     backbone, detector = load_backbone(size=size), make_detector(name, "budget")
@@ -79,7 +78,7 @@ def child(name: str, n: int, size: int, n_models: int, repeats: int, batched_onl
         detector.fit(data, watch=Watch(progress))
         seconds = time.perf_counter() - started
         share = share_outside(detector, data)
-        digest = models.set_digest(data)
+        digest = set_digest(data)
     return {
         "seconds": seconds,
         "steps": steps,
@@ -143,8 +142,8 @@ def trainings(
     joint = torch.optim.Adam(list(stacked.values()), lr=RATE)
     own = [torch.optim.Adam(network.parameters(), lr=RATE) for network in networks]
 
-    def loss_of(found: Sequence[Tensor], taps: Sequence[Tensor]) -> Tensor:
-        pairs = zip(found, taps, strict=True)
+    def loss_of(outputs: Sequence[Tensor], taps: Sequence[Tensor]) -> Tensor:
+        pairs = zip(outputs, taps, strict=True)
         return torch.stack([(1 - F.cosine_similarity(f.flatten(1), t.flatten(1))).mean() for f, t in pairs]).sum()
 
     def one(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], taps: Sequence[Tensor]) -> Tensor:
@@ -177,12 +176,12 @@ def compare(
     """Median seconds of a step of k networks in one call and in turn, taken alternately, and their ratio."""
     seconds: dict[Step, list[float]] = {way: [] for way in trainings(make, shapes, n_models)}
     for repeat in range(repeats + 1):  # the first round warms up
-        for way, found in seconds.items():
+        for way, of_way in seconds.items():
             started = time.perf_counter()
             way()
             if repeat:
-                found.append(time.perf_counter() - started)
-    together, in_turn = (statistics.median(found) for found in seconds.values())
+                of_way.append(time.perf_counter() - started)
+    together, in_turn = (statistics.median(of_way) for of_way in seconds.values())
     return {"batched_seconds": together, "in_turn_seconds": in_turn, "batched_ratio": together / in_turn}
 
 
@@ -204,22 +203,22 @@ def main() -> None:
     for name in [n for n in args.detectors if n in BATCHED or not args.batched_only]:
         flags = ["--n", args.n, "--size", args.size, "--models", args.models, "--repeats", args.repeats]
         flags += ["--batched-only"] if args.batched_only else []
-        found = _rows.run_json(__file__, *flags, "--child", name)
+        result = _rows.run_json(__file__, *flags, "--child", name)
         protocol = f"synthetic {args.n} x {args.size}, budget preset, cold cache, k={args.models}"
         if args.batched_only:
             protocol = f"noise as taps of {args.size} px, budget preset, k={args.models}, only the batched comparison"
-        row = {**_rows.provenance(), "detector": name, "seed": 0, "protocol": protocol, **found}
+        row = {**_rows.provenance(), "detector": name, "seed": 0, "protocol": protocol, **result}
         _rows.append_rows(args.results / "training.csv", [row])
-        figures |= {f"{name}_{key}": found[key] for key in FIGURES if key in found}
+        figures |= {f"{name}_{key}": result[key] for key in FIGURES if key in result}
         if not args.batched_only:
             _rows.say(
-                f"{name}: {found['seconds']:.1f} s (goal: at most {GOALS[name]}), "
-                f"{found['seconds_per_step']:.3f} s per step, {found['share_outside_products']:.0%} outside products"
+                f"{name}: {result['seconds']:.1f} s (goal: at most {GOALS[name]}), "
+                f"{result['seconds_per_step']:.3f} s per step, {result['share_outside_products']:.0%} outside products"
             )
         if name in BATCHED:
             _rows.say(
-                f"{name}: a step of {args.models} networks takes {found['batched_seconds']:.2f} s batched, "
-                f"{found['in_turn_seconds']:.2f} s in turn: {found['batched_ratio']:.2f}"
+                f"{name}: a step of {args.models} networks takes {result['batched_seconds']:.2f} s batched, "
+                f"{result['in_turn_seconds']:.2f} s in turn: {result['batched_ratio']:.2f}"
             )
     _rows.finish("training", figures, args)
 

@@ -5,13 +5,15 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flawsift.errors import OutputError
-from flawsift.files import ensure_folder, new_folder, write_bytes, write_csv, write_json
+from flawsift.files import alone, ensure_folder, new_folder, write_bytes, write_csv, write_json
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,3 +82,31 @@ def test_odd_names_and_no_nan(tmp_path: Path) -> None:
     assert not (tmp_path / "nan.json").exists()
     write_bytes(tmp_path / "b", b"x")
     assert (tmp_path / "b").read_bytes() == b"x"
+
+
+def test_a_second_program_waits_for_the_first(tmp_path: Path) -> None:
+    path, code = tmp_path / "t", "from pathlib import Path; import sys; from flawsift.files import alone\n"
+    code += "with alone(Path(sys.argv[1])): Path(sys.argv[1]).write_text('second')"
+    with alone(path):
+        second = subprocess.Popen([sys.executable, "-c", code, str(path)])
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(3)
+        path.write_text("first")
+    assert second.wait() == 0
+    assert path.read_text() == "second"
+
+
+@pytest.mark.parametrize("answer", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_drive_without_locks_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(answer, os.strerror(answer))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with alone(tmp_path / "t"), alone(tmp_path / "t"):
+        write_bytes(tmp_path / "t", b"x")
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["t"]
+
+
+def test_a_lock_in_a_folder_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="Cannot write '.*gone.t': No such file"), alone(tmp_path / "gone" / "t"):
+        pytest.fail("nothing is to be done here")

@@ -10,16 +10,13 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from flawsift.errors import OutputError
 
-try:
-    import fcntl
-except ImportError:  # Windows: programs are not kept apart
-    fcntl = None  # type: ignore[assignment]
-
 SPARE_BYTES = 16 * 2**20  # an output folder needs at least this much free space for tables and a report
+# what systems answer for a lock on a drive that knows none
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
 
 def ensure_folder(path: str | Path, *, need_bytes: int = SPARE_BYTES) -> Path:
@@ -121,11 +118,29 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def take_lock(handle: int | IO[str]) -> None:
-    """Wait until no other program has an open file, or folder, locked; closing it gives the lock back."""
-    if fcntl is not None:
-        with contextlib.suppress(OSError):  # some network drives know no locks: as on Windows then
-            fcntl.flock(handle, fcntl.LOCK_EX)
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other programs that write a file in this way waiting until the block ends.
+
+    The lock is on a hidden file beside it, which stays. Some network drives know no locks: there, nobody waits.
+
+    Raises:
+        OutputError: The folder is gone, full, or cannot be written.
+    """
+    from filelock import FileLock  # takes as long to import as all of flawsift's commands for their help
+
+    # the file of a soft lock, the library's own way out, outlives a program that was killed and keeps all others out
+    lock = FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
+    try:
+        path.parent.stat()  # the library would make a folder that is gone
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise _output_error(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:

@@ -1,19 +1,21 @@
 """Tables, curves and prices say what the rows say."""
 
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flawsift.benchmark.curves import kept_curves
 from flawsift.benchmark.grid import parse_config, plan, read_config
-from flawsift.benchmark.report import curves, examples, failures, prices, write_benchmark_report
+from flawsift.benchmark.report import examples, failures, prices, write_benchmark_report
 from flawsift.benchmark.rows import append_rows, peak_mb, read_rows
 from flawsift.benchmark.runner import run
 from flawsift.benchmark.tables import (
-    Cell,
     Figure,
+    TableCell,
     figure,
     latex,
     markdown,
@@ -66,12 +68,12 @@ def test_means_over_categories_first_then_over_seeds() -> None:
         row(category="a", seed=1, image_auroc=0.6),
         row(category="b", seed=1, image_auroc=0.8),
     ]
-    found = figure(rows, "image_auroc")
-    assert found is not None
-    assert found.mean == pytest.approx(0.8)
-    assert found.sd == pytest.approx(0.1 * 2**0.5)
-    assert (found.n_seeds, found.complete) == (2, True)
-    assert found.text() == "0.800 ± 0.141"
+    both = figure(rows, "image_auroc")
+    assert both is not None
+    assert both.mean == pytest.approx(0.8)
+    assert both.sd == pytest.approx(0.1 * 2**0.5)
+    assert (both.n_seeds, both.complete) == (2, True)
+    assert both.text() == "0.800 ± 0.141"
     part = figure(rows[:3], "image_auroc")
     assert part is not None
     assert not part.complete  # seed 1 lacks a category: its mean is of others
@@ -83,12 +85,12 @@ def test_means_over_categories_first_then_over_seeds() -> None:
 
 
 def test_best_and_second_by_metric_and_ties_share() -> None:
-    def cell(auroc: float, aupro: float | None) -> Cell:
-        return Cell(Figure(auroc, None, 1, True), None if aupro is None else Figure(aupro, None, 1, True))
+    def cell(auroc: float, aupro: float | None) -> TableCell:
+        return TableCell(Figure(auroc, None, 1, True), None if aupro is None else Figure(aupro, None, 1, True))
 
-    found = ranked([cell(0.9, 0.5), cell(0.8, None), cell(0.9, 0.7), cell(0.7, 0.6)])
-    assert [c.auroc_place for c in found] == [1, 2, 1, 0]
-    assert [c.aupro_place for c in found] == [0, 0, 1, 2]
+    cells = ranked([cell(0.9, 0.5), cell(0.8, None), cell(0.9, 0.7), cell(0.7, 0.6)])
+    assert [c.auroc_place for c in cells] == [1, 2, 1, 0]
+    assert [c.aupro_place for c in cells] == [0, 0, 1, 2]
     assert [c.auroc_place for c in ranked([cell(0.9, 0.5)])] == [0]  # nobody to beat
 
 
@@ -156,30 +158,6 @@ def test_the_last_good_row_counts_and_failures_without_one_are_told() -> None:
     assert failures(failed) == [("tiles, PaDiM: No images in 'x'.", 1)]
 
 
-def test_curves_are_shares_of_the_images_of_a_kind() -> None:
-    rows = [
-        row(),
-        row(alpha=0.0, alpha_reached=0.0, kept_normal=60, kept_anomalous=0, alone_normal=60, alone_anomalous=0),
-    ]
-    (curve,) = curves(rows)
-    assert curve.title == "tiles, PaDiM, paper"
-    # 40 of 80 normal and 5 of 20 anomalous images; without anomalous ones there is no share of them
-    assert curve.table == (("0", "60", "60", "-", "-"), ("20", "50", "40", "25", "65"))
-    assert curve.svg.count("<polyline") == 4
-    assert curve.svg.count("<circle") == 2 + 2 + 1 + 1
-    assert curves([row()]) == []  # one point is no curve
-    assert curves([row(preset="oracle_clean"), row(alpha=0.4, preset="oracle_clean")]) == []
-
-
-def test_curves_over_k() -> None:
-    rows = [row(n_subsets=k, kept_anomalous=a) for k, a in ((3, 10), (5, 4), (7, 2))]
-    (curve,) = curves(rows)
-    assert curve.title == "tiles, PaDiM, paper, 20% defective"
-    assert [line[0] for line in curve.table] == ["3", "5", "7"]
-    assert [line[3] for line in curve.table] == ["50", "20", "10"]
-    assert curves([row(n_subsets=k, alpha=0.0, alpha_reached=0.0) for k in (3, 5)]) == []
-
-
 def test_prices() -> None:
     (price,) = prices([row(), row(preset="none", seconds_stage2=2.5)])
     assert (price.stage1, price.stage2, price.per_image) == ("3.0", "2.0", "10.0")
@@ -191,22 +169,29 @@ def test_prices() -> None:
 def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script>"
     append_rows(tmp_path / "results.csv", [row(), row(alpha=0.4), row(detector=hostile), row(seed=5, error=hostile)])
-    found = write_benchmark_report(tmp_path, tmp_path / "r")
-    page = found["HTML"].read_text()
+    written = write_benchmark_report(tmp_path, tmp_path / "r")
+    page = written["HTML"].read_text()
     assert hostile not in page
     assert "&lt;script&gt;" in page
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(set(ids)) == len(ids) > 0, "two drawings share a mark or a frame"
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) == set(ids)
     assert "A &amp; B, 2 cores" in page
     assert "Quoted: Real-IAD" in page
-    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert "have no anomaly maps" in page
-    assert found["Markdown"].read_text().count("### ") == 3
-    assert "\\begin{table*}" in found["LaTeX"].read_text()
+    assert written["Markdown"].read_text().count("### ") == 3
+    assert "\\begin{table*}" in written["LaTeX"].read_text()
 
 
-@pytest.mark.parametrize(("system", "mib"), [("linux", 2048), ("darwin", 2)])
+@pytest.mark.parametrize(("system", "mib"), [("linux", 2048), ("darwin", 2), ("win32", 2)])
 def test_peak_memory_is_in_mib_on_every_system(monkeypatch: pytest.MonkeyPatch, system: str, mib: float) -> None:
+    usage = SimpleNamespace(ru_maxrss=2 * 2**20, peak_wset=2 * 2**20)
+    resource = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: usage)
+    process = SimpleNamespace(memory_info=lambda: usage)
     monkeypatch.setattr("sys.platform", system)
-    monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=2 * 2**20))
+    monkeypatch.setitem(sys.modules, "resource", None if system == "win32" else resource)
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
     assert peak_mb() == mib
 
 
@@ -251,7 +236,7 @@ def test_rows_of_a_run_can_be_reported(tmp_path: Path) -> None:
     assert shown.methods == ("padim",)
     assert [len(pictures) for _, pictures in shown.lines] == [3, 3]
     assert all(p.startswith("data:image/jpeg") for _, pictures in shown.lines for p in pictures)
-    (curve,) = curves(rows)
+    (curve,) = kept_curves(rows)
     n = int(rows[0]["n_train"])
     assert curve.table[0][1] == f"{100 * int(0.4 * n) / n:.0f}"  # of a clean set, the paper keeps 40 %
 

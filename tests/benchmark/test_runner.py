@@ -12,27 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flawsift.benchmark import runner as benchmark
-from flawsift.benchmark.grid import Config, done_places, estimate_seconds, parse_config, plan, read_config
-from flawsift.benchmark.rows import Row, append_rows, read_rows
-from flawsift.benchmark.runner import Outcome, run
-from flawsift.benchmark.trial import Trial
+from flawsift import pipeline
+from flawsift.benchmark.grid import Config, done_places, parse_config
+from flawsift.benchmark.rows import append_rows, read_rows
+from flawsift.benchmark.runner import prepare, run
+from flawsift.benchmark.trial import compare
 from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import Detector, make_detector
-from flawsift.errors import InputError, ParameterError
-from flawsift.executors import Processes, Run
+from flawsift.detectors.base import make_detector
+from flawsift.executors import Processes
 from flawsift.features.backbones import Backbone
-from flawsift.features.extraction import attach
-from flawsift.metrics import ranking as metrics
-from flawsift.models import model as models
+from flawsift.features.store import attach
+from flawsift.metrics import ranking
 from flawsift.models.calibration import Calibration
-from flawsift.models.plan import TrainingPlan, held_out_scores_of
-from flawsift.screening.options import PRESETS
-from flawsift.screening.stage1 import reselected, screen
-from flawsift.testing import tiny_backbone
+from flawsift.models.model import Model, evaluate
+from flawsift.screening.stage1 import PRESETS, reselected, screen
 
 SMALL: dict[str, Any] = {
     "alphas": [0.0, 0.2],
@@ -52,9 +48,9 @@ def grid(**changes: Any) -> Config:
 @pytest.fixture(autouse=True)
 def nothing_prepared() -> Iterator[None]:
     """Each test prepares its own data: stores differ."""
-    benchmark.prepare.cache_clear()
+    prepare.cache_clear()
     yield
-    benchmark.prepare.cache_clear()
+    prepare.cache_clear()
 
 
 def split(easy: Dataset, tiny: Backbone) -> tuple[ImageSet, ImageSet]:
@@ -89,12 +85,12 @@ def compare(
 def test_a_selection_from_the_score_matrix_is_that_of_a_screening(easy: Dataset, tiny: Backbone, preset: str) -> None:
     train, _ = split(easy, tiny)
     detector = make_detector("padim", n_features=10)
-    other = screen(train, detector, PRESETS["default" if preset == "paper" else "paper"], Run(seed=3))
-    mine = screen(train, detector, PRESETS[preset], Run(seed=3))
-    found = reselected(other, PRESETS[preset], detector, train)
-    assert found.kept.tolist() == mine.kept.tolist()
-    np.testing.assert_array_equal(found.consensus, mine.consensus)
-    assert (found.contamination is None) == (mine.contamination is None)
+    other = screen(train, detector, **PRESETS["default" if preset == "paper" else "paper"], seed=3)
+    mine = screen(train, detector, **PRESETS[preset], seed=3)
+    again = reselected(other, PRESETS[preset], detector, train)
+    assert again.kept.tolist() == mine.kept.tolist()
+    np.testing.assert_array_equal(again.consensus, mine.consensus)
+    assert (again.contamination is None) == (mine.contamination is None)
 
 
 def test_compare_trains_each_sub_model_and_each_selection_once(
@@ -127,8 +123,8 @@ def test_another_screener_leaves_thresholds_to_halves_of_what_is_kept(easy: Data
     purified = stage1.purified(train, detector)
     scores = held_out_scores_of(TrainingPlan(purified, purified.ids, None), detector)
     assert len(scores) == len(purified)
-    model = models.Model(detector.clone().fit(purified), tiny, Calibration.of(scores), {})
-    expected, _ = models.evaluate(model, test, easy.truth)
+    model = Model(detector.clone().fit(purified), tiny, Calibration.of(scores), {})
+    expected, _ = evaluate(model, test, easy.truth)
     assert {k: default[k] for k in ("image_auroc", "missed_per_100")} == {
         k: expected[k] for k in ("image_auroc", "missed_per_100")
     }
@@ -143,9 +139,11 @@ def test_another_screener_leaves_thresholds_to_halves_of_what_is_kept(easy: Data
 def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> None:
     train, test = split(easy, tiny)
     detector = make_detector("padim", n_features=10)
-    fitted: dict[str, models.Model] = {}
-    rows = compare(train, test, easy.truth, detector, ["paper", "oracle_clean"], seed=1, on_fitted=fitted.__setitem__)
-    stage1 = screen(train, detector, PRESETS["paper"], Run(seed=1))
+    fitted: dict[str, Model] = {}
+    rows = compare(
+        train, test, easy.truth, detector, tiny, ["paper", "oracle_clean"], seed=1, on_fitted=fitted.__setitem__
+    )
+    stage1 = screen(train, detector, **PRESETS["paper"], seed=1)
     labels = easy.truth.select(stage1.kept).labels
     paper, oracle = rows
     assert (paper["kept_normal"], paper["kept_anomalous"]) == ((labels == 0).sum(), labels.sum())
@@ -161,7 +159,7 @@ def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> N
         by_hand.append(easy.truth.select(kept).labels.sum())
     assert paper["alone_anomalous"] == pytest.approx(np.mean(by_hand))
     # metrics are those of a plain fit on the kept images
-    model = models.Model(
+    model = Model(
         detector.clone().fit(stage1.purified(train, detector)),
         tiny,
         Calibration.of([]),
@@ -170,7 +168,7 @@ def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> N
     plan = TrainingPlan(stage1.purified(train, detector), stage1.kept, None)
     scores = held_out_scores_of(plan, model.detector, Run(seed=1))
     model = replace(model, calibration=Calibration.of(scores))
-    expected, _ = models.evaluate(model, test, easy.truth)
+    expected, _ = evaluate(model, test, easy.truth)
     assert {k: paper[k] for k in ("image_auroc", "aupro", "missed_per_100")} == {
         k: expected[k] for k in ("image_auroc", "aupro", "missed_per_100")
     }
@@ -182,101 +180,25 @@ def test_many_pixels_are_streamed_and_never_held(
     easy: Dataset, tiny: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, test = split(easy, tiny)
-    model = models.Model(make_detector("padim", n_features=10).fit(train), tiny, Calibration.of([]), {})
-    exact, found = models.evaluate(model, test, easy.truth)
+    model = Model(make_detector("padim", n_features=10).fit(train), tiny, Calibration.of([]), {})
+    exact, prediction = evaluate(model, test, easy.truth)
     held: list[Any] = []
-    original = metrics.evaluate
+    original = ranking.evaluate
 
-    def evaluate(ids: Any, scores: Any, truth: Any, maps: Any = None) -> Any:
+    def watch(ids: Any, scores: Any, truth: Any, maps: Any = None) -> Any:
         held.append(maps)
         return original(ids, scores, truth, maps)
 
-    monkeypatch.setattr(metrics, "evaluate", evaluate)
-    streamed, again = models.evaluate(model, test, easy.truth, exact_pixels=1000)
+    monkeypatch.setattr(ranking, "evaluate", watch)
+    streamed, again = evaluate(model, test, easy.truth, exact_pixels=1000)
     assert held == [None]
-    np.testing.assert_array_equal(found.scores, again.scores)
+    np.testing.assert_array_equal(prediction.scores, again.scores)
     assert streamed["image_auroc"] == exact["image_auroc"]
     assert abs(streamed["aupro"] - exact["aupro"]) <= streamed["aupro_bound"] + 1e-9
     assert streamed["pixel_auroc"] is None
-    assert models.evaluate(model, test, easy.truth, exact_pixels=15 * 64 * 64)[0]["pixel_auroc"] is not None
+    assert evaluate(model, test, easy.truth, exact_pixels=15 * 64 * 64)[0]["pixel_auroc"] is not None
     normal = test.select(test.ids[easy.truth.select(test.ids).labels == 0])
-    assert models.evaluate(model, normal, easy.truth, exact_pixels=1000)[0]["aupro"] is None
-
-
-# ---- the plan --------------------------------------------------------------------------------------------------------
-
-
-def test_the_plan_is_the_product_and_keeps_together_what_shares_features() -> None:
-    config = grid(
-        data=[{"name": "synthetic"}, {"name": "realiad", "categories": ["toy", "usb"], "protocols": ["official"]}],
-        alphas=[0.0, 0.1, 0.3],
-        seeds=[0, 1],
-        subsets=[3, 5],
-        protocols=["no_overlap", "overlap"],
-    )
-    cells = plan(config)
-    synthetic = [c for c in cells if c.data.name == "synthetic"]
-    assert len(synthetic) == 2 * 3 * 2 * 2
-    official = [c for c in cells if c.data.name == "realiad"]
-    assert {c.alpha for c in official} == {0.0, 0.1}  # 0.3 was not published
-    assert len(official) == 2 * 2 * 2 * 2
-    places = [(c.data.name, c.category) for c in cells]
-    assert places == sorted(places, key=lambda p: places.index(p))
-    assert len({c.place("none") for c in cells}) == len(cells)
-
-
-def test_all_categories_by_name() -> None:
-    config = grid(data=[{"name": "visa", "categories": "all"}])
-    assert len(plan(config)) == 12 * 2
-    assert grid(data=[{"name": "btad"}]).data[0].categories == ("01", "02", "03")
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"alpha": [0.1]}, "Unknown key of a benchmark 'alpha'. Did you mean 'alphas'"),
-        ({"presets": ["papr"]}, "Unknown preset of stage 1 'papr'. Did you mean 'paper'"),
-        ({"protocols": ["overlapp"]}, "Unknown protocol 'overlapp'"),
-        ({"alphas": [1.0]}, "alphas must be numbers in"),
-        ({"alphas": []}, "alphas must be numbers in"),
-        ({"seeds": [0, 0]}, "seeds must be distinct"),
-        ({"subsets": [1]}, "subsets must be whole numbers from 2"),
-        ({"examples": "many"}, "examples must be a whole number"),
-        ({"executor": "proces"}, "Unknown executor"),
-        ({"screener": "patchcor"}, "Unknown detector 'patchcor'"),
-        ({"calibrate": 1}, "calibrate must be a truth value"),
-        ({"fan_out": "nodes"}, "fan_out must be 'cells' or 'submodels'"),
-        ({"detectors": []}, r"at least one table \[\[detectors\]\]"),
-        ({"detectors": [{"name": "padin"}]}, "Unknown detector 'padin'"),
-        ({"detectors": [{"name": "padim", "params": {"n_featurs": 1}}]}, "Unknown parameter of PaDiM"),
-        ({"detectors": [{"name": "padim", "preset": "papers"}]}, "Unknown preset of padim"),
-        ({"detectors": [{"name": "padim"}, {"name": "padim"}]}, "detectors must be distinct"),
-        ({"backbone": {"nam": "tiny"}}, "Unknown key of a backbone"),
-    ],
-)
-def test_a_bad_grid_is_told_before_any_work(changes: dict[str, Any], text: str) -> None:
-    with pytest.raises(ParameterError, match=text):
-        grid(**changes)
-
-
-def test_a_file_that_is_no_grid(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be read"):
-        read_config(tmp_path / "none.toml")
-    (tmp_path / "bad.toml").write_text("alphas = [")
-    with pytest.raises(InputError, match="cannot be read"):
-        read_config(tmp_path / "bad.toml")
-
-
-def test_time_is_estimated_from_the_nearest_rows() -> None:
-    config = grid(data=[{"name": "synthetic"}, {"name": "cookie"}], alphas=[0.0])
-    rows = [
-        {"detector": "padim", "data": "synthetic", "seconds_cell": "10"},
-        {"detector": "padim", "data": "synthetic", "seconds_cell": "20"},
-        {"detector": "padim", "data": "elpv", "seconds_cell": "60"},
-        {"detector": "padim", "data": "elpv", "seconds_cell": "999", "error": "x"},
-    ]
-    assert estimate_seconds(plan(config), rows) == (15 + 30, 0)  # cookie: any data
-    assert estimate_seconds(plan(config), []) == (0.0, 2)
+    assert evaluate(model, normal, easy.truth, exact_pixels=1000)[0]["aupro"] is None
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -336,7 +258,7 @@ def test_a_row_is_found_by_all_that_decides_it(tmp_path: Path) -> None:
 def test_other_commits_count_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = grid(alphas=[0.0], presets=["none"])
     run(config, tmp_path)
-    monkeypatch.setattr(benchmark, "source_commit", lambda: "another")
+    monkeypatch.setattr("flawsift.benchmark.runner.source_commit", lambda: "another")
     assert run(config, tmp_path, any_commit=True) == []
     assert len(run(config, tmp_path)) == 1
     assert run(config, tmp_path) == []
@@ -394,11 +316,11 @@ def test_maps_of_examples_hold_no_picture(tmp_path: Path) -> None:
     rows = run(grid(alphas=[0.2], seeds=[0, 1], presets=["none"]), tmp_path)
     (path,) = (tmp_path / "maps").iterdir()  # of the first seed only
     assert path.stem in {r["key"] for r in rows if r["seed"] == "0"}
-    with np.load(path) as found:
-        assert set(found) == {"ids", "scores", "grids", "scale"}
-        assert len(found["ids"]) == 2
-        assert found["grids"].shape[0] == 2
-        assert found["grids"].dtype == np.float16
+    with np.load(path) as arrays:
+        assert set(arrays) == {"ids", "scores", "grids", "scale"}
+        assert len(arrays["ids"]) == 2
+        assert arrays["grids"].shape[0] == 2
+        assert arrays["grids"].dtype == np.float16
 
 
 def test_cells_that_were_done_are_handed_back_empty(tmp_path: Path) -> None:
@@ -407,7 +329,6 @@ def test_cells_that_were_done_are_handed_back_empty(tmp_path: Path) -> None:
     run(config, tmp_path)
     run(config, tmp_path, on_cell=lambda _, rows: calls.append(len(rows)))
     assert calls == [0]
-    assert benchmark._rows_of(plan(config)[0], Outcome([])) == Outcome([])
 
 
 def test_new_columns_keep_old_rows(tmp_path: Path) -> None:
@@ -424,8 +345,8 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     def call(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stop:
             main([str(a) for a in arguments])
-        found = capsys.readouterr()
-        return int(stop.value.code or 0), found.out, found.err
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out, printed.err
 
     return call
 
@@ -437,7 +358,7 @@ def test_processes_that_add_rows_at_once_lose_none(tmp_path: Path) -> None:
     workers = [subprocess.Popen([sys.executable, "-c", code, str(path), str(n)]) for n in range(3)]
     assert [worker.wait() for worker in workers] == [0, 0, 0]
     assert len(read_rows(path)) == 120
-    assert [p.name for p in tmp_path.iterdir()] == ["r.csv"], "a lock is left behind"
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["r.csv"]
 
 
 def test_the_command_runs_resumes_plans_and_reports(cli: Any, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,14 @@ def render(rows: Any) -> Any:
     return importlib.import_module("render")
 
 
+@pytest.fixture
+def tables(rows: Any) -> Any:
+    return importlib.import_module("_tables")
+
+
 def cell(seed: int, auroc: float | None, commit: str = "new", arm: str = "default") -> dict[str, Any]:
-    found = {"commit": commit, "machine": MACHINE, "data": "elpv", "detector": "patchcore", "alpha": 0.2}
-    return {**found, "seed": seed, "arm": arm, "image_auroc": auroc}
+    where = {"commit": commit, "machine": MACHINE, "data": "elpv", "detector": "patchcore", "alpha": 0.2}
+    return {**where, "seed": seed, "arm": arm, "image_auroc": auroc}
 
 
 def test_rows_round_trip_and_new_columns_come_last(rows: Any, tmp_path: Path) -> None:
@@ -46,65 +53,65 @@ def test_machine_names_no_host(rows: Any) -> None:
     assert set(rows.machine()) == {"cpu", "cores", "gib", "os"}
 
 
-def test_mean_and_sd_of_the_newest_commit_and_last_row_of_a_seed(rows: Any, render: Any, tmp_path: Path) -> None:
+def test_mean_and_sd_of_the_newest_commit_and_last_row_of_a_seed(rows: Any, tables: Any, tmp_path: Path) -> None:
     old = [cell(s, 0.1, commit="old") for s in (0, 1, 2)]
     rows.append_rows(tmp_path / "accuracy.csv", [*old, cell(0, 0.5), cell(0, 0.7), cell(1, 0.8), cell(2, 0.9)])
-    text = render.accuracy(tmp_path, "patchcore", "image_auroc")
+    text = tables.accuracy(tmp_path, "patchcore", "image_auroc")
     assert "| elpv | 20% | - | - | 0.800 ± 0.100 | - |" in text
     assert "Commit `new`; A CPU, 2 cores, 8 GiB, Linux; 3 seeds." in text
 
 
-def test_rivals_are_compared_on_the_same_sets_and_seeds(rows: Any, render: Any, tmp_path: Path) -> None:
+def test_rivals_are_compared_on_the_same_sets_and_seeds(rows: Any, tables: Any, tmp_path: Path) -> None:
     values = {"twobanks": (0.9, 0.8), "softpatch": (0.7, 0.5), "inreach": (0.9, 0.7), "funad": (0.6, 0.6)}
-    for name, found in values.items():
+    for name, aurocs in values.items():
         arm = "default" if name == "twobanks" else "all_data"
-        mine = [{**cell(seed, v, arm=arm), "detector": name} for seed, v in enumerate(found)]
+        mine = [{**cell(seed, v, arm=arm), "detector": name} for seed, v in enumerate(aurocs)]
         if name == "softpatch":
             mine.append({**mine[0], "seed": 2, "image_auroc": 0.1})  # a seed that the others lack
         rows.append_rows(tmp_path / "accuracy.csv", mine)
         rows.append_rows(tmp_path / "confirmation" / "accuracy.csv", [{**m, "seed": m["seed"] + 3} for m in mine[:1]])
-    text = render.rivals(tmp_path, "image_auroc")
+    text = tables.rivals(tmp_path, "image_auroc")
     assert "| 0 to 1, 1 set | 20% | **0.850** | 0.600 | 0.800 | 0.600 |" in text
     assert "| 3 to 3, 1 set | 20% | **0.900** | 0.700 | **0.900** | 0.600 |" in text
-    assert render.rivals(tmp_path, "aupro") is None
+    assert tables.rivals(tmp_path, "aupro") is None
 
 
-def test_an_ablation_takes_the_seeds_that_all_variants_have(rows: Any, render: Any, tmp_path: Path) -> None:
+def test_an_ablation_takes_the_seeds_that_all_variants_have(rows: Any, tables: Any, tmp_path: Path) -> None:
     values = {"all data": 0.7, "some cut": 0.75, "oracle": 0.9}
-    found = [{**cell(seed, v + seed / 100), "variant": name} for seed in (0, 1) for name, v in values.items()]
+    early = [{**cell(seed, v + seed / 100), "variant": name} for seed in (0, 1) for name, v in values.items()]
     later = [{**cell(seed, 0.8, commit="newer"), "variant": "another cut"} for seed in (1, 2)]
-    rows.append_rows(tmp_path / "ablation.csv", [*found, *later])
-    text = render.ablation(tmp_path)
+    rows.append_rows(tmp_path / "ablation.csv", [*early, *later])
+    text = tables.ablation(tmp_path)
     assert "| some cut | +5.0 | +5.0 | 25% |" in text
     assert "| another cut | +9.0 | +9.0 | 45% |" in text
 
 
-def test_decisions_are_measured_against_the_oracle(rows: Any, render: Any, tmp_path: Path) -> None:
+def test_decisions_are_measured_against_the_oracle(rows: Any, tables: Any, tmp_path: Path) -> None:
     arms = {"all_data": 0.7, "default": 0.75, "decided": 0.78, "oracle_clean": 0.8}
     for seed in (0, 1):
-        found = [{**cell(seed, v, arm=arm), "n_removed": 6 + 2 * seed, "n_decisions": 10} for arm, v in arms.items()]
-        rows.append_rows(tmp_path / "decisions.csv", found)
-    rows.append_rows(tmp_path / "decisions.csv", [{**m, "n_decisions": 3, "image_auroc": 0.1} for m in found])
-    text = render.decisions(tmp_path, "patchcore")
+        mine = [{**cell(seed, v, arm=arm), "n_removed": 6 + 2 * seed, "n_decisions": 10} for arm, v in arms.items()]
+        rows.append_rows(tmp_path / "decisions.csv", mine)
+    rows.append_rows(tmp_path / "decisions.csv", [{**m, "n_decisions": 3, "image_auroc": 0.1} for m in mine])
+    text = tables.decisions(tmp_path, "patchcore")
     assert "| elpv | 20% | 7.0 ± 1.4 | 0.700 ± 0.000 | 0.750 ± 0.000 | 0.780 ± 0.000 | 0.800 ± 0.000 |" in text
     assert "| recovery |  |  | 0% | 50% | 80% | 100% |" in text
     assert "| worst contaminated cell, points |  |  | +0.0 | +5.0 | +8.0 | +10.0 |" in text
-    assert render.decisions(tmp_path, "twobanks") is None
+    assert tables.decisions(tmp_path, "twobanks") is None
 
 
-def test_finals_compare_the_seeds_that_all_have(rows: Any, render: Any, tmp_path: Path) -> None:
-    found = {"patchcore": (0.7, 0.75, 0.9), "softpatch": (0.8, 0.78, 0.85), "twobanks": (0.8, 0.85, 0.95)}
+def test_finals_compare_the_seeds_that_all_have(rows: Any, tables: Any, tmp_path: Path) -> None:
+    aurocs = {"patchcore": (0.7, 0.75, 0.9), "softpatch": (0.8, 0.78, 0.85), "twobanks": (0.8, 0.85, 0.95)}
     arms = ("all_data", "default", "oracle_clean")
-    for name, values in found.items():
+    for name, values in aurocs.items():
         some = [{**cell(s, v, arm=arm), "detector": name} for s in (0, 1) for arm, v in zip(arms, values, strict=True)]
         rows.append_rows(tmp_path / "accuracy.csv", some)
     rows.append_rows(tmp_path / "accuracy.csv", [cell(2, 0.1, arm=arm) for arm in arms])  # PatchCore alone has it
-    text = render.finals(tmp_path)
+    text = tables.finals(tmp_path)
     assert text.count("0.700 ± 0.000") == 1
     assert "| recovery |  | 0% | 50% | 50% | 25% | 40% | 75% | 100% | 125% |" in text
     assert "| worst contaminated cell, points |  | +0.0 | +10.0 | +10.0 | +5.0 | +8.0 | +15.0 | +20.0 | +25.0 |" in text
     assert "| worst clean set, points |  | +nan" in text
-    assert "| elpv | 20% | 0.700 ± 0.000 | 0.800 ± 0.000 | 0.850 ± 0.000 | 0.950 ± 0.000 |" in render.headline(tmp_path)
+    assert "| elpv | 20% | 0.700 ± 0.000 | 0.800 ± 0.000 | 0.850 ± 0.000 | 0.950 ± 0.000 |" in tables.headline(tmp_path)
 
 
 def test_render_fills_markers_and_keeps_what_has_no_rows(rows: Any, render: Any, tmp_path: Path) -> None:
@@ -137,3 +144,24 @@ def test_batched_training_takes_the_steps_of_single_ones(rows: Any, name: str) -
     for batched, single in losses:
         torch.testing.assert_close(batched, single, rtol=1e-3, atol=1e-4)
     assert (losses[-1][0] != losses[0][0]).all(), "the steps change nothing"
+
+
+NUMBERS = ("alpha", "seed", "image_auroc", "peak_mb", "seconds_stage1", "stage1_auroc", "alpha_hat")
+
+
+def test_committed_rows_have_numbers_where_tables_read_them(rows: Any) -> None:
+    for path in sorted((BENCHMARKS / "results").rglob("*.csv")):
+        for row in rows.read_rows(path):
+            bad = [name for name in NUMBERS if row.get(name) and not re.fullmatch(r"-?[\d.]+(e-?\d+)?", row[name])]
+            assert not bad, f"{path.name}: {bad} of {row}"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("[!_]*.py")))
+def test_every_script_starts(
+    rows: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name).main()
+    assert not stop.value.code
+    assert capsys.readouterr().out.startswith(f"usage: {name}.py")

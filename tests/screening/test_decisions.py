@@ -109,7 +109,7 @@ def test_a_folder_that_is_gone_or_knows_no_locks(tmp_path: Path, monkeypatch: py
     def refuse(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("flawsift.files.fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     store.write([Change("a", "keep", 0)])
     assert read_decisions(store.path) == {"a": "keep"}
     shutil.rmtree(tmp_path / "d")

@@ -5,7 +5,6 @@ beside ours and marked as quoted; they are never ranked.
 """
 
 import functools
-import html
 import json
 import math
 import statistics
@@ -18,7 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flawsift.benchmark.grid import ADDRESS, NONE, ORACLE, Config
+from flawsift.benchmark.curves import KEPT, OTHER, PRESET_STYLES, accuracy_curves, kept_curves
+from flawsift.benchmark.grid import ADDRESS, Config
 from flawsift.benchmark.rows import read_rows
 from flawsift.benchmark.runner import MAPS, RESULTS
 from flawsift.benchmark.tables import (
@@ -45,7 +45,6 @@ PAGE, MARKDOWN, LATEX = "report.html", "table.md", "table.tex"
 EXAMPLE_ALPHA = 0.2  # the contamination of the example pictures, where the rows have it
 EXAMPLE_ROWS = 12  # pictures: a page of them
 THUMB = 180  # pixels of an example's long edge
-FIELD = (240, 130)  # width and height of a drawn curve's field
 
 
 def write_benchmark_report(results: str | Path, folder: str | Path, *, config: Config | None = None) -> dict[str, Path]:
@@ -60,7 +59,7 @@ def write_benchmark_report(results: str | Path, folder: str | Path, *, config: C
         {what: path}.
 
     Raises:
-        InputError: There are no rows.
+        InputError: There are no rows, or matplotlib is not installed.
         OutputError: The folder cannot be written.
     """
     path = Path(results)
@@ -74,10 +73,14 @@ def write_benchmark_report(results: str | Path, folder: str | Path, *, config: C
     written = {"Markdown": folder / MARKDOWN, "LaTeX": folder / LATEX, "HTML": folder / PAGE}
     write_text(written["Markdown"], "\n".join(markdown(t) for t in tables))
     write_text(written["LaTeX"], "\n".join(latex(t) for t in tables))
+    presets = dict.fromkeys(r["preset"] for r in good)
     page = template("benchmark.html", "benchmark").render(
         tables=tables,
         names=PRESET_NAMES,
-        curves=curves(good),
+        accuracy=accuracy_curves(good),
+        accuracy_key=[(PRESET_NAMES.get(p, p), PRESET_STYLES.get(p, OTHER)) for p in presets],
+        kept=kept_curves(good),
+        kept_key=[(name, style) for _, _, name, style in KEPT],
         prices=prices(good),
         examples=examples(good, path.parent / MAPS, config),
         failures=failures(failed),
@@ -86,93 +89,6 @@ def write_benchmark_report(results: str | Path, folder: str | Path, *, config: C
     )
     write_text(written["HTML"], page)
     return written
-
-
-# ---- curves ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Shares of the normal and of the anomalous images kept, by the consensus and by a sub-model alone.
-
-    Attributes:
-        title: What it is of.
-        svg: The drawing, inline.
-        table: (x, normal by consensus, normal alone, anomalous by consensus, anomalous alone) in percent, as texts.
-        axis: What x is.
-    """
-
-    title: str
-    svg: str
-    table: tuple[tuple[str, ...], ...]
-    axis: str
-
-
-SERIES = (
-    ("kept_normal", "normal", "consensus"),
-    ("alone_normal", "normal", "alone"),
-    ("kept_anomalous", "anomalous", "consensus"),
-    ("alone_anomalous", "anomalous", "alone"),
-)
-
-
-def curves(rows: Rows) -> list[Curve]:
-    """Over the contamination, and over k where several were run; one for each set, method and preset that selects."""
-    chosen = [r for r in rows if r.get("alone_normal") and r["preset"] not in (NONE, ORACLE)]
-    found = []
-    for axis, fixed, shown in (("alpha", "n_subsets", "defective in training, %"), ("n_subsets", "alpha", "subsets k")):
-        for (data, protocol, method, preset, other), mine in grouped(
-            chosen, "data", "protocol", "detector", "preset", fixed
-        ).items():
-            points = sorted({float(r[axis]) for r in mine if r[axis]})
-            clean = axis == "n_subsets" and float(other) == 0  # nothing to keep apart
-            if len(points) < 2 or clean:
-                continue
-            at = {x: [r for r in mine if r[axis] and float(r[axis]) == x] for x in points}
-            values = [[_share(at[x], column, kind) for x in points] for column, kind, _ in SERIES]
-            held = (f"k = {other}" if other else "") if axis == "alpha" else f"{float(other):.0%} defective"
-            parts = [data, method, preset, protocol.replace("_", " ") if protocol != "no_overlap" else "", held]
-            scale = 100.0 if axis == "alpha" else 1.0
-            xs = [scale * x for x in points]
-            table = [(f"{x:g}", *("-" if v[i] is None else f"{v[i]:.0f}" for v in values)) for i, x in enumerate(xs)]
-            title = ", ".join(p for p in parts if p)
-            found.append(Curve(title, _draw(xs, values, shown, title), tuple(table), shown))
-    return found
-
-
-def _share(rows: Rows, column: str, kind: str) -> float | None:
-    """Percent of all normal or anomalous training images, averaged over categories and seeds."""
-    shares = []
-    for row in rows:
-        anomalous = float(row["n_train"]) * float(row["alpha_reached"])
-        of = anomalous if kind == "anomalous" else float(row["n_train"]) - anomalous
-        if round(of) and row.get(column):
-            shares.append(100 * float(row[column]) / of)
-    return statistics.fmean(shares) if shares else None
-
-
-def _draw(xs: Sequence[float], values: Sequence[Sequence[float | None]], axis: str, title: str) -> str:
-    """Four curves in a field of `FIELD` units; percent upwards."""
-    width, height = FIELD
-    low, high = min(xs), max(xs)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return width * (x - low) / (high - low), height * (1 - y / 100)
-
-    parts = []
-    for y in (0, 50, 100):
-        parts.append(f'<line class="grid" x1="0" x2="{width}" y1="{at(low, y)[1]:g}" y2="{at(low, y)[1]:g}"/>')
-        parts.append(f'<text x="-6" y="{at(low, y)[1] + 3.5:g}" text-anchor="end">{y}</text>')
-    for x in xs:
-        parts.append(f'<text x="{at(x, 0)[0]:g}" y="{height + 15}" text-anchor="middle">{x:g}</text>')
-    parts.append(f'<text x="{width / 2:g}" y="{height + 31}" text-anchor="middle">{html.escape(axis)}</text>')
-    for (_, kind, by), ys in zip(SERIES, values, strict=True):
-        points = [at(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline class="curve {kind} {by}" points="{line}"/>')
-        parts += [f'<circle class="dot {kind} {by}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
-    label = html.escape(f"Percent of images kept: {title}", quote=True)
-    return f'<svg viewBox="-34 -8 {width + 48} {height + 46}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 # ---- prices, failures, origin ----------------------------------------------------------------------------------------
@@ -193,25 +109,24 @@ class Price:
 
 
 def prices(rows: Rows) -> list[Price]:
-    """Mean seconds and bytes of each method on each set, at each preset's average."""
-    found = []
+    """Means over all rows of each method on each set, whatever their preset; the largest peak memory."""
+    prices = []
     for (data, method), mine in grouped(rows, "data", "detector").items():
-        mean = {c: _mean(mine, c) for c in ("seconds_stage1", "seconds_stage2", "model_bytes")}
         tests = [1000 * float(r["seconds_evaluate"]) / float(r["n_test"]) for r in mine if r.get("seconds_evaluate")]
         peak = max((float(r["peak_mb"]) for r in mine if r.get("peak_mb")), default=0.0)
-        found.append(
+        prices.append(
             Price(
-                method,
-                data,
-                f"{_mean(mine, 'n_train'):,.0f}",
-                _short(mean["seconds_stage1"]),
-                _short(mean["seconds_stage2"]),
-                _short(statistics.fmean(tests)) if tests else "-",
-                _bytes(mean["model_bytes"]),
-                f"{peak:,.0f}",
+                method=method,
+                data=data,
+                images=f"{_mean(mine, 'n_train'):,.0f}",
+                stage1=_short(_mean(mine, "seconds_stage1")),
+                stage2=_short(_mean(mine, "seconds_stage2")),
+                per_image=_short(statistics.fmean(tests)) if tests else "-",
+                size=_bytes(_mean(mine, "model_bytes")),
+                memory=f"{peak:,.0f}",
             )
         )
-    return found
+    return prices
 
 
 def _mean(rows: Rows, column: str) -> float:
@@ -241,13 +156,13 @@ def failures(rows: Rows) -> list[tuple[str, int]]:
 
 def origin(rows: Rows) -> list[str]:
     """One line for each commit, machine and set of versions behind the rows."""
-    found = []
+    lines = []
     for (commit, machine, versions), mine in grouped(rows, "commit", "machine", "versions").items():
         m = json.loads(machine or "{}")
         v = ", ".join(f"{k} {n}" for k, n in json.loads(versions or "{}").items())
         where = f"{m.get('cpu', '?')}, {m.get('cores', '?')} cores, {m.get('gib', '?')} GiB, {m.get('os', '?')}"
-        found.append(f"{len(mine)} rows: {f'commit {commit}; ' if commit else ''}{where}; {v}.")
-    return found
+        lines.append(f"{len(mine)} rows: {f'commit {commit}; ' if commit else ''}{where}; {v}.")
+    return lines
 
 
 # ---- example pictures ------------------------------------------------------------------------------------------------
@@ -310,18 +225,18 @@ def examples(rows: Rows, maps: Path, config: Config | None) -> Examples:
 def _example_lines(
     images: ImageSet, truth: GroundTruth, rows: Rows, methods: Sequence[str], maps: Path, n: int
 ) -> Iterable[tuple[str, tuple[str, ...]]]:
-    found: dict[str, dict[str, Any]] = {}
+    maps_of: dict[str, dict[str, Any]] = {}
     sharp = functools.partial(data_uri, subsampling=0)
     for row in rows:
         with np.load(maps / f"{row['key']}.npz", allow_pickle=False) as content:
-            found[row["detector"]] = dict(content)
-    ids = next(iter(found.values()))["ids"][:n].tolist()
+            maps_of[row["detector"]] = dict(content)
+    ids = next(iter(maps_of.values()))["ids"][:n].tolist()
     for id_ in ids:
         picture = shrink(images.image(id_), THUMB)
         mask = truth.mask(id_, (picture.height, picture.width))
         drawn = [sharp(picture), "" if mask is None else sharp(Image.fromarray(mask).convert("RGB"))]
         for method in methods:
-            arrays = found.get(method)
+            arrays = maps_of.get(method)
             place = [] if arrays is None else np.flatnonzero(arrays["ids"] == id_).tolist()
             drawn.append("" if arrays is None or not place else sharp(_heatmap(picture, arrays, place[0])))
         kind = truth.select([id_]).defect_types[0]
@@ -333,6 +248,6 @@ def _heatmap(picture: Image.Image, arrays: Mapping[str, Any], at: int) -> Image.
     low, threshold = arrays["scale"].tolist()
     middle = float(np.median(arrays["scores"]))  # a threshold that no picture reaches would leave them all blank
     scale = Scale.of([low], min(middle, threshold) if np.isfinite(threshold) else middle)
-    found = to_image_grid(torch.from_numpy(arrays["grids"][at : at + 1].astype(np.float32)), THUMB)[0]
-    peak = float(found.max())  # smoothing lowers it below the score
-    return overlay(picture, found * (float(arrays["scores"][at]) / peak) if peak > 0 else found, scale, max_edge=THUMB)
+    fine = to_image_grid(torch.from_numpy(arrays["grids"][at : at + 1].astype(np.float32)), THUMB)[0]
+    peak = float(fine.max())  # smoothing lowers it below the score
+    return overlay(picture, fine * (float(arrays["scores"][at]) / peak) if peak > 0 else fine, scale, max_edge=THUMB)

@@ -1,19 +1,18 @@
 """Measured rows in CSV files, and where a figure comes from: code, machine, memory."""
 
-import contextlib
 import csv
 import functools
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flawsift.files import ensure_folder, take_lock, write_csv
+from flawsift.benchmark.extra import needed_for
+from flawsift.files import alone, ensure_folder, write_csv
 
 Row = dict[str, Any]
 
@@ -25,7 +24,9 @@ def machine() -> Row:
     if cpuinfo.exists():
         lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = lines[0] if lines else model
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    with needed_for("The machine's memory in a row"):
+        import psutil
+    gib = psutil.virtual_memory().total / 2**30
     return {"cpu": model, "cores": os.cpu_count(), "gib": round(gib), "os": platform.system()}
 
 
@@ -51,6 +52,12 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def peak_mb() -> float:
     """The largest resident size of this process so far, in MiB; file pages read through memory maps count."""
+    if sys.platform == "win32":
+        with needed_for("Peak memory on Windows"):
+            import psutil
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    import resource  # Windows has none
+
     units = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
 
@@ -66,25 +73,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add rows to a CSV file in one step. Columns keep their place; new ones come last; None is an empty cell.
 
-    Processes that add to files of one folder take turns, so that none loses the rows of another.
+    Processes that add to one file take turns, so that none loses the rows of another.
     """
     if not rows:
         return
-    with _alone_in(ensure_folder(path.parent)):
+    ensure_folder(path.parent)
+    with alone(path):
         all_rows: list[Mapping[str, Any]] = [*read_rows(path), *rows]
         header = list(dict.fromkeys(key for row in all_rows for key in row))
         write_csv(path, header, [[_cell(row.get(key)) for key in header] for row in all_rows])
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait for other processes that hold this folder; the lock is on the folder itself and leaves no file behind."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        take_lock(handle)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _cell(value: Any) -> Any:

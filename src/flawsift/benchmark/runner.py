@@ -37,7 +37,7 @@ from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.files import ensure_folder, write_bytes
-from flawsift.models import model as models
+from flawsift.models.model import Model, set_digest, versions
 from flawsift.progress import Progress, silent
 from flawsift.types import Ids
 
@@ -59,7 +59,7 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What `prepare` needs, and finds prepared again by."""
+    """What `prepare` needs; equal sources are prepared once."""
 
     data: DataSpec
     category: str
@@ -88,7 +88,8 @@ def prepare(source: Source) -> Prepared:
     wanted = dataset.images.select(truth.ids)
     images, _ = attach(wanted, backbone, source.layers, store=FeatureStore(source.store))
     truth = truth.select(images.ids)
-    groups = sorted((i, g) for i, g in images.groups.items() if i in set(images.ids.tolist()))
+    there = set(images.ids.tolist())
+    groups = sorted((i, group) for i, group in images.groups.items() if i in there)
     labels = [
         truth.labels.tolist(),
         list(truth.defect_types),
@@ -100,7 +101,7 @@ def prepare(source: Source) -> Prepared:
         truth,
         dataset.select(images.ids),
         backbone,
-        models.set_digest(images),
+        set_digest(images),
         hashlib.sha256(json.dumps(labels).encode()).hexdigest(),
     )
 
@@ -123,7 +124,7 @@ class Runner:
     """Runs a cell, here or in a worker.
 
     Attributes:
-        sources: Where each cell's data come from, by position.
+        sources: Where each cell's data come from.
         done: Keys of rows that need not be made again.
         device: Where detectors run.
         executor: Where sub-models run.
@@ -143,8 +144,15 @@ class Runner:
     calibrate: bool
 
     def warm(self, source: Source) -> None:
-        """Compute the features of a source, so that no two cells do."""
+        """Compute the features of a source."""
         prepare(source)
+
+    def warm_all(self, executor: Executor) -> None:
+        """Compute the features of all sources, so that no two workers do; one process alone gets there by itself."""
+        if not isinstance(executor, Serial):
+            # a source that cannot be prepared fails again in its cells, which say so
+            for _ in executor.completed(self.warm, list(dict.fromkeys(self.sources.values()))):
+                pass
 
     def __call__(self, cell: Cell) -> Outcome:
         started = time.perf_counter()
@@ -161,7 +169,7 @@ class Runner:
         maps: dict[str, dict[str, npt.NDArray[Any]]] = {}
         shown = _example_ids(test, ready.truth, self.examples) if cell.seed == self.first_seed else test.ids[:0]
 
-        def keep_maps(preset: str, model: models.Model) -> None:
+        def keep_maps(preset: str, model: Model) -> None:
             if len(shown):
                 maps[keys[preset]] = _example_maps(model, test.select(shown), self.device)
 
@@ -215,11 +223,9 @@ def _split(cell: Cell, ready: Prepared) -> tuple[Split, ImageSet, ImageSet]:
 
 def _key(cell: Cell, preset: str, ready: Prepared, detector: Detector, runner: Runner) -> str:
     """All that decides the figures of a row, in 16 hex digits."""
-    first = None
+    screener = None
     if preset not in (NONE, ORACLE):
-        first = screener_of(preset, runner.screener, detector, ready.backbone, cell.seed)
-    options = options_of(preset, cell.n_subsets).as_json()
-    del options["screener"]  # named beside it, as it was resolved
+        screener = screener_of(preset, runner.screener, detector, ready.backbone, cell.seed)
     decides = [
         ready.data_digest,
         ready.truth_digest,
@@ -227,8 +233,8 @@ def _key(cell: Cell, preset: str, ready: Prepared, detector: Detector, runner: R
         ready.backbone.weights_digest,
         [detector.name, detector.params()],
         [cell.alpha, cell.protocol, cell.data.sizes if cell.protocol != "official" else None, cell.seed],
-        [preset, options, runner.calibrate, first and [first.name, first.params()]],
-        models.versions(),
+        [preset, options_of(preset, cell.n_subsets), runner.calibrate, screener and [screener.name, screener.params()]],
+        versions(),
     ]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -245,7 +251,7 @@ def _example_ids(test: ImageSet, truth: GroundTruth, n: int) -> Ids:
     return np.array(chosen[:n], np.int64)
 
 
-def _example_maps(model: models.Model, images: ImageSet, device: str) -> dict[str, npt.NDArray[Any]]:
+def _example_maps(model: Model, images: ImageSet, device: str) -> dict[str, npt.NDArray[Any]]:
     scores, grids = model.detector.predict_grids(images, device=device)
     threshold = model.threshold()
     held_out = model.calibration.scores
@@ -284,63 +290,64 @@ def run(
         OutputError: The folder cannot be written.
     """
     folder = ensure_folder(folder)
-    path, commit = folder / RESULTS, source_commit()
+    commit = source_commit()
     cells = plan(config)
     executor = make_executor(config.executor) if executor is None else executor
-    rows = [] if fresh else read_rows(path)
-    done = frozenset(r["key"] for r in rows if not r.get("error") and (any_commit or r.get("commit") == commit))
     by_cells = config.fan_out == "cells"
-    sources = _sources(config, cells, (store or FeatureStore()).root.resolve())
+    earlier = [] if fresh else read_rows(folder / RESULTS)
     runner = Runner(
-        sources,
-        done,
-        config.device,
-        SERIAL if by_cells else executor,
-        config.examples,
-        config.seeds[0],
-        config.screener,
-        config.calibrate,
+        sources=_sources(config, cells, (store or FeatureStore()).root.resolve()),
+        done=frozenset(
+            row["key"] for row in earlier if not row.get("error") and (any_commit or row.get("commit") == commit)
+        ),
+        device=config.device,
+        executor=SERIAL if by_cells else executor,
+        examples=config.examples,
+        first_seed=config.seeds[0],
+        screener=config.screener,
+        calibrate=config.calibrate,
     )
     outer = executor if by_cells else SERIAL
-    if not isinstance(outer, Serial):  # a source that cannot be prepared fails again in its cells, which say so
-        for _ in outer.completed(runner.warm, list(dict.fromkeys(sources.values()))):
-            pass
-    origin = {"commit": commit, "machine": machine(), "versions": models.versions()}
+    origin = {"commit": commit, "machine": machine(), "versions": versions()}
     new: list[Row] = []
+    runner.warm_all(outer)
     progress("cells", 0, len(cells))
     for number, (position, outcome) in enumerate(outer.completed(runner, cells)):
         cell = cells[position]
-        found = _rows_of(cell, outcome)
-        mine = [{**origin, **cell.address, **row} for row in found.rows]
-        for key, arrays in found.maps.items():
-            _save_maps(folder / MAPS / f"{key}.npz", arrays)
-        append_rows(path, mine)
-        new += mine
+        rows = _written(folder, cell, outcome, origin)
+        new += rows
         progress("cells", number + 1, len(cells))
         if on_cell is not None:
-            on_cell(cell, mine)
+            on_cell(cell, rows)
     return new
 
 
-def _rows_of(cell: Cell, outcome: Outcome | Failure) -> Outcome:
-    if isinstance(outcome, Outcome):
-        return outcome
-    kind = "" if isinstance(outcome.error, FlawsiftError) else f"{type(outcome.error).__name__}: "
-    text = " ".join(f"{kind}{outcome.error}".split())
-    return Outcome([{"preset": preset, "error": text} for preset in cell.presets])
+def _written(folder: Path, cell: Cell, outcome: Outcome | Failure, origin: Row) -> list[Row]:
+    """The rows and maps of a cell, on disk; those of one that failed say why."""
+    if isinstance(outcome, Failure):
+        kind = "" if isinstance(outcome.error, FlawsiftError) else f"{type(outcome.error).__name__}: "
+        text = " ".join(f"{kind}{outcome.error}".split())
+        outcome = Outcome([{"preset": preset, "error": text} for preset in cell.presets])
+    for key, arrays in outcome.maps.items():
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # its keywords are arrays
+        write_bytes(ensure_folder(folder / MAPS) / f"{key}.npz", buffer.getvalue())
+    rows = [{**origin, **cell.address, **row} for row in outcome.rows]
+    append_rows(folder / RESULTS, rows)
+    return rows
 
 
 def _sources(config: Config, cells: Sequence[Cell], store: Path) -> dict[Cell, Source]:
     """Where each cell's data come from; detectors on one backbone share one pass through it."""
     layers: dict[BackboneSpec, dict[str, None]] = {}
     for spec in dict.fromkeys(cell.detector for cell in cells):
-        known = layers.setdefault(spec.backbone, {})
-        known.update(dict.fromkeys(spec.make(0).layers))
+        read = layers.setdefault(spec.backbone, {})
+        read.update(dict.fromkeys(spec.make(0).layers))
         with contextlib.suppress(FlawsiftError):  # a backbone that cannot be had: the cells say so
             backbone = spec.backbone.load()
             for preset in set(config.presets) - {NONE, ORACLE}:
-                first = screener_of(preset, config.screener, spec.make(0), backbone, 0)
-                known.update(dict.fromkeys(first.layers))
+                screener = screener_of(preset, config.screener, spec.make(0), backbone, 0)
+                read.update(dict.fromkeys(screener.layers))
     return {
         cell: Source(
             data=cell.data,
@@ -359,10 +366,3 @@ def _file_alpha(cell: Cell) -> float | None:
     if cell.data.name != "realiad":
         return None
     return cell.alpha if cell.protocol == "official" else 0.0
-
-
-def _save_maps(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # its keywords are arrays
-    ensure_folder(path.parent)
-    write_bytes(path, buffer.getvalue())

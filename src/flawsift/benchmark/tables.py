@@ -34,7 +34,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One method in one line of a table; `place` is 1 for the best of the line, 2 for the second, else 0."""
 
     auroc: Figure | None
@@ -50,7 +50,7 @@ class Line:
     data: str
     alpha: float
     preset: str
-    cells: tuple[Cell, ...]
+    cells: tuple[TableCell, ...]
     quoted: bool = False
 
 
@@ -85,11 +85,11 @@ def figure(rows: Rows, column: str, expected: Rows | None = None) -> Figure | No
             by_seed.setdefault(row["seed"], {})[row["category"]] = float(row[column])
     if not by_seed:
         return None
-    means = [statistics.fmean(found.values()) for found in by_seed.values()]
-    there = {(seed, category) for seed, found in by_seed.items() for category in found}
+    means = [statistics.fmean(by_category.values()) for by_category in by_seed.values()]
+    there = {(seed, category) for seed, by_category in by_seed.items() for category in by_category}
     others = {(r["seed"], r["category"]) for r in expected or rows if r.get(column)}
     categories = {category for _, category in others}
-    complete = there >= others and all(set(found) == categories for found in by_seed.values())
+    complete = there >= others and all(set(by_category) == categories for by_category in by_seed.values())
     sd = statistics.stdev(means) if len(means) > 1 else None
     return Figure(statistics.fmean(means), sd, len(means), complete)
 
@@ -127,7 +127,7 @@ def quoted_tables() -> list[Table]:
     return tables
 
 
-def ranked(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+def ranked(cells: Sequence[TableCell]) -> tuple[TableCell, ...]:
     """The same cells with the best and the second of each metric marked; equal figures share a place."""
     places = []
     for values in ([c.auroc for c in cells], [c.aupro for c in cells]):
@@ -135,7 +135,7 @@ def ranked(cells: Sequence[Cell]) -> tuple[Cell, ...]:
         enough = sum(v is not None for v in values) > 1
         at = [known.index(round(v.mean, 6)) + 1 if v is not None and enough else 0 for v in values]
         places.append([p if p <= 2 else 0 for p in at])
-    return tuple(Cell(c.auroc, c.aupro, a, p) for c, a, p in zip(cells, *places, strict=True))
+    return tuple(TableCell(c.auroc, c.aupro, a, p) for c, a, p in zip(cells, *places, strict=True))
 
 
 def markdown(table: Table) -> str:
@@ -166,12 +166,12 @@ def latex(table: Table) -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table*}"]) + "\n"
 
 
-def _joined(cell: Cell, mark: Mapping[int, Callable[[str], str]]) -> str:
-    found = [
+def _joined(cell: TableCell, mark: Mapping[int, Callable[[str], str]]) -> str:
+    texts = [
         "-" if value is None else mark[place](value.text())
         for value, place in ((cell.auroc, cell.auroc_place), (cell.aupro, cell.aupro_place))
     ]
-    return "-" if found == ["-", "-"] else " / ".join(found)
+    return "-" if texts == ["-", "-"] else " / ".join(texts)
 
 
 def _head(line: Line) -> list[str]:
@@ -183,8 +183,8 @@ def _tex(text: str) -> str:
     return text.translate(TEX)
 
 
-def _cell(rows: Rows, expected: Rows) -> Cell:
-    return Cell(figure(rows, "image_auroc", expected), figure(rows, "aupro", expected))
+def _cell(rows: Rows, expected: Rows) -> TableCell:
+    return TableCell(figure(rows, "image_auroc", expected), figure(rows, "aupro", expected))
 
 
 @functools.cache
@@ -200,7 +200,7 @@ def _quoted_line(data: str, alpha: float, protocol: str, methods: Sequence[str])
         if (table["data"], table["protocol"]) == (data, protocol):
             known = {r["method"]: r for r in table["rows"] if r["alpha"] == alpha}
             figures = [known.get(m, {}) for m in methods]
-            cells = [Cell(_given(f.get("image_auroc")), _given(f.get("aupro"))) for f in figures]
+            cells = [TableCell(_given(f.get("image_auroc")), _given(f.get("aupro"))) for f in figures]
             if any(c.auroc or c.aupro for c in cells):
                 return Line(data, alpha, "quoted", tuple(cells), quoted=True)
     return None
@@ -212,15 +212,15 @@ def _given(value: float | None) -> Figure | None:
 
 def grouped(rows: Rows, *keys: str) -> dict[tuple[str, ...], list[Mapping[str, str]]]:
     """Rows by the values of some columns."""
-    found: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+    groups: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
     for row in rows:
-        found.setdefault(tuple(row.get(key, "") for key in keys), []).append(row)
-    return found
+        groups.setdefault(tuple(row.get(key, "") for key in keys), []).append(row)
+    return groups
 
 
 def _sorted_by_alpha(
     groups: Mapping[tuple[str, ...], list[Mapping[str, str]]],
 ) -> list[tuple[tuple[str, float], list[Mapping[str, str]]]]:
     order = list(dict.fromkeys(key[0] for key in groups))
-    found = [((key[0], float(key[1])), rows) for key, rows in groups.items()]
-    return sorted(found, key=lambda item: (order.index(item[0][0]), item[0][1]))
+    by_alpha = [((key[0], float(key[1])), rows) for key, rows in groups.items()]
+    return sorted(by_alpha, key=lambda item: (order.index(item[0][0]), item[0][1]))

@@ -70,8 +70,8 @@ def benchmark_report(
     from flawsift.benchmark.grid import read_config
     from flawsift.benchmark.report import write_benchmark_report
 
-    found = write_benchmark_report(results, out, config=None if config is None else read_config(config))
-    say(as_json, {name: str(path) for name, path in found.items()}, [f"{n}: {p}" for n, p in found.items()])
+    written = write_benchmark_report(results, out, config=None if config is None else read_config(config))
+    say(as_json, {name: str(path) for name, path in written.items()}, [f"{n}: {p}" for n, p in written.items()])
 
 
 @cache_app.command("list")

@@ -8,8 +8,7 @@ import csv
 import io
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.errors import InputError, OutputError, ParameterError
-from flawsift.files import take_lock, write_csv
+from flawsift.errors import InputError, ParameterError
+from flawsift.files import alone, write_csv
 from flawsift.paths import show
 
 NAME = "decisions.csv"
@@ -165,7 +164,7 @@ class DecisionStore:
         """
         if bad := [c.choice for c in changes if c.choice not in (*CHOICES, "")]:
             raise ParameterError(f"A decision must be keep, remove or unsure, got '{bad[0]}'.")
-        with self._lock, _alone(self.path):
+        with self._lock, alone(self.path):
             self._refresh()
             now = datetime.now(UTC).isoformat(timespec="seconds")
             rows, written, refused = dict(self._rows), {}, {}
@@ -188,7 +187,7 @@ class DecisionStore:
         Raises:
             OutputError: It cannot be written.
         """
-        with self._lock, _alone(self.path):
+        with self._lock, alone(self.path):
             if not self.path.exists():
                 write_csv(self.path, HEADER, [])
 
@@ -224,22 +223,6 @@ def _following(known: Decision, written: Decision) -> Decision:
     A hand writes no versions. Versions must not fall, nor stay for another choice: whoever saw the older row could
     overwrite the newer one unseen.
     """
-    if written.choice == known.choice:
-        return written if written.version > known.version else known
-    return replace(written, version=max(written.version, known.version + 1))
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Keep other programs from writing the same file meanwhile.
-
-    Raises:
-        OutputError: The folder is gone, full, or not to be written.
-    """
-    try:
-        lock = path.with_name(f".{path.name}.lock").open("w")
-    except OSError as error:
-        raise OutputError(f"Cannot write '{show(path)}': {error.strerror or error}.") from error
-    with lock:
-        take_lock(lock)
-        yield
+    if found.choice == known.choice:
+        return found if found.version > known.version else known
+    return replace(found, version=max(found.version, known.version + 1))

@@ -1,0 +1,314 @@
+"""Tables of what detectors and screenings are worth. Each reads the rows that it is of; without rows there is none."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from _frames import (
+    SET,
+    Rows,
+    ablated_rows,
+    accuracy_rows,
+    bold_best,
+    by_set,
+    gains,
+    newest,
+    of_cells,
+    preset_rows,
+    read,
+    recovery,
+    shared,
+    table,
+    texts_by,
+    texts_of,
+    with_titles,
+    with_variants,
+    worst,
+)
+
+ARMS = {"all_data": "no screening", "paper": "paper", "default": "default", "oracle_clean": "oracle"}
+DETECTORS = {
+    "twobanks": "TwoBanks",
+    "patchcore": "PatchCore",
+    "padim": "PaDiM",
+    "softpatch": "SoftPatch",
+    "inreach": "InReaCh",
+    "funad": "FUN-AD",
+    "cflow": "CFlow",
+    "simplenet": "SimpleNet",
+    "uniad": "UniAD",
+    "destseg": "DeSTSeg",
+    "rd": "RD",
+    "dinomaly": "Dinomaly",
+}
+SET_HEADER = ["set", "defective in training"]
+
+
+# ---- accuracy --------------------------------------------------------------------------------------------------------
+
+
+def accuracy(results: Path, detector: str, metric: str) -> str | None:
+    """One row per set and alpha, one column per arm."""
+    rows = accuracy_rows(results, detector).dropna(subset=[metric])
+    if rows.empty:
+        return None
+    body = [[*place, *texts_by(some, "arm", ARMS, metric)] for place, some in by_set(rows)]
+    return table([*SET_HEADER, *ARMS.values()], body, rows)
+
+
+def detectors(results: Path, arm: str, metric: str, *, overlap: bool = False) -> str | None:
+    """One row per set and alpha, one column per detector, of one arm; the best of a row is bold."""
+    rows = accuracy_rows(results, *DETECTORS, overlap=overlap).dropna(subset=[metric])
+    rows = rows[rows["arm"] == arm]
+    if rows.empty:
+        return None
+    names = [name for name in DETECTORS if name in set(rows["detector"])]
+    body = []
+    for place, some in by_set(rows):
+        means = some.groupby("detector")[metric].mean().reindex(names)
+        body.append([*place, *bold_best(texts_by(some, "detector", names, metric), means)])
+    sets = rows["data"].unique()
+    for alpha, some in rows.groupby("alpha"):
+        means = some.groupby(["data", "detector"])[metric].mean().unstack("detector").reindex(sets, columns=names)
+        means = means.mean(skipna=False)  # of all sets, or none
+        texts = ["-" if pd.isna(mean) else f"{mean:.3f}" for mean in means]
+        body.append(["mean of sets", f"{alpha:.0%}", *bold_best(texts, means)])
+    return table([*SET_HEADER, *(DETECTORS[name] for name in names)], body, rows)
+
+
+def threshold(results: Path) -> str | None:
+    """What the default detector's threshold without labels does on test images."""
+    rows = accuracy_rows(results, "twobanks").dropna(subset=["missed_per_100"])
+    rows = rows[rows["arm"] == "default"]
+    if rows.empty:
+        return None
+    digits = {"false_alarms_per_100": 1, "missed_per_100": 1, "keep_share": 2}
+    body = [[*place, *texts_of(some, digits)] for place, some in by_set(rows)]
+    return table([*SET_HEADER, "false alarms per 100 good", "missed per 100 defective", "kept"], body, rows)
+
+
+def trim(results: Path) -> str | None:
+    """Dinomaly with and without the gradient of its hardest points."""
+    rows = preset_rows(results / "trim")
+    if rows.empty:
+        return None
+    names = list(rows["detector"].unique())
+    body = []
+    for place, some in by_set(rows):
+        aurocs, aupros = (texts_by(some, "detector", names, metric) for metric in ("image_auroc", "aupro"))
+        body.append([*place, *(f"{auroc} / {aupro}" for auroc, aupro in zip(aurocs, aupros, strict=True))])
+    return table([*SET_HEADER, *names], body, rows)
+
+
+def semantic(results: Path) -> str | None:
+    """One row per ratio, one column per detector, over digits and seeds."""
+    rows = read(results / "semantic.csv")
+    if rows.empty:
+        return None
+    rows = rows[rows["commit"] == rows["commit"].iloc[-1]]
+    titles = {"funad": "FUN-AD", "nearest": "nearest neighbour"}
+    body = [[f"{alpha:.0%}", *texts_by(some, "detector", titles)] for alpha, some in rows.groupby("alpha")]
+    return table(["anomalies added", *titles.values()], body, rows)
+
+
+def stage1(results: Path, detector: str) -> str | None:
+    """How well stage 1 ranks and what is left in the kept set."""
+    rows = accuracy_rows(results, detector)
+    rows = rows[rows["arm"].isin(["paper", "default"])]
+    if rows.empty:
+        return None
+    digits = {"stage1_auroc": 3, "alpha_hat": 3, "keep_share": 3, "alpha_kept": 3}
+    digits |= {"false_alarms_per_100": 1, "missed_per_100": 1}
+    body = [
+        [*place, ARMS[arm], *texts_of(some[some["arm"] == arm], digits)]
+        for place, some in by_set(rows)
+        for arm in ("paper", "default")
+    ]
+    header = [*SET_HEADER, "preset", "AUROC of the ranking", "estimated share", "kept", "defective in kept"]
+    return table([*header, "false alarms per 100 good", "missed per 100 defective"], body, rows)
+
+
+def estimates(results: Path) -> str | None:
+    """How far the estimated share of defective images is from the true one, by contamination."""
+    rows = accuracy_rows(results, "patchcore").dropna(subset=["alpha_low"])
+    rows = rows[rows["arm"] == "default"]
+    if rows.empty:
+        return None
+    body = []
+    for alpha, some in rows.groupby("alpha"):
+        errors = some["alpha_hat"] - some["alpha_reached"]
+        shown = [f"{some['alpha_hat'].mean():.1%}", f"{errors.mean():+.1%}", f"{(errors**2).mean() ** 0.5:.1%}"]
+        inside = some["alpha_reached"].between(some["alpha_low"], some["alpha_high"])
+        counts = [f"{(some['alpha_hat'] > 0).sum()} of {len(some)}", f"{inside.sum()} of {len(some)}"]
+        body.append([f"{alpha:.0%}", *shown, *counts])
+    header = ["defective", "estimated, mean", "error, mean", "error, root mean square", "above 0", "interval holds it"]
+    return table(header, body, rows)
+
+
+# ---- what screening wins ---------------------------------------------------------------------------------------------
+
+
+def goals(results: Path) -> str | None:
+    """What the default screening was built for, by detector, against what came out."""
+    body, used = [], []
+    for title, rows in _judged(results):
+        if not {"all data", "default", "oracle"} <= set(rows["variant"]):
+            continue
+        used.append(rows)
+        gained = gains(rows)
+        clean, contaminated = of_cells(gained, clean=True)["default"], of_cells(gained)["default"]
+        data, alpha = contaminated.idxmin()
+        body.append(
+            [
+                title,
+                f"{100 * clean.min():+.1f} ({clean.idxmin()[0]})",
+                recovery(gained, "default"),
+                f"{100 * contaminated.min():+.1f} ({data}, {alpha:.0%})",
+                recovery(gained, "paper") if "paper" in gained else "-",
+            ]
+        )
+    if not body:
+        return None
+    body.append(["goal", ">= -0.3", ">= 60 %", ">= -0.5", ""])
+    header = ["detector", "clean set, worst", "recovery", "contaminated cell, worst", "recovery of the paper's preset"]
+    return table(header, body, pd.concat(used))
+
+
+def _judged(results: Path) -> Iterator[tuple[str, Rows]]:
+    """(title, rows) of each detector: those of `accuracy.py`, then those of the full table."""
+    for name, title in DETECTORS.items():
+        yield title, accuracy_rows(results, name)
+    for title, rows in preset_rows(results / "table1").groupby("detector", sort=False):
+        clean = rows.loc[(rows["alpha"] == 0) & (rows["arm"] == "default"), "data"].unique()
+        yield f"{title} ({', '.join(clean)}; full table)", rows[rows["data"].isin(clean)]
+
+
+def confirmation(results: Path) -> str | None:
+    """Cell by cell, on seeds that no choice was made on: no screening, and the gains of default and oracle."""
+    folder = results / "confirmation"
+    parts = {"patchcore": with_variants(ablated_rows(folder), "variant"), "padim": accuracy_rows(folder, "padim")}
+    parts = {name: rows for name, rows in parts.items() if len(rows)}
+    if not parts:
+        return None
+    body = []
+    for name, rows in parts.items():
+        for (data, alpha), some in by_set(rows):
+            won = [f"{100 * gains(some)[variant].mean():+.1f}" for variant in ("default", "oracle")]
+            body.append([f"{DETECTORS[name]}, {data}", alpha, *texts_by(some, "variant", ["all data"]), *won])
+        body.append([f"{DETECTORS[name]}, recovery", "", "", recovery(gains(rows), "default"), "100%"])
+    header = ["detector, set", "defective", "no screening", "default", "oracle"]
+    return table(header, body, pd.concat(parts.values()))
+
+
+def ablation(results: Path) -> str | None:
+    """Mean gain over training on everything, per variant and contamination; the share of the oracle's gain won.
+
+    Over the sets and seeds that all variants have.
+    """
+    rows = ablated_rows(results)
+    if rows.empty:
+        return None
+    variants = rows["variant"].unique()
+    gained = gains(shared(rows, "variant", len(variants)))
+    means = 100 * gained.groupby("alpha").mean()
+    body = []
+    for variant in variants[variants != "all data"]:
+        lowest = 100 * gained.groupby(SET)[variant].mean().min()
+        body.append([variant, *(f"{points:+.1f}" for points in (*means[variant], lowest)), recovery(gained, variant)])
+    header = ["variant", *(f"{alpha:.0%} defective" for alpha in means.index), "worst cell", "recovery"]
+    return table(header, body, rows)
+
+
+def finals(results: Path, metric: str = "image_auroc", *, confirmed: bool = False) -> str | None:
+    """What the default final detector is worth beside its two parts, with and without the default screening."""
+    titles = {
+        ("patchcore", "all data"): "PatchCore",
+        ("softpatch", "all data"): "SoftPatch",
+        ("twobanks", "all data"): "TwoBanks",
+        ("patchcore", "default"): "PatchCore, screened",
+        ("softpatch", "default"): "SoftPatch, screened",
+        ("twobanks", "default"): "TwoBanks, screened",
+        ("patchcore", "oracle"): "PatchCore, oracle",
+        ("twobanks", "oracle"): "TwoBanks, oracle",
+    }
+    folder = results / "confirmation" if confirmed else results
+    first = with_variants(ablated_rows(folder), "variant") if confirmed else accuracy_rows(folder, "patchcore")
+    rows = pd.concat([first, accuracy_rows(folder, "softpatch", "twobanks")]).dropna(subset=[metric])
+    rows = shared(with_titles(rows, titles), "title", len(titles))
+    if rows.empty:
+        return None
+    names = list(titles.values())
+    body = [[*place, *texts_by(some, "title", names, metric)] for place, some in by_set(rows)]
+    for alpha, some in rows.groupby("alpha"):
+        means = some.groupby("title", observed=True)[metric].mean()
+        body.append(["mean of sets", f"{alpha:.0%}", *(f"{mean:.3f}" for mean in means)])
+    gained = gains(rows, metric, "title", "PatchCore")
+    body.append(["recovery", "", *(recovery(gained, name, "PatchCore, oracle") for name in names)])
+    body.append(["worst contaminated cell, points", "", *worst(of_cells(gained), names)])
+    body.append(["worst clean set, points", "", *worst(of_cells(gained, clean=True), names)])
+    return table(["set", "defective", *names], body, rows)
+
+
+def headline(results: Path) -> str | None:
+    """Both stages by default, beside PatchCore on everything and the same detector on the good images alone."""
+    titles = {
+        ("patchcore", "all data"): "PatchCore on everything",
+        ("softpatch", "all data"): "SoftPatch on everything",
+        ("twobanks", "default"): "flawsift fit",
+        ("twobanks", "oracle"): "the same detector, trained on the good images only",
+    }
+    rows = with_titles(accuracy_rows(results, "patchcore", "softpatch", "twobanks"), titles)
+    rows = shared(rows, "title", len(titles))
+    if rows.empty:
+        return None
+    body = [[*place, *texts_by(some, "title", titles.values())] for place, some in by_set(rows)]
+    return table([*SET_HEADER, *titles.values()], body, rows)
+
+
+def rivals(results: Path, metric: str) -> str | None:
+    """Mean of the sets: both stages by default against the detectors that resist contamination on their own."""
+    titles = {
+        ("twobanks", "default"): "TwoBanks, screened",
+        ("softpatch", "all data"): "SoftPatch",
+        ("inreach", "all data"): "InReaCh",
+        ("funad", "all data"): "FUN-AD",
+    }
+    body, used = [], []
+    for folder in (results, results / "confirmation"):
+        rows = accuracy_rows(folder, *(name for name, _ in titles)).dropna(subset=[metric])
+        for alpha, some in with_titles(rows, titles).groupby("alpha"):
+            values = some.pivot(index="seed", columns=["title", "data"], values=metric)
+            n = some["data"].nunique()
+            values = values.dropna() if values.shape[1] == n * len(titles) else values[:0]
+            if values.empty:
+                continue  # a mean of other sets or seeds would be another figure
+            used.append(some[some["seed"].isin(values.index)])
+            means = used[-1].groupby("title", observed=True)[metric].mean()
+            shown = f"{values.index.min()} to {values.index.max()}, {n} set{'s' if n > 1 else ''}"
+            body.append([shown, f"{alpha:.0%}", *bold_best([f"{mean:.3f}" for mean in means], means)])
+    if not body:
+        return None
+    return table(["seeds", "defective", *titles.values()], body, pd.concat(used))
+
+
+def decisions(results: Path, detector: str) -> str | None:
+    """What a person's first decisions are worth beside the default screening alone."""
+    rows = read(results / "decisions.csv")
+    rows = with_variants(newest(rows[(rows["detector"] == detector) & (rows["n_decisions"] == 10)]))
+    if rows.empty:
+        return None
+    titles = {
+        "all data": "no screening",
+        "default": "default",
+        "decided": "default, then ten decisions",
+        "oracle": "oracle",
+    }
+    body = []
+    for place, some in by_set(rows):
+        removed = texts_of(some[some["arm"] == "decided"], {"n_removed": 1})
+        body.append([*place, *removed, *texts_by(some, "variant", titles)])
+    gained = gains(rows)
+    body.append(["recovery", "", "", *(recovery(gained, variant) for variant in titles)])
+    body.append(["worst contaminated cell, points", "", "", *worst(of_cells(gained), titles)])
+    return table([*SET_HEADER, "defective among the ten", *titles.values()], body, rows)
