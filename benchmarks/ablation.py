@@ -26,7 +26,8 @@ from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Detector, make_detector
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 from flawsift.models.calibration import Calibration
 from flawsift.models.model import Model, evaluate, set_digest
 from flawsift.screening.consensus import keep_lowest, rejected_patches, robust_units

@@ -31,9 +31,10 @@ from flawsift.detectors.base import DETECTORS, Detector, detector_class, make_de
 from flawsift.errors import InputError
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.store import FeatureStore, attach
+from flawsift.features.extraction import attach
+from flawsift.features.store import FeatureStore
 from flawsift.models.model import set_digest
-from flawsift.screening.stage1 import PRESETS
+from flawsift.screening.options import PRESETS
 
 # sizes that allow alpha 0 to 0.4 for every seed; see flawsift.data.contamination
 SIZES: dict[str, dict[str, Any]] = {
@@ -124,7 +125,16 @@ def run_cell(
     }
     presets = [PRESET_OF[arm] for arm in arms]
     rows = []
-    results = compare(train, test, data.truth, detector, backbone, presets, seed=seed, calibrate=calibrate)
+    trial = Trial(
+        train=train,
+        test=test,
+        truth=data.truth,
+        detector=detector,
+        backbone=backbone,
+        run=Run(seed=seed),
+        calibrate=calibrate,
+    )
+    results = trial.rows(presets)
     for arm, measured in zip(arms, results, strict=True):
         row = {**common, "arm": arm, **{key: measured[key] for key in (*METRICS, *SECONDS)}}
         row |= {

@@ -164,7 +164,8 @@ def ours_detector(task: str, work: Path) -> dict[str, Any]:
     from flawsift.detectors.padim import PaDiM
     from flawsift.detectors.patchcore import PatchCore
     from flawsift.features.backbones import load_backbone
-    from flawsift.features.store import FeatureStore, attach
+    from flawsift.features.extraction import attach
+    from flawsift.features.store import FeatureStore
     from flawsift.models.calibration import Calibration
     from flawsift.models.model import Model, evaluate, predict, set_digest
 

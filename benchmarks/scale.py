@@ -42,7 +42,8 @@ def child(stage: str, n: int, folder: Path, cache: Path, size: int) -> dict[str,
     from flawsift.data.images import ImageSet
     from flawsift.detectors.base import make_detector
     from flawsift.features.backbones import load_backbone
-    from flawsift.features.store import FeatureStore, attach
+    from flawsift.features.extraction import attach
+    from flawsift.features.store import FeatureStore
     from flawsift.models.model import set_digest
 
     images = ImageSet.from_folder(folder)

@@ -41,8 +41,10 @@ def child(arm: str, detector_name: str, folder: Path, size: int) -> dict[str, An
     from flawsift.data.images import ImageSet
     from flawsift.detectors.base import make_detector
     from flawsift.features.backbones import load_backbone
-    from flawsift.features.store import FeatureStore, attach
+    from flawsift.features.extraction import attach
+    from flawsift.features.store import FeatureStore
     from flawsift.models.model import set_digest
+    from flawsift.screening.options import ScreenOptions
 
     images = ImageSet.from_folder(folder)
     backbone = load_backbone(size=size)

@@ -40,7 +40,8 @@ def child(name: str, n: int, size: int, n_models: int, repeats: int, batched_onl
     from flawsift.detectors.base import make_detector
     from flawsift.detectors.parts.training import Watch
     from flawsift.features.backbones import load_backbone
-    from flawsift.features.store import FeatureStore, attach
+    from flawsift.features.extraction import attach
+    from flawsift.features.store import FeatureStore
     from flawsift.models.model import set_digest
 
     images = synthetic(n, 0, size=size, seed=0).images

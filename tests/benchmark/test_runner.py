@@ -12,23 +12,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flawsift import pipeline
 from flawsift.benchmark.grid import Config, done_places, parse_config
-from flawsift.benchmark.rows import append_rows, read_rows
+from flawsift.benchmark.rows import Row, append_rows, read_rows
 from flawsift.benchmark.runner import prepare, run
-from flawsift.benchmark.trial import compare
+from flawsift.benchmark.trial import Trial
 from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import make_detector
-from flawsift.executors import Processes
+from flawsift.detectors.base import Detector, make_detector
+from flawsift.executors import Processes, Run
 from flawsift.features.backbones import Backbone
-from flawsift.features.store import attach
+from flawsift.features.extraction import attach
 from flawsift.metrics import ranking
 from flawsift.models.calibration import Calibration
 from flawsift.models.model import Model, evaluate
-from flawsift.screening.stage1 import PRESETS, reselected, screen
+from flawsift.models.plan import TrainingPlan, held_out_scores_of
+from flawsift.screening.options import PRESETS
+from flawsift.screening.stage1 import reselected, screen
+from flawsift.testing import tiny_backbone
 
 SMALL: dict[str, Any] = {
     "alphas": [0.0, 0.2],
@@ -85,8 +87,8 @@ def compare(
 def test_a_selection_from_the_score_matrix_is_that_of_a_screening(easy: Dataset, tiny: Backbone, preset: str) -> None:
     train, _ = split(easy, tiny)
     detector = make_detector("padim", n_features=10)
-    other = screen(train, detector, **PRESETS["default" if preset == "paper" else "paper"], seed=3)
-    mine = screen(train, detector, **PRESETS[preset], seed=3)
+    other = screen(train, detector, PRESETS["default" if preset == "paper" else "paper"], Run(seed=3))
+    mine = screen(train, detector, PRESETS[preset], Run(seed=3))
     again = reselected(other, PRESETS[preset], detector, train)
     assert again.kept.tolist() == mine.kept.tolist()
     np.testing.assert_array_equal(again.consensus, mine.consensus)
@@ -140,10 +142,8 @@ def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> N
     train, test = split(easy, tiny)
     detector = make_detector("padim", n_features=10)
     fitted: dict[str, Model] = {}
-    rows = compare(
-        train, test, easy.truth, detector, tiny, ["paper", "oracle_clean"], seed=1, on_fitted=fitted.__setitem__
-    )
-    stage1 = screen(train, detector, **PRESETS["paper"], seed=1)
+    rows = compare(train, test, easy.truth, detector, ["paper", "oracle_clean"], seed=1, on_fitted=fitted.__setitem__)
+    stage1 = screen(train, detector, PRESETS["paper"], Run(seed=1))
     labels = easy.truth.select(stage1.kept).labels
     paper, oracle = rows
     assert (paper["kept_normal"], paper["kept_anomalous"]) == ((labels == 0).sum(), labels.sum())
@@ -353,7 +353,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 def test_processes_that_add_rows_at_once_lose_none(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
-    code = "import sys; from pathlib import Path; from flawsift.benchmark.rows import append_rows\n"
+    code = "import sys; from pathlib import Path; from flawsift.benchmark.rows import Row, append_rows\n"
     code += "for row in range(40): append_rows(Path(sys.argv[1]), [{'worker': sys.argv[2], 'row': row}])"
     workers = [subprocess.Popen([sys.executable, "-c", code, str(path), str(n)]) for n in range(3)]
     assert [worker.wait() for worker in workers] == [0, 0, 0]

@@ -8,7 +8,7 @@ import json
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from flawsift.detectors.base import Detector, make_detector
 from flawsift.errors import InputError, ParameterError, unknown_name
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.paths import show
-from flawsift.screening.stage1 import PRESETS, ScreenOptions
+from flawsift.screening.options import PRESETS, ScreenOptions
 
 BY_PRESET = "preset"  # the screener that each preset of stage 1 has of its own
 NONE, ORACLE = "none", "oracle_clean"  # presets without a selection: all images, and all that are labelled normal

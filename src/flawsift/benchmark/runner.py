@@ -226,6 +226,8 @@ def _key(cell: Cell, preset: str, ready: Prepared, detector: Detector, runner: R
     screener = None
     if preset not in (NONE, ORACLE):
         screener = screener_of(preset, runner.screener, detector, ready.backbone, cell.seed)
+    options = options_of(preset, cell.n_subsets).as_json()
+    del options["screener"]  # named beside it, as it was resolved
     decides = [
         ready.data_digest,
         ready.truth_digest,
@@ -233,7 +235,7 @@ def _key(cell: Cell, preset: str, ready: Prepared, detector: Detector, runner: R
         ready.backbone.weights_digest,
         [detector.name, detector.params()],
         [cell.alpha, cell.protocol, cell.data.sizes if cell.protocol != "official" else None, cell.seed],
-        [preset, options_of(preset, cell.n_subsets), runner.calibrate, screener and [screener.name, screener.params()]],
+        [preset, options, runner.calibrate, screener and [screener.name, screener.params()]],
         versions(),
     ]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

@@ -38,7 +38,7 @@ from flawsift.detectors.base import detector_class
 from flawsift.errors import ParameterError, unknown_name
 from flawsift.executors import make_executor
 from flawsift.features.runtimes import Runtime
-from flawsift.screening.stage1 import OWN
+from flawsift.screening.options import OWN
 
 
 def parse_config(content: Mapping[str, Any]) -> Config:

@@ -223,6 +223,6 @@ def _following(known: Decision, written: Decision) -> Decision:
     A hand writes no versions. Versions must not fall, nor stay for another choice: whoever saw the older row could
     overwrite the newer one unseen.
     """
-    if found.choice == known.choice:
-        return found if found.version > known.version else known
-    return replace(found, version=max(found.version, known.version + 1))
+    if written.choice == known.choice:
+        return written if written.version > known.version else known
+    return replace(written, version=max(written.version, known.version + 1))
