@@ -1,5 +1,8 @@
 """PaDiM against closed forms and scipy."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,3 +252,30 @@ def test_a_position_without_patches_is_finite() -> None:
     features = random_features(6)
     padim = PaDiM(layers=("a",)).fit(feature_set(features).without_patches(dict(enumerate(everywhere))))
     assert np.isfinite(grids(padim, feature_set(features))).all()
+
+
+STATISTICS = """
+import sys
+import numpy as np
+from flawsift.data.images import ImageSet
+from flawsift.detectors.padim import PaDiM
+from flawsift.features.readers import MemoryFeatures
+
+n = 17
+images = ImageSet.from_arrays([np.zeros((2, 2), np.uint8)] * n)
+features = np.random.default_rng(0).normal(size=(n, 20, 8, 8)).astype(np.float32)
+reader = MemoryFeatures(32, "test", {("", i): i for i in range(n)}, {"a": features})
+model = PaDiM(layers=("a",)).fit(ImageSet(images.ids, images.source, {}, reader), device="cpu")
+sys.stdout.write(model.mean_.numpy().tobytes().hex() + model.scatter_.numpy().tobytes().hex())
+"""
+
+
+def test_statistics_do_not_hang_on_the_kernels_and_threads_of_mkl() -> None:
+    """Torch's products on the CPU may take another kernel in another process; a last bit is 1e-4 of a score."""
+    settings_of = ({}, {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"})
+    first, second = (
+        subprocess.run([sys.executable, "-c", STATISTICS], env={**os.environ, **more}, capture_output=True, check=True)
+        for more in settings_of
+    )
+    assert len(first.stdout) > 0
+    assert first.stdout == second.stdout

@@ -203,23 +203,24 @@ class PaDiM(Detector):
             weights = x.new_ones(x.shape[0], len(batch)) if accepted is None else accepted.flatten(1).T.to(x)  # (P, B)
             counts = weights.sum(1, keepdim=True)
             # sums about the first batch's mean do not cancel in float32
-            shift = (x @ weights.unsqueeze(2)) / counts.clamp_min(1).unsqueeze(2) if shift is None else shift
+            if shift is None:
+                shift = (x * weights.unsqueeze(1)).sum(2, keepdim=True) / counts.clamp_min(1).unsqueeze(2)
             x = x - shift
             if accepted is not None:
                 x *= weights.unsqueeze(1)
             if n is None or total is None or scatter is None:
-                n, total, scatter = counts, x.sum(2), torch.bmm(x, x.transpose(1, 2))
+                n, total, scatter = counts, x.sum(2), x.new_zeros(x.shape[0], x.shape[1], x.shape[1])
             else:
                 n += counts
                 total += x.sum(2)
-                scatter.baddbmm_(x, x.transpose(1, 2))
+            _add_squares(scatter, x)
         if n is None or total is None or scatter is None or shift is None:
             raise InputError("PaDiM.fit needs at least one image, got an empty set.")
         n.clamp_min_(
             1
         )  # a position without any patch has the first batch's mean and the regularisation as its variance
         mean = total / n
-        scatter.baddbmm_(total.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
+        scatter.addcmul_(total.unsqueeze(2), mean.unsqueeze(1), value=-1)
         return Moments(n.cpu(), (mean + shift.squeeze(2)).cpu(), _packed(scatter.cpu()))
 
     def _draw_channels(self, batch: Batch) -> None:
@@ -291,6 +292,23 @@ def _packed(symmetric: Tensor) -> Tensor:
 def _by_position(n: int, work: Callable[[slice], object]) -> None:
     """`work` on blocks of n positions that fit into the processor's cache, in threads."""
     in_threads(work, (slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)))
+
+
+def _add_squares(scatter: Tensor, x: Tensor) -> None:
+    """Add x x^T of (P, d, B) to scatter (P, d, d), in place.
+
+    In-sample covariances are nearly singular: a last bit here is 1e-4 of a score. torch's products on the CPU are those
+    of MKL, which promises equal bits to nobody; these are of one thread each, position by position.
+    """
+    if x.device.type != "cpu":
+        scatter.baddbmm_(x, x.transpose(1, 2))
+        return
+    sums, values = scatter.numpy(), x.numpy()
+
+    def work(part: slice) -> None:
+        sums[part] += np.matmul(values[part], values[part].transpose(0, 2, 1))
+
+    _by_position(len(values), work)
 
 
 def _whitened_products(whitener: Tensor, x: Tensor, mean: Tensor, m: int) -> Tensor:
