@@ -1,7 +1,7 @@
 """A benchmark as data: what a TOML file asks for, the cells that follow from it, and how long they take.
 
-config = read_config("table1.toml")
-cells = plan(config)
+    config = read_config("table1.toml")
+    cells = plan(config)
 """
 
 import json
@@ -162,7 +162,7 @@ def read_config(path: str | Path) -> Config:
     Top level: `alphas`, `seeds`, `presets` (none, oracle_clean, paper, default, ...), `protocols` (no_overlap, overlap,
     official), `subsets` (values of k; empty for the presets' own), `device`, `executor` (as for `--executor`),
     `fan_out` ("cells" or "submodels": what the executor gets), `examples` (pictures per category in the report),
-    `screener` and `calibrate` (as for `flawsift.benchmark.trial.compare`).
+    `screener` and `calibrate` (as for `flawsift.benchmark.trial.Trial`).
     Tables: `backbone` (name, size, weights, runtime); `[[data]]` (name, categories, protocols, n_train, test_normal,
     test_anomalous, and options of its loader); `[[detectors]]` (name, label, preset, params, backbone).
 
