@@ -272,7 +272,7 @@ sys.stdout.write(model.mean_.numpy().tobytes().hex() + model.scatter_.numpy().to
 
 def test_statistics_do_not_hang_on_the_kernels_and_threads_of_mkl() -> None:
     """Torch's products on the CPU may take another kernel in another process; a last bit is 1e-4 of a score."""
-    settings_of = ({}, {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"})
+    settings_of: tuple[dict[str, str], ...] = ({}, {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"})
     first, second = (
         subprocess.run([sys.executable, "-c", STATISTICS], env={**os.environ, **more}, capture_output=True, check=True)
         for more in settings_of

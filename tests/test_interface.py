@@ -1,0 +1,192 @@
+"""What users hand in and get back: any kind of images, stage 1 into stage 2, the same files as the commands write."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import flawsift
+from flawsift import pipeline
+from flawsift.cli.main import main
+from flawsift.datasets import Dataset
+from flawsift.detectors.base import make_detector
+from flawsift.errors import ParameterError
+from flawsift.features.backbones import Backbone
+from flawsift.features.store import FeatureStore
+from flawsift.models.model import set_digest
+from flawsift.screening.options import ScreenOptions
+
+SMALL = make_detector("patchcore", coreset_ratio=0.05)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    return FeatureStore(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("kind", ["pattern", "list", "iterator", "arrays", "pil"])
+def test_both_stages_take_what_users_have(kind: str, easy_folder: Path, tiny: Backbone, store: FeatureStore) -> None:
+    paths = sorted(easy_folder.glob("*.png"))
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    given: dict[str, Any] = {
+        "pattern": str(easy_folder / "*.png"),
+        "list": paths,
+        "iterator": iter(paths),
+        "arrays": [np.asarray(picture) for picture in pictures],
+        "pil": pictures,
+    }
+    expected = pipeline.screen(easy_folder, SMALL, tiny, store=store)
+    screening = pipeline.screen(given[kind], SMALL, tiny, store=store)
+    np.testing.assert_array_equal(screening.consensus, expected.consensus)
+    images = paths if kind == "iterator" else given[kind]
+    fitted = pipeline.fit(images, SMALL, tiny, screening=screening, store=store)
+    assert fitted.plan.kept.tolist() == expected.kept.tolist()
+    assert fitted.screening is screening
+    assert fitted.model.predict(images).scores.tolist() == fitted.model.predict(easy_folder).scores.tolist()
+
+
+def test_what_is_no_image_is_told_in_one_line(tiny: Backbone) -> None:
+    for wrong in (3, None, {"a": 1}, [1, 2], ["a.png", object()]):
+        with pytest.raises(TypeError, match="array") as error:
+            pipeline.screen(wrong, SMALL, tiny)  # type: ignore[arg-type]
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["patchcore", "padim", "softpatch"])
+def test_a_screening_in_memory_and_on_disk_give_the_same_model(
+    name: str, easy_folder: Path, tiny: Backbone, store: FeatureStore, tmp_path: Path
+) -> None:
+    detector = make_detector(name)
+    made = pipeline.screen(easy_folder, SMALL, tiny, store=store, out=tmp_path / "s")
+    in_memory, on_disk = (
+        pipeline.fit(easy_folder, detector, tiny, screening=given, store=store) for given in (made, tmp_path / "s")
+    )
+    assert in_memory.plan.kept.tolist() == on_disk.plan.kept.tolist()
+    assert set_digest(in_memory.plan.images) == set_digest(on_disk.plan.images)
+    np.testing.assert_allclose(
+        in_memory.model.calibration.scores, on_disk.model.calibration.scores, rtol=1e-6
+    )  # the table has nine digits
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_functions_write_the_files_that_the_commands_write(
+    easy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = ["--backbone", "tiny", "--size", "64", "--cache", str(tmp_path / "cache")]
+    backbone, store = flawsift.load_backbone("tiny", size=64), FeatureStore(tmp_path / "cache")
+    for command, function in (("screen", flawsift.screen), ("fit", flawsift.fit)):
+        by_command, by_function = tmp_path / f"{command}-1", tmp_path / f"{command}-2"
+        with pytest.raises(SystemExit) as ended:
+            main([command, str(easy_folder), "--out", str(by_command), *network])
+        assert ended.value.code == 0
+        function(easy_folder, backbone=backbone, store=store, out=by_function)
+        states = {name for name in files_below(by_command) if name.startswith("state-")}
+        assert files_below(by_command) == files_below(by_function)
+        assert "report.html" in files_below(by_function)
+        assert bool(states) == (command == "fit")
+    capsys.readouterr()
+
+
+def test_a_screening_from_memory_lies_beside_its_model(
+    easy: Dataset, tiny: Backbone, store: FeatureStore, tmp_path: Path
+) -> None:
+    """Images in memory have no folder: the page shows them all the same."""
+    screening = pipeline.screen(easy.images, SMALL, tiny, store=store)
+    fitted = pipeline.fit(easy.images, SMALL, tiny, screening=screening, store=store, out=tmp_path / "m")
+    assert fitted.report == tmp_path / "m" / "report.html"
+    assert fitted.report.read_text("utf-8").count("data:image/jpeg") > 20
+    again = flawsift.load_screening(tmp_path / "m" / "screening")
+    assert again.kept.tolist() == screening.kept.tolist()
+    assert fitted.decisions == {"keep": 0, "remove": 0, "unsure": 0, "elsewhere": 0}
+
+
+def test_progress_is_told_to_whoever_asks(easy: Dataset, tiny: Backbone, store: FeatureStore) -> None:
+    stages: list[str] = []
+    pipeline.fit(easy.images, SMALL, tiny, store=store, progress=lambda stage, done, total: stages.append(stage))
+    assert {"sub-models", "detector"} <= set(stages)
+    for progress in (True, False, None):
+        pipeline.screen(easy.images, SMALL, tiny, store=store, progress=progress)
+
+
+def test_a_screening_shows_itself(easy: Dataset, tiny: Backbone, store: FeatureStore) -> None:
+    screening = pipeline.screen(easy.images, SMALL, tiny, options=ScreenOptions(keep=0.8), store=store)
+    text = repr(screening)
+    assert text.startswith("Screening of 50 images, 10 set aside, 40 kept\nmost anomalous: array-")
+    page = screening._repr_html_()
+    assert page.count("<img") == 12
+    assert "set aside" in page
+    table = screening.to_pandas()
+    assert table["kept"].sum() == 40
+    assert table.loc[int(screening.ranking[0]), "consensus"] == screening.consensus.max()
+
+
+def test_options_are_presets_with_changes() -> None:
+    paper = ScreenOptions.of("paper", n_subsets=3)
+    assert (paper.n_subsets, paper.keep, paper.exclude_own) == (3, 0.4, False)
+    assert ScreenOptions.of(paper, keep=0.5).n_subsets == 3
+    with pytest.raises(ParameterError, match="Did you mean 'paper'"):
+        ScreenOptions.of("papr")
+    with pytest.raises(ParameterError, match="Did you mean 'n_subsets'"):
+        ScreenOptions.of("paper", n_subset=3)
+
+
+def test_every_option_of_stage_1_is_an_option_of_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """And reaches the screening: each is given another value than its preset's."""
+    from flawsift.cli import options as cli
+
+    fit_stage, screening_stage = (getattr(cli, name) for name in ("FitStage", "ScreeningStage"))
+
+    changed: dict[str, Any] = {
+        "screener": "padim",
+        "keep": "0.7",
+        "reject_patches": 1.5,
+        "n_subsets": 4,
+        "n_partitions": 2,
+        "consensus": "median",
+        "normalize": "rank",
+        "exclude_own": False,
+        "divergence_weight": 0.5,
+    }
+    assert set(changed) == set(ScreenOptions().as_json())
+    options = fit_stage(preset=cli.Preset["default"], **changed).options
+    assert options.as_json() == {**changed, "keep": 0.7}
+    assert fit_stage().options == ScreenOptions()
+    del changed["screener"]  # of `screen` that is --detector
+    assert screening_stage(preset=cli.Preset["paper"], **changed).options == ScreenOptions.of(
+        "paper", **{**changed, "keep": 0.7}
+    )
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    for flag in ("--screener", "--keep", "--reject-patches", "--subsets", "--include-own", "--divergence-weight"):
+        assert flag in text
+
+
+def test_predict_answers_for_one_image(easy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = flawsift.load_backbone("tiny", size=64)
+    flawsift.fit(easy_folder, SMALL, backbone, out=tmp_path / "m")
+    files = [str(easy_folder / "part-45.png"), str(easy_folder / "part-00.png")]
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["predict", str(tmp_path / "m"), *arguments])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    first = run(files[0]).splitlines()
+    assert first[0].startswith("part-45.png  score ")
+    assert "anomalous" in first[0]
+    assert "p-value 0.0" in first[0]
+    both = run(*files).splitlines()
+    assert [line.split()[0] for line in both[:2]] == ["part-45.png", "part-00.png"], "the most anomalous first"
+    assert both[2] == "1 of 2 images are anomalous."
+    told = json.loads(run(*reversed(files), "--json"))
+    assert [image["path"] for image in told["images"]] == ["part-00.png", "part-45.png"], "in the order given"
+    assert "20 more" not in run(str(easy_folder / "part-0*.png"))
+    assert "and 30 more, which score lower" in run(str(easy_folder))
