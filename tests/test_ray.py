@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from flawsift import pipeline
-from flawsift.benchmark.grid import parse_config
+from flawsift.benchmark.config import parse_config
 from flawsift.benchmark.runner import run
 from flawsift.datasets import Dataset
 from flawsift.detectors.base import make_detector

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from flawsift.benchmark.grid import BackboneSpec, Config, estimate_seconds, parse_config, plan, read_config
+from flawsift.benchmark.config import parse_config, read_config
+from flawsift.benchmark.grid import BackboneSpec, Config, estimate_seconds, plan
 from flawsift.datasets.folder import DATA_VARIABLE
 from flawsift.errors import InputError, ParameterError
 

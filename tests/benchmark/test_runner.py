@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flawsift.benchmark.grid import Config, done_places, parse_config
+from flawsift.benchmark.config import parse_config
+from flawsift.benchmark.grid import Config, done_places
 from flawsift.benchmark.rows import Row, append_rows, read_rows
 from flawsift.benchmark.runner import prepare, run
 from flawsift.benchmark.trial import Trial

@@ -1,27 +1,23 @@
 """A benchmark as data: what a TOML file asks for, the cells that follow from it, and how long they take.
 
-    config = read_config("table1.toml")
-    cells = plan(config)
+config = read_config("table1.toml")
+cells = plan(config)
 """
 
 import json
-import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flawsift.benchmark.extra import needed_for
 from flawsift.benchmark.rows import Row
 from flawsift.datasets.realiad import ALPHAS as FUIAD_ALPHAS
 from flawsift.detectors.base import Detector, make_detector
-from flawsift.errors import InputError, ParameterError, unknown_name
+from flawsift.errors import ParameterError, unknown_name
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.paths import show
 from flawsift.screening.options import PRESETS, ScreenOptions
 
 BY_PRESET = "preset"  # the screener that each preset of stage 1 has of its own
@@ -154,34 +150,6 @@ class Cell:
     def address(self) -> Row:
         """The columns that say which cell this is."""
         return dict(zip(ADDRESS[:-1], self.place("")[:-1], strict=True))
-
-
-def read_config(path: str | Path) -> Config:
-    """Read a benchmark from a TOML file.
-
-    Top level: `alphas`, `seeds`, `presets` (none, oracle_clean, paper, default, ...), `protocols` (no_overlap, overlap,
-    official), `subsets` (values of k; empty for the presets' own), `device`, `executor` (as for `--executor`),
-    `fan_out` ("cells" or "submodels": what the executor gets), `examples` (pictures per category in the report),
-    `screener` and `calibrate` (as for `flawsift.benchmark.trial.Trial`).
-    Tables: `backbone` (name, size, weights, runtime); `[[data]]` (name, categories, protocols, n_train, test_normal,
-    test_anomalous, and options of its loader); `[[detectors]]` (name, label, preset, params, backbone).
-
-    Raises:
-        InputError: The file cannot be read or is not TOML, or pydantic is not installed.
-        ParameterError: A key is unknown, or a value is of the wrong type or out of range.
-    """
-    try:
-        content = tomllib.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"The benchmark '{show(path)}' cannot be read: {error}") from error
-    return parse_config(content)
-
-
-def parse_config(content: Mapping[str, Any]) -> Config:
-    """A benchmark from the content of its file; see `read_config`."""
-    with needed_for("The file of a benchmark"):
-        from flawsift.benchmark import schema  # a tenth of a second of pydantic, which workers have no use for
-    return schema.parse_config(content)
 
 
 def plan(config: Config) -> list[Cell]:

@@ -42,7 +42,7 @@ from flawsift.screening.options import OWN
 
 
 def parse_config(content: Mapping[str, Any]) -> Config:
-    """A benchmark from the content of its file; see `flawsift.benchmark.grid.read_config`.
+    """A benchmark from the content of its file; see `flawsift.benchmark.config.read_config`.
 
     Raises:
         ParameterError: A key is unknown or missing, or a value is of the wrong type or out of range.

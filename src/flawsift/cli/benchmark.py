@@ -24,11 +24,12 @@ def benchmark(
 ) -> None:
     """Run a grid of detectors, data sets, contaminations, protocols, presets and seeds; resumable."""
     from flawsift.benchmark import grid
+    from flawsift.benchmark.config import read_config
     from flawsift.benchmark.rows import read_rows, source_commit
     from flawsift.benchmark.runner import RESULTS, run
     from flawsift.executors import make_executor
 
-    wanted = grid.read_config(config)
+    wanted = read_config(config)
     cells = grid.plan(wanted)
     earlier = read_rows(out / RESULTS)
     if dry_run:
@@ -67,7 +68,7 @@ def benchmark_report(
     as_json: AsJson = False,
 ) -> None:
     """Tables (Markdown, LaTeX, HTML), curves, example pictures and prices of a benchmark."""
-    from flawsift.benchmark.grid import read_config
+    from flawsift.benchmark.config import read_config
     from flawsift.benchmark.report import write_benchmark_report
 
     written = write_benchmark_report(results, out, config=None if config is None else read_config(config))

@@ -46,7 +46,8 @@ _ROUNDING = 1e-9
 _TEST, _NORMAL, _ANOMALOUS = range(3)  # random streams of one seed
 
 
-def contaminate(  # ten parameters: each is a choice of the protocol, and a benchmark's row names it
+# long: each parameter is a choice of the protocol, and a benchmark's row names it
+def contaminate(
     truth: GroundTruth,
     *,
     alpha: float,
