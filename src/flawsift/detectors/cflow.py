@@ -13,6 +13,7 @@ from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts.flows import Flow, position_code
 from flawsift.detectors.parts.maps import upsample
+from flawsift.detectors.parts.scaling import whitening
 from flawsift.detectors.parts.training import (
     UNWATCHED,
     Recipe,
@@ -22,7 +23,6 @@ from flawsift.detectors.parts.training import (
     train,
     warmup_cosine,
     weights_of,
-    whitening,
 )
 from flawsift.errors import InputError
 
@@ -215,11 +215,12 @@ class CFlow(Detector):
             return nn.ModuleList(Flow(channels, self.position_dim, self.n_blocks) for channels in sizes)
 
     def _flows(self, device: str) -> list[Flow]:
-        """The flow of each tap on a device. Made once, never saved."""
-        made: dict[str, list[Flow]] = vars(self).setdefault("_nets", {})
-        if device not in made:
-            made[device] = [cast(Flow, flow) for flow in restored(self.weights_, self._build(), device)]
-        return made[device]
+        """The flow of each tap on a device."""
+
+        def make() -> list[Flow]:
+            return [cast(Flow, flow) for flow in restored(self.weights_, self._build(), device)]
+
+        return self._cached("net", device, make)
 
 
 def _unchanged(data: ImageSet, layers: Sequence[str]) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.maps import on_one_grid, smooth, top_mean, upsample
-from flawsift.detectors.parts.neighbors import linear_attention
-from flawsift.detectors.parts.training import UNWATCHED, StableAdamW, Watch, scaled, warmup_cosine, without_rejected
+from flawsift.detectors.parts.networks import linear_attention
+from flawsift.detectors.parts.scaling import channel_statistics, scaled
+from flawsift.detectors.parts.training import UNWATCHED, StableAdamW, Watch, warmup_cosine, without_rejected
 from flawsift.errors import InputError
 
 HEAD_DIM = 64  # channels per attention head, as in all ViTs of the paper
@@ -214,7 +215,7 @@ class Dinomaly(Detector):
             raise InputError("Dinomaly.fit needs at least one image, got an empty set.")
         target = resolve_device(device)
         if self.scale:
-            self.statistics_ = training.channel_statistics(data, self.layers)
+            self.statistics_ = channel_statistics(data, self.layers)
         first = next(data.select(data.ids[:1]).batches(self.layers))
         self.channels_ = [first.features[layer].shape[1] for layer in self.layers]
         with training.seeded(self.seed, target):
@@ -269,9 +270,9 @@ class Dinomaly(Detector):
         return torch.cat(self._net(device)(self._groups(batch, device)), 1)
 
     def _net(self, device: str) -> Reconstruction:
-        made: dict[str, Reconstruction] = vars(self).setdefault("_nets", {})
-        if device not in made:
+        def make() -> Reconstruction:
             with torch.device("meta"):
                 module = self._module()
-            made[device] = training.restored(self.weights_, module, device)
-        return made[device]
+            return training.restored(self.weights_, module, device)
+
+        return self._cached("net", device, make)

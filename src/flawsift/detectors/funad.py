@@ -14,7 +14,9 @@ from flawsift.detectors._funad_net import SLOPE, Head, Memory, balanced_loss, fo
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.coreset import random_projection
+from flawsift.detectors.parts.maps import on_one_grid
 from flawsift.detectors.parts.neighbors import NearestNeighbors, mutual_pairs
+from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
 
@@ -134,7 +136,7 @@ class FUNAD(Detector):
         target, least = resolve_device(device), 2 if self.exclude_own else 1
         if len(data) < least:
             raise InputError(f"FUNAD.fit needs at least {least} images to compare patches, got {len(data)}.")
-        self.statistics_ = training.channel_statistics(data, self.layers)
+        self.statistics_ = channel_statistics(data, self.layers)
         image, patches, _ = self._embed(next(data.batches(self.layers, batch_size=1)), target)
         n_image, n_patch = self.widths_ = [image.shape[1], patches.shape[2]]
         with training.seeded(self.seed, target):
@@ -157,27 +159,29 @@ class FUNAD(Detector):
         return self
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
-        made: dict[str, Head] = vars(self).setdefault("_nets", {})
-        if device not in made:
+        image, patches, grid = self._embed(batch, device)
+        logits: Tensor = self._net(device)(image, patches)
+        return logits.view(-1, *grid)
+
+    def _net(self, device: str) -> Head:
+        def make() -> Head:
             with training.seeded(self.seed, "cpu"):  # building it draws weights, which are then replaced
                 head = Head(self.widths_[0], self.widths_[1], self.hidden)
-            made[device] = training.restored(self.weights_, head, device)
-        image, patches, grid = self._embed(batch, device)
-        logits: Tensor = made[device](image, patches)
-        return logits.view(-1, *grid)
+            return training.restored(self.weights_, head, device)
+
+        return self._cached("net", device, make)
 
     def _embed(self, batch: Batch, device: str) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """(B, I) image vectors, (B, P, C) patches, and the grid (h, w) of the patches."""
-        taps = [training.standardized(batch.features[k].to(device), self.statistics_[k]) for k in self.layers]
+        taps = [standardized(batch.features[k].to(device), self.statistics_[k]) for k in self.layers]
         tokens = [tap for tap in taps if tap.shape[2:] == (1, 1)]
         taps = [tap for tap in taps if tap.shape[2:] != (1, 1)] or tokens
-        grid = max(((tap.shape[2], tap.shape[3]) for tap in taps), key=lambda s: s[0] * s[1])
         edge = self.patch_size
         taps = [F.avg_pool2d(tap, edge, 1, edge // 2, count_include_pad=False) for tap in taps]
-        same = [F.interpolate(tap, grid, mode="bilinear", align_corners=False) for tap in taps]
-        patches = torch.cat(same, 1).flatten(2).transpose(1, 2)
+        cells = torch.cat(on_one_grid(taps), 1)
+        patches = cells.flatten(2).transpose(1, 2)
         image = torch.cat(tokens, 1).flatten(1) if tokens else patches.mean(1)
-        return image[:, : image.shape[1] * self.image_branch], patches, grid
+        return image[:, : image.shape[1] * self.image_branch], patches, (cells.shape[2], cells.shape[3])
 
     @torch.no_grad()
     def _rebuild(self, head: Head, memory: Memory, data: ImageSet, device: str) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import coreset
-from flawsift.detectors.parts import neighbors as nn
 from flawsift.detectors.parts.maps import SIGMA_PER_PIXEL, embed_batch, smooth
+from flawsift.detectors.parts.neighbors import NearestNeighbors, mutual_nearest, query_grid
+from flawsift.detectors.parts.robust import MAD_TO_SIGMA, group_medians
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
 from flawsift.types import Ids
@@ -21,7 +22,6 @@ from flawsift.types import Ids
 # From here on a layout counts: how far the mean map is from its transpose, where two unrelated patches are 1 apart.
 # On drawn textures that lie anyhow it was TTT at most, on three kinds of real photographs of parts 0.26 at least.
 ASYMMETRY = 0.1
-MAD = 1.4826  # times the median absolute deviation of a Gaussian is its standard deviation
 PROJECTION_DIM = 128  # of the random projection for the coreset, as PatchCore's
 
 
@@ -183,7 +183,7 @@ class InReaCh(Detector):
 
         `heads` are the seeds' patches (A, P, C); `is_own` (A,) is whether the image is that seed, which it cannot join.
         """
-        found = [nn.mutual_nearest(own, head) for head in heads]
+        found = [mutual_nearest(own, head) for head in heads]
         rows, distances, mutual = (torch.stack(part) for part in zip(*found, strict=True))  # each (A, P)
         mutual &= ~is_own[:, None]
         closed = ~mutual if self.assignment == "mutual" else is_own[:, None]
@@ -219,9 +219,9 @@ class InReaCh(Detector):
         return found[:, :-2] if self.position_scale_ else found  # what is seen, not where
 
     def _search(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
-        """(B, h, w, 1) distances and entries of the bank. The search structure is made once and never saved."""
-        search = nn.device_search(vars(self).setdefault("_searches", {}), self.memory_bank_, device)
-        return nn.query_grid(search, self._embed(batch, self.position_scale_).to(device))
+        """(B, h, w, 1) distances and entries of the bank."""
+        search = self._cached("search", device, lambda: NearestNeighbors(self.memory_bank_.to(device)))
+        return query_grid(search, self._embed(batch, self.position_scale_).to(device))
 
     def _embed(self, batch: Batch, scale: float) -> Tensor:
         """(B, C, h, w), or (B, C + 2, h, w) with rows and columns when the scale is not 0."""
@@ -251,8 +251,8 @@ def prune(keys: Ints, distances: Floats, min_span: int, spread: float, rule: Lit
     alive = long_enough(keys >= 0)
     k, d = keys[alive], distances[alive].astype(np.float64)
     if rule == "mad":
-        median = nn.group_medians(k, d, n_keys)[k]
-        tight = d <= median + spread * MAD * nn.group_medians(k, np.abs(d - median), n_keys)[k]
+        median = group_medians(k, d, n_keys)[k]
+        tight = d <= median + spread * MAD_TO_SIGMA * group_medians(k, np.abs(d - median), n_keys)[k]
     else:
         counts = np.maximum(np.bincount(k, minlength=n_keys), 1)
         mean = np.bincount(k, d, n_keys) / counts

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
-from flawsift.detectors.parts.maps import SIGMA_PER_PIXEL, smooth
+from flawsift.detectors.parts.maps import SIGMA_PER_PIXEL, largest_grid, smooth
 from flawsift.detectors.parts.neighbors import in_threads
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError, NotFittedError
@@ -180,7 +180,7 @@ class PaDiM(Detector):
         key = (self.name, self.layers, self.n_features, self.seed)
         if key not in batch.memo:
             taps = [batch.features[layer] for layer in self.layers]
-            grid = max((list(tap.shape[2:]) for tap in taps), key=lambda s: s[0] * s[1])
+            grid = list(largest_grid(taps))
             parts, start = [], 0
             for tap in taps:
                 mine = self.channels_[(self.channels_ >= start) & (self.channels_ < start + tap.shape[1])] - start
@@ -230,7 +230,6 @@ class PaDiM(Detector):
 
     def _set(self, moments: Moments) -> Self:
         self.counts_, self.mean_, self.scatter_ = moments.n, moments.mean, moments.scatter
-        vars(self).pop("_cached_whitener", None)
         return self
 
     def _like(self, moments: Moments) -> Self:
@@ -244,11 +243,8 @@ class PaDiM(Detector):
         return Moments(self.counts_, self.mean_, self.scatter_)
 
     def _whitener(self, device: str) -> Tensor:
-        """(P, d, d) inverse Cholesky factors: distance = |L^-1 (x - mu)|. Made once, never saved."""
-        cached: Tensor | None = vars(self).get("_cached_whitener")
-        if cached is None or cached.device.type != torch.device(device).type:
-            cached = vars(self)["_cached_whitener"] = self._make_whitener(0).to(device)
-        return cached
+        """(P, d, d) inverse Cholesky factors: distance = |L^-1 (x - mu)|."""
+        return self._cached("whitener", device, lambda: self._make_whitener(0).to(device))
 
     def _make_whitener(self, n_held_out: int) -> Tensor:
         """(P, d, d) as `_whitener`, of scatter / (n - n_held_out - 1) + eps diag(v)."""

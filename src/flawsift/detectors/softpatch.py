@@ -10,8 +10,8 @@ from torch import Tensor
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import coreset
-from flawsift.detectors.parts import neighbors as nn
 from flawsift.detectors.parts.maps import embed_batch
+from flawsift.detectors.parts.neighbors import NearestNeighbors, local_outlier_factor, nearest_others, query_grid
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
 
@@ -147,9 +147,9 @@ class SoftPatch(Detector):
         points = points.transpose(0, 1).contiguous().to(device)  # (P, n, c)
         if self.discriminator == "lof":
             # the neighbourhood of an inlier must not reach the outliers, or their distance is the density of all
-            return nn.local_outlier_factor(points, min(self.lof_neighbors, max(1, (n - 1) // 2))).T.cpu()
+            return local_outlier_factor(points, min(self.lof_neighbors, max(1, (n - 1) // 2))).T.cpu()
         gaussian = self.discriminator == "gaussian"
-        values = mahalanobis(points) if gaussian else nn.nearest_others(points, 1)[0][:, :, 0]
+        values = mahalanobis(points) if gaussian else nearest_others(points, 1)[0][:, :, 0]
         scale = values.median()
         return (1 + values / torch.where(scale > 0, scale, 1)).T.cpu()
 
@@ -162,9 +162,9 @@ class SoftPatch(Detector):
         return self.memory_bank_.to(device)[entries[..., 0]].permute(0, 3, 1, 2)
 
     def _search(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
-        """(B, h, w, 1) distances and entries of the bank. The search structure is made once and never saved."""
-        search = nn.device_search(vars(self).setdefault("_searches", {}), self.memory_bank_, device)
-        return nn.query_grid(search, self._embed(batch).to(device))
+        """(B, h, w, 1) distances and entries of the bank."""
+        search = self._cached("search", device, lambda: NearestNeighbors(self.memory_bank_.to(device)))
+        return query_grid(search, self._embed(batch).to(device))
 
     def _embed(self, batch: Batch) -> Tensor:
         """(B, C, h, w)."""

@@ -14,6 +14,7 @@ from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.maps import upsample
 from flawsift.detectors.parts.networks import AttentionLayer
+from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.errors import InputError
 
 HEADS, WEIGHT_DECAY, CLIP_NORM = 8, 1e-4, 0.1  # section 4.1; weight decay on every parameter, as in the authors' code
@@ -181,7 +182,7 @@ class UniAD(Detector):
         self._forget()
         target = resolve_device(device)
         if self.standardize:
-            self.statistics_ = training.channel_statistics(data, self.layers)
+            self.statistics_ = channel_statistics(data, self.layers)
         embedded: dict[int, Tensor] = {}
         for part in data.batches(self.layers):
             embedded |= zip(part.ids.tolist(), self._embed(part), strict=True)
@@ -239,7 +240,7 @@ class UniAD(Detector):
         side = max(1, batch.size // self.patch)
         taps = [batch.features[layer] for layer in self.layers]
         if self.standardize:
-            taps = list(map(training.standardized, taps, (self.statistics_[layer] for layer in self.layers)))
+            taps = list(map(standardized, taps, (self.statistics_[layer] for layer in self.layers)))
         if self.pooling == "average":
             return torch.cat([F.adaptive_avg_pool2d(tap, side) for tap in taps], 1)
         return torch.cat([F.interpolate(tap, (side, side), mode="bilinear", align_corners=True) for tap in taps], 1)
@@ -248,9 +249,8 @@ class UniAD(Detector):
         return Transformer(self, *self.shape_)
 
     def _net(self, device: str) -> Transformer:
-        """The transformer on a device. Made once, never saved."""
-        made: dict[str, Transformer] = vars(self).setdefault("_nets", {})
-        if device not in made:
+        def make() -> Transformer:
             with training.seeded(self.seed, "cpu"):  # initial weights, which are not used, are drawn all the same
-                made[device] = training.restored(self.weights_, self._build(), device)
-        return made[device]
+                return training.restored(self.weights_, self._build(), device)
+
+        return self._cached("net", device, make)

@@ -22,7 +22,8 @@ from torch import Tensor
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.parts.neighbors import NearestNeighbors
-from flawsift.detectors.parts.training import channel_statistics, standardized
+from flawsift.detectors.parts.robust import MAD_TO_SIGMA
+from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_json, write_text
 from flawsift.metrics.ranking import image_auroc
@@ -51,7 +52,6 @@ BLOCK_FLOATS = 1 << 24  # distances held at a time, 64 MB
 COPY = 2e-3  # distances below this share of a vector's length are rounding of float32 products: copies
 MIN_IMAGES = 4  # with fewer, "most images" says nothing
 FENCE = 3.0  # robust standard deviations above the median: 1 in 1000 of a normal distribution
-MAD_TO_SIGMA = 1.4826
 MIN_TWINS = 3  # images; two alike are a coincidence or a copied file
 TWIN_SHARE = 0.2  # of the unusual images: below, chance twins of many defects would warn
 
