@@ -14,8 +14,7 @@ from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors import funad
-from flawsift.detectors._funad_net import Head, Memory, balanced_loss, smoothness_loss, spread
-from flawsift.detectors.funad import FUNAD
+from flawsift.detectors.funad import FUNAD, Head, Memory, balanced_loss, smoothness_loss, spread
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.neighbors import mutual_pairs
 from flawsift.detectors.parts.training import Watch, seeded

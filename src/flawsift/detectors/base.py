@@ -47,7 +47,7 @@ DETECTORS: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a detector says of some images.
+    """Scores and maps of some images.
 
     Attributes:
         ids: (N,) global ids in the order asked.
@@ -125,7 +125,7 @@ class Detector(ABC):
         return maps.amax((1, 2))
 
     def _expected(self, batch: Batch, device: str) -> Tensor | None:
-        """(B, C, h, w) what the model would expect to see in place of each patch; None if it has no such notion.
+        """(B, C, h, w) the normal features that the model expects in place of each patch; None if it has none.
 
         Sub-models are compared by it in the divergence of stage 1.
         """

@@ -1,4 +1,4 @@
-"""DeSTSeg: a student that restores what a teacher sees of a clean image, and a net that maps where the two differ."""
+"""DeSTSeg: a student that restores the teacher's features of a clean image, and a net that segments differences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ class DeSTSeg(Detector):
 
     Cost: `student_steps` + `head_steps` steps, whatever the size of the set, so k + 1 trainings cost k + 1 times one.
         Each training image passes the backbone 1 + `n_copies` times.
-    Contamination: Strong. The student learns to leave real defects as they are, and the net to call them clean.
+    Contamination: Strong. The student learns to reproduce real defects, and the segmentation net to map them as clean.
     Differs from the paper: each image has a fixed bank of `n_copies` corrupted copies, whose teacher features are
         cached, instead of a new corruption at each step; without `textures`, textures are drawn or taken from the image
         itself instead of photographs (DTD), which is expected to cost accuracy; no rotated copies, which the paper has
@@ -83,8 +83,8 @@ class DeSTSeg(Detector):
         The default has narrow networks, sees 128 px, takes fewer and smaller steps under a falling rate, and
         standardises features, whose student then ends in linear maps: the paper's ReLU fits the taps of a ResNet-18.
         Dilations keep their share of the grid. At prediction, the segmentation net's whole-image branch is held within
-        what batch norm allows in training: else images that are strange all over can pass for good. Maps are smoothed
-        like those of all detectors. Always the last step.
+        what batch norm allows in training: else images that are anomalous as a whole can get low scores. Maps are
+        smoothed like those of all detectors. Always the last step.
     Reference: Zhang et al., "DeSTSeg: Segmentation Guided Denoising Student-Teacher for Anomaly Detection", CVPR 2023,
         arXiv 2211.11317, sections 3 and 4.1.
 
@@ -236,13 +236,13 @@ class DeSTSeg(Detector):
 
     def _levels(self, batch: Batch, device: str) -> Levels:
         """{stride: (B, C, h, w)} teacher features on the student's grids."""
-        found = {}
+        levels = {}
         for layer, (stride, _) in zip(self.layers, self.taps_, strict=True):
             tap = batch.features[layer].to(device)
             if self.standardize:
                 tap = standardized(tap, self.statistics_[layer])
-            found[stride] = F.adaptive_avg_pool2d(tap, self.size_ // stride)
-        return found
+            levels[stride] = F.adaptive_avg_pool2d(tap, self.size_ // stride)
+        return levels
 
     def _copies(self, images: ImageSet, view: str, drawn: Copies) -> tuple[Tensor, Tensor]:
         """(B, 3, s, s) pixels in [0, 1] and (B, g, g) masks of corrupted copies, kept in `drawn` up to COPIES_BYTES."""

@@ -86,11 +86,11 @@ class Student(nn.Module):
 
     def forward(self, taps: Sequence[Tensor]) -> list[Tensor]:
         x = self.embed(torch.cat([path(tap) for path, tap in zip(self.fuse, taps, strict=True)], 1))
-        found = []
+        estimates = []
         for decode, tap in zip(self.decode, reversed(taps), strict=True):
             x = decode(F.relu(x))[..., : tap.shape[2], : tap.shape[3]]  # an odd grid was rounded up on the way down
-            found.append(F.relu(x) if self.final_relu else x)
-        return found[::-1]
+            estimates.append(F.relu(x) if self.final_relu else x)
+        return estimates[::-1]
 
 
 def flattened_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
@@ -106,11 +106,11 @@ def position_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tenso
 
 def distances(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> list[Tensor]:
     """Per tap (B, h_l, w_l): 1 - cosine over channels; 0 where both are zero vectors, as they agree."""
-    found = []
+    maps = []
     for t, s in zip(teacher, student, strict=True):
-        silent = (t == 0).all(1) & (s == 0).all(1)
-        found.append((1 - F.cosine_similarity(t, s, dim=1)).masked_fill(silent, 0.0))
-    return found
+        zero = (t == 0).all(1) & (s == 0).all(1)
+        maps.append((1 - F.cosine_similarity(t, s, dim=1)).masked_fill(zero, 0.0))
+    return maps
 
 
 LOSSES = {"flattened": flattened_loss, "position": position_loss}
@@ -127,13 +127,13 @@ class RD(Detector):
     Cost: Convolutions, forward and backward, for each image and epoch: 53 GMAC for a WideResNet-50 at 256 px, 1.1 for
         the default taps. The features are read, not computed again.
     Contamination: Mild: rare defects are reconstructed badly as long as training is short; long training on few images
-        learns them by heart.
+        fits the defects, too.
     Differs from the paper: `loss` is by default that of the authors' code, which is the more stable one. The default
         divides channels by their standard deviations, ends no decoder stage with a ReLU, since the taps of the
         embedded network are signed, and trains for fewer epochs. Upsampling does not align corners. Smoothing before
         the image score is done on the patch grid with the same Gaussian in image units. A position where teacher and
-        student are both silent counts as equal. An epoch's incomplete last batch, and a convolution that the authors'
-        module holds but never uses, are left out.
+        student are both zero vectors counts as equal. An epoch's incomplete last batch, and a convolution that the
+        authors' module holds but never uses, are left out.
     Reference: Deng & Li, "Anomaly Detection via Reverse Distillation from One-Class Embedding", CVPR 2022, arXiv
         2201.10703, section 3.
 

@@ -30,7 +30,7 @@ DISCRIMINATOR_DECAY = 1e-5  # Adam's: a penalty in the loss
 
 
 class Net(nn.Module):
-    """The adaptor and the discriminator, which says how normal a patch is."""
+    """The adaptor and the discriminator, whose output is high for normal patches."""
 
     def __init__(self, embedding_dim: int, hidden_dim: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""SoftPatch: a PatchCore whose bank leaves out the most outlying patches and distrusts the rest by degrees."""
+"""SoftPatch: a PatchCore whose bank leaves out the most outlying patches and weights the others by outlier factor."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class SoftPatch(Detector):
     Patches are embedded as in PatchCore. Each is compared with the patches at the same position of the other images,
     on a random projection, which gives its outlier factor (about 1 for inliers). The `outlier_share` of all patches
     with the highest factors is removed, the bank is a farthest-first coreset of the others, and each entry keeps its
-    factor w. The map is w_m |x - m| for the nearest entry m, the image score its maximum: a patch that matches a
-    suspicious entry scores higher.
+    factor w. The map is w_m |x - m| for the nearest entry m, the image score its maximum: a patch that matches an
+    outlying entry scores higher.
 
     With fewer than 2 `lof_neighbors` + 1 images half of the others are the neighbourhood: with all of them an outlier
     would be every patch's neighbour, and no patch be outlying. A single image has nothing to be compared with, so it
@@ -96,10 +96,10 @@ class SoftPatch(Detector):
         grid, owners = self._pool(data, generator)
         factors = self._factors(grid, target).flatten()  # (n P,), like the pool
         pool = grid.flatten(0, 1)
-        trusted = lowest(factors, 1 - self.outlier_share)
-        projected = coreset.project(pool, self.projection_dim, generator)[trusted].to(target)
+        inliers = lowest(factors, 1 - self.outlier_share)
+        projected = coreset.project(pool, self.projection_dim, generator)[inliers].to(target)
         n_select = max(1, int(self.coreset_ratio * len(pool)))
-        chosen = trusted[coreset.k_center_greedy(projected, n_select, generator).cpu()]
+        chosen = inliers[coreset.k_center_greedy(projected, n_select, generator).cpu()]
         self.memory_bank_ = pool[chosen]  # (M, C)
         self.owner_ = owners.flatten()[chosen]  # (M,) id of the image that each entry comes from
         weights = factors[chosen].clamp(0, self.max_weight)
@@ -132,7 +132,7 @@ class SoftPatch(Detector):
         if n == n_images:
             return order[:, None].expand(-1, n_positions), n
         slots = torch.full((n_images, n_positions), -1)
-        for position in range(n_positions):  # each position has images of its own: all images have a say somewhere
+        for position in range(n_positions):  # each position has images of its own: all images are pooled somewhere
             slots[torch.randperm(n_images, generator=generator)[:n], position] = order[:n]
         return slots, n
 
@@ -187,9 +187,9 @@ def mahalanobis(points: Tensor) -> Tensor:
     x = points - points.mean(1, keepdim=True)
     variance = x.square().mean()
     ridge = RIDGE * torch.where(variance > 0, variance, 1) * torch.eye(x.shape[2], device=x.device).double()
-    found = []
+    distances = []
     for part in torch.split(x, CHUNK):
         own = part.double()
         factor = torch.linalg.cholesky(own.mT @ own / (x.shape[1] - 1) + ridge)
-        found.append(torch.linalg.solve_triangular(factor, own.mT, upper=False).norm(dim=1).float())
-    return torch.cat(found)
+        distances.append(torch.linalg.solve_triangular(factor, own.mT, upper=False).norm(dim=1).float())
+    return torch.cat(distances)

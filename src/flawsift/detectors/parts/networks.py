@@ -143,8 +143,8 @@ class WholeImage(nn.Module):
     """The mean of all places, as one more view of each: (B, C, h, w) to (B, C, 1, 1).
 
     Of B values that are normalised together, none is more than sqrt(B - 1) deviations from their mean. So the layers
-    behind have learned up to there only; an image that is strange all over lies far beyond, and what they say there is
-    arbitrary: "no defect", as often as not. In eval mode values are therefore held within that limit.
+    behind are trained up to there only; an image that is anomalous as a whole lies far beyond, where their output is
+    arbitrary, "no defect" as often as not. In eval mode values are therefore held within that limit.
     """
 
     def __init__(self, width: int, batch_size: int) -> None:

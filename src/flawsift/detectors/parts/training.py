@@ -98,8 +98,7 @@ def train(
         layers: Layers that `loss_of` reads.
         loss_of: The scalar loss of a batch (features on the CPU) at a step.
         recipe: Steps, batch size, clipping, schedule, seed.
-        device: A resolved torch device. The forward pass is in mixed precision on a GPU that has bfloat16, and on a CPU
-            that multiplies matrices of it (AMX) where products are large.
+        device: A resolved torch device.
         watch: Progress and checkpoint.
 
     Raises:
@@ -127,10 +126,7 @@ def train(
                 loss = loss_of(batch, step)
             if not bool(loss.detach().isfinite()):
                 raise TrainingError(f"The loss became {float(loss.detach())} at step {step}. {_REMEDY}")
-            loss.backward()  # type: ignore[no-untyped-call]
-            if recipe.clip_norm is not None:
-                nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
-            optimizer.step()
+            _descend(loss, module, optimizer, recipe.clip_norm)
             watch.progress("training", step + 1, recipe.steps)
             unfinished = step + 1 < recipe.steps
             if unfinished and watch.checkpoint is not None and time.monotonic() - saved_at > SAVE_SECONDS:
@@ -143,8 +139,15 @@ def train(
         watch.checkpoint.unlink(missing_ok=True)
 
 
+def _descend(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
+    optimizer.step()
+
+
 def _mixed(recipe: Recipe, kind: str) -> bool:
-    """Whether the forward pass is in mixed precision on a kind of device."""
+    """Whether the forward pass is in mixed precision: on a GPU that has bfloat16, on a CPU as `large_products` says."""
     if kind == "cpu":
         return recipe.large_products and cpu_multiplies_bfloat16()
     return kind == "cuda" and torch.cuda.is_bf16_supported()
