@@ -24,13 +24,14 @@ from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Detector, make_detector
+from flawsift.detectors.parts.robust import robust_units
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.models.calibration import Calibration
 from flawsift.models.model import Model, evaluate, set_digest
-from flawsift.screening.consensus import keep_lowest, rejected_patches, robust_units
+from flawsift.screening.consensus import keep_lowest, rejected_patches
 from flawsift.screening.options import PRESETS
 from flawsift.screening.result import Screening
 from flawsift.screening.stage1 import screen

@@ -17,7 +17,7 @@ from flawsift.datasets import Dataset
 from flawsift.detectors import destseg
 from flawsift.detectors.base import make_detector
 from flawsift.detectors.destseg import DeSTSeg, cosine_loss, disagreement, mask_loss
-from flawsift.detectors.parts.networks import Residual, Segmenter, Student, WholeImage, on_finest
+from flawsift.detectors.parts.networks import BasicBlock, DenoisingStudent, Segmenter, WholeImage, on_finest
 from flawsift.detectors.parts.training import Watch
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone
@@ -59,7 +59,7 @@ def test_the_paper_has_this_many_parameters() -> None:
     paper = make_detector("destseg", "paper")
     assert isinstance(paper, DeSTSeg)
     with torch.device("meta"):
-        student = Student(paper.student_width, {4: 64, 8: 128, 16: 256}, linear=paper.standardize)
+        student = DenoisingStudent(paper.student_width, {4: 64, 8: 128, 16: 256}, linear=paper.standardize)
         segmenter = Segmenter(64 + 128 + 256, paper.head_width, 64, paper.batch_size)
     assert count(student.stem, student.encoder) == 11_176_512  # a ResNet-18 without classifier
     assert count(student.decoder) == 13_488_512
@@ -101,19 +101,19 @@ def test_an_image_that_is_strange_all_over_is_a_defect(tiny: Backbone, easy: Dat
 
 
 def test_the_students_levels_have_the_teachers_shapes() -> None:
-    student = Student(4, {4: 6, 8: 16, 16: 16}, linear=False).eval()
+    student = DenoisingStudent(4, {4: 6, 8: 16, 16: 16}, linear=False).eval()
     found = student(torch.rand(2, 3, 64, 64))
     assert {s: tuple(level.shape[1:]) for s, level in found.items()} == {16: (16, 4, 4), 8: (16, 8, 8), 4: (6, 16, 16)}
     assert (found[16] >= 0).all(), "where widths agree, as in the paper, the block's ReLU ends the level"
     assert (found[4] < 0).any(), "signed features need a linear end"
-    linear = Student(4, {16: 16}, linear=True).eval()
+    linear = DenoisingStudent(4, {16: 16}, linear=True).eval()
     assert "8" not in linear.decoder, "a decoder group that nothing reads"
     assert (linear(torch.rand(2, 3, 64, 64))[16] < 0).any()
 
 
 def test_the_encoder_starts_as_its_shortcuts_and_the_decoder_does_not() -> None:
-    student = Student(4, {4: 4}, linear=False)
-    last = [block.body[-1][1].weight for block in student.encoder if isinstance(block, Residual)]  # type: ignore[index]
+    student = DenoisingStudent(4, {4: 4}, linear=False)
+    last = [block.body[-1][1].weight for block in student.encoder if isinstance(block, BasicBlock)]  # type: ignore[index]
     assert len(last) == 8
     assert all(bool((gain == 0).all()) for gain in last)
     assert all(bool((m.weight == 1).all()) for m in student.decoder.modules() if isinstance(m, nn.BatchNorm2d))
@@ -197,9 +197,9 @@ def test_what_each_phase_compares(data: ImageSet, monkeypatch: pytest.MonkeyPatc
         calls.append(("teacher", images.derived))
         return teacher(self, images, device)
 
-    def seen_by_student(self: DeSTSeg, images: ImageSet, view: str) -> tuple[Tensor, Tensor]:
+    def seen_by_student(self: DeSTSeg, images: ImageSet, view: str, drawn: destseg.Copies) -> tuple[Tensor, Tensor]:
         calls.append(("student", view))
-        return copies(self, images, view)
+        return copies(self, images, view, drawn)
 
     monkeypatch.setattr(DeSTSeg, "_teacher", seen_by_teacher)
     monkeypatch.setattr(DeSTSeg, "_copies", seen_by_student)
@@ -261,17 +261,19 @@ def test_each_part_has_the_papers_optimiser_at_its_own_rate(data: ImageSet, monk
 def test_copies_are_those_of_the_view(data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = small().fit(data)
     view = detector.views[1]
-    pixels, masks = detector._copies(data, view)
+    drawn: destseg.Copies = {}
+    pixels, masks = detector._copies(data, view, drawn)
     assert torch.equal(pixels, data.view(view).pixels(64).float() / 255)
     for id_, mask in zip(data.ids, masks, strict=True):
         full = corrupted(data.pixels_of(int(id_), 64), view).mask.float()
         expected = full.view(16, 4, 16, 4).mean((1, 3)) > 0.5
         assert torch.equal(mask, expected.float())
-    again = detector._copies(data, view)
+    assert len(drawn) == len(data)
+    again = detector._copies(data, view, drawn)
     monkeypatch.setattr(destseg, "COPIES_BYTES", 0)
-    del detector._drawn  # type: ignore[attr-defined]
-    assert torch.equal(detector._copies(data, view)[0], again[0]), "memory changes a copy"
-    assert not detector._drawn  # type: ignore[attr-defined]
+    drawn.clear()
+    assert torch.equal(detector._copies(data, view, drawn)[0], again[0]), "memory changes a copy"
+    assert not drawn
 
 
 def test_photographs_may_be_pasted(tiny: Backbone, easy: Dataset, tmp_path: Path) -> None:
@@ -279,7 +281,7 @@ def test_photographs_may_be_pasted(tiny: Backbone, easy: Dataset, tmp_path: Path
     detector = small(textures=str(tmp_path))
     images, _ = attach(easy.images.select(np.arange(8)), tiny, detector.layers, views=detector.views)
     fitted = detector.fit(images)
-    pixels, masks = fitted._copies(images, detector.views[0])
+    pixels, masks = fitted._copies(images, detector.views[0], {})
     assert masks.any()
     red, green = (pixels[:, channel][masks.repeat_interleave(4, 1).repeat_interleave(4, 2) > 0] for channel in (0, 1))
     assert (red.mean() - green.mean()) > 0.3, "what is pasted is pink"

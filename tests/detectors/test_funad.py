@@ -14,8 +14,7 @@ from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors import funad
-from flawsift.detectors._funad_net import Head, Memory, balanced_loss, smoothness_loss, spread
-from flawsift.detectors.funad import FUNAD
+from flawsift.detectors.funad import FUNAD, Head, Memory, balanced_loss, smoothness_loss, spread
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.neighbors import mutual_pairs
 from flawsift.detectors.parts.training import Watch, seeded
@@ -343,11 +342,10 @@ def test_the_bank_is_rebuilt_every_so_often(every: int, expected: int, monkeypat
 def test_the_last_step_counts_and_its_rate_is_zero_with_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     train, recipes, heads = training.train, [], []
 
-    def watch(module: Any, optimizer: Any, data: Any, layers: Any, loss_of: Any, recipe: Any, **options: Any) -> float:
+    def watch(module: Any, optimizer: Any, data: Any, layers: Any, loss_of: Any, recipe: Any, **options: Any) -> None:
         recipes.append((recipe, optimizer.defaults["lr"]))
-        last = train(module, optimizer, data, layers, loss_of, recipe, **options)
+        train(module, optimizer, data, layers, loss_of, recipe, **options)
         heads.append(module[0])
-        return last
 
     monkeypatch.setattr(training, "train", watch)
     data = random_set(12)

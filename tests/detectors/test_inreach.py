@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.inreach import ASYMMETRY, MAD, InReaCh, prune
+from flawsift.detectors.inreach import ASYMMETRY, InReaCh, prune
 from flawsift.detectors.parts import maps
 from flawsift.detectors.parts.maps import embed_patches, smooth
+from flawsift.detectors.parts.robust import MAD_TO_SIGMA
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.readers import MemoryFeatures
 from flawsift.screening.options import ScreenOptions
@@ -105,7 +106,7 @@ def test_pruning_is_brute_force(
             continue
         d = distances[own].astype(np.float64)
         if rule == "mad":
-            tight = d <= np.median(d) + spread * MAD * np.median(np.abs(d - np.median(d)))
+            tight = d <= np.median(d) + spread * MAD_TO_SIGMA * np.median(np.abs(d - np.median(d)))
         else:
             tight = d < spread * d.std()
         if tight.sum() >= min_span:
@@ -191,7 +192,7 @@ def test_members_are_measured_from_the_mean_of_their_channel_head_included(sprea
     for channel in members.values():
         x = np.stack([patches[place] for place in channel]).astype(np.float64)
         d = np.linalg.norm(x - x.mean(0), axis=1)
-        tight = d <= np.median(d) + spread * MAD * np.median(np.abs(d - np.median(d)))
+        tight = d <= np.median(d) + spread * MAD_TO_SIGMA * np.median(np.abs(d - np.median(d)))
         if tight.sum() >= 4 and len(channel) >= 4:
             for place in np.array(channel)[tight]:
                 expected[tuple(place)] = True

@@ -56,11 +56,11 @@ def test_parameters_reach_the_parts() -> None:
     train = feature_set(20, outliers=2)
     found = TwoBanks(layers=LAYERS, coreset_ratio=0.1, max_patches=640, outlier_share=0.4).fit(train)
     n = int(0.1 * 640)
-    assert len(found.trusting_["memory_bank_"]) == len(found.doubting_["memory_bank_"]) == n
+    assert len(found.plain_bank_["memory_bank_"]) == len(found.denoised_bank_["memory_bank_"]) == n
     expected = SoftPatch(layers=LAYERS, coreset_ratio=0.1, max_patches=640, outlier_share=0.4).fit(train)
-    assert torch.equal(found.doubting_["memory_bank_"], expected.memory_bank_)
+    assert torch.equal(found.denoised_bank_["memory_bank_"], expected.memory_bank_)
     other = TwoBanks(layers=LAYERS, coreset_ratio=0.1, max_patches=640, outlier_share=0.4, seed=1).fit(train)
-    assert not torch.equal(found.doubting_["memory_bank_"], other.doubting_["memory_bank_"])
+    assert not torch.equal(found.denoised_bank_["memory_bank_"], other.denoised_bank_["memory_bank_"])
 
 
 def test_only_the_first_bank_leaves_out_rejected_patches() -> None:
@@ -69,9 +69,9 @@ def test_only_the_first_bank_leaves_out_rejected_patches() -> None:
     corner[:4, :4] = True
     purified = train.without_patches({int(i): corner for i in train.ids})
     found, plain = TwoBanks(**SHARED).fit(purified), TwoBanks(**SHARED).fit(train)
-    assert torch.equal(found.trusting_["memory_bank_"], PatchCore(**SHARED).fit(purified).memory_bank_)
-    assert not torch.equal(found.trusting_["memory_bank_"], plain.trusting_["memory_bank_"])
-    assert torch.equal(found.doubting_["memory_bank_"], plain.doubting_["memory_bank_"])
+    assert torch.equal(found.plain_bank_["memory_bank_"], PatchCore(**SHARED).fit(purified).memory_bank_)
+    assert not torch.equal(found.plain_bank_["memory_bank_"], plain.plain_bank_["memory_bank_"])
+    assert torch.equal(found.denoised_bank_["memory_bank_"], plain.denoised_bank_["memory_bank_"])
 
 
 def test_a_second_fit_forgets_the_banks_of_the_first() -> None:

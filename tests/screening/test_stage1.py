@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, make_detector
+from flawsift.detectors.parts.robust import robust_units
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError, ParameterError
 from flawsift.executors import Run
@@ -29,7 +30,6 @@ from flawsift.screening.consensus import (
     normalize_scores,
     own_mask,
     rejected_patches,
-    robust_units,
 )
 from flawsift.screening.options import PRESETS, ScreenOptions
 from flawsift.screening.result import Ranking, Screening

@@ -1,15 +1,15 @@
 """One method, one file. `flawsift.detectors.base.DETECTORS` maps registry names to these classes.
 
-cflow      CFlow       the likelihood of a patch under a flow that knows its place
+cflow      CFlow       the likelihood of a patch under a flow conditioned on its position
 destseg    DeSTSeg     where a student that restores corrupted images differs from its teacher
 dinomaly   Dinomaly    reconstruction of grouped features through a noisy bottleneck
-funad      FUNAD       a discriminator on pseudo-labels from a memory bank that is made anew as it learns
-inreach    InReaCh     a memory bank of patches that find each other in many images
+funad      FUNAD       a discriminator on pseudo-labels from a memory bank that is rebuilt as it learns
+inreach    InReaCh     a memory bank of patches that recur across images
 padim      PaDiM       a Gaussian per patch position
 patchcore  PatchCore   nearest neighbour in a memory bank of patches
-rd         RD          a decoder that learned the teacher's features of good images only
+rd         RD          a decoder that reconstructs the teacher's features from a bottleneck
 simplenet  SimpleNet   a discriminator between patches and the same with noise on them
-softpatch  SoftPatch   a memory bank without the most outlying patches, the others trusted by degrees
+softpatch  SoftPatch   a memory bank without the most outlying patches, the others weighted
 twobanks   TwoBanks    PatchCore and SoftPatch side by side: the default final detector
-uniad      UniAD       reconstruction of features by attention that cannot see the patch itself
+uniad      UniAD       reconstruction of features by attention to other patches only
 """

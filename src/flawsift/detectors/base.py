@@ -7,11 +7,11 @@ import dataclasses
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Protocol, Self, get_args, get_origin, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast, get_args, get_origin, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.parts import maps as map_ops
+from flawsift.detectors.parts.maps import to_image_grid
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import ModelError, NotFittedError, ParameterError, unknown_name
 from flawsift.files import content_digest, write_bytes, write_json
 from flawsift.types import Ids
 
+T = TypeVar("T")
 # registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
 DETECTORS: Mapping[str, tuple[str, str]] = {
     "cflow": ("flawsift.detectors.cflow", "CFlow"),
@@ -46,7 +47,7 @@ DETECTORS: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a detector says of some images.
+    """Scores and maps of some images.
 
     Attributes:
         ids: (N,) global ids in the order asked.
@@ -65,7 +66,7 @@ class Detector(ABC):
 
     A score never depends on which other images are scored. All fields are hyper-parameters and survive JSON; the
     learned state is every attribute whose name ends in an underscore: tensors (on the CPU), {name: tensor}, numbers,
-    texts, lists. Attributes that begin with an underscore are caches: not saved, not pickled, forgotten by a new fit.
+    texts, lists. Attributes that begin with one are caches (`_cached`): not saved, not pickled, forgotten by a new fit.
 
     Attributes:
         layers: Backbone layers to read: exact names, or aliases such as "stride8".
@@ -82,6 +83,8 @@ class Detector(ABC):
     leaves_out_patches: ClassVar[bool] = False
     # Whether defects in its training set teach it what one is, so that taking them out makes it worse.
     learns_from_defects: ClassVar[bool] = False
+    # Raised when names or meanings of the learned state change, so that older saved states are refused.
+    state_format: ClassVar[int] = 1
 
     layers: Sequence[str] = field(default=("stride8", "stride16"))
     seed: int = 0
@@ -122,7 +125,7 @@ class Detector(ABC):
         return maps.amax((1, 2))
 
     def _expected(self, batch: Batch, device: str) -> Tensor | None:
-        """(B, C, h, w) what the model would expect to see in place of each patch; None if it has no such notion.
+        """(B, C, h, w) the normal features that the model expects in place of each patch; None if it has none.
 
         Sub-models are compared by it in the divergence of stage 1.
         """
@@ -145,7 +148,7 @@ class Detector(ABC):
             return Prediction(data.ids, scores, None)
         # in pieces: the image grid is many times larger than the patch grid
         starts = range(0, len(grids), batch_size)
-        full = [map_ops.to_image_grid(grids[start : start + batch_size], size) for start in starts]
+        full = [to_image_grid(grids[start : start + batch_size], size) for start in starts]
         stacked = torch.cat(full).numpy() if full else np.empty((0, size, size), np.float32)
         return Prediction(data.ids, scores, stacked)
 
@@ -156,8 +159,8 @@ class Detector(ABC):
 
     def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
         """(B, h, w) patch-grid maps and (B,) image scores."""
-        found = self._maps(batch, device)
-        return found, self._image_scores(found)
+        maps = self._maps(batch, device)
+        return maps, self._image_scores(maps)
 
     def _score(
         self, data: ImageSet, device: str, batch_size: int, *, keep_grids: bool
@@ -167,7 +170,7 @@ class Detector(ABC):
     @property
     def fitted(self) -> bool:
         """Whether there is learned state."""
-        return bool(self._state())
+        return bool(self.state())
 
     def params(self) -> dict[str, Any]:
         """The hyper-parameters, ready for JSON."""
@@ -177,6 +180,16 @@ class Detector(ABC):
     def clone(self, **changes: Any) -> Self:
         """An unfitted detector with the same hyper-parameters, or with some changed."""
         return dataclasses.replace(self, **changes)
+
+    def state(self) -> dict[str, Any]:
+        """The learned state, {attribute: value}; empty before `fit`."""
+        return {k: v for k, v in vars(self).items() if k.endswith("_") and not k.startswith("_")}
+
+    def with_state(self, state: Mapping[str, Any]) -> Self:
+        """A clone that has learned what `state` of a detector of this class and these hyper-parameters returned."""
+        fitted = self.clone()
+        vars(fitted).update(state)
+        return fitted
 
     def save(self, folder: Path) -> str:
         """Write detector.json and a safetensors file into an existing folder; nothing is pickled.
@@ -192,24 +205,29 @@ class Detector(ABC):
         """
         if not self.fitted:
             raise NotFittedError(f"This {type(self).__name__} is not fitted yet; call fit(images) first.")
-        state = self._state()
+        state = self.state()
         tensors = save({k: v.contiguous() for k, v in _flat(state).items()})
         digest = content_digest(tensors)
         file = f"state-{digest[:16]}.safetensors"
         write_bytes(folder / file, tensors)
         plain = {k: v for k, v in state.items() if not _holds_tensors(v)}
-        content = {"name": self.name, "params": self.params(), "state": plain, "file": file, "sha256": digest}
+        content = {"name": self.name, "state_format": self.state_format, "params": self.params(), "state": plain}
+        content |= {"file": file, "sha256": digest}
         write_json(folder / "detector.json", content)
         for old in folder.glob("state-*.safetensors"):
             if old.name != file:
                 old.unlink(missing_ok=True)
         return content_digest((folder / "detector.json").read_bytes())
 
-    def _state(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k.endswith("_") and not k.startswith("_")}
+    def _cached(self, key: str, device: str, make: Callable[[], T]) -> T:
+        """What `make` derives from the learned state for a device: made once, not saved, forgotten by a new fit."""
+        cache: dict[tuple[str, str], Any] = vars(self).setdefault("_cache", {})
+        if (key, device) not in cache:
+            cache[key, device] = make()
+        return cast(T, cache[key, device])
 
     def _forget(self) -> None:
-        for key in [*self._state(), *(k for k in vars(self) if k.startswith("_"))]:
+        for key in [*self.state(), *(k for k in vars(self) if k.startswith("_"))]:
             delattr(self, key)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -253,10 +271,10 @@ def score_together(
         for batch in data.batches(models[0].layers, pixels=models[0].reads_pixels, batch_size=batch_size):
             size = batch.size
             for m, model in enumerate(models):
-                found, values = model._score_batch(batch, target)
-                scores[m].append(values.float().cpu())
+                batch_maps, batch_scores = model._score_batch(batch, target)
+                scores[m].append(batch_scores.float().cpu())
                 if keep_grids:
-                    grids[m].append(found.float().cpu())
+                    grids[m].append(batch_maps.float().cpu())
     return [
         (torch.cat(s).numpy() if s else np.empty(0, np.float32), torch.cat(g) if g else torch.empty(0, 1, 1), size)
         for s, g in zip(scores, grids, strict=True)
@@ -286,21 +304,21 @@ def load_detector(folder: str | Path, like: Detector | None = None) -> Detector:
             detector is made by its registry name.
 
     Raises:
-        ModelError: The folder is missing or damaged, or names an unknown detector.
+        ModelError: The folder is missing or damaged, names an unknown detector, or holds another `state_format`.
     """
     folder = Path(folder)
     try:
         content = json.loads((folder / "detector.json").read_text("utf-8"))
-        detector = like.clone() if like else make_detector(content["name"], **content["params"])
+        detector = like if like else make_detector(content["name"], **content["params"])
+        if content.get("state_format", 1) != detector.state_format:
+            raise ModelError(f"'{folder}' was written by another version of flawsift; fit the model again.")
         tensors = (folder / content["file"]).read_bytes()
         if content_digest(tensors) != content["sha256"]:
             raise ModelError(f"'{folder / content['file']}' does not match detector.json. Fit the model again.")
         state = {**content["state"], **_nested(load(tensors))}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"'{folder}' is not a readable detector folder: {error}.") from error
-    for key, value in state.items():
-        setattr(detector, key, value)
-    return detector
+    return detector.with_state(state)
 
 
 _IN = "::"  # joins an attribute and a key in the state's file
@@ -313,44 +331,44 @@ def _holds_tensors(value: object) -> bool:
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         if isinstance(value, Tensor):
-            found[key] = value
+            tensors[key] = value
         elif _holds_tensors(value):
-            found |= {f"{key}{_IN}{name}": tensor for name, tensor in value.items()}
-    return found
+            tensors |= {f"{key}{_IN}{name}": tensor for name, tensor in value.items()}
+    return tensors
 
 
 def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     for key, tensor in tensors.items():
         attribute, _, name = key.partition(_IN)
         if name:
-            found.setdefault(attribute, {})[name] = tensor
+            state.setdefault(attribute, {})[name] = tensor
         else:
-            found[attribute] = tensor
-    return found
+            state[attribute] = tensor
+    return state
 
 
 def detector_class(name: str) -> type[Detector]:
-    """The class behind a registry name.
+    """The class behind a registry name, in upper or lower case.
 
     Raises:
         ParameterError: There is none; the closest name is suggested.
     """
-    if name not in DETECTORS:
+    if name.lower() not in DETECTORS:
         raise ParameterError(unknown_name("detector", name, DETECTORS))
-    module, attribute = DETECTORS[name]
-    found: type[Detector] = getattr(importlib.import_module(module), attribute)
-    return found
+    module, attribute = DETECTORS[name.lower()]
+    cls: type[Detector] = getattr(importlib.import_module(module), attribute)
+    return cls
 
 
 def make_detector(name: str, preset: str | None = None, **params: Any) -> Detector:
     """An unfitted detector by registry name.
 
     Args:
-        name: Such as "patchcore".
+        name: Such as "patchcore"; case does not matter.
         preset: "default", or another of the class, such as "paper" for the published constants.
         params: Hyper-parameters, above those of the preset.
 

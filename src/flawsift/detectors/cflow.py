@@ -1,4 +1,4 @@
-"""CFlow: the likelihood of each patch under a flow that knows where the patch lies."""
+"""CFlow: the likelihood of each patch under a flow that is conditioned on its position."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts.flows import Flow, position_code
 from flawsift.detectors.parts.maps import upsample
+from flawsift.detectors.parts.scaling import whitening
 from flawsift.detectors.parts.training import (
     UNWATCHED,
     Recipe,
@@ -22,7 +23,6 @@ from flawsift.detectors.parts.training import (
     train,
     warmup_cosine,
     weights_of,
-    whitening,
 )
 from flawsift.errors import InputError
 
@@ -48,7 +48,7 @@ class CFlow(Detector):
         to give them a mode of their own; a fifth of defective images cost 0.03 to 0.12 of image AUROC on the two sets
         that were looked at. Few steps and whitening, which only has second moments, soften that.
     Differs from the paper: The scale of a tap's likelihood comes from the training set, not from a maximum over the
-        test set. `scale` "log" adds (mean - l) / sd; the paper's 1 - exp(l - max) is 1 for everything strange. The
+        test set. `scale` "log" adds (mean - l) / sd; the paper's 1 - exp(l - max) is 1 for everything unusual. The
         fixed mixing is a permutation, not a random rotation, whose C^2 entries per block cost as much as the subnet.
         Rotations are a few cached views, not random angles. A step takes the same random places of every image in its
         batch, and the same share of every grid. Training is counted in steps, not passes, so small sets get as many.
@@ -161,10 +161,10 @@ class CFlow(Detector):
         return torch.stack(rows).float()
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
-        found = self._log_likelihoods(batch, device)
-        grid = max(values.shape[1] for values in found)
+        likelihoods = self._log_likelihoods(batch, device)
+        grid = max(values.shape[1] for values in likelihoods)
         parts = []
-        for values, (top, mean, deviation) in zip(found, self.scale_, strict=True):
+        for values, (top, mean, deviation) in zip(likelihoods, self.scale_, strict=True):
             missing = (mean - values) / deviation if self.scale == "log" else 1 - (values - top).clamp_max(0).exp()
             parts.append(upsample(missing, grid))
         return torch.stack(parts).sum(0)
@@ -185,20 +185,20 @@ class CFlow(Detector):
 
     def _log_likelihoods(self, batch: Batch, device: str) -> list[Tensor]:
         """(B, h, w) of each tap."""
-        found = []
+        likelihoods = []
         with torch.inference_mode():
             for layer, flow, (x, code) in zip(
                 self.layers, self._flows(device), self._fibres(batch, device), strict=True
             ):
                 values = flow.log_likelihood(x, code).cpu()
-                found.append(values.view(len(batch), *batch.features[layer].shape[2:]))
-        return found
+                likelihoods.append(values.view(len(batch), *batch.features[layer].shape[2:]))
+        return likelihoods
 
     def _fibres(self, batch: Batch, device: str, *, share: bool = False) -> list[tuple[Tensor, Tensor]]:
         """(B, P, C) fibres of each tap and their (P, E) codes, of all places or of a random share of them."""
         cells = [batch.features[layer][0, 0].numel() for layer in self.layers]
         wanted = self.fibres / (len(batch) * max(cells)) if share else 1.0
-        found = []
+        pairs = []
         for layer, n in zip(self.layers, cells, strict=True):
             tap = batch.features[layer]
             code, fibres = position_code(tap.shape[2], tap.shape[3], self.position_dim), tap.flatten(2)
@@ -206,8 +206,8 @@ class CFlow(Detector):
                 places = torch.randperm(n)[: max(1, round(wanted * n))]
                 fibres, code = fibres[:, :, places], code[places]
             whitened = (fibres.transpose(1, 2) - self.whitening_[layer][0]) @ self.whitening_[layer][1:]
-            found.append((whitened.to(device), code.to(device)))
-        return found
+            pairs.append((whitened.to(device), code.to(device)))
+        return pairs
 
     def _build(self) -> nn.ModuleList:
         sizes = [self.whitening_[layer].shape[1] for layer in self.layers]
@@ -215,11 +215,12 @@ class CFlow(Detector):
             return nn.ModuleList(Flow(channels, self.position_dim, self.n_blocks) for channels in sizes)
 
     def _flows(self, device: str) -> list[Flow]:
-        """The flow of each tap on a device. Made once, never saved."""
-        made: dict[str, list[Flow]] = vars(self).setdefault("_nets", {})
-        if device not in made:
-            made[device] = [cast(Flow, flow) for flow in restored(self.weights_, self._build(), device)]
-        return made[device]
+        """The flow of each tap on a device."""
+
+        def make() -> list[Flow]:
+            return [cast(Flow, flow) for flow in restored(self.weights_, self._build(), device)]
+
+        return self._cached("net", device, make)
 
 
 def _unchanged(data: ImageSet, layers: Sequence[str]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""DeSTSeg: a student that restores what a teacher sees of a clean image, and a net that maps where the two differ."""
+"""DeSTSeg: a student that restores the teacher's features of a clean image, and a net that segments differences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,8 @@ from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.maps import top_mean, upsample
-from flawsift.detectors.parts.networks import MULTIPLE, STRIDES, Levels, Segmenter, Student, on_finest
+from flawsift.detectors.parts.networks import MULTIPLE, STRIDES, DenoisingStudent, Levels, Segmenter, on_finest
+from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.errors import InputError
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # section 4.1
@@ -23,12 +24,13 @@ GAMMA = 4.0  # exponent of the focal loss
 TOP_SHARE, PIXELS_PER_CELL = 100 / 256**2, 4  # the image score is the mean of 100 pixels of the paper's 256 px map
 # Corrupted copies are kept in memory up to this size; of larger sets, the rest is drawn anew at each use (25 ms).
 COPIES_BYTES = 1 << 30
+Copies = dict[tuple[int, str], tuple[Tensor, Tensor]]  # (image id, view) to its pixels and its mask
 
 
 class Networks(nn.Module):
     """Student and segmenter, of which one is trained at a time."""
 
-    def __init__(self, student: Student, segmenter: Segmenter) -> None:
+    def __init__(self, student: DenoisingStudent, segmenter: Segmenter) -> None:
         super().__init__()
         self.student, self.segmenter = student, segmenter
 
@@ -73,7 +75,7 @@ class DeSTSeg(Detector):
 
     Cost: `student_steps` + `head_steps` steps, whatever the size of the set, so k + 1 trainings cost k + 1 times one.
         Each training image passes the backbone 1 + `n_copies` times.
-    Contamination: Strong. The student learns to leave real defects as they are, and the net to call them clean.
+    Contamination: Strong. The student learns to reproduce real defects, and the segmentation net to map them as clean.
     Differs from the paper: each image has a fixed bank of `n_copies` corrupted copies, whose teacher features are
         cached, instead of a new corruption at each step; without `textures`, textures are drawn or taken from the image
         itself instead of photographs (DTD), which is expected to cost accuracy; no rotated copies, which the paper has
@@ -81,8 +83,8 @@ class DeSTSeg(Detector):
         The default has narrow networks, sees 128 px, takes fewer and smaller steps under a falling rate, and
         standardises features, whose student then ends in linear maps: the paper's ReLU fits the taps of a ResNet-18.
         Dilations keep their share of the grid. At prediction, the segmentation net's whole-image branch is held within
-        what batch norm allows in training: else images that are strange all over can pass for good. Maps are smoothed
-        like those of all detectors. Always the last step.
+        what batch norm allows in training: else images that are anomalous as a whole can get low scores. Maps are
+        smoothed like those of all detectors. Always the last step.
     Reference: Zhang et al., "DeSTSeg: Segmentation Guided Denoising Student-Teacher for Anomaly Detection", CVPR 2023,
         arXiv 2211.11317, sections 3 and 4.1.
 
@@ -164,20 +166,21 @@ class DeSTSeg(Detector):
         if len(data) < 2:
             raise InputError(f"DeSTSeg.fit needs at least two images for batch norm, got {len(data)}.")
         if self.standardize:
-            self.statistics_ = training.channel_statistics(data, self.layers)
+            self.statistics_ = channel_statistics(data, self.layers)
         self._read_taps(next(data.select(data.ids[:1]).batches(self.layers)))
         with training.seeded(self.seed, target):
             nets = self._build().to(target)
         rates = {nets.student: self.student_rate, nets.segmenter.residual: self.residual_rate}
         rates |= {part: self.head_rate for name, part in nets.segmenter.named_children() if name != "residual"}
         views = self.views
+        drawn: Copies = {}
         groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in rates.items()]
         optimizer = torch.optim.SGD(groups, lr=self.head_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
 
         def loss_of(batch: Batch, step: int) -> Tensor:
             view = views[int(np.random.default_rng([self.seed, step]).integers(self.n_copies))]
             images = data.select(batch.ids)
-            pixels, mask = self._copies(images, view)
+            pixels, mask = self._copies(images, view, drawn)
             pixels, first_phase = pixels.to(target), step < self.student_steps
             nets.train_one(first_phase)
             teacher = self._teacher(images if first_phase else images.view(view), target)
@@ -194,7 +197,6 @@ class DeSTSeg(Detector):
         )
         training.train(nets, optimizer, data, (), loss_of, recipe, device=target, watch=watch)
         self.weights_ = training.weights_of(nets)
-        vars(self).pop("_drawn", None)
         return self
 
     def _read_taps(self, batch: Batch) -> None:
@@ -234,40 +236,39 @@ class DeSTSeg(Detector):
 
     def _levels(self, batch: Batch, device: str) -> Levels:
         """{stride: (B, C, h, w)} teacher features on the student's grids."""
-        found = {}
+        levels = {}
         for layer, (stride, _) in zip(self.layers, self.taps_, strict=True):
             tap = batch.features[layer].to(device)
             if self.standardize:
-                tap = training.standardized(tap, self.statistics_[layer])
-            found[stride] = F.adaptive_avg_pool2d(tap, self.size_ // stride)
-        return found
+                tap = standardized(tap, self.statistics_[layer])
+            levels[stride] = F.adaptive_avg_pool2d(tap, self.size_ // stride)
+        return levels
 
-    def _copies(self, images: ImageSet, view: str) -> tuple[Tensor, Tensor]:
-        """(B, 3, s, s) pixels in [0, 1] and (B, g, g) masks of corrupted copies."""
-        known = vars(self).setdefault("_drawn", {})
+    def _copies(self, images: ImageSet, view: str, drawn: Copies) -> tuple[Tensor, Tensor]:
+        """(B, 3, s, s) pixels in [0, 1] and (B, g, g) masks of corrupted copies, kept in `drawn` up to COPIES_BYTES."""
         grid = self.size_ // min(stride for stride, _ in self.taps_)
-        found = []
+        copies = []
         for id_ in images.ids.tolist():
-            copy = known.get((id_, view))
+            copy = drawn.get((id_, view))
             if copy is None:
                 assert images.reader is not None
                 made = corrupted(images.pixels_of(id_, images.reader.size), view)
                 small = F.adaptive_avg_pool2d(made.image.float(), self.size_).round().to(torch.uint8)
                 copy = small, F.adaptive_avg_pool2d(made.mask[None].float(), grid)[0] > 0.5
-                if (len(known) + 1) * small.numel() <= COPIES_BYTES:
-                    known[id_, view] = copy
-            found.append(copy)
-        return torch.stack([p for p, _ in found]).float() / 255, torch.stack([m for _, m in found]).float()
+                if (len(drawn) + 1) * small.numel() <= COPIES_BYTES:
+                    drawn[id_, view] = copy
+            copies.append(copy)
+        return torch.stack([p for p, _ in copies]).float() / 255, torch.stack([m for _, m in copies]).float()
 
     def _build(self) -> Networks:
         channels: dict[int, int] = {int(stride): int(width) for stride, width in self.taps_}
-        student = Student(self.student_width, channels, linear=self.standardize)
+        student = DenoisingStudent(self.student_width, channels, linear=self.standardize)
         side = self.size_ // min(channels)
         return Networks(student, Segmenter(sum(channels.values()), self.head_width, side, self.batch_size))
 
     def _net(self, device: str) -> Networks:
-        made: dict[str, Networks] = vars(self).setdefault("_nets", {})
-        if device not in made:
+        def make() -> Networks:
             with training.seeded(self.seed, "cpu"):  # initial weights, which are not used, are drawn all the same
-                made[device] = training.restored(self.weights_, self._build(), device)
-        return made[device]
+                return training.restored(self.weights_, self._build(), device)
+
+        return self._cached("net", device, make)

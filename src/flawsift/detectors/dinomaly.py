@@ -1,4 +1,4 @@
-"""Dinomaly: a plain transformer that is kept from reconstructing too well."""
+"""Dinomaly: reconstruction of grouped features by a transformer behind a noisy bottleneck."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.maps import on_one_grid, smooth, top_mean, upsample
-from flawsift.detectors.parts.neighbors import linear_attention
-from flawsift.detectors.parts.training import UNWATCHED, StableAdamW, Watch, scaled, warmup_cosine, without_rejected
+from flawsift.detectors.parts.networks import linear_attention
+from flawsift.detectors.parts.scaling import channel_statistics, scaled
+from flawsift.detectors.parts.training import UNWATCHED, StableAdamW, Watch, warmup_cosine, without_rejected
 from flawsift.errors import InputError
 
 HEAD_DIM = 64  # channels per attention head, as in all ViTs of the paper
@@ -52,7 +53,7 @@ class Block(nn.Module):
 
 
 class Reconstruction(nn.Module):
-    """Noisy bottleneck and decoder: from G groups of (B, C_g, h, w) to what it takes them to be.
+    """Noisy bottleneck and decoder: from G groups of (B, C_g, h, w) to their reconstructions.
 
     Groups of one width enter as their mean; others are concatenated, and their estimates pass a linear map each.
     """
@@ -88,7 +89,12 @@ class Reconstruction(nn.Module):
 
 
 def mined_loss(
-    expected: Sequence[Tensor], found: Sequence[Tensor], *, easy: float, easy_gradient: float, upper_trim: float
+    features: Sequence[Tensor],
+    decoded: Sequence[Tensor],
+    *,
+    easy: float,
+    easy_gradient: float,
+    upper_trim: float,
 ) -> Tensor:
     """Mean over groups and images of 1 - cosine of whole (C, h, w) maps; points pass gradients by their difficulty.
 
@@ -97,7 +103,7 @@ def mined_loss(
     either.
     """
     losses = []
-    for e, d in zip(expected, found, strict=True):
+    for e, d in zip(features, decoded, strict=True):
         distance = 1 - F.cosine_similarity(e, d.detach(), dim=1)  # (B, h, w)
         distance = distance.masked_fill((e == 0).all(1) & (d.detach() == 0).all(1), 0.0)  # patches that are left out
         flat = distance.flatten()
@@ -123,7 +129,7 @@ class Dinomaly(Detector):
 
     Cost: Per step and token 36 width^2 multiply-adds per block, 12 of them forward; linear in tokens. The paper preset
         at ViT-B takes 289 GFLOP per image and step.
-    Contamination: Hard points keep their gradient, and defects are hard points: the loss seeks what it should leave.
+    Contamination: Hard points keep their gradient, and defects are hard points, which are learned all the more.
         `upper_trim` drops the gradient of the hardest points.
     Differs from the paper: Class and register tokens do not enter the decoder. Images are resized to the square input;
         the paper sees the central 392 of 448 px. The smoothed map reflects at its borders, where the paper's fades,
@@ -214,7 +220,7 @@ class Dinomaly(Detector):
             raise InputError("Dinomaly.fit needs at least one image, got an empty set.")
         target = resolve_device(device)
         if self.scale:
-            self.statistics_ = training.channel_statistics(data, self.layers)
+            self.statistics_ = channel_statistics(data, self.layers)
         first = next(data.select(data.ids[:1]).batches(self.layers))
         self.channels_ = [first.features[layer].shape[1] for layer in self.layers]
         with training.seeded(self.seed, target):
@@ -236,10 +242,10 @@ class Dinomaly(Detector):
 
         def loss_of(batch: Batch, step: int) -> Tensor:
             groups = self._groups(batch, target)
-            found = without_rejected([d.float() for d in module(groups)], batch)
+            decoded = without_rejected([d.float() for d in module(groups)], batch)
             groups = without_rejected(groups, batch)
             easy = self.easy_share * min(1.0, step / self.easy_ramp) if self.easy_ramp else self.easy_share
-            return mined_loss(groups, found, easy=easy, easy_gradient=self.easy_gradient, upper_trim=self.upper_trim)
+            return mined_loss(groups, decoded, easy=easy, easy_gradient=self.easy_gradient, upper_trim=self.upper_trim)
 
         training.train(module, optimizer, data, self.layers, loss_of, recipe, device=target, watch=watch)
         self.weights_ = training.weights_of(module)
@@ -259,8 +265,8 @@ class Dinomaly(Detector):
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
         groups = self._groups(batch, device)
-        found = self._net(device)(groups)
-        return torch.stack([1 - F.cosine_similarity(e, d, dim=1) for e, d in zip(groups, found, strict=True)]).mean(0)
+        decoded = self._net(device)(groups)
+        return torch.stack([1 - F.cosine_similarity(e, d, dim=1) for e, d in zip(groups, decoded, strict=True)]).mean(0)
 
     def _image_scores(self, maps: Tensor) -> Tensor:
         return top_mean(smooth(upsample(maps, SCORE_SIZE), SCORE_SIGMA, radius=SCORE_RADIUS), self.top_share)
@@ -269,9 +275,9 @@ class Dinomaly(Detector):
         return torch.cat(self._net(device)(self._groups(batch, device)), 1)
 
     def _net(self, device: str) -> Reconstruction:
-        made: dict[str, Reconstruction] = vars(self).setdefault("_nets", {})
-        if device not in made:
+        def make() -> Reconstruction:
             with torch.device("meta"):
                 module = self._module()
-            made[device] = training.restored(self.weights_, module, device)
-        return made[device]
+            return training.restored(self.weights_, module, device)
+
+        return self._cached("net", device, make)

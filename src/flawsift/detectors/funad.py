@@ -1,5 +1,6 @@
-"""FUN-AD: a patch classifier that is taught by distances to a memory bank which it purifies itself."""
+"""FUN-AD: a patch classifier trained on pseudo-labels: distances to a memory bank, which is rebuilt from its scores."""
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors._funad_net import SLOPE, Head, Memory, balanced_loss, follow, smoothness_loss, spread
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.coreset import random_projection
+from flawsift.detectors.parts.maps import on_one_grid
 from flawsift.detectors.parts.neighbors import NearestNeighbors, mutual_pairs
+from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
 
+SLOPE = 0.2  # of all LeakyReLUs, as the authors have it
+MEMORY = 0.9  # of running values: about the last ten batches, 320 images
 MOMENTUM = 0.2  # of RMSprop, as the authors have it
 COPY = 1e-2  # squared distances below it are copies, the patch itself among them: the authors' constant
 DRAWN = 0.5  # share of the candidate images that enter the bank, as the authors have it
@@ -28,22 +32,93 @@ TYPICAL, EXTREME = 0.5, 0.999  # quantiles of a batch's distances that the runni
 WARMUP = 20  # steps: RMSprop's first steps are ten times the learning rate, as its averages start at 0
 
 
+class Head(nn.Module):
+    """Adaptor and discriminator: image vectors and patches to logits.
+
+    W [image; patch] = W_i image + W_p patch, so the image vector is multiplied once per image.
+    """
+
+    def __init__(self, n_image: int, n_patch: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.n_image, sizes = n_image, [n_image + n_patch, *hidden]
+        self.adaptor = nn.Linear(sizes[0], sizes[0])
+        pairs = [(nn.Linear(a, b), nn.LeakyReLU(SLOPE)) for a, b in itertools.pairwise(sizes)]
+        self.discriminator = nn.Sequential(*(layer for pair in pairs for layer in pair), nn.Linear(sizes[-1], 1))
+
+    def adapt(self, image: Tensor, patches: Tensor) -> Tensor:
+        """(B, P, D) adapted features before their LeakyReLU, from (B, I) and (B, P, C) with D = I + C."""
+        weight = self.adaptor.weight
+        whole = F.linear(image, weight[:, : self.n_image], self.adaptor.bias)
+        return whole.unsqueeze(1) + F.linear(patches, weight[:, self.n_image :])
+
+    def discriminate(self, adapted: Tensor) -> Tensor:
+        """(...) logits of (..., D) adapted features before their LeakyReLU."""
+        logits: Tensor = self.discriminator(F.leaky_relu(adapted, SLOPE))
+        return logits.squeeze(-1)
+
+    def forward(self, image: Tensor, patches: Tensor) -> Tensor:
+        """(B, P) logits."""
+        return self.discriminate(self.adapt(image, patches))
+
+
+class Memory(nn.Module):
+    """What a training keeps between its steps, in buffers, so that a checkpoint has it.
+
+    `bank`: (M, D) image vector and patch of each entry, before the adaptor, whose weights change; `owners`: (M,) ids of
+    their images, -1 where there is no entry; `scale`: (2,) running typical and extreme squared distance; `positive`:
+    running share of patches that are labelled anomalous.
+    """
+
+    bank: Tensor
+    owners: Tensor
+    scale: Tensor
+    positive: Tensor
+
+    def __init__(self, size: int, width: int, *, keep: bool) -> None:
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(size, width), persistent=keep)
+        self.register_buffer("owners", torch.full((size,), -1), persistent=keep)
+        self.register_buffer("scale", torch.full((2,), torch.nan))
+        self.register_buffer("positive", torch.tensor(torch.nan))
+
+
+def follow(running: Tensor, value: Tensor) -> Tensor:
+    """Moves a running value, nan before the first, in place towards that of a batch; returns it."""
+    return running.copy_(torch.where(running.isnan(), value, MEMORY * running + (1 - MEMORY) * value))
+
+
+def spread(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Values on a scale with `low` at 0 and `high` at 1; all 0 where the two are equal."""
+    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
+
+
+def balanced_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of the anomalous patches plus that of the normal ones; a class without patches adds 0."""
+    each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+    return each[labels].sum() / labels.sum().clamp_min(1) + each[~labels].sum() / (~labels).sum().clamp_min(1)
+
+
+def smoothness_loss(scores: Tensor, pairs: Tensor) -> Tensor:
+    """0.5 mean |s_i - s_j| over (M, 2) mutual pairs, each once; 0 without pairs."""
+    return 0.5 * (scores[pairs[:, 0]] - scores[pairs[:, 1]]).abs().sum() / max(1, len(pairs))
+
+
 @dataclass(kw_only=True, eq=False)
 class FUNAD(Detector):
-    """A classifier of patches, taught by distances to a memory bank that it purifies itself.
+    """A classifier of patches, trained on pseudo-labels: distances to a memory bank that is rebuilt from its scores.
 
     A patch carries its image's vector: the class token where a layer has one cell per image, else the mean of the
     image's patches. Every `rebuild_every` steps the head scores all training images; half of those that score low fill
-    the bank. A patch far from it (scaled squared distance above `tau`) is taken for anomalous, the head learns these
-    labels by a class-balanced cross entropy, and anomalies that are not sure (below `tau_sure`) get Gaussian noise.
-    Mutually nearest patches are drawn to equal scores. The map is the head's logit, the image score its maximum.
+    the bank. A patch far from it (scaled squared distance above `tau`) is labelled anomalous, the head learns these
+    labels by a class-balanced cross entropy, and uncertain anomalies (below `tau_sure`) get Gaussian noise. The scores
+    of mutually nearest patches are drawn together. The map is the head's logit, the image score its maximum.
 
     Cost: `steps` passes of `batch_size` x `patches_per_image` patches through the head and their search among
         `bank_size` patches and each other; a pass over all patches per rebuild. Scoring is the head alone.
     Contamination: What it is made for, while normal patches vary less than anomalous ones. It learns from the defects:
         a screening that takes them out makes it worse, so `flawsift.fit` keeps all unless told how many. Identical
-        recurring defects turn the labels round: see `flawsift diagnose`. In a clean set the most unusual patches are
-        taken for defects.
+        recurring defects invert the labels: see `flawsift diagnose`. In a clean set the most unusual patches are
+        labelled anomalous.
     Differs from the paper: Logits instead of their sigmoids, which saturate; the last step, never the best on a test
         set; channels are standardised in place of the backbone's last LayerNorm, which no layer has; where `layers`
         name no class token (such as "blocks.11.cls"; CNNs have none), the mean of an image's patches stands for it;
@@ -134,7 +209,7 @@ class FUNAD(Detector):
         target, least = resolve_device(device), 2 if self.exclude_own else 1
         if len(data) < least:
             raise InputError(f"FUNAD.fit needs at least {least} images to compare patches, got {len(data)}.")
-        self.statistics_ = training.channel_statistics(data, self.layers)
+        self.statistics_ = channel_statistics(data, self.layers)
         image, patches, _ = self._embed(next(data.batches(self.layers, batch_size=1)), target)
         n_image, n_patch = self.widths_ = [image.shape[1], patches.shape[2]]
         with training.seeded(self.seed, target):
@@ -157,27 +232,29 @@ class FUNAD(Detector):
         return self
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
-        made: dict[str, Head] = vars(self).setdefault("_nets", {})
-        if device not in made:
+        image, patches, grid = self._embed(batch, device)
+        logits: Tensor = self._net(device)(image, patches)
+        return logits.view(-1, *grid)
+
+    def _net(self, device: str) -> Head:
+        def make() -> Head:
             with training.seeded(self.seed, "cpu"):  # building it draws weights, which are then replaced
                 head = Head(self.widths_[0], self.widths_[1], self.hidden)
-            made[device] = training.restored(self.weights_, head, device)
-        image, patches, grid = self._embed(batch, device)
-        logits: Tensor = made[device](image, patches)
-        return logits.view(-1, *grid)
+            return training.restored(self.weights_, head, device)
+
+        return self._cached("net", device, make)
 
     def _embed(self, batch: Batch, device: str) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """(B, I) image vectors, (B, P, C) patches, and the grid (h, w) of the patches."""
-        taps = [training.standardized(batch.features[k].to(device), self.statistics_[k]) for k in self.layers]
+        taps = [standardized(batch.features[k].to(device), self.statistics_[k]) for k in self.layers]
         tokens = [tap for tap in taps if tap.shape[2:] == (1, 1)]
         taps = [tap for tap in taps if tap.shape[2:] != (1, 1)] or tokens
-        grid = max(((tap.shape[2], tap.shape[3]) for tap in taps), key=lambda s: s[0] * s[1])
         edge = self.patch_size
         taps = [F.avg_pool2d(tap, edge, 1, edge // 2, count_include_pad=False) for tap in taps]
-        same = [F.interpolate(tap, grid, mode="bilinear", align_corners=False) for tap in taps]
-        patches = torch.cat(same, 1).flatten(2).transpose(1, 2)
+        cells = torch.cat(on_one_grid(taps), 1)
+        patches = cells.flatten(2).transpose(1, 2)
         image = torch.cat(tokens, 1).flatten(1) if tokens else patches.mean(1)
-        return image[:, : image.shape[1] * self.image_branch], patches, grid
+        return image[:, : image.shape[1] * self.image_branch], patches, (cells.shape[2], cells.shape[3])
 
     @torch.no_grad()
     def _rebuild(self, head: Head, memory: Memory, data: ImageSet, device: str) -> None:
@@ -221,21 +298,21 @@ class FUNAD(Detector):
         unsure = (labels & (scaled < self.tau_sure)).nonzero()[:, 0]
         # the largest deviation over the batch at any place; the adaptor being linear, its image adds to what is adapted
         noise = torch.randn(len(unsure), x.shape[2], device=x.device) * x.std(0, correction=0).amax(0)
-        logits = head.judge(clean.index_add(0, unsure, F.linear(noise, head.adaptor.weight)))
+        logits = head.discriminate(clean.index_add(0, unsure, F.linear(noise, head.adaptor.weight)))
         loss = balanced_loss(logits, labels)
         if self.smoothness:
             if not self.smooth_noisy:
-                logits = logits.index_copy(0, unsure, head.judge(clean[unsure]))
+                logits = logits.index_copy(0, unsure, head.discriminate(clean[unsure]))
             loss = loss + self.smoothness * smoothness_loss(logits.sigmoid(), mutual_pairs(keys))
         return loss
 
     def _searchable(self, features: Tensor) -> Tensor:
         """(N, d) what distances are between, from (N, D) features or adapted ones before their LeakyReLU."""
-        found = features.detach() if self.search == "patch" else F.leaky_relu(features.detach(), SLOPE)
-        if self.projection_dim is None or self.projection_dim >= found.shape[1]:
-            return found
+        keys = features.detach() if self.search == "patch" else F.leaky_relu(features.detach(), SLOPE)
+        if self.projection_dim is None or self.projection_dim >= keys.shape[1]:
+            return keys
         generator = torch.Generator().manual_seed(self.seed)
-        return found @ random_projection(found.shape[1], self.projection_dim, generator).to(found)
+        return keys @ random_projection(keys.shape[1], self.projection_dim, generator).to(keys)
 
     def _distances(self, memory: Memory, bank: Tensor, keys: Tensor, batch: Batch) -> Tensor:
         """(B P,) squared distance of each patch of a batch to the bank."""

@@ -12,16 +12,16 @@ from torch import Tensor
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import coreset
-from flawsift.detectors.parts import neighbors as nn
 from flawsift.detectors.parts.maps import SIGMA_PER_PIXEL, embed_batch, smooth
+from flawsift.detectors.parts.neighbors import NearestNeighbors, mutual_nearest, query_grid
+from flawsift.detectors.parts.robust import MAD_TO_SIGMA, group_medians
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
 from flawsift.types import Ids
 
-# From here on a layout counts: how far the mean map is from its transpose, where two unrelated patches are 1 apart.
-# On drawn textures that lie anyhow it was TTT at most, on three kinds of real photographs of parts 0.26 at least.
+# From here on a layout counts: how far the mean map is from its transpose, where two unrelated patches are 1 apart. On
+# three kinds of real photographs of parts it was 0.26 at least.
 ASYMMETRY = 0.1
-MAD = 1.4826  # times the median absolute deviation of a Gaussian is its standard deviation
 PROJECTION_DIM = 128  # of the random projection for the coreset, as PatchCore's
 
 
@@ -47,14 +47,14 @@ class InReaCh(Detector):
     Cost: 2 A N P^2 C flops for A seeds and N images of P patches, in four passes over the features. Memory: the seeds
         and at most `max_patches` patches. Scoring as PatchCore.
     Contamination: Resisted: what only one image has joins no channel, be it a defect or a rare normal look. A defect
-        is nominal if it recurs `min_span` times and a seed has it. Where a seed is defective, the others must do.
+        is nominal if it recurs `min_span` times and a seed has it. Where a seed is defective, the other seeds remain.
     Differs from the paper: Seeds are drawn (its code takes the first images, which are clean in its experiments) and
         matched with every image but themselves, not only with later ones. Three things are as published in the paper
         preset only: a patch whose nearest seed patch is not mutual is lost ("nearest"); a member must be within
         `spread` standard deviations of the distances ("std"), which empties channels whose members scatter alike in
         many dimensions, where "mad" keeps those within median + `spread` scaled median absolute deviations; sigma is
         13 of 224 px. Ours alone: a coreset (of all patches in the paper preset); plain, not squared, distances; layout
-        is judged by embeddings, as grey values are not seen here, and weighs in their units (the code's rows and
+        is measured on embeddings, as grey values are not read here, and is added in their units (the code's rows and
         columns run to 5, whatever the features are); embeddings are PatchCore's, of fewer taps; fewer seeds of few
         images; maps are smoothed once more on the image grid, as all detectors' are; batch norm is frozen (the code's
         follows each image); pairs are as intended (the code swaps their ends).
@@ -171,8 +171,9 @@ class InReaCh(Detector):
             start += len(ids)
         distances.append((heads.flatten(0, 1) - means).norm(dim=1).cpu())  # last, the heads: each in its own channel
         keys = torch.cat([channels.flatten(), torch.arange(len(means))])
-        found = prune(keys.numpy(), torch.cat(distances).numpy(), span, self.spread, self.spread_rule)
-        survives = torch.from_numpy(found)
+        survives = torch.from_numpy(
+            prune(keys.numpy(), torch.cat(distances).numpy(), span, self.spread, self.spread_rule)
+        )
         nominal = survives[: channels.numel()].view_as(channels)
         row_of = {int(id_): row for row, id_ in enumerate(data.ids)}
         nominal[[row_of[int(id_)] for id_ in seeds]] |= survives[channels.numel() :].view(len(seeds), -1)
@@ -183,8 +184,8 @@ class InReaCh(Detector):
 
         `heads` are the seeds' patches (A, P, C); `is_own` (A,) is whether the image is that seed, which it cannot join.
         """
-        found = [nn.mutual_nearest(own, head) for head in heads]
-        rows, distances, mutual = (torch.stack(part) for part in zip(*found, strict=True))  # each (A, P)
+        matches = [mutual_nearest(own, head) for head in heads]
+        rows, distances, mutual = (torch.stack(part) for part in zip(*matches, strict=True))  # each (A, P)
         mutual &= ~is_own[:, None]
         closed = ~mutual if self.assignment == "mutual" else is_own[:, None]
         best = distances.masked_fill(closed, torch.inf).argmin(0, keepdim=True)  # (1, P)
@@ -215,13 +216,13 @@ class InReaCh(Detector):
 
     def _expected(self, batch: Batch, device: str) -> Tensor:
         _, entries = self._search(batch, device)
-        found = self.memory_bank_.to(device)[entries[..., 0]].permute(0, 3, 1, 2)
-        return found[:, :-2] if self.position_scale_ else found  # what is seen, not where
+        nearest = self.memory_bank_.to(device)[entries[..., 0]].permute(0, 3, 1, 2)
+        return nearest[:, :-2] if self.position_scale_ else nearest  # the embedding without its position
 
     def _search(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
-        """(B, h, w, 1) distances and entries of the bank. The search structure is made once and never saved."""
-        search = nn.device_search(vars(self).setdefault("_searches", {}), self.memory_bank_, device)
-        return nn.query_grid(search, self._embed(batch, self.position_scale_).to(device))
+        """(B, h, w, 1) distances and entries of the bank."""
+        search = self._cached("search", device, lambda: NearestNeighbors(self.memory_bank_.to(device)))
+        return query_grid(search, self._embed(batch, self.position_scale_).to(device))
 
     def _embed(self, batch: Batch, scale: float) -> Tensor:
         """(B, C, h, w), or (B, C + 2, h, w) with rows and columns when the scale is not 0."""
@@ -251,8 +252,8 @@ def prune(keys: Ints, distances: Floats, min_span: int, spread: float, rule: Lit
     alive = long_enough(keys >= 0)
     k, d = keys[alive], distances[alive].astype(np.float64)
     if rule == "mad":
-        median = nn.group_medians(k, d, n_keys)[k]
-        tight = d <= median + spread * MAD * nn.group_medians(k, np.abs(d - median), n_keys)[k]
+        median = group_medians(k, d, n_keys)[k]
+        tight = d <= median + spread * MAD_TO_SIGMA * group_medians(k, np.abs(d - median), n_keys)[k]
     else:
         counts = np.maximum(np.bincount(k, minlength=n_keys), 1)
         mean = np.bincount(k, d, n_keys) / counts

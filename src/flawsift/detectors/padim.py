@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
-from flawsift.detectors.parts.maps import SIGMA_PER_PIXEL, smooth
+from flawsift.detectors.parts.maps import SIGMA_PER_PIXEL, largest_grid, smooth
 from flawsift.detectors.parts.neighbors import in_threads
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError, NotFittedError
@@ -137,7 +137,7 @@ class PaDiM(Detector):
             scores[group] = rest.predict(held_out, device=device, maps=False).scores
         for size in sorted({len(group) for group in groups if len(group) <= LARGE_GROUP}):
             alike = [position for group in groups if len(group) == size for position in group]
-            found: list[Tensor] = []
+            image_scores: list[Tensor] = []
             whitener = self._make_whitener(size).to(target)
             for batch in data.select(data.ids[alike]).batches(self.layers, batch_size=FIT_BATCH // size * size):
                 products = self._products(batch, whitener, target, size)
@@ -147,8 +147,8 @@ class PaDiM(Detector):
                 else:
                     learned = accepted.flatten(1).T.reshape(products.shape[:3])
                 maps = _held_out_norms(products.cpu(), learned, moments.n).T.reshape(-1, *self.grid_)
-                found.append(self._image_scores(maps))
-            scores[alike] = torch.cat(found).numpy()
+                image_scores.append(self._image_scores(maps))
+            scores[alike] = torch.cat(image_scores).numpy()
         return scores
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
@@ -156,7 +156,7 @@ class PaDiM(Detector):
         return distances.T.reshape(-1, *self.grid_)
 
     def _products(self, batch: Batch, whitener: Tensor, device: str, m: int) -> Tensor:
-        """(P, G, m, m) products of what `whitener` makes of the patches, less their mean, of each m images in turn."""
+        """(P, G, m, m) inner products of the whitened patches, less their mean, of each m images in turn."""
         x, grid = self._embed(batch)
         if grid != self.grid_:
             raise InputError(
@@ -180,7 +180,7 @@ class PaDiM(Detector):
         key = (self.name, self.layers, self.n_features, self.seed)
         if key not in batch.memo:
             taps = [batch.features[layer] for layer in self.layers]
-            grid = max((list(tap.shape[2:]) for tap in taps), key=lambda s: s[0] * s[1])
+            grid = list(largest_grid(taps))
             parts, start = [], 0
             for tap in taps:
                 mine = self.channels_[(self.channels_ >= start) & (self.channels_ < start + tap.shape[1])] - start
@@ -189,8 +189,8 @@ class PaDiM(Detector):
                 parts.append(own[_replication(list(tap.shape[2:]), grid)])
                 start += tap.shape[1]
             batch.memo[key] = torch.cat(parts, 1), grid
-        found: tuple[Tensor, list[int]] = batch.memo[key]
-        return found
+        embedded: tuple[Tensor, list[int]] = batch.memo[key]
+        return embedded
 
     def _moments(self, data: ImageSet, device: str) -> Moments:
         n, total, scatter, shift = None, None, None, None
@@ -216,9 +216,7 @@ class PaDiM(Detector):
             _add_squares(scatter, x)
         if n is None or total is None or scatter is None or shift is None:
             raise InputError("PaDiM.fit needs at least one image, got an empty set.")
-        n.clamp_min_(
-            1
-        )  # a position without any patch has the first batch's mean and the regularisation as its variance
+        n.clamp_min_(1)  # a position without patches: the mean is the first batch's, the variance the regularisation
         mean = total / n
         scatter.addcmul_(total.unsqueeze(2), mean.unsqueeze(1), value=-1)
         return Moments(n.cpu(), (mean + shift.squeeze(2)).cpu(), _packed(scatter.cpu()))
@@ -231,7 +229,6 @@ class PaDiM(Detector):
 
     def _set(self, moments: Moments) -> Self:
         self.counts_, self.mean_, self.scatter_ = moments.n, moments.mean, moments.scatter
-        vars(self).pop("_cached_whitener", None)
         return self
 
     def _like(self, moments: Moments) -> Self:
@@ -245,11 +242,8 @@ class PaDiM(Detector):
         return Moments(self.counts_, self.mean_, self.scatter_)
 
     def _whitener(self, device: str) -> Tensor:
-        """(P, d, d) inverse Cholesky factors: distance = |L^-1 (x - mu)|. Made once, never saved."""
-        cached: Tensor | None = vars(self).get("_cached_whitener")
-        if cached is None or cached.device.type != torch.device(device).type:
-            cached = vars(self)["_cached_whitener"] = self._make_whitener(0).to(device)
-        return cached
+        """(P, d, d) inverse Cholesky factors: distance = |L^-1 (x - mu)|."""
+        return self._cached("whitener", device, lambda: self._make_whitener(0).to(device))
 
     def _make_whitener(self, n_held_out: int) -> Tensor:
         """(P, d, d) as `_whitener`, of scatter / (n - n_held_out - 1) + eps diag(v)."""
@@ -376,10 +370,10 @@ def _inverse_factors(packed: Tensor, scale: Tensor, ridge: Tensor) -> Tensor:
 def _nearest_factor(lower: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Lower Cholesky factor of a (d, d) matrix; where rounding has made it indefinite, of the nearest definite one."""
     try:
-        found: npt.NDArray[np.float32] = np.linalg.cholesky(lower)
+        factor: npt.NDArray[np.float32] = np.linalg.cholesky(lower)
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(lower.astype(np.float64))
         floor = max(values[-1], np.finfo(np.float32).tiny) * np.finfo(np.float32).eps
         mended = vectors * np.maximum(values, floor) @ vectors.T
-        found = np.linalg.cholesky(mended).astype(np.float32)
-    return found
+        factor = np.linalg.cholesky(mended).astype(np.float32)
+    return factor

@@ -10,8 +10,8 @@ from torch import Tensor
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import coreset
-from flawsift.detectors.parts import neighbors as nn
 from flawsift.detectors.parts.maps import embed_batch
+from flawsift.detectors.parts.neighbors import NearestNeighbors, query_grid
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
 
@@ -141,12 +141,12 @@ class PatchCore(Detector):
         """(B, h, w) maps, (B, h, w) nearest entries and the (B, C, h, w) embedding that they answer."""
         embedding = self._embed(batch).to(device)
         k = min(self.n_neighbors, len(self.memory_bank_))
-        distances, entries = nn.query_grid(self._neighbors(device), embedding, k=k)
+        distances, entries = query_grid(self._neighbors(device), embedding, k=k)
         return distances.mean(3), entries[..., 0], embedding
 
-    def _neighbors(self, device: str) -> nn.NearestNeighbors:
-        """The search structure for a device. Made once, never saved."""
-        return nn.device_search(vars(self).setdefault("_searches", {}), self.memory_bank_, device)
+    def _neighbors(self, device: str) -> NearestNeighbors:
+        """The memory bank, ready to be searched on a device."""
+        return self._cached("search", device, lambda: NearestNeighbors(self.memory_bank_.to(device)))
 
     def _embed(self, batch: Batch) -> Tensor:
         """(B, C, h, w): locally averaged taps on the largest grid (section 3.1, patch size 3, stride 1)."""

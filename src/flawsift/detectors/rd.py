@@ -13,7 +13,9 @@ from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.maps import SIGMA_PER_PIXEL, on_one_grid, smooth
-from flawsift.detectors.parts.training import UNWATCHED, Watch, scaled, without_rejected
+from flawsift.detectors.parts.networks import conv, kaiming_
+from flawsift.detectors.parts.scaling import channel_statistics, scaled
+from flawsift.detectors.parts.training import UNWATCHED, Watch, without_rejected
 from flawsift.errors import InputError
 
 BETAS = (0.5, 0.999)  # of Adam, the authors'
@@ -23,11 +25,6 @@ Kind = Literal["basic", "bottleneck", "wide"]
 # section 4.1, for wide_resnet50_2 at 256 px, whose taps end with a ReLU
 PAPER = {"block": "wide", "n_blocks": (3, 3, 4, 6), "final_relu": True, "scale": False, "loss": "position"}
 PAPER |= {"layers": ("stride4", "stride8", "stride16"), "epochs": 200}
-
-
-def conv(n_in: int, n_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """A convolution without bias, and batch norm."""
-    return nn.Sequential(nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(n_out))
 
 
 def up(n_in: int, n_out: int) -> nn.Sequential:
@@ -43,7 +40,7 @@ class Residual(nn.Module):
         inside = n_out if kind == "basic" else n_out // EXPANSION * INSIDE[kind]
         source = n_in if kind == "basic" else inside
         stride = 2 if change == "down" else 1
-        resize = up(source, inside) if change == "up" else conv(source, inside, 3, stride)
+        resize = up(source, inside) if change == "up" else conv(source, inside, 3, stride=stride)
         if kind == "basic":
             parts = [resize, nn.ReLU(), conv(inside, n_out, 3)]
         else:
@@ -51,7 +48,7 @@ class Residual(nn.Module):
         self.body = nn.Sequential(*parts)
         self.shortcut: nn.Module = nn.Identity()
         if change:
-            self.shortcut = up(n_in, n_out) if change == "up" else conv(n_in, n_out, 1, stride)
+            self.shortcut = up(n_in, n_out) if change == "up" else conv(n_in, n_out, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.body(x) + self.shortcut(x))
@@ -77,7 +74,7 @@ class Student(nn.Module):
         self.final_relu = final_relu
         self.fuse = nn.ModuleList()
         for i in range(len(channels)):
-            steps = [(conv(a, b, 3, 2), nn.ReLU()) for a, b in pairwise(channels[i:])]
+            steps = [(conv(a, b, 3, stride=2), nn.ReLU()) for a, b in pairwise(channels[i:])]
             self.fuse.append(nn.Sequential(*(part for step in steps for part in step)))
         last = channels[-1]
         self.embed = stage(len(channels) * last, 2 * last, n_blocks[0], kind, "down")
@@ -85,17 +82,15 @@ class Student(nn.Module):
         self.decode = nn.ModuleList(
             stage(a, b, n, kind, "up") for (a, b), n in zip(pairwise(widths), n_blocks[1:], strict=True)
         )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # transposed convolutions keep torch's own, as in the authors' code
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        kaiming_(self)  # transposed convolutions keep torch's own weights, as in the authors' code
 
     def forward(self, taps: Sequence[Tensor]) -> list[Tensor]:
         x = self.embed(torch.cat([path(tap) for path, tap in zip(self.fuse, taps, strict=True)], 1))
-        found = []
+        estimates = []
         for decode, tap in zip(self.decode, reversed(taps), strict=True):
             x = decode(F.relu(x))[..., : tap.shape[2], : tap.shape[3]]  # an odd grid was rounded up on the way down
-            found.append(F.relu(x) if self.final_relu else x)
-        return found[::-1]
+            estimates.append(F.relu(x) if self.final_relu else x)
+        return estimates[::-1]
 
 
 def flattened_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
@@ -111,11 +106,11 @@ def position_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tenso
 
 def distances(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> list[Tensor]:
     """Per tap (B, h_l, w_l): 1 - cosine over channels; 0 where both are zero vectors, as they agree."""
-    found = []
+    maps = []
     for t, s in zip(teacher, student, strict=True):
-        silent = (t == 0).all(1) & (s == 0).all(1)
-        found.append((1 - F.cosine_similarity(t, s, dim=1)).masked_fill(silent, 0.0))
-    return found
+        zero = (t == 0).all(1) & (s == 0).all(1)
+        maps.append((1 - F.cosine_similarity(t, s, dim=1)).masked_fill(zero, 0.0))
+    return maps
 
 
 LOSSES = {"flattened": flattened_loss, "position": position_loss}
@@ -132,13 +127,13 @@ class RD(Detector):
     Cost: Convolutions, forward and backward, for each image and epoch: 53 GMAC for a WideResNet-50 at 256 px, 1.1 for
         the default taps. The features are read, not computed again.
     Contamination: Mild: rare defects are reconstructed badly as long as training is short; long training on few images
-        learns them by heart.
+        fits the defects, too.
     Differs from the paper: `loss` is by default that of the authors' code, which is the more stable one. The default
         divides channels by their standard deviations, ends no decoder stage with a ReLU, since the taps of the
         embedded network are signed, and trains for fewer epochs. Upsampling does not align corners. Smoothing before
         the image score is done on the patch grid with the same Gaussian in image units. A position where teacher and
-        student are both silent counts as equal. An epoch's incomplete last batch, and a convolution that the authors'
-        module holds but never uses, are left out.
+        student are both zero vectors counts as equal. An epoch's incomplete last batch, and a convolution that the
+        authors' module holds but never uses, are left out.
     Reference: Deng & Li, "Anomaly Detection via Reverse Distillation from One-Class Embedding", CVPR 2022, arXiv
         2201.10703, section 3.
 
@@ -190,7 +185,7 @@ class RD(Detector):
             raise InputError("RD.fit needs at least one image, got an empty set.")
         target = resolve_device(device)
         if self.scale:
-            self.statistics_ = training.channel_statistics(data, self.layers)
+            self.statistics_ = channel_statistics(data, self.layers)
         size = min(self.batch_size, len(data))
         shapes = self._checked_shapes(data, size)
         self.channels_ = [c for c, _, _ in shapes]
@@ -247,9 +242,9 @@ class RD(Detector):
         return torch.cat(on_one_grid(self._net(device)(self._taps(batch, device))), 1)
 
     def _net(self, device: str) -> Student:
-        made: dict[str, Student] = vars(self).setdefault("_nets", {})
-        if device not in made:
+        def make() -> Student:
             with torch.device("meta"):
                 module = self._module()
-            made[device] = training.restored(self.weights_, module, device)
-        return made[device]
+            return training.restored(self.weights_, module, device)
+
+        return self._cached("net", device, make)

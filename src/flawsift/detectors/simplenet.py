@@ -11,14 +11,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.parts.maps import on_one_grid
+from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.detectors.parts.training import (
     UNWATCHED,
     Recipe,
     Watch,
-    channel_statistics,
     restored,
     seeded,
-    standardized,
     train,
     weights_of,
 )
@@ -30,7 +30,7 @@ DISCRIMINATOR_DECAY = 1e-5  # Adam's: a penalty in the loss
 
 
 class Net(nn.Module):
-    """The adaptor and the discriminator, which says how normal a patch is."""
+    """The adaptor and the discriminator, whose output is high for normal patches."""
 
     def __init__(self, embedding_dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -47,8 +47,8 @@ class Net(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(R,) how normal (R, D) patches are."""
-        found: Tensor = self.discriminator(self.adaptor(patches)).squeeze(1)
-        return found
+        normality: Tensor = self.discriminator(self.adaptor(patches)).squeeze(1)
+        return normality
 
     def loss(self, patches: Tensor, noise: float, margin: float) -> Tensor:
         """Equation 6 on (R, D) patches: normal ones above the margin, noisy ones below minus the margin."""
@@ -150,6 +150,8 @@ class SimpleNet(Detector):
         first = self.steps - max(1, int(self.average * self.steps))
 
         def loss_of(batch: Batch, step: int) -> Tensor:
+            if step > first:
+                mean.update_parameters(net)  # after the step before; after the last one below
             patches = self._patches(batch)
             accepted = batch.accepted(*self._embed(batch).shape[2:])
             if accepted is not None and accepted.any():  # a batch rejected as a whole is learned from as it is
@@ -161,17 +163,13 @@ class SimpleNet(Detector):
             penalty = torch.stack([p.square().sum() for p in net.discriminator.parameters()]).sum()
             return loss + DISCRIMINATOR_DECAY / 2 * penalty
 
-        def stop(step: int, loss: float) -> bool:
-            if step >= first:
-                mean.update_parameters(net)
-            return False
-
         adaptor = {"params": net.adaptor.parameters(), "lr": self.adaptor_rate, "weight_decay": ADAPTOR_DECAY}
         discriminator = {"params": net.discriminator.parameters(), "lr": self.discriminator_rate, "weight_decay": 0.0}
         optimizer = torch.optim.AdamW([adaptor, discriminator], fused=True)
         recipe = Recipe(steps=self.steps, batch_size=self.batch_size, seed=self.seed)
         both = nn.ModuleList([net, mean])  # a checkpoint holds the mean so far, too
-        train(both, optimizer, data, self.layers, loss_of, recipe, device=target, watch=watch, stop=stop)
+        train(both, optimizer, data, self.layers, loss_of, recipe, device=target, watch=watch)
+        mean.update_parameters(net)
         self.weights_ = weights_of(mean.module)
         return self
 
@@ -184,11 +182,7 @@ class SimpleNet(Detector):
             return Net(self.embedding_dim, self.hidden_dim)
 
     def _net(self, device: str) -> Net:
-        """The network on a device. Made once, never saved."""
-        made: dict[str, Net] = vars(self).setdefault("_nets", {})
-        if device not in made:
-            made[device] = restored(self.weights_, self._build(), device)
-        return made[device]
+        return self._cached("net", device, lambda: restored(self.weights_, self._build(), device))
 
     def _patches(self, batch: Batch) -> Tensor:
         """(B h w, D) standardised embeddings."""
@@ -202,19 +196,16 @@ class SimpleNet(Detector):
         """
         key = (self.name, self.layers, self.embedding_dim)
         if key not in batch.memo:
-            grid = max((tuple(batch.features[layer].shape[2:]) for layer in self.layers), key=lambda s: s[0] * s[1])
-            taps = [self._pooled(batch.features[layer], grid) for layer in self.layers]
-            batch.memo[key] = _averaged(torch.cat(taps, 1), self.embedding_dim)
-        found: Tensor = batch.memo[key]
-        return found
+            taps = [self._pooled(batch.features[layer]) for layer in self.layers]
+            batch.memo[key] = _averaged(torch.cat(on_one_grid(taps), 1), self.embedding_dim)
+        embedding: Tensor = batch.memo[key]
+        return embedding
 
-    def _pooled(self, tap: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """(B, D, *grid): 3 x 3 neighbourhoods of (B, C, h, w), channel by channel, averaged down to D numbers."""
+    def _pooled(self, tap: Tensor) -> Tensor:
+        """(B, D, h, w): 3 x 3 neighbourhoods of (B, C, h, w), channel by channel, averaged down to D numbers."""
         # (B, 9 C, h, w), zeros beyond the border
         around = F.unfold(tap, 3, padding=1).view(len(tap), -1, *tap.shape[2:])
-        pooled = _averaged(around, self.embedding_dim)
-        same = pooled.shape[2:] == grid
-        return pooled if same else F.interpolate(pooled, size=grid, mode="bilinear", align_corners=False)
+        return _averaged(around, self.embedding_dim)
 
 
 def _averaged(x: Tensor, size: int) -> Tensor:

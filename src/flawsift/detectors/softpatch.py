@@ -1,4 +1,4 @@
-"""SoftPatch: a PatchCore whose bank leaves out the most outlying patches and distrusts the rest by degrees."""
+"""SoftPatch: a PatchCore whose bank leaves out the most outlying patches and weights the others by outlier factor."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import coreset
-from flawsift.detectors.parts import neighbors as nn
 from flawsift.detectors.parts.maps import embed_batch
+from flawsift.detectors.parts.neighbors import NearestNeighbors, local_outlier_factor, nearest_others, query_grid
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
 
@@ -26,8 +26,8 @@ class SoftPatch(Detector):
     Patches are embedded as in PatchCore. Each is compared with the patches at the same position of the other images,
     on a random projection, which gives its outlier factor (about 1 for inliers). The `outlier_share` of all patches
     with the highest factors is removed, the bank is a farthest-first coreset of the others, and each entry keeps its
-    factor w. The map is w_m |x - m| for the nearest entry m, the image score its maximum: a patch that matches a
-    suspicious entry scores higher.
+    factor w. The map is w_m |x - m| for the nearest entry m, the image score its maximum: a patch that matches an
+    outlying entry scores higher.
 
     With fewer than 2 `lof_neighbors` + 1 images half of the others are the neighbourhood: with all of them an outlier
     would be every patch's neighbour, and no patch be outlying. A single image has nothing to be compared with, so it
@@ -96,10 +96,10 @@ class SoftPatch(Detector):
         grid, owners = self._pool(data, generator)
         factors = self._factors(grid, target).flatten()  # (n P,), like the pool
         pool = grid.flatten(0, 1)
-        trusted = lowest(factors, 1 - self.outlier_share)
-        projected = coreset.project(pool, self.projection_dim, generator)[trusted].to(target)
+        inliers = lowest(factors, 1 - self.outlier_share)
+        projected = coreset.project(pool, self.projection_dim, generator)[inliers].to(target)
         n_select = max(1, int(self.coreset_ratio * len(pool)))
-        chosen = trusted[coreset.k_center_greedy(projected, n_select, generator).cpu()]
+        chosen = inliers[coreset.k_center_greedy(projected, n_select, generator).cpu()]
         self.memory_bank_ = pool[chosen]  # (M, C)
         self.owner_ = owners.flatten()[chosen]  # (M,) id of the image that each entry comes from
         weights = factors[chosen].clamp(0, self.max_weight)
@@ -132,7 +132,7 @@ class SoftPatch(Detector):
         if n == n_images:
             return order[:, None].expand(-1, n_positions), n
         slots = torch.full((n_images, n_positions), -1)
-        for position in range(n_positions):  # each position has images of its own: all images have a say somewhere
+        for position in range(n_positions):  # each position has images of its own: all images are pooled somewhere
             slots[torch.randperm(n_images, generator=generator)[:n], position] = order[:n]
         return slots, n
 
@@ -147,9 +147,9 @@ class SoftPatch(Detector):
         points = points.transpose(0, 1).contiguous().to(device)  # (P, n, c)
         if self.discriminator == "lof":
             # the neighbourhood of an inlier must not reach the outliers, or their distance is the density of all
-            return nn.local_outlier_factor(points, min(self.lof_neighbors, max(1, (n - 1) // 2))).T.cpu()
+            return local_outlier_factor(points, min(self.lof_neighbors, max(1, (n - 1) // 2))).T.cpu()
         gaussian = self.discriminator == "gaussian"
-        values = mahalanobis(points) if gaussian else nn.nearest_others(points, 1)[0][:, :, 0]
+        values = mahalanobis(points) if gaussian else nearest_others(points, 1)[0][:, :, 0]
         scale = values.median()
         return (1 + values / torch.where(scale > 0, scale, 1)).T.cpu()
 
@@ -162,9 +162,9 @@ class SoftPatch(Detector):
         return self.memory_bank_.to(device)[entries[..., 0]].permute(0, 3, 1, 2)
 
     def _search(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
-        """(B, h, w, 1) distances and entries of the bank. The search structure is made once and never saved."""
-        search = nn.device_search(vars(self).setdefault("_searches", {}), self.memory_bank_, device)
-        return nn.query_grid(search, self._embed(batch).to(device))
+        """(B, h, w, 1) distances and entries of the bank."""
+        search = self._cached("search", device, lambda: NearestNeighbors(self.memory_bank_.to(device)))
+        return query_grid(search, self._embed(batch).to(device))
 
     def _embed(self, batch: Batch) -> Tensor:
         """(B, C, h, w)."""
@@ -187,9 +187,9 @@ def mahalanobis(points: Tensor) -> Tensor:
     x = points - points.mean(1, keepdim=True)
     variance = x.square().mean()
     ridge = RIDGE * torch.where(variance > 0, variance, 1) * torch.eye(x.shape[2], device=x.device).double()
-    found = []
+    distances = []
     for part in torch.split(x, CHUNK):
         own = part.double()
         factor = torch.linalg.cholesky(own.mT @ own / (x.shape[1] - 1) + ridge)
-        found.append(torch.linalg.solve_triangular(factor, own.mT, upper=False).norm(dim=1).float())
-    return torch.cat(found)
+        distances.append(torch.linalg.solve_triangular(factor, own.mT, upper=False).norm(dim=1).float())
+    return torch.cat(distances)

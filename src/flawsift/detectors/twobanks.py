@@ -1,4 +1,4 @@
-"""TwoBanks: a PatchCore that trusts all patches and a SoftPatch that does not, side by side."""
+"""TwoBanks: a PatchCore of all patches and a SoftPatch of those that are no outliers, side by side."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +19,12 @@ from flawsift.detectors.softpatch import SoftPatch
 class TwoBanks(Detector):
     """Mean of the distance to a bank of all patches and the weighted distance to a denoised one.
 
-    The first bank is PatchCore's, the second SoftPatch's, both learned from the same images, those that stage 1 has set
-    aside included. A rare good patch is in
-    the first and a good match there; a defect that was learned is doubted by the second. The map is the mean of the two
-    maps, which need no common scale: both are distances between the same embeddings, the second times a factor that is
-    about 1 for inliers. The image score is the mean, over the two maps, of the mean of the `top_share` highest patches:
-    each bank names its own worst places, so that it can exceed every cell of the mean map. What stage 1 compares as
-    expected by the model is the first bank's.
+    The first bank is PatchCore's, the second SoftPatch's, both learned from the same images. A rare normal patch is in
+    the first bank and has a near match there; a defect among the training images is missing from the second, or its
+    entry has a weight above 1. The map is the mean of the two maps, which need no common scale: both are distances
+    between the same embeddings, the second times a factor that is about 1 for inliers. The image score is the mean,
+    over the two maps, of the mean of the `top_share` highest patches of each: they need not be the same patches, so the
+    score can exceed every cell of the mean map. What stage 1 compares as expected by the model is the first bank's.
 
     Cost: That of both: about twice PatchCore's for the fit, and a second search of a bank of the same size for scoring.
     Contamination: Resisted by the second bank as by SoftPatch alone, by half of the score. Patches that stage 1 rejects
@@ -42,6 +41,7 @@ class TwoBanks(Detector):
 
     name: ClassVar[str] = "twobanks"
     leaves_out_patches: ClassVar[bool] = True  # the first bank; the second has means of its own
+    state_format: ClassVar[int] = 2  # 1 had other names for the two banks
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
 
     coreset_ratio: float = 0.01
@@ -59,9 +59,9 @@ class TwoBanks(Detector):
     def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
         """See `Detector.fit`."""
         self._forget()
-        trusting, doubting = (part.fit(data, device=device)._state() for part in self._parts())
-        self.trusting_ = trusting  # memory_bank_ (M, C) and owner_ (M,) of PatchCore
-        self.doubting_ = doubting  # memory_bank_ (M, C), owner_ and weight_ (M,) of SoftPatch
+        plain, denoised = (part.fit(data, device=device).state() for part in self._parts())
+        self.plain_bank_ = plain  # memory_bank_ (M, C) and owner_ (M,) of PatchCore
+        self.denoised_bank_ = denoised  # memory_bank_ (M, C), owner_ and weight_ (M,) of SoftPatch
         return self
 
     def _parts(self) -> tuple[PatchCore, SoftPatch]:
@@ -74,22 +74,22 @@ class TwoBanks(Detector):
         }
         return PatchCore(**shared), SoftPatch(**shared, outlier_share=self.outlier_share)
 
-    def _fitted_parts(self) -> tuple[PatchCore, SoftPatch]:
-        """The two with what they learned. Made once, never saved."""
-        if "_made" not in vars(self):
-            made = self._parts()
-            for part, state in zip(made, (self.trusting_, self.doubting_), strict=True):
-                vars(part).update(state)
-            self._made = made
-        return self._made
+    def _fitted_parts(self, device: str) -> tuple[PatchCore, SoftPatch]:
+        """The two with what they learned, for use on a device."""
+
+        def make() -> tuple[PatchCore, SoftPatch]:
+            plain, denoised = self._parts()
+            return plain.with_state(self.plain_bank_), denoised.with_state(self.denoised_bank_)
+
+        return self._cached("parts", device, make)
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
         return self._score_batch(batch, device)[0]
 
     def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
-        maps = torch.stack([part._maps(batch, device) for part in self._fitted_parts()])  # (2, B, h, w)
+        maps = torch.stack([part._maps(batch, device) for part in self._fitted_parts(device)])  # (2, B, h, w)
         scores = torch.stack([top_mean(one, self.top_share) for one in maps])
         return maps.mean(0), scores.mean(0)
 
     def _expected(self, batch: Batch, device: str) -> Tensor:
-        return self._fitted_parts()[0]._expected(batch, device)
+        return self._fitted_parts(device)[0]._expected(batch, device)

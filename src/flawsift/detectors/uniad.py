@@ -1,4 +1,4 @@
-"""UniAD: a transformer that must explain each patch without looking at it."""
+"""UniAD: a transformer that reconstructs each patch without attention to it or its neighbours."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.maps import upsample
 from flawsift.detectors.parts.networks import AttentionLayer
+from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.errors import InputError
 
 HEADS, WEIGHT_DECAY, CLIP_NORM = 8, 1e-4, 0.1  # section 4.1; weight decay on every parameter, as in the authors' code
@@ -46,7 +47,7 @@ def jittered(features: Tensor, scale: float) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """From (B, C, h, w) features to what they should have been.
+    """From (B, C, h, w) features, with noise, to their reconstruction.
 
     The encoder reads the features. Each decoder layer starts afresh from a table of queries of its own, looks at the
     encoder's output and then at that of the layer before, so that features come in as keys and values only.
@@ -86,13 +87,13 @@ class Transformer(nn.Module):
         x = memory
         for layer, query in zip(self.decoder, self.queries, strict=True):
             x = layer(query.expand(b, -1, -1), [memory, x], place, self.mask)
-        found: Tensor = self.leave(self.norm(x)).transpose(1, 2).reshape(b, -1, h, w)
-        return found
+        reconstruction: Tensor = self.leave(self.norm(x)).transpose(1, 2).reshape(b, -1, h, w)
+        return reconstruction
 
 
 @dataclass(kw_only=True, eq=False)
 class UniAD(Detector):
-    """Distance of each patch to what a transformer makes of the patches that are not its neighbours.
+    """Distance of each patch to its reconstruction by a transformer from patches that are not its neighbours.
 
     Taps are brought to one grid and concatenated. The transformer is trained to undo noise on them; in every attention,
     a patch and its neighbours are hidden from it, and its decoder layers start from learned queries, so that copying
@@ -181,7 +182,7 @@ class UniAD(Detector):
         self._forget()
         target = resolve_device(device)
         if self.standardize:
-            self.statistics_ = training.channel_statistics(data, self.layers)
+            self.statistics_ = channel_statistics(data, self.layers)
         embedded: dict[int, Tensor] = {}
         for part in data.batches(self.layers):
             embedded |= zip(part.ids.tolist(), self._embed(part), strict=True)
@@ -204,16 +205,16 @@ class UniAD(Detector):
 
         def loss_of(batch: Batch, step: int) -> Tensor:
             clean = torch.stack([embedded[int(i)] for i in batch.ids]).to(target)
-            found, clean = training.without_rejected([module(jittered(clean, self.jitter)), clean], batch)
-            return F.mse_loss(found.float(), clean)
+            restored, clean = training.without_rejected([module(jittered(clean, self.jitter)), clean], batch)
+            return F.mse_loss(restored.float(), clean)
 
         training.train(module.train(), optimizer, data, (), loss_of, recipe, device=target, watch=watch)
         self.weights_ = training.weights_of(module)
         return self
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
-        clean, found = self._reconstruct(batch, device)
-        distances: Tensor = (found - clean).norm(dim=1)
+        features, reconstruction = self._reconstruct(batch, device)
+        distances: Tensor = (reconstruction - features).norm(dim=1)
         return distances
 
     def _image_scores(self, maps: Tensor) -> Tensor:
@@ -221,14 +222,14 @@ class UniAD(Detector):
         return F.avg_pool2d(F.avg_pool2d(fine, (FINE, 1), 1), (1, FINE), 1).amax((1, 2))
 
     def _expected(self, batch: Batch, device: str) -> Tensor:
-        _, found = self._reconstruct(batch, device)
+        _, reconstruction = self._reconstruct(batch, device)
         if self.standardize:  # each sub-model by statistics of its own, which would pass for a divergence
             statistics = torch.cat([self.statistics_[layer] for layer in self.layers], 1).to(device)
-            found = found * statistics[1, :, None, None] + statistics[0, :, None, None]
-        return found
+            reconstruction = reconstruction * statistics[1, :, None, None] + statistics[0, :, None, None]
+        return reconstruction
 
     def _reconstruct(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
-        """(B, C, h, w) features and what the transformer makes of them."""
+        """(B, C, h, w) features and their reconstruction."""
         clean = self._embed(batch).to(device)
         if list(clean.shape[1:]) != self.shape_:
             raise InputError(f"UniAD was fitted on features of {self.shape_}, these have {list(clean.shape[1:])}.")
@@ -239,7 +240,7 @@ class UniAD(Detector):
         side = max(1, batch.size // self.patch)
         taps = [batch.features[layer] for layer in self.layers]
         if self.standardize:
-            taps = list(map(training.standardized, taps, (self.statistics_[layer] for layer in self.layers)))
+            taps = list(map(standardized, taps, (self.statistics_[layer] for layer in self.layers)))
         if self.pooling == "average":
             return torch.cat([F.adaptive_avg_pool2d(tap, side) for tap in taps], 1)
         return torch.cat([F.interpolate(tap, (side, side), mode="bilinear", align_corners=True) for tap in taps], 1)
@@ -248,9 +249,8 @@ class UniAD(Detector):
         return Transformer(self, *self.shape_)
 
     def _net(self, device: str) -> Transformer:
-        """The transformer on a device. Made once, never saved."""
-        made: dict[str, Transformer] = vars(self).setdefault("_nets", {})
-        if device not in made:
+        def make() -> Transformer:
             with training.seeded(self.seed, "cpu"):  # initial weights, which are not used, are drawn all the same
-                made[device] = training.restored(self.weights_, self._build(), device)
-        return made[device]
+                return training.restored(self.weights_, self._build(), device)
+
+        return self._cached("net", device, make)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flawsift.errors import InputError, ParameterError, WeightsError, unknown_name
-from flawsift.features.runtimes import Engine, Runtime, make_engine, place_of
+from flawsift.features.runtimes import Engine, Runtime, device_for, make_engine
 from flawsift.features.trunks import EMBEDDED, LayerInfo, Trunk, build, digest_of
 
 # How `flawsift.data.images` brings an image to the network's square. Part of `key`: changing one changes all features.
@@ -152,7 +152,7 @@ def load_backbone(
     """
     if not isinstance(size, int) or size < MIN_SIZE:
         raise ParameterError(f"size must be a whole number of at least {MIN_SIZE} pixels, got {size}.")
-    place = place_of(runtime, device)
+    place = device_for(runtime, device)
     model, mean, std = build(name, Path(weights) if weights is not None else None, size)
     trunk = Trunk(model, mean, std, name)
     engine = make_engine(trunk, name, size, runtime, place)

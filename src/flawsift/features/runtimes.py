@@ -34,7 +34,7 @@ class Engine(Protocol):
         """The outputs of the asked layers."""
 
 
-def place_of(runtime: Runtime, device: str) -> torch.device:
+def device_for(runtime: Runtime, device: str) -> torch.device:
     """Where a runtime goes for a device as the user names it.
 
     Raises:

@@ -22,7 +22,7 @@ from torch import Tensor
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.parts.neighbors import NearestNeighbors
-from flawsift.detectors.parts.training import channel_statistics, standardized
+from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_json, write_text
 from flawsift.metrics.ranking import image_auroc

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import binary_dilation
 
+from flawsift.detectors.parts.robust import robust_units
 from flawsift.screening.options import Consensus, Normalize
 from flawsift.types import Floats, Ids
 
 MIN_KEEP = 0.4  # the paper's share; keep="auto" never goes below it
-MAD_TO_SIGMA = 1.4826  # median absolute deviation of a normal distribution in standard deviations
 TRIM = 0.25  # share cut off at each end by the trimmed mean: the lowest and highest of four held-out sub-models
 FIT_QUANTILES = (0.1, 0.5)  # the fit sees no score above the median: half the set may be anomalous
 TAIL_CUT = 3.0  # in Gumbel scales above the location: 5 % of normal images lie there
@@ -77,17 +77,6 @@ def normalize_scores(
             ordered = np.sort(reference)
             below = np.searchsorted(ordered, row, "left") + np.searchsorted(ordered, row, "right")
             row[:] = below / (2 * len(ordered))  # mid-ranks: ties share theirs
-    return result
-
-
-def robust_units(values: Floats, reference: Floats | None = None) -> Floats:
-    """Values as distances from the median of a reference, in its MAD as a standard deviation."""
-    reference = values if reference is None else reference
-    centre = np.median(reference)
-    scale = MAD_TO_SIGMA * np.median(np.abs(reference - centre))
-    if scale <= 0:  # more than half the values are equal
-        scale = np.abs(reference - centre).mean() or 1.0
-    result: Floats = (values - centre) / scale
     return result
 
 

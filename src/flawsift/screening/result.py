@@ -11,9 +11,10 @@ import numpy.typing as npt
 from flawsift.data.images import ImageSet
 from flawsift.data.notebook import data_frame, rows_html
 from flawsift.detectors.base import Detector
+from flawsift.detectors.parts.robust import robust_units
 from flawsift.errors import ParameterError
 from flawsift.paths import show
-from flawsift.screening.consensus import SUSPECT, Contamination, robust_units
+from flawsift.screening.consensus import SUSPECT, Contamination
 from flawsift.screening.decisions import apply_decisions
 from flawsift.screening.options import ScreenOptions
 from flawsift.types import Floats, Ids

@@ -19,13 +19,14 @@ from torch import Tensor
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Additive, Detector, load_detector, resolve_device, score_together
 from flawsift.detectors.parts.maps import top_mean
+from flawsift.detectors.parts.robust import robust_units
 from flawsift.detectors.parts.training import Watch
 from flawsift.errors import InputError
 from flawsift.executors import Executor, Run, Serial
 from flawsift.features.extraction import loaded
 from flawsift.files import write_bytes
 from flawsift.progress import Progress, silent
-from flawsift.screening.consensus import combine, held_out_mean, normalize_scores, own_mask, robust_units
+from flawsift.screening.consensus import combine, held_out_mean, normalize_scores, own_mask
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Ranking, SubModelScores
 from flawsift.types import Floats

@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 from sklearn.neighbors import LocalOutlierFactor
 from torch import Tensor
 
-from flawsift.detectors.parts import neighbors as nn
+from flawsift.detectors.parts import neighbors
 from flawsift.detectors.parts.neighbors import (
     NearestNeighbors,
     local_outlier_factor,
     mutual_nearest,
     nearest,
     nearest_others,
+    query_grid,
 )
+from flawsift.detectors.parts.robust import group_medians
 from flawsift.errors import ParameterError
 
 EXAMPLES = settings(max_examples=60, deadline=None)
@@ -98,14 +100,16 @@ def test_an_offset_costs_neither_accuracy_nor_a_second_search(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_neither_chunks_nor_company_nor_order_change_a_bit(k: int) -> None:
+def test_neither_blocks_nor_company_nor_order_change_a_bit(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     bank = torch.cat([normal(500, 33), normal(500, 33)[:100], 1 + 1e-5 * normal(100, 33, seed=2)])
     queries = torch.cat([normal(100, 33, seed=1), bank[::17], 1 + 1e-5 * normal(30, 33, seed=3)])
     index = NearestNeighbors(bank)
     distances, ids = index.query(queries, k=k)
-    for chunk in (20, 64, 10_000):
-        assert torch.equal(index.query(queries, k=k, chunk=chunk)[0], distances)
-        assert torch.equal(index.query(queries, k=k, chunk=chunk)[1], ids)
+    for rows in (20, 64, 10_000):
+        monkeypatch.setattr(neighbors, "_MIN_BLOCK_ROWS", rows)
+        monkeypatch.setattr(neighbors, "_BLOCK_FLOATS", rows * len(bank))
+        assert torch.equal(index.query(queries, k=k)[0], distances)
+        assert torch.equal(index.query(queries, k=k)[1], ids)
     order = torch.randperm(len(queries), generator=rng())
     for company in (order, order[:3], order[40:41]):
         some = index.query(queries[company], k=k)
@@ -116,9 +120,9 @@ def test_neither_chunks_nor_company_nor_order_change_a_bit(k: int) -> None:
 def test_small_parts_give_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, bank = integers(60, 3, high=5), integers(150, 3, high=5, seed=1)
     expected = nearest(queries, bank, k=3)
-    monkeypatch.setattr(nn, "_PART_ROWS", 17)
-    monkeypatch.setattr(nn, "_BLOCK_FLOATS", 1)
-    monkeypatch.setattr(nn, "_MIN_BLOCK_ROWS", 5)
+    monkeypatch.setattr(neighbors, "_PART_ROWS", 17)
+    monkeypatch.setattr(neighbors, "_BLOCK_FLOATS", 1)
+    monkeypatch.setattr(neighbors, "_MIN_BLOCK_ROWS", 5)
     distances, ids = nearest(queries, bank, k=3)
     assert torch.equal(distances, expected[0])
     assert torch.equal(ids, expected[1])
@@ -216,7 +220,7 @@ def test_nearest_others_are_brute_force(g: int, n: int, high: int, seed: int, da
 def test_groups_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     points = normal(5, 9, 4)
     whole = nearest_others(points, 3)
-    monkeypatch.setattr(nn, "_BLOCK_FLOATS", 1)
+    monkeypatch.setattr(neighbors, "_BLOCK_FLOATS", 1)
     parts = nearest_others(points, 3)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
     with pytest.raises(ParameterError, match=r"k must be in \[1, 8\], the number of other points, got 9"):
@@ -250,10 +254,7 @@ def test_of_equal_queries_the_first_is_mutual(q: int, m: int, high: int, seed: i
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_grid_is_searched_cell_by_cell(k: int) -> None:
     bank, grid = normal(9, 4), normal(2, 4, 3, 5, seed=1)
-    cache: dict[str, NearestNeighbors] = {}
-    search = nn.device_search(cache, bank, "cpu")
-    assert nn.device_search(cache, bank, "cpu") is search
-    distances, rows = nn.query_grid(search, grid, k=k)
+    distances, rows = query_grid(NearestNeighbors(bank), grid, k=k)
     for b, y, x in itertools.product(range(2), range(3), range(5)):
         expected = nearest(grid[b, :, y, x][None], bank, k=k)
         assert torch.equal(distances[b, y, x], expected[0][0])
@@ -266,4 +267,4 @@ def test_group_medians_are_medians(members: list[tuple[int, float]]) -> None:
     groups = np.array([g for g, _ in members], np.int64)
     values = np.array([v for _, v in members], np.float64)
     expected = [np.median(values[groups == g]) if (groups == g).any() else 0.0 for g in range(6)]
-    np.testing.assert_array_equal(nn.group_medians(groups, values, 6), expected)
+    np.testing.assert_array_equal(group_medians(groups, values, 6), expected)

@@ -12,19 +12,16 @@ from torch import Tensor, nn
 from flawsift.data.images import Batch, ImageSet
 from flawsift.data.views import derive
 from flawsift.datasets import Dataset
+from flawsift.detectors.parts.scaling import channel_statistics, scaled, standardized, whitening
 from flawsift.detectors.parts.training import (
     Recipe,
     Watch,
-    channel_statistics,
     cpu_multiplies_bfloat16,
     restored,
-    scaled,
     seeded,
-    standardized,
     train,
     warmup_cosine,
     weights_of,
-    whitening,
 )
 from flawsift.errors import InputError, ParameterError, TrainingError
 from flawsift.features.backbones import Backbone
@@ -246,27 +243,6 @@ def test_each_group_s_rate_follows_the_schedule(data: ImageSet) -> None:
     recipe = Recipe(steps=4, batch_size=4, schedule=lambda step: step / 2)
     train(module, torch.optim.SGD(groups), data, (LAYER,), loss_of, recipe, device="cpu")
     assert seen == [[0, 0], [0, 0], [0.5, 5], [1.5, 15]]
-
-
-def test_stop_ends_it(data: ImageSet) -> None:
-    module, optimizer = make(data)
-    asked: list[int] = []
-
-    def stop(step: int, loss: float) -> bool:
-        asked.append(step)
-        return step == 2
-
-    train(
-        module,
-        optimizer,
-        data,
-        (LAYER,),
-        lambda b, _: module(b.features[LAYER]).square().mean(),
-        Recipe(steps=9, batch_size=4),
-        device="cpu",
-        stop=stop,
-    )
-    assert asked == [0, 1, 2]
 
 
 def test_divergence_is_told(data: ImageSet) -> None:

@@ -1,4 +1,4 @@
-"""A conditional normalizing flow: affine couplings steered by a code, with their inverse and log determinant."""
+"""A conditional normalizing flow: affine couplings conditioned on a code, with their inverse and log determinant."""
 
 import math
 from typing import cast
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 # The published code's numbers of one coupling: it starts near the identity, and its scales stay within e^-1.9 to e^1.9.
 CLAMP = 1.9  # bound of a log scale
-DAMPING = 0.1  # factor on what the subnet says
+DAMPING = 0.1  # factor on the subnet's output
 GAIN, SHARPNESS = 0.1, 0.5  # a channel's gain is 0.1 softplus(gamma), of sharpness 0.5
 GAMMA_START = 2 * math.log(math.exp(5) - 1)  # where that gain is 1
 
 
 class Coupling(nn.Module):
-    """One invertible block on fibres: the C channels of a tap at one place, whose code it is told.
+    """One invertible block on fibres (the C channels of a tap at one place), conditioned on the code of the place.
 
-    Half of the channels stay, and say together with the code how the other half is scaled and shifted. Then each
-    channel has a gain and an offset, and a fixed permutation mixes them for the next block.
+    Half of the channels pass unchanged; from them and the code a subnet makes scale and shift of the other half. Then
+    each channel is given a gain and an offset, and a fixed permutation mixes the channels for the next block.
     """
 
     order: Tensor
@@ -36,7 +36,7 @@ class Coupling(nn.Module):
     def forward(self, x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
         """(..., C) images and (...) log |det J| of (..., C) fibres; (..., E) codes are broadcast against them."""
         stay, move = torch.split(x, self.sizes, -1)
-        log_scale, shift = self._steer(stay, code)
+        log_scale, shift = self._scale_and_shift(stay, code)
         gain = self._gain()
         y = torch.cat([stay, move * log_scale.exp() + shift], -1) * gain + self.offset
         return y[..., self.order], log_scale.sum(-1) + gain.log().sum()
@@ -45,10 +45,10 @@ class Coupling(nn.Module):
         """(..., C) fibres whose image is y."""
         x = (y[..., self.order.argsort()] - self.offset) / self._gain()
         stay, move = torch.split(x, self.sizes, -1)
-        log_scale, shift = self._steer(stay, code)
+        log_scale, shift = self._scale_and_shift(stay, code)
         return torch.cat([stay, (move - shift) * (-log_scale).exp()], -1)
 
-    def _steer(self, stay: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    def _scale_and_shift(self, stay: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
         # a Linear on [stay, code], in two parts: that of the code is computed per place instead of per fibre
         of_stay, of_code = torch.split(self.hidden.weight, [stay.shape[-1], code.shape[-1]], 1)
         hidden = F.relu(F.linear(stay, of_stay) + F.linear(code, of_code, self.hidden.bias))
@@ -83,12 +83,12 @@ class Flow(nn.Module):
     def log_likelihood(self, x: Tensor, code: Tensor) -> Tensor:
         """(...) log p(x | code) / C."""
         z, log_det = self(x, code)
-        found: Tensor = (log_det - z.square().sum(-1) / 2) / x.shape[-1] - math.log(2 * math.pi) / 2
-        return found
+        likelihood: Tensor = (log_det - z.square().sum(-1) / 2) / x.shape[-1] - math.log(2 * math.pi) / 2
+        return likelihood
 
 
 def position_code(h: int, w: int, size: int) -> Tensor:
-    """(h w, size) sinusoidal codes, row by row: the first half tells the column, the second half the row.
+    """(h w, size) sinusoidal codes, row by row: the first half encodes the column, the second half the row.
 
     Of a half, entry 2 j is sin(t w_j) and entry 2 j + 1 is cos(t w_j), with w_j = 10000^(-2 j / (size / 2)).
     """

@@ -48,30 +48,30 @@ def upsample(maps: Tensor, size: int) -> Tensor:
     return F.interpolate(maps.unsqueeze(1), (size, size), mode="bilinear", align_corners=False).squeeze(1)
 
 
+def largest_grid(taps: Sequence[Tensor]) -> tuple[int, int]:
+    """(h, w) of the (B, C, h, w) with most cells; of equals, the first."""
+    return max(((tap.shape[2], tap.shape[3]) for tap in taps), key=lambda grid: grid[0] * grid[1])
+
+
 def on_one_grid(features: Sequence[Tensor], *, finest: bool = True) -> list[Tensor]:
     """Several (B, C, h, w) on the finest grid among them, bilinearly, or on the coarsest, as means over its cells."""
-    choose = max if finest else min
-    size = choose((tuple(f.shape[2:]) for f in features), key=lambda grid: grid[0] * grid[1])
-    found = []
+    size = largest_grid(features)
+    if not finest:
+        size = min(((f.shape[2], f.shape[3]) for f in features), key=lambda grid: grid[0] * grid[1])
+    resized = []
     for f in features:
-        if tuple(f.shape[2:]) == size:
-            found.append(f)
+        if f.shape[2:] == size:
+            resized.append(f)
         elif finest:
-            found.append(F.interpolate(f, size=size, mode="bilinear", align_corners=False))
+            resized.append(F.interpolate(f, size=size, mode="bilinear", align_corners=False))
         else:
-            found.append(F.adaptive_avg_pool2d(f, (size[0], size[1])))
-    return found
+            resized.append(F.adaptive_avg_pool2d(f, size))
+    return resized
 
 
-def to_image_grid(maps: Tensor, size: int, *, sigma: float | None = None) -> Tensor:
-    """Patch-grid maps (B, h, w) as smoothed maps (B, size, size) on the network's input grid.
-
-    Args:
-        maps: (B, h, w).
-        size: Edge length of the result in pixels.
-        sigma: Of the Gaussian in pixels of the result; None takes 4 px at 256 px, scaled with the size.
-    """
-    return smooth(upsample(maps, size), SIGMA_PER_PIXEL * size if sigma is None else sigma)
+def to_image_grid(maps: Tensor, size: int) -> Tensor:
+    """Patch-grid maps (B, h, w) as smoothed maps (B, size, size) on the network's input grid of `size` pixels."""
+    return smooth(upsample(maps, size), SIGMA_PER_PIXEL * size)
 
 
 def top_mean(maps: Tensor, share: float) -> Tensor:
@@ -85,8 +85,8 @@ def embed_batch(batch: Batch, layers: Sequence[str]) -> Tensor:
     key = ("embed_patches", *layers)
     if key not in batch.memo:
         batch.memo[key] = embed_patches([batch.features[layer] for layer in layers])
-    found: Tensor = batch.memo[key]
-    return found
+    embedding: Tensor = batch.memo[key]
+    return embedding
 
 
 def embed_patches(taps: Sequence[Tensor]) -> Tensor:
@@ -99,9 +99,4 @@ def embed_patches(taps: Sequence[Tensor]) -> Tensor:
         (B, C, h, w), C the sum of all C_l, channels last in memory, which is how patches are compared.
     """
     means = [F.avg_pool2d(tap.contiguous(memory_format=torch.channels_last), 3, 1, 1) for tap in taps]
-    grid = max((mean.shape[2:] for mean in means), key=lambda s: s[0] * s[1])
-    same = [
-        mean if mean.shape[2:] == grid else F.interpolate(mean, tuple(grid), mode="bilinear", align_corners=False)
-        for mean in means
-    ]
-    return torch.cat(same, 1)
+    return torch.cat(on_one_grid(means), 1)

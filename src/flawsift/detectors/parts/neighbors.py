@@ -1,4 +1,4 @@
-"""Numeric code that detectors share: exact nearest neighbours, outlier factors, linear attention.
+"""Numeric code that detectors share: exact nearest neighbours and what rests on them, such as outlier factors.
 
 Everything here works on plain tensors of feature vectors, one row per vector: images and their ids are unknown to it.
 Letters: Q queries, M bank rows, C channels, k neighbours, G groups.
@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
@@ -29,9 +28,6 @@ _PART_ROWS = 8192
 # at C = 16 and 0.1 at C = 384. Twice that, to be sure.
 ROUNDING = 2.0
 
-# Sum of attention weights taken for an underflow: weights are near 1, and there is one per channel and token.
-_MIN_ATTENTION = 1e-6
-
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int64]
 
@@ -45,7 +41,7 @@ class NearestNeighbors:
     as `|q - b|`, pair by pair, by a kernel to which other pairs make no difference.
 
     Hence a row of the bank is at distance exactly 0 from itself, equal distances go to the lowest bank row, and a query
-    gives the same bits whatever other queries, and whatever `chunk`, it comes with. What remains are bank rows that
+    gives the same bits whatever other queries it comes with. What remains are bank rows that
     differ by their last float32 bits only (1e-7 of the distance of the query from the bank mean): they count as equal.
 
     Cost: 2 Q M C flops as a matmul, and k + 1 passes over the Q x M scores, together 1.2 times the matmul at k = 1 and
@@ -71,16 +67,13 @@ class NearestNeighbors:
         self._mean = self._bank.mean(dim=0, dtype=torch.float64)
         self._keys = _with_norm(self._bank, self._mean.float())
 
-    def query(
-        self, queries: Tensor, *, k: int = 1, owners: Tensor | None = None, chunk: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def query(self, queries: Tensor, *, k: int = 1, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k nearest bank rows of each query.
 
         Args:
             queries: (Q, C) feature vectors; moved to the device of the bank block by block.
             k: number of neighbours.
             owners: (Q,) integers: bank rows of the same owner are not eligible, as for leave-one-image-out scores.
-            chunk: queries per block; by default what fits 16 MB of scores.
 
         Returns:
             (Q, k) float32 distances (not squared), ascending, and (Q, k) int64 bank rows.
@@ -90,7 +83,7 @@ class NearestNeighbors:
         """
         self._check(queries, k, owners)
         n, m = queries.shape[0], self._bank.shape[0]
-        rows = chunk or max(_MIN_BLOCK_ROWS, _BLOCK_FLOATS // m)
+        rows = max(_MIN_BLOCK_ROWS, _BLOCK_FLOATS // m)
         ids = torch.empty((n, k), dtype=torch.int64, device=self._bank.device)
         unclear = torch.empty(n, dtype=torch.bool, device=self._bank.device)
         distances = self._bank.new_empty((n, k))
@@ -176,20 +169,13 @@ class NearestNeighbors:
         return distances, ids.gather(1, order)
 
 
-def nearest(queries: Tensor, bank: Tensor, *, k: int = 1, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """`NearestNeighbors(bank).query(queries, ...)`, for a bank that is used once.
+def nearest(queries: Tensor, bank: Tensor, *, k: int = 1) -> tuple[Tensor, Tensor]:
+    """`NearestNeighbors(bank).query(queries, k=k)`, for a bank that is used once.
 
     >>> nearest(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0], [3.0, 4.0]]), k=2)
     (tensor([[0., 5.]]), tensor([[0, 1]]))
     """
-    return NearestNeighbors(bank).query(queries, k=k, chunk=chunk)
-
-
-def device_search(cache: dict[str, NearestNeighbors], bank: Tensor, device: str) -> NearestNeighbors:
-    """The search structure of a bank on a device: from the cache, or made and put there."""
-    if device not in cache:
-        cache[device] = NearestNeighbors(bank.to(device))
-    return cache[device]
+    return NearestNeighbors(bank).query(queries, k=k)
 
 
 def query_grid(search: NearestNeighbors, embedding: Tensor, *, k: int = 1) -> tuple[Tensor, Tensor]:
@@ -253,10 +239,10 @@ def nearest_others(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
         squares = x.square().sum(2)
         scores = torch.baddbmm(squares[:, None, :], x, x.mT, beta=-0.5)  # x.y - |y|^2 / 2
         scores.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-        found = scores.topk(k, dim=2).indices
+        winners = scores.topk(k, dim=2).indices
         group = torch.arange(len(own), device=points.device)[:, None, None]
-        exact, order = (own[:, :, None] - own[group, found]).norm(dim=3).sort(dim=2, stable=True)
-        distances[part], ids[part] = exact, found.gather(2, order)
+        exact, order = (own[:, :, None] - own[group, winners]).norm(dim=3).sort(dim=2, stable=True)
+        distances[part], ids[part] = exact, winners.gather(2, order)
     return distances, ids
 
 
@@ -280,15 +266,6 @@ def local_outlier_factor(points: Tensor, k: int) -> Tensor:
     reach = torch.maximum(distances, of_neighbors(distances[:, :, -1]))
     density = 1 / (reach.mean(2) + 1e-10)  # scikit-learn's constant: copies have a density, not infinity
     return of_neighbors(density).mean(2) / density
-
-
-def group_medians(groups: _Ints, values: NDArray[np.float64], n_groups: int) -> NDArray[np.float64]:
-    """(n_groups,) medians of (N,) values by the group that each is of; 0 for a group without values."""
-    counts = np.bincount(groups, minlength=n_groups)
-    ordered = np.append(values[np.lexsort((values, groups))], 0.0)  # one more, for empty groups at the end
-    starts = np.cumsum(counts) - counts
-    lower, upper = starts + np.maximum(counts - 1, 0) // 2, starts + counts // 2
-    return np.where(counts > 0, (ordered[lower] + ordered[upper]) / 2, 0.0)
 
 
 def mutual_pairs(features: Tensor, *, k: int = 1, owners: Tensor | None = None) -> Tensor:
@@ -316,10 +293,10 @@ def mutual_pairs(features: Tensor, *, k: int = 1, owners: Tensor | None = None) 
         return torch.empty((0, 2), dtype=torch.int64, device=features.device)
     rows = torch.arange(n, device=features.device)
     if owners is None:
-        found = nearest(features, features, k=k + 1)[1]
-        # the row itself goes last; among more than k copies it may be absent, and then the last one found is left out
-        itself = (found == rows[:, None]).to(torch.int8)
-        others = found.gather(1, itself.sort(dim=1, stable=True).indices[:, :k])
+        neighbors = nearest(features, features, k=k + 1)[1]
+        # the row itself goes last; among more than k copies it may be absent, and then the last neighbour is left out
+        itself = (neighbors == rows[:, None]).to(torch.int8)
+        others = neighbors.gather(1, itself.sort(dim=1, stable=True).indices[:, :k])
     else:
         others = NearestNeighbors(features, owners=owners).query(features, k=k, owners=owners)[1]
     low, high = rows.repeat_interleave(k), others.flatten()
@@ -382,21 +359,3 @@ def _argmax(scores: Tensor) -> Tensor:
     if scores.device.type == "cpu":  # on one thread numpy's is 5 to 10 times as quick as torch's on two
         return torch.from_numpy(scores.numpy().argmax(axis=1))
     return scores.argmax(dim=1)
-
-
-def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention without softmax, phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)) with phi = elu + 1, linear in P.
-
-    Args:
-        q: (..., P, c) queries.
-        k: (..., P, c) keys.
-        v: (..., P, c) values.
-
-    Returns:
-        (..., P, c); 0 where every phi(q) phi(k) underflows, which the published form divides by.
-
-    Reference: Katharopoulos et al., "Transformers are RNNs", ICML 2020, arXiv 2006.16236, equations 5 and 7.
-    """
-    q, k = F.elu(q) + 1, F.elu(k) + 1
-    denominator = (q * k.sum(-2, keepdim=True)).sum(-1, keepdim=True)
-    return q @ (k.transpose(-2, -1) @ v) / denominator.clamp_min(_MIN_ATTENTION)

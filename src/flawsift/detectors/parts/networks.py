@@ -7,6 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flawsift.detectors.parts.maps import on_one_grid
+
+# Sum of attention weights taken for an underflow: weights are near 1, and there is one per channel and token.
+MIN_ATTENTION = 1e-6
 EXPANSION = 4  # hidden channels of a feed-forward part per channel, as everywhere in the field
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which a student's pixels are normalised by
 STRIDES = (4, 8, 16, 32)  # of the four stages of a ResNet-18
@@ -40,48 +44,81 @@ class AttentionLayer(nn.Module):
         for attend, norm, source in zip(self.attentions, self.norms[:-1], sources, strict=True):
             seen, _ = attend(x + place, source + place, source, attn_mask=mask, need_weights=False)
             x = norm(x + self.drop(seen))
-        found: Tensor = self.norms[-1](x + self.drop(self.feed(x)))
-        return found
+        output: Tensor = self.norms[-1](x + self.drop(self.feed(x)))
+        return output
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention without softmax, phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)) with phi = elu + 1, linear in P.
+
+    Args:
+        q: (..., P, c) queries.
+        k: (..., P, c) keys.
+        v: (..., P, c) values.
+
+    Returns:
+        (..., P, c); 0 where every phi(q) phi(k) underflows, which the published form divides by.
+
+    Reference: Katharopoulos et al., "Transformers are RNNs", ICML 2020, arXiv 2006.16236, equations 5 and 7.
+    """
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    denominator = (q * k.sum(-2, keepdim=True)).sum(-1, keepdim=True)
+    return q @ (k.transpose(-2, -1) @ v) / denominator.clamp_min(MIN_ATTENTION)
 
 
 def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
-    """A convolution without bias, then batch norm."""
+    """A convolution without bias that keeps the grid at stride 1, then batch norm."""
     layer = nn.Conv2d(inputs, outputs, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
-    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(layer, nn.BatchNorm2d(outputs))
 
 
-class Residual(nn.Module):
-    """The basic block of a ResNet."""
+def kaiming_(module: nn.Module) -> None:
+    """Weights of all convolutions, but not of transposed ones, drawn anew as those of a ResNet, in place."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+
+
+def resnet_conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    """`conv` with a ResNet's initial weights."""
+    layer = conv(inputs, outputs, kernel, stride=stride, dilation=dilation)
+    kaiming_(layer)
+    return layer
+
+
+class BasicBlock(nn.Module):
+    """The basic residual block of a ResNet."""
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1, silent: bool = False) -> None:
         super().__init__()
-        self.body = nn.Sequential(conv(inputs, outputs, 3, stride=stride), nn.ReLU(), last := conv(outputs, outputs, 3))
+        self.body = nn.Sequential(
+            resnet_conv(inputs, outputs, 3, stride=stride), nn.ReLU(), last := resnet_conv(outputs, outputs, 3)
+        )
         if silent:  # starts as its shortcut
             nn.init.zeros_(last.get_parameter("1.weight"))
         same = stride == 1 and inputs == outputs
-        self.shortcut = nn.Identity() if same else conv(inputs, outputs, 1, stride=stride)
+        self.shortcut = nn.Identity() if same else resnet_conv(inputs, outputs, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.body(x) + self.shortcut(x))
 
 
-class Student(nn.Module):
+class DenoisingStudent(nn.Module):
     """ResNet-18 of a width, and a decoder back to each asked stride, without skip connections."""
 
     def __init__(self, width: int, channels: Mapping[int, int], *, linear: bool) -> None:
         super().__init__()
         widths = {stride: width * 2**k for k, stride in enumerate(STRIDES)}
-        self.stem = nn.Sequential(conv(3, width, 7, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.stem = nn.Sequential(resnet_conv(3, width, 7, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
         blocks, n = [], width
         for stride, w in widths.items():
-            blocks += [Residual(n, w, stride=1 if stride == 4 else 2, silent=True), Residual(w, w, silent=True)]
+            blocks += [BasicBlock(n, w, stride=1 if stride == 4 else 2, silent=True), BasicBlock(w, w, silent=True)]
             n = w
         self.encoder = nn.Sequential(*blocks)
         self.decoder, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for stride in (s for s in reversed(widths) if s >= min(channels)):
             self.decoder[str(stride)] = nn.Sequential(
-                Residual(n, widths[stride]), Residual(widths[stride], widths[stride])
+                BasicBlock(n, widths[stride]), BasicBlock(widths[stride], widths[stride])
             )
             n = widths[stride]
             if stride in channels:
@@ -92,27 +129,27 @@ class Student(nn.Module):
         """{stride: (B, C, h, w)} of (B, 3, H, W) pixels in [0, 1]."""
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         x = self.encoder(self.stem((pixels - mean) / std))
-        found = {}
+        levels = {}
         for stride, group in self.decoder.items():
             if stride != "32":
                 x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
             x = group(x)
             if stride in self.heads:
-                found[int(stride)] = self.heads[stride](x).float()  # losses are in full precision
-        return found
+                levels[int(stride)] = self.heads[stride](x).float()  # losses are in full precision
+        return levels
 
 
 class WholeImage(nn.Module):
     """The mean of all places, as one more view of each: (B, C, h, w) to (B, C, 1, 1).
 
     Of B values that are normalised together, none is more than sqrt(B - 1) deviations from their mean. So the layers
-    behind have learned up to there only; an image that is strange all over lies far beyond, and what they say there is
-    arbitrary: "no defect", as often as not. In eval mode values are therefore held within that limit.
+    behind are trained up to there only; an image that is anomalous as a whole lies far beyond, where their output is
+    arbitrary, "no defect" as often as not. In eval mode values are therefore held within that limit.
     """
 
     def __init__(self, width: int, batch_size: int) -> None:
         super().__init__()
-        self.layer = conv(width, width, 1)
+        self.layer = resnet_conv(width, width, 1)
         self.limit = (batch_size - 1) ** 0.5
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,13 +177,15 @@ class Segmenter(nn.Module):
 
     def __init__(self, channels: int, width: int, side: int, batch_size: int) -> None:
         super().__init__()
-        self.residual = nn.Sequential(Residual(channels, width), Residual(width, width))
+        self.residual = nn.Sequential(BasicBlock(channels, width), BasicBlock(width, width))
         self.whole = WholeImage(width, batch_size)
         reaches = [max(1, round(share * side)) for share in DILATIONS]
-        self.pyramid = nn.ModuleList(nn.Sequential(conv(width, width, 3, dilation=d), nn.ReLU()) for d in reaches)
+        self.pyramid = nn.ModuleList(
+            nn.Sequential(resnet_conv(width, width, 3, dilation=d), nn.ReLU()) for d in reaches
+        )
         joined = (1 + len(reaches)) * width
         self.out = nn.Sequential(
-            conv(joined, width, 3), nn.ReLU(), conv(width, width, 3), nn.ReLU(), nn.Conv2d(width, 1, 1)
+            resnet_conv(joined, width, 3), nn.ReLU(), resnet_conv(width, width, 3), nn.ReLU(), nn.Conv2d(width, 1, 1)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,9 +197,4 @@ class Segmenter(nn.Module):
 
 def on_finest(levels: Levels) -> Tensor:
     """(B, C, h, w): all levels on the grid of the finest, one after the other."""
-    grid = levels[min(levels)].shape[2:]
-    same = [
-        level if level.shape[2:] == grid else F.interpolate(level, grid, mode="bilinear", align_corners=False)
-        for _, level in sorted(levels.items())
-    ]
-    return torch.cat(same, 1)
+    return torch.cat(on_one_grid([level for _, level in sorted(levels.items())]), 1)

@@ -27,6 +27,7 @@ from flawsift.types import Ids
 
 SAVE_SECONDS = 30.0  # between checkpoints: the most that a kill can cost
 _SEPARATOR = "/"  # between the parts of a checkpoint's tensor names
+_BETAS = (0.9, 0.999)  # of StableAdamW: those of AdamW
 _REMEDY = "Lower the learning rate."
 
 
@@ -86,10 +87,8 @@ def train(
     recipe: Recipe,
     *,
     device: str,
-    pixels: bool = False,
     watch: Watch = UNWATCHED,
-    stop: Callable[[int, float], bool] | None = None,
-) -> float:
+) -> None:
     """Take gradient steps on `module` in place.
 
     Args:
@@ -99,14 +98,8 @@ def train(
         layers: Layers that `loss_of` reads.
         loss_of: The scalar loss of a batch (features on the CPU) at a step.
         recipe: Steps, batch size, clipping, schedule, seed.
-        device: A resolved torch device. The forward pass is in mixed precision on a GPU that has bfloat16, and on a CPU
-            that multiplies matrices of it (AMX) where products are large.
-        pixels: Whether batches carry pixels.
+        device: A resolved torch device.
         watch: Progress and checkpoint.
-        stop: Asked after each step with the step and its loss; True ends the training.
-
-    Returns:
-        The last loss.
 
     Raises:
         InputError: The set is empty.
@@ -116,12 +109,9 @@ def train(
         raise InputError("Training needs at least one image, got an empty set.")
     base = [group["lr"] for group in optimizer.param_groups]
     kind = device.partition(":")[0]
-    if kind == "cpu":
-        mixed = recipe.large_products and cpu_multiplies_bfloat16()
-    else:
-        mixed = kind == "cuda" and torch.cuda.is_bf16_supported()
+    mixed = _mixed(recipe, kind)
     settings = "" if watch.checkpoint is None else _signature(module, optimizer, data, layers, recipe, mixed)
-    first, last = _resume(module, optimizer, watch.checkpoint, settings), float("nan")
+    first = _resume(module, optimizer, watch.checkpoint, settings)
     saved_at = time.monotonic()
     with seeded(recipe.seed, device):
         for step in range(first, recipe.steps):
@@ -130,20 +120,14 @@ def train(
                 for group, rate in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = rate * recipe.schedule(step)
             chosen = data.select(recipe.ids_at(data.ids, step))
-            batch = next(chosen.batches(layers, pixels=pixels, batch_size=len(chosen)))
+            batch = next(chosen.batches(layers, batch_size=len(chosen)))
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(kind, torch.bfloat16) if mixed else contextlib.nullcontext():
                 loss = loss_of(batch, step)
-            last = float(loss.detach())
-            if not np.isfinite(last):
-                raise TrainingError(f"The loss became {last} at step {step}. {_REMEDY}")
-            loss.backward()  # type: ignore[no-untyped-call]
-            if recipe.clip_norm is not None:
-                nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
-            optimizer.step()
+            if not bool(loss.detach().isfinite()):
+                raise TrainingError(f"The loss became {float(loss.detach())} at step {step}. {_REMEDY}")
+            _descend(loss, module, optimizer, recipe.clip_norm)
             watch.progress("training", step + 1, recipe.steps)
-            if stop is not None and stop(step, last):
-                break
             unfinished = step + 1 < recipe.steps
             if unfinished and watch.checkpoint is not None and time.monotonic() - saved_at > SAVE_SECONDS:
                 _save(module, optimizer, watch.checkpoint, step + 1, settings)
@@ -153,7 +137,20 @@ def train(
         raise TrainingError(f"A parameter is not finite after the last step. {_REMEDY}")
     if watch.checkpoint is not None:
         watch.checkpoint.unlink(missing_ok=True)
-    return last
+
+
+def _descend(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
+    optimizer.step()
+
+
+def _mixed(recipe: Recipe, kind: str) -> bool:
+    """Whether the forward pass is in mixed precision: on a GPU that has bfloat16, on a CPU as `large_products` says."""
+    if kind == "cpu":
+        return recipe.large_products and cpu_multiplies_bfloat16()
+    return kind == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -205,17 +202,16 @@ class StableAdamW(torch.optim.Optimizer):
         parameters: Iterable[nn.Parameter],
         *,
         lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(parameters, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step on all parameters that have a gradient."""
+        beta1, beta2 = _BETAS
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -250,88 +246,13 @@ def restored(weights: Mapping[str, Tensor], module: M, device: str) -> M:
     return module.to(device).eval().requires_grad_(False)
 
 
-def channel_statistics(
-    data: ImageSet, layers: Sequence[str], features_of: Callable[[Batch], Mapping[str, Tensor]] | None = None
-) -> dict[str, Tensor]:
-    """{layer: (2, C)} mean and standard deviation of each channel over all images and positions.
-
-    Constants of published recipes assume the scale of ResNet taps; features are divided by this first. Constant
-    channels get a standard deviation of 1.
-
-    Args:
-        data: N images with features attached.
-        layers: Layers to read.
-        features_of: What a detector makes of a batch, {name: (B, C, h, w)}; None for the layers themselves.
-
-    Raises:
-        InputError: The set is empty.
-    """
-    count: dict[str, float] = {}
-    sums: dict[str, Tensor] = {}
-    for batch in data.batches(layers):
-        for layer, features in (features_of(batch) if features_of else batch.features).items():
-            x = features.double().transpose(0, 1).flatten(1)  # (C, B h w)
-            part = torch.stack([x.sum(1), x.square().sum(1)])
-            sums[layer] = sums[layer] + part if layer in sums else part
-            count[layer] = count.get(layer, 0) + x.shape[1]
-    found = {}
-    for layer, (total, square) in sums.items():
-        mean = total / count[layer]
-        deviation = (square / count[layer] - mean.square()).clamp_min(0).sqrt()
-        # a deviation within rounding of the mean is none: dividing by it would magnify rounding
-        flat = deviation <= 1e-6 * mean.abs().clamp_min(1e-6)
-        found[layer] = torch.stack([mean, torch.where(flat, torch.ones_like(deviation), deviation)]).float()
-    if not found:
-        raise InputError("A fit needs at least one image, got an empty set.")
-    return found
-
-
 def without_rejected(maps: Sequence[Tensor], batch: Batch) -> list[Tensor]:
     """(B, C, h, w) maps with rejected patches set to zero: no loss and no gradient where both sides are zero."""
-    found = []
+    masked = []
     for each in maps:
         accepted = batch.accepted(*each.shape[2:])
-        found.append(each if accepted is None else each * accepted[:, None].to(each))
-    return found
-
-
-def standardized(features: Tensor, statistics: Tensor) -> Tensor:
-    """(B, C, h, w) with each channel at mean 0 and standard deviation 1 by (2, C) statistics."""
-    mean, deviation = statistics.to(features.device)[:, None, :, None, None]
-    scaled: Tensor = (features - mean) / deviation
-    return scaled
-
-
-def scaled(features: Tensor, statistics: Tensor) -> Tensor:
-    """(B, C, h, w) with each channel at standard deviation 1 by (2, C) statistics, its mean kept: angles need one."""
-    divided: Tensor = features / statistics[1].to(features.device)[:, None, None]
-    return divided
-
-
-def whitening(data: ImageSet, layers: Sequence[str], ridge: float) -> dict[str, Tensor]:
-    """{layer: (1 + C, C)} the mean m of all fibres x, and below it a matrix W: (x - m) W has nearly covariance I.
-
-    Args:
-        data: N images with features attached.
-        layers: Layers to read.
-        ridge: Added to the eigenvalues of the correlation matrix: directions without variance are not magnified.
-
-    Raises:
-        InputError: The set is empty.
-    """
-    statistics = channel_statistics(data, layers)
-    scatter, count = {layer: torch.zeros((), dtype=torch.float64) for layer in layers}, dict.fromkeys(layers, 0)
-    for batch in data.batches(layers):
-        for layer in layers:
-            x = standardized(batch.features[layer], statistics[layer]).double().transpose(0, 1).flatten(1)
-            scatter[layer] = scatter[layer] + x @ x.T
-            count[layer] += x.shape[1]
-    found = {}
-    for layer, (mean, deviation) in statistics.items():
-        values, vectors = torch.linalg.eigh(scatter[layer] / count[layer])
-        root = vectors * (values.clamp_min(0) + ridge).rsqrt() @ vectors.T
-        found[layer] = torch.cat([mean[None], (root / deviation[:, None]).float()])
-    return found
+        masked.append(each if accepted is None else each * accepted[:, None].to(each))
+    return masked
 
 
 def _mix(seed: int, step: int) -> int:
@@ -401,5 +322,5 @@ def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path | No
 def _metadata(content: bytes) -> dict[str, str]:
     """The header's metadata of a safetensors file: 8 bytes of length, then JSON."""
     length = int.from_bytes(content[:8], "little")
-    found: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    return found
+    metadata: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return metadata
