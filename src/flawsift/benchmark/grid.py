@@ -1,7 +1,9 @@
 """A benchmark as data: what a TOML file asks for, the cells that follow from it, and how long they take.
 
-config = read_config("table1.toml")
-cells = plan(config)
+    config = read_config("table1.toml")
+    cells = plan(config)
+
+`flawsift.benchmark.runner` runs them.
 """
 
 import json

@@ -1,6 +1,8 @@
 """A trained model: a detector with its backbone and calibration. It is saved, loaded, asked and measured here.
 
-predictions = load_model("model").predict("new_parts")
+    predictions = load_model("model").predict("new_parts")
+
+`flawsift.pipeline.fit` makes one.
 """
 
 import hashlib

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flawsift.screening.consensus import MAD_TO_SIGMA
+from flawsift.detectors.parts.robust import MAD_TO_SIGMA
 
 BLOCK_FLOATS = 1 << 24  # distances held at a time, 64 MB
 COPY = 2e-3  # distances below this share of a vector's length are rounding of float32 products: copies
