@@ -19,9 +19,7 @@ demo: $(READY)  ## the main job on real solar cells
 	$(BIN)/flawsift demo --out demo
 
 test: $(READY)  ## all tests, and what they reach
-	$(BIN)/coverage run -m pytest
-	@printf 'Per cent of src/flawsift reached, of $(COVERED) at least (make cover names the rest): '
-	@$(BIN)/coverage report --format=total --fail-under=$(COVERED)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --cov --cov-report= --cov-fail-under $(COVERED)
 
 cover: $(READY)  ## lines and branches that the last `make test` did not reach
 	$(BIN)/coverage report --show-missing --skip-covered
@@ -47,6 +45,7 @@ wheel: $(READY)  ## build the wheel, install it into an empty environment, run i
 	build/wheel-venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
 	build/wheel-venv/bin/flawsift --version
 	build/wheel-venv/bin/flawsift detectors
+	build/wheel-venv/bin/flawsift demo --help >/dev/null
 	build/wheel-venv/bin/python tools/check_wheel.py
 	rm -rf build/wheel-venv
 
