@@ -484,7 +484,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 
 
 def test_a_patch_size_may_be_one_number() -> None:
-    backbone = load_backbone("random:0:xcit_nano_12_p16_224", size=64)
+    backbone = load_backbone("random:0:xcit_nano_12_p16_224", size=64, runtime="torch")
     assert backbone.extract(images(2), ["blocks.11"])["blocks.11"].shape == (2, 128, 4, 4)
 
 
