@@ -1,5 +1,6 @@
-"""Shared by all tests: no test touches the user's cache, and images are made once."""
+"""Shared by all tests: one thread, no test touches the user's cache, and images are made once."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,24 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
 from flawsift.detectors.parts.training import Watch
 from flawsift.features.backbones import Backbone
 from flawsift.testing import easy_set, tiny_backbone
+
+
+def pytest_configure() -> None:
+    """One thread for torch and BLAS, and for the processes that tests start.
+
+    On networks and images this small, threads mostly wait for each other: next to other work, such as a second process
+    of tests, for minutes. And sums are taken in one order, whatever the machine.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    threadpool_limits(1)
 
 
 @pytest.fixture(autouse=True)

@@ -144,9 +144,9 @@ def test_processes_keep_order_threads_and_workers(tasks: Any) -> None:
     assert list(pool.map(tasks.slow_first, [0, 1, 2])) == [0, 1, 2]
     assert [p for p, _ in pool.completed(tasks.slow_first, [0, 1, 2])][-1] == 0
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(before + 1)
     try:
-        assert list(pool.map(tasks.threads, [0])) == [1]
+        assert list(pool.map(tasks.threads, [0])) == [before + 1]
     finally:
         torch.set_num_threads(before)
     seen = list(pool.map(tasks.process, range(4)))
@@ -218,11 +218,11 @@ def stored(easy: Dataset, tiny: Backbone, detector: Detector, tmp_path: Path) ->
     return attach(easy.images, tiny, detector.layers, views=detector.views, store=FeatureStore(tmp_path / "c"))[0]
 
 
-@pytest.mark.parametrize("name", ["padim", "patchcore", "twobanks", "dinomaly"])  # the last in bfloat16 where it pays
+# additive statistics; the banks of PatchCore and SoftPatch; trained by gradient, in bfloat16 where it pays
+@pytest.mark.parametrize("name", ["padim", "twobanks", "dinomaly"])
 def test_processes_equal_serial_bit_for_bit(easy: Dataset, tiny: Backbone, tmp_path: Path, name: str) -> None:
     params: dict[str, dict[str, Any]] = {
         "padim": {"n_features": 20},
-        "patchcore": {"coreset_ratio": 0.05},
         "twobanks": {"coreset_ratio": 0.05},
         "dinomaly": {"width": 32, "n_blocks": 2, "steps": 6, "batch_size": 8, "warmup": 2, "easy_ramp": 3},
     }

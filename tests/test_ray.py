@@ -31,8 +31,9 @@ from flawsift.screening.options import ScreenOptions
 from flawsift.screening.stage1 import screen
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'flawsift[ray]'")
-# Ray itself leaves sockets and files to the garbage collector, and warns of what its later versions change
-pytestmark = pytest.mark.filterwarnings("ignore")
+# Ray itself leaves sockets and files to the garbage collector, and warns of what its later versions change.
+# One process runs all of these tests: the cluster is started once.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("ray")]
 
 SECONDS = 60  # for a node to come up or a killed one to be noticed, on a busy machine
 TASKS = '''

@@ -40,7 +40,7 @@ def docstring(text: str) -> str:
 
 GOOD = {
     "a plain docstring": docstring(
-        f"Scores of {'many ' * 14}images, higher is more anomalous; see `fit` and\n    its source."
+        f"Scores of {'x' * 70} images, higher is more anomalous; see `fit` and\n    its source."
     ),
     "entries of a section": docstring(
         "Args:\n        a: One.\n        b_c: Another that is short.\n        d: The last."
@@ -54,7 +54,7 @@ GOOD = {
     "code": docstring("What `a (b` and ``x[0`` are, ``a `b` c`` too."),
     "an address": docstring("From https://example.org/a_b"),
     "a line that ends early before a long word": docstring(f"Words in a line\n    {'x' * 90} end."),
-    "comments": "x = 1  # (B, C)\ny = 2  # (B, h\n       # w) is one shape\nz = 3  # noqa: E501 (\n",
+    "comments": "x = 1  # (B, C)\ny = 2  # (B, h,\n       # W) is one shape\nz = 3  # noqa: E501 (\n",
     "two comments": "a = 1  # short\nb = 2  # lower case\n",
     "code with brackets": "x = '(['\n",
 }

@@ -114,8 +114,7 @@ def prose_problems(paragraph: Paragraph) -> Iterator[tuple[int, str]]:
     """(line, what) of each line that breaks off, unbalanced mark and doubled word."""
     first, raw, text, ends = paragraph
     for i, (line, following) in enumerate(itertools.pairwise(text)):
-        word = following.split()[0]
-        early = len(raw[i].rstrip()) < EARLY and len(raw[i].rstrip()) + 1 + len(word) < EARLY
+        early = len(f"{raw[i].rstrip()} {following.split()[0]}") < EARLY
         if early and "  " not in line and line[-1] not in ".:;!?|" and following[0].islower():
             yield first + i, f"broken off: '{line[-30:]}' and then '{following[:30]}'"
     if ends and not re.search(r"[.:?!|]$|https?://\S+$", text[-1]) and "  " not in text[-1]:
@@ -124,8 +123,7 @@ def prose_problems(paragraph: Paragraph) -> Iterator[tuple[int, str]]:
     prose = CODE.sub(lambda found: "`" + "\n" * found[0].count("\n") + "`", whole)
     if prose.count("`") % 2:
         yield first, "unbalanced: a backtick"
-    plain = re.sub(r"^\w\)|[:;]-?[()]", "", prose)  # an item "a)"
-    if (found := _unbalanced(plain)) is not None:
+    if (found := _unbalanced(re.sub(r"^\w\)", "", prose))) is not None:  # less the mark of an item, "a)"
         yield first, f"unbalanced: '{found}'"
     for found_word in DOUBLED.finditer(prose):
         yield first + prose[: found_word.start()].count("\n"), f"doubled word: '{found_word[1]} {found_word[1]}'"
@@ -160,18 +158,13 @@ def reference_problems(paragraph: Paragraph, root: Path = ROOT) -> Iterator[tupl
 
 def object_exists(name: str, root: Path = ROOT) -> bool:
     """Whether a dotted name is a module below src/, or an object or a class's member defined or imported there."""
-    folder, parts = root / "src", name.split(".")
-    for i, part in enumerate(parts):
-        if (folder / f"{part}.py").exists():
-            rest, module = parts[i + 1 :], folder / f"{part}.py"
-            break
-        if not (folder / part / "__init__.py").exists():
-            rest, module = parts[i:], folder / "__init__.py"
-            break
-        folder /= part
-    else:
-        return True
-    return ".".join(rest) in members(module) or not rest
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        place = root.joinpath("src", *parts[:n])
+        for module in (place.with_suffix(".py"), place / "__init__.py"):
+            if module.exists():
+                return n == len(parts) or ".".join(parts[n:]) in members(module)
+    return False
 
 
 @functools.cache

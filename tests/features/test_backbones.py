@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,6 @@ from flawsift.features.trunks import EMBEDDED, LayerInfo
 
 RESNET, VIT = "random:7:resnet18", "random:1:vit_tiny_patch16_224"
 RUNTIMES: tuple[Runtime, Runtime] = ("torch", "openvino")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Torch's threads wait for each other at every layer: on images this small, and next to other work, for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -493,7 +484,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 
 
 def test_a_patch_size_may_be_one_number() -> None:
-    backbone = load_backbone("random:0:xcit_nano_12_p16_224", size=64)
+    backbone = load_backbone("random:0:xcit_nano_12_p16_224", size=64, runtime="torch")
     assert backbone.extract(images(2), ["blocks.11"])["blocks.11"].shape == (2, 128, 4, 4)
 
 
@@ -525,6 +516,5 @@ def test_nothing_is_printed_warned_or_sent() -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # see `one_thread`
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

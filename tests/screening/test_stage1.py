@@ -318,7 +318,8 @@ def test_three_odd_objects_are_weaker_evidence_than_fifteen_odd_images() -> None
     assert np.ptp(grouped.interval) > 1.3 * np.ptp(alone.interval)
 
 
-def test_views_that_score_alike_are_no_evidence_of_defects() -> None:
+def test_views_that_score_alike_are_no_evidence_of_defects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flawsift.screening.consensus.N_BOOTSTRAP", 2)  # for the interval, which is not looked at
     members = np.arange(200).reshape(40, 5).tolist()
     false = []
     for seed in range(100):
