@@ -132,11 +132,8 @@ class Review:
         """
         folder = screening_folder(folder)
         ensure_folder(folder)
-        out = (
-            folder.parent
-            if (folder.parent / "model.json").exists() and folder.name == "screening"
-            else folder / "model"
-        )
+        of_model = folder.name == "screening" and (folder.parent / "model.json").exists()
+        out = folder.parent if of_model else folder / "model"
         screening = read_screening(folder)
         pictures = images_of(screening, images)
         store = DecisionStore(folder / decisions.NAME)
