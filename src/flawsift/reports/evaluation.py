@@ -220,5 +220,5 @@ def _pictures(images: ImageSet, id_: int, map_: npt.NDArray[np.float32] | None, 
     result = {"picture": data_uri(shrink(image, THUMB))}
     if map_ is not None:
         result["heatmap"] = data_uri(overlay(image, map_, scale, max_edge=THUMB), subsampling=0)
-        result["peak_position"] = peak_position(map_.astype(np.float16))
+        result["peak_position"] = peak_position(map_)
     return result
