@@ -20,6 +20,7 @@ from flawsift.features.backbones import Backbone
 from flawsift.reports.export import export, opening_note
 from flawsift.screening.stage1 import Screening
 from flawsift.screening.storage import images_of, read_screening
+from tests.reports.material import make_screening
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,25 @@ def test_coco(screened: Any, tmp_path: Path) -> None:
         assert (a["category_id"], a["iscrowd"]) == (content["categories"][0]["id"], 0)
     whole = [a for a in content["annotations"] if a["area"] == 64 * 64]
     assert len(whole) < len(content["annotations"]) / 2  # boxes follow the regions
+
+
+def test_sizes_are_those_of_upright_pictures(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    picture = Image.new("RGB", (40, 20))
+    for orientation in range(10):  # 1 to 8 are defined; cameras write other values too
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture.save(tmp_path / "parts" / f"{orientation}.png", exif=exif)
+    head = b"Exif\0\0II*\0\x08\0\0\0"
+    picture.save(tmp_path / "parts" / "letter.jpg", exif=head + b"\x01\0\x12\x01\x02\0\x01\0\0\0a\0\0\0")
+    picture.save(tmp_path / "parts" / "cut-off.jpg", exif=head + b"\x05")
+    images = ImageSet.from_folder(tmp_path / "parts")
+    export(make_screening(images, 3), images, tmp_path / "out", "coco")
+    listed = json.loads((tmp_path / "out" / "annotations.json").read_text())["images"]
+    assert len(listed) == 12
+    for image in listed:
+        assert (image["width"], image["height"]) == images.image(image["id"]).size, image["file_name"]
+    assert {image["width"] for image in listed} == {20, 40}
 
 
 def test_fiftyone(screened: Any, tmp_path: Path) -> None:
