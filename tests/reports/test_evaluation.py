@@ -72,6 +72,7 @@ def test_errors_are_the_images_on_the_wrong_side_of_the_threshold_the_worst_firs
     assert page.names("false-alarms") == [names[1], names[7]]  # 7 is not above 7
     assert page.names("missed") == [names[13], names[17], names[10]]
     assert "20 of 100 good parts are stopped, 30 of 100 defective pass" in words(page.text[""])
+    assert "good 10 4.5 20 %" in words(page.text["scores"])
     for section, verdict in (("false-alarms", "stopped"), ("missed", "passed")):
         assert "on the wrong side of the threshold" in page.text[section]
         assert all(verdict in card["text"] and "Threshold 7" in words(card["text"]) for card in page.cards[section])
