@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from flawsift.data.images import ImageSet
-from flawsift.reports.evidence import agreement, map_scale
-from flawsift.screening.result import SubModelScores
+from flawsift.reports.evidence import agreement, is_typical, map_scale
 from tests.reports.material import K, N, make_screening, noise
 
 
@@ -28,6 +28,14 @@ def test_agreement_widens_with_the_share_removed_and_ignores_ties(images: ImageS
     assert agreement(screening)[2] == 0.5
     flat = replace(screening, submodels=SubModelScores((np.arange(N) % K)[None], np.ones((K, N), np.float32)))
     assert agreement(flat)[0].tolist() == [0] * N
+
+
+@pytest.mark.parametrize(("n", "n_removed", "n_typical"), [(1, 0, 1), (9, 0, 5), (10, 1, 5), (10, 2, 4), (10, 9, 1)])
+def test_typical_images_are_the_lower_half_of_those_kept(n: int, n_removed: int, n_typical: int) -> None:
+    screening = make_screening(ImageSet.from_arrays(noise(n, edge=1)), n_removed)
+    lowest = np.argsort(screening.consensus)[:n_typical]
+    assert np.flatnonzero(is_typical(screening)).tolist() == sorted(lowest.tolist())
+    assert not is_typical(replace(screening, kept=screening.ids[:0])).any()
 
 
 def test_colours_of_the_report_come_from_kept_images_alone(images: ImageSet) -> None:

@@ -6,10 +6,12 @@ import os
 import shlex
 import shutil
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,9 +20,9 @@ from flawsift.data.images import ImageSet
 from flawsift.errors import InputError, OutputError, ParameterError
 from flawsift.features.backbones import Backbone
 from flawsift.reports.export import export, opening_note
-from flawsift.screening.options import ScreenOptions
-from flawsift.screening.result import Screening
-from flawsift.screening.storage import images_of, load_screening
+from flawsift.screening.stage1 import Screening
+from flawsift.screening.storage import images_of, read_screening
+from tests.reports.material import make_screening
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,47 @@ def test_coco(screened: Any, tmp_path: Path) -> None:
         assert (a["category_id"], a["iscrowd"]) == (content["categories"][0]["id"], 0)
     whole = [a for a in content["annotations"] if a["area"] == 64 * 64]
     assert len(whole) < len(content["annotations"]) / 2  # boxes follow the regions
+
+
+def test_sizes_are_those_of_upright_pictures(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    picture = Image.new("RGB", (40, 20))
+    for orientation in range(10):  # 1 to 8 are defined; cameras write other values too
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture.save(tmp_path / "parts" / f"{orientation}.png", exif=exif)
+    head = b"Exif\0\0II*\0\x08\0\0\0"
+    picture.save(tmp_path / "parts" / "letter.jpg", exif=head + b"\x01\0\x12\x01\x02\0\x01\0\0\0a\0\0\0")
+    picture.save(tmp_path / "parts" / "cut-off.jpg", exif=head + b"\x05")
+    images = ImageSet.from_folder(tmp_path / "parts")
+    export(make_screening(images, 3), images, tmp_path / "out", "coco")
+    listed = json.loads((tmp_path / "out" / "annotations.json").read_text())["images"]
+    assert len(listed) == 12
+    for image in listed:
+        assert (image["width"], image["height"]) == images.image(image["id"]).size, image["file_name"]
+    assert {image["width"] for image in listed} == {20, 40}
+
+
+def test_boxes_are_around_outlined_regions_and_else_around_the_picture(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    for i in range(8):
+        Image.new("RGB", (160, 80)).save(tmp_path / "parts" / f"{i}.png")
+    images = ImageSet.from_folder(tmp_path / "parts")
+    screening = make_screening(images, 2)
+    patch_maps = np.zeros((8, 16, 16), np.float16)
+    with_two, plain = (images.ids.tolist().index(i) for i in screening.removed.tolist())
+    patch_maps[with_two, 2:4, 2:4] = patch_maps[with_two, 12:14, 10:14] = 9
+    export(replace(screening, grids=patch_maps), images, tmp_path / "out", "coco")
+    annotations = json.loads((tmp_path / "out" / "annotations.json").read_text())["annotations"]
+    boxes = {i: [a["bbox"] for a in annotations if a["image_id"] == i] for i in screening.removed.tolist()}
+    assert boxes[int(images.ids[plain])] == [[0, 0, 160, 80]]
+    small, large = boxes[int(images.ids[with_two])]
+    for (x, y, w, h), (left, top, right, bottom) in ((small, (20, 10, 40, 20)), (large, (100, 60, 140, 70))):
+        # a cell is 10 x 5 pixels; smoothing widens a region by less than two
+        assert left - 20 < x < left + 1
+        assert top - 10 < y < top + 1
+        assert right - 1 < x + w < right + 20
+        assert bottom - 1 < y + h < bottom + 10
 
 
 def test_fiftyone(screened: Any, tmp_path: Path) -> None:

@@ -38,6 +38,19 @@ def test_histogram_of_an_edited_selection_has_no_cut() -> None:
     assert (sum(row[2] for row in found.table), sum(row[3] for row in found.table)) == (20, 20)
 
 
+def test_sides_that_meet_at_one_score_are_cut_there() -> None:
+    found = Histogram.of(np.array([0.0, 1, 2, 2, 3, 4]), np.arange(6) < 3)
+    assert found.cut == pytest.approx(Histogram.WIDTH / 2)
+    assert Histogram.of(np.array([0.0, 1, 2.1, 2, 3, 4]), np.arange(6) < 3).cut is None
+
+
+def test_a_single_image_among_thousands_has_a_bar_that_can_be_seen() -> None:
+    found = Histogram.of(np.append(np.zeros(100_000), 1.0), np.ones(100_001, bool))
+    assert [bar[5].split()[0] for bar in found.bars] == ["100,000", "1"]
+    assert found.bars[1][3] >= 2
+    assert all(y + height == pytest.approx(Histogram.HEIGHT) for _, y, _, height, _, _ in found.bars)
+
+
 @pytest.mark.parametrize("scores", [[], [3.0], [0.0] * 9, [np.nan, 1.0, 2.0], [1.0, np.inf]])
 def test_histogram_of_odd_scores(scores: list[float]) -> None:
     found = Histogram.of(np.array(scores), np.ones(len(scores), bool))

@@ -118,6 +118,8 @@ def test_scale_of_a_sample() -> None:
     scores = np.append(np.arange(101.0), [np.nan, np.inf])
     assert Scale.of(scores, None) == Scale(50.0, 99.0)
     assert Scale.of(scores, 80.0) == Scale(50.0, 80.0)
+    assert Scale.of(scores, 50.0) == Scale(0.0, 50.0)  # a threshold no higher than the median: up from the lowest score
+    assert Scale.of(scores, 0.0).threshold == 0.0
     levels = Scale(50.0, 80.0).levels(np.array([-9.0, 50.0, 80.0, 110.0, 999.0, np.nan, np.inf, -np.inf]))
     assert levels.tolist() == [0, 0, 0.5, 1, 1, 0, 1, 0]
 

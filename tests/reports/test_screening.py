@@ -52,6 +52,24 @@ def test_borderline_shows_both_sides_of_the_cut(images: ImageSet) -> None:
     assert "6 more were set aside" in words(page.text["suspects"])
 
 
+@pytest.mark.parametrize(("n_removed", "n_borderline", "shown"), [(3, 8, (3, 4)), (5, 3, (1, 2)), (39, 4, (2, 1))])
+def test_borderline_takes_what_there_is(
+    images: ImageSet, n_removed: int, n_borderline: int, shown: tuple[int, int]
+) -> None:
+    screening = make_screening(images, n_removed)
+    page = Page(screening_report(screening, images, n_suspects=1, n_borderline=n_borderline))
+    assert page.names("borderline") == ranked(screening)[n_removed - shown[0] : n_removed + shown[1]]
+
+
+def test_an_edited_selection_has_no_line_between_the_suspects(images: ImageSet) -> None:
+    screening = make_screening(images)
+    first = int(screening.removed[0])
+    edited = replace(screening, kept=np.append(screening.kept, first))
+    text = words(" ".join(card["text"] for card in render(edited, images, 12).cards["suspects"]))
+    assert "cut: images from here on" in words(render(screening, images, 12).text["suspects"])
+    assert "cut: images from here on" not in text
+
+
 def test_headline_and_estimate(images: ImageSet) -> None:
     text = words(render(make_screening(images), images).text[""])
     assert "Of 40 images, 8 look defective and were set aside; 32 were kept." in text
@@ -70,7 +88,7 @@ def test_the_page_says_what_becomes_of_suspect_patches(images: ImageSet) -> None
     assert "Of the kept images, the 2.1 % of the patches that look least like the others are suspect" in text
     back, _ = screening.with_decisions({screening.names[i]: "keep" for i in range(3)})
     text = words(render(back, images).text[""])
-    assert "Most of the images that were set aside are kept by decision" in text
+    assert "A reviewer keeps most of the images that were set aside, so no patch" in text
     assert "are suspect" not in text
 
 
@@ -237,12 +255,13 @@ def test_typical_look_alikes_stand_beside_each_suspect(images: ImageSet) -> None
     assert not any(card["alike"] for card in without.cards["suspects"])
 
 
-def test_a_screening_without_submodels_has_a_page_without_votes(images: ImageSet) -> None:
-    with_votes = render(make_screening(images), images)
-    page = render(make_screening(images, submodels=None), images)
-    assert page.names("suspects") == with_votes.names("suspects")
-    assert "Sub-models" in with_votes.cards["suspects"][0]["text"]
-    assert "Sub-models" not in " ".join(card["text"] for cards in page.cards.values() for card in cards)
+def test_a_look_alike_that_has_vanished_is_left_out(folder: Path) -> None:
+    files = ImageSet.from_folder(folder)
+    screening = make_screening(files)
+    before = [values["alt"] for values in render(screening, files).cards["suspects"][0]["alike"]]
+    (folder / before[1].removeprefix("Typical image ")).unlink()
+    after = [values["alt"] for values in render(screening, files).cards["suspects"][0]["alike"]]
+    assert after == [before[0], before[2]]
 
 
 def test_details_show_nested_values_as_text(images: ImageSet) -> None:
@@ -273,4 +292,26 @@ def test_the_report_of_a_fit_names_its_threshold_and_decisions(folder: Path, tmp
     assert "kept" in page.cards["suspects"][0]["text"]
     assert page.names("suspects")[0] == back
     assert [values["href"] for values in page.tags("a")].count("#model") == 1
-    assert "model" not in Page(screening_report(screening, files)).text
+    assert "DIR is the folder of the screening" in words(page.text["next"])  # this page's folder may hold none
+    own = np.sort(screening.held_out_scores[screening.is_kept])
+    for scores, shared in ((own, True), (own + 1, False)):  # as many as are kept: of this detector, or of another
+        scored = Model(make_detector("padim"), tiny_backbone(), Calibration.of(scores), training)
+        text = words(Page(write_fit_report(scored, tmp_path / "s", tmp_path / "m").read_text("utf-8")).text["model"])
+        assert ("set aside (8)" in text) == shared
+        assert ("trained on (32)" in text) != shared
+    bare = Page(screening_report(screening, files))
+    assert "model" not in bare.text
+    assert "DIR is the folder of this page" in words(bare.text["next"])
+
+
+@pytest.mark.parametrize("detector", ["padim", "softpatch"])  # the latter has a rule of its own for patches
+def test_the_report_of_a_fit_tells_of_suspect_patches_where_they_were_left_out(
+    folder: Path, tmp_path: Path, detector: str
+) -> None:
+    files = ImageSet.from_folder(folder)
+    rejected = np.zeros((N, 4, 6), bool)
+    rejected[:, 0, 0] = True
+    save_screening(make_screening(files, rejected=rejected, provenance={"images_root": str(folder)}), tmp_path / "s")
+    model = Model(make_detector(detector), tiny_backbone(), Calibration.of([1.0, 2.0]), {})
+    page = Page(write_fit_report(model, tmp_path / "s", tmp_path / "m").read_text("utf-8"))
+    assert ("of the patches that look least like the others" in page.text[""]) == model.detector.leaves_out_patches

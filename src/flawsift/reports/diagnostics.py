@@ -2,7 +2,7 @@
 
 Every method here that learns from contaminated data, FUN-AD above all, rests on it: pairs of normal patches are nearer
 to each other than pairs with an anomalous one, and mutually nearest patches are of one class. Identical defects that
-recur turn it round. With labels that is measured; without, one sign of it can be seen (`Recurrence`).
+recur break it. With labels that is measured; without, one sign of it can be seen (`Recurrence`).
 
 Letters: N vectors of C channels, P patches per image, R reference images.
 
@@ -46,18 +46,18 @@ KS = (1, 2, 5)  # neighbours for the matches
 PATCHES = 16  # per image, at random: enough for the statistics of 10 images, few enough that no image dominates
 WORST_SHARE = 0.01  # of an anomalous image's patches that count as anomalous when there is no mask, one at least
 MAX_IMAGES = 500  # more are drawn from; the cost is images x references
-RARE_SHARE = 0.1  # of them that the rarer class has, if there are as many: two images would say nothing of their class
+RARE_SHARE = 0.1  # of them that the rarer class has, if there are as many: two images tell little of their class
 MAX_REFERENCES = 64  # a defect in 5 % of the images is in three of them
-MIN_IMAGES = 4  # with fewer, "most images" says nothing
+MIN_IMAGES = 4  # with fewer, "most images" means nothing
 
 WIDTH, HEIGHT = 720.0, 220.0  # of the drawing, in its own units
 MAX_NAMED = 24  # files that the page names; the JSON has all
 
 
-CANNOT_SAY = (
+LIMITS = (
     "A group of look-alikes may be a defect that recurs, but also a rare variant of good parts, a label or a fixture "
     "in some of the pictures, or copies of one file: look at the images named.",
-    "A defect in more than half of the images is what is usual here, and is not seen.",
+    "A defect in more than half of the images counts as normal, and is not seen.",
     "A defect that the features do not tell from good texture is not seen.",
     "No warning is no proof: that defects vary more than good patches can only be measured with labels (--labels).",
 )
@@ -71,12 +71,12 @@ class Diagnosis:
         counts: How many images and vectors of which kind.
         distances: {kind of pair: (Q,) distances}.
         matching: For each k, among all vectors.
-        matching_across: The same, with vectors of one image no neighbours of each other; empty if that says no more.
+        matching_across: The same, with vectors of one image no neighbours of each other; empty if each has its own.
         recurrence: The sign that needs no labels.
         nearest_auroc: How well the distance to the nearest vector of another image tells anomalous from normal; None
             without labels.
         warnings: Why the assumption looks violated; empty if it does not.
-        twins: Names of images with look-alike unusual places.
+        twins: Names of images with an unusual patch that is close to another image.
     """
 
     counts: Mapping[str, int]
@@ -114,7 +114,7 @@ class Diagnosis:
                 "ordinary": self.recurrence.ordinary,
                 "twins": list(self.twins),
             },
-            "cannot_say": list(CANNOT_SAY),
+            "cannot_say": list(LIMITS),
         }
 
 
@@ -169,7 +169,7 @@ def examine(
 
     Args:
         vectors: (N, C).
-        labels: (N,) True, or 1, for anomalous; None if nobody knows.
+        labels: (N,) True, or 1, for anomalous; None if they are not known.
         owners: (N,) image of each; None if each has its own. Pairs and nearest neighbours are across images.
         recurrence: If it was found from more than these vectors; else its positions are those of vectors.
         ks: Neighbours for the matches.
@@ -327,7 +327,7 @@ def _warnings(distances: Mapping[str, Floats], auroc: float | None, recurrence: 
         if anomalous < normal:
             warnings.append(
                 f"Anomalous patches vary less than normal ones: their mean distance is {anomalous:.3g} against "
-                f"{normal:.3g}. Methods that take what has near neighbours for normal will take them for normal."
+                f"{normal:.3g}. Methods that treat patches with near neighbours as normal will treat them as normal."
             )
     if auroc is not None and auroc < 0.5:
         warnings.append(
@@ -336,9 +336,9 @@ def _warnings(distances: Mapping[str, Floats], auroc: float | None, recurrence: 
         )
     if recurrence.suspicious:
         warnings.append(
-            f"{len(recurrence.twins)} of {len(recurrence.unusual)} unusual images have a place that is unlike most "
-            "images, yet more like another image than ordinary patches are: a defect that recurs, perhaps. Set such "
-            "images aside before a method that learns from distances."
+            f"{len(recurrence.twins)} of {len(recurrence.unusual)} unusual images have a patch that is far from most "
+            "images, yet closer to another image than ordinary patches are: a defect that recurs, perhaps. Set such "
+            "images aside before training a method that learns from distances."
         )
     return warnings
 

@@ -51,7 +51,7 @@ class EvaluationCard:
     name: str
     truth: str
     verdict: str
-    tone: str
+    is_wrong: bool  # on the wrong side of the threshold
     score: str
     picture: str = ""
     heatmap: str = ""
@@ -97,7 +97,7 @@ def write_evaluation_report(
     page = template("evaluation.html").render(
         title="Evaluation report",
         headline=_headline(metrics),
-        explanation="Labels were used here only; the model never saw them.",
+        explanation="Labels were used for these metrics only, not for training.",
         sections=SECTIONS,
         metrics=[(label, "-" if metrics.get(key) is None else f"{metrics[key]:.4g}") for key, label in METRICS.items()],
         histogram=Histogram.of(scores, ~defective, cut=cut, sides=("good", "defective")),
@@ -160,7 +160,7 @@ def _group(
     id_: str, title: str, kind: str, cards: Sequence[EvaluationCard], per_hundred: float | None
 ) -> dict[str, Any]:
     """The errors of one kind; without any, the images that came closest."""
-    wrong = [card for card in cards if card.tone == "removed"]
+    wrong = [card for card in cards if card.is_wrong]
     most = "highest-scoring good" if kind == "good" else "lowest-scoring defective"
     if not cards:
         text = f"There are no {kind} images."
@@ -201,12 +201,11 @@ def _cards(
     for id_, name in zip(chosen.ids.tolist(), chosen.names, strict=True):
         label, kind = truth_of[id_]
         stopped = None if cut is None else score_of[id_] > cut
-        wrong = stopped is not None and stopped != bool(label)
         cards[id_] = EvaluationCard(
             name=show(name),
             truth=show(kind),
             verdict="no threshold" if stopped is None else "stopped" if stopped else "passed",
-            tone="removed" if wrong else "kept",
+            is_wrong=stopped is not None and stopped != bool(label),
             score=number(score_of[id_]),
             **_pictures(chosen, id_, maps.get(id_), scale),
         )
@@ -221,5 +220,5 @@ def _pictures(images: ImageSet, id_: int, map_: npt.NDArray[np.float32] | None, 
     result = {"picture": data_uri(shrink(image, THUMB))}
     if map_ is not None:
         result["heatmap"] = data_uri(overlay(image, map_, scale, max_edge=THUMB), subsampling=0)
-        result["peak_position"] = peak_position(map_.astype(np.float16))
+        result["peak_position"] = peak_position(map_)
     return result

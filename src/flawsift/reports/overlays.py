@@ -55,7 +55,7 @@ class Scale:
             values = np.array([threshold if given else 0.0], np.float64)
         low = float(np.median(values))
         top = float(threshold) if threshold is not None and given else float(np.quantile(values, TOP_QUANTILE))
-        if low >= top and given:  # a threshold amid the good images is kept: it decides
+        if low >= top and given:  # a threshold within the range of the good images stays as it is: it is in force
             low = float(values.min())
         if low >= top:  # constant scores: any width will do, as long as it is one
             width = max(0.1 * abs(top), 1e-6)
@@ -97,7 +97,7 @@ def overlay(
 
 
 def layer(size: tuple[int, int], map: npt.NDArray[Any] | Tensor, scale: Scale) -> Image.Image:
-    """The heatmap alone, to be laid over a picture of a size (width, height): RGBA, transparent where all is usual.
+    """The heatmap alone, to be laid over a picture of a size (width, height): RGBA, transparent up to `scale.low`.
 
     Args:
         size: Of the picture.

@@ -1,4 +1,4 @@
-"""Recurring defects without labels: unusual patches of one image that are nevertheless close to another image.
+"""Recurring defects, seen without labels: patches far from most images that are nevertheless close to another image.
 
 Letters: N images of P patches with C channels each, R reference images.
 """

@@ -48,23 +48,23 @@ def contamination_text(screening: Screening) -> str:
     text = f"Estimated share of defective images, by the {estimate.method}: {estimate.text}. "
     if estimate.alpha_hat >= 1 - MIN_KEEP - 1e-9:
         return text + "This is the largest share that the estimate can give; the true one may be higher."
-    return text + "The estimate errs on the low side when defects score like good images."
+    return text + "The estimate is too low where defects score like good images."
 
 
 def selection_text(screening: Screening) -> str:
     """What stage 2 leaves out of the kept images; empty when it is nothing, unless a reviewer has decided so."""
     if screening.rejected is None:
         return ""
-    if screening.overruled_by_reviewer:
-        return "Most of the images that were set aside are kept by decision, so all patches of kept images are learned."
+    if screening.acquitted:
+        return "A reviewer keeps most of the images that were set aside, so no patch is left out of training."
     if not screening.rejected.any():
         return ""
     share = 100 * float(screening.rejected[screening.is_kept].mean())
     text = f"Of the kept images, the {share:.1f} % of the patches that look least like the others are suspect,"
-    text += " and left out of training, except where a detector judges its patches itself."
+    text += " and left out of training, unless the detector has a rule of its own for patches."
     if screening.contamination is None:
         return text
     text += f" Images more than {SUSPECT:g} robust deviations above the median score were set aside."
     if screening.is_partly_learned.any():
-        text += " A detector that leaves out patches learns only the most ordinary ones of these."
+        text += " Of these, a detector that leaves out patches is trained on the most ordinary patches only."
     return text

@@ -130,17 +130,18 @@ class Review:
             InputError: There is no screening, it or its decisions are damaged, or its images are not there.
             OutputError: The folder cannot be written.
         """
-        home = screening_folder(folder)
-        ensure_folder(home)
-        out = home.parent if (home.parent / "model.json").exists() and home.name == "screening" else home / "model"
-        screening = load_screening(home)
+        folder = screening_folder(folder)
+        ensure_folder(folder)
+        of_model = folder.name == "screening" and (folder.parent / "model.json").exists()
+        out = folder.parent if of_model else folder / "model"
+        screening = read_screening(folder)
         pictures = images_of(screening, images)
-        store = DecisionStore(home / decisions.NAME)
-        command = [sys.executable, "-m", "flawsift.review.refit", "--screening", str(home), "--out", str(out)]
+        store = DecisionStore(folder / decisions.NAME)
+        command = [sys.executable, "-m", "flawsift.review.refit", "--screening", str(folder), "--out", str(out)]
         command += ["--decisions", str(store.path)]
         command += ["--images", str(images)] if images is not None else []
         command += ["--cache", str(cache)] if cache is not None else []
-        return cls(home, out, screening, pictures, store, Refit(command))
+        return cls(folder, out, screening, pictures, store, Refit(command))
 
     @functools.cached_property
     def position(self) -> dict[int, int]:

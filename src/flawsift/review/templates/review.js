@@ -24,7 +24,7 @@
   let data = null; // what the server knows of the images, by position
   let at = new Map(); // id -> position
   const decisions = new Map(); // id -> choice, as shown: what was just decided may still be on its way
-  const known = new Map(); // id -> [choice, version] that the server told last
+  const known = new Map(); // id -> [choice, version] as the server sent it last
   let revision = -1;
   let view = []; // positions that are shown, in order
   let current = 0; // index into the view
@@ -37,9 +37,9 @@
   let queue = Promise.resolve();
   let alikeFor = null;
 
-  // ---- talking to the server ----------------------------------------------------------------------------------------
+  // ---- requests -----------------------------------------------------------------------------------------------------
 
-  async function ask(path, body) {
+  async function request(path, body) {
     const options = body === undefined ? {} :
       { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
     let answer;
@@ -54,18 +54,18 @@
     return content;
   }
 
-  let alarmed = 0; // when
-  function alarm(text) {
-    if (text) alarmed = performance.now();
+  let alertedAt = 0; // when
+  function showAlert(text) {
+    if (text) alertedAt = performance.now();
     $("alert").textContent = text;
     $("alert").hidden = !text;
   }
 
-  function speak(text) { $("spoken").textContent = text; }
+  function announce(text) { $("spoken").textContent = text; }
 
-  function takeNews(news) {
+  function takeChanges(changes) {
     const elsewhere = new Set();
-    for (const [key, [choice, version]] of Object.entries(news.decisions)) {
+    for (const [key, [choice, version]] of Object.entries(changes.decisions)) {
       const id = Number(key);
       const [before, seen] = known.get(id) || ["", 0];
       if (version < seen) continue; // asked before our own decision, answered after it
@@ -74,22 +74,22 @@
       decisions.set(id, choice);
     }
     if (elsewhere.size) forget(elsewhere); // undo takes back what was decided here, never what others decided
-    revision = news.revision;
-    showRefit(news.refit);
+    revision = changes.revision;
+    showRefit(changes.refit);
   }
 
   async function poll() {
     if (!waiting.length && !document.hidden) {
       try {
-        const news = await ask(`decisions?since=${revision}`);
+        const changes = await request(`decisions?since=${revision}`);
         if (!waiting.length) {
-          takeNews(news);
-          if (Object.keys(news.decisions).length) refresh();
+          takeChanges(changes);
+          if (Object.keys(changes.decisions).length) refresh();
         }
-        if ($("alert").dataset.kind === "lost") { $("alert").dataset.kind = ""; alarm(""); }
+        if ($("alert").dataset.kind === "lost") { $("alert").dataset.kind = ""; showAlert(""); }
       } catch (error) {
         $("alert").dataset.kind = "lost";
-        alarm(error.message);
+        showAlert(error.message);
       }
     }
     setTimeout(poll, $("refit").open ? 600 : POLL);
@@ -116,10 +116,10 @@
   }
 
   async function send(step, undoing) {
-    let told;
+    let status;
     try {
       const changes = [...step.choices].map(([id, choice]) => ({ id, decision: choice, version: (known.get(id) || ["", 0])[1] }));
-      const answer = changes.length ? await ask("decide", { changes }) : { written: {}, refused: {} };
+      const answer = changes.length ? await request("decide", { changes }) : { written: {}, refused: {} };
       for (const [id, decision] of Object.entries({ ...answer.written, ...answer.refused })) known.set(Number(id), decision);
       const refused = Object.keys(answer.refused).map(Number);
       // what was decided on top of it had not seen the decision that stands there
@@ -128,25 +128,25 @@
       if (refused.length) {
         forget(new Set(refused));
         const names = refused.slice(0, 3).map((id) => `${data.names[at.get(id)]} (${choiceOf(id) || "no decision"})`);
-        alarm(`Decided elsewhere meanwhile, and left as it is there: ${names.join(", ")}${refused.length > 3 ? ", …" : ""}. `
+        showAlert(`Decided elsewhere meanwhile, and left as it is there: ${names.join(", ")}${refused.length > 3 ? ", …" : ""}. `
           + "Decide again to change it.");
-      } else if ($("alert").dataset.kind !== "lost" && performance.now() - alarmed > READING) {
-        alarm("");
+      } else if ($("alert").dataset.kind !== "lost" && performance.now() - alertedAt > READING) {
+        showAlert("");
       }
-      told = refused.length || step.choices.size < step.back.length ? "Not all saved" : "Saved";
+      status = refused.length || step.choices.size < step.back.length ? "Not all saved" : "Saved";
     } catch (error) {
       settle(step);
       if (undoing) remember([...step.choices]);
       else undoStack = undoStack.filter((other) => other !== step.back);
       store();
-      alarm(`Not saved: ${error.message}`);
-      told = "Not saved";
+      showAlert(`Not saved: ${error.message}`);
+      status = "Not saved";
     }
-    $("saved").textContent = waiting.length ? "Saving…" : told;
+    $("saved").textContent = waiting.length ? "Saving…" : status;
     refresh();
   }
 
-  function settle(step) { // shows what the server told, unless something newer is on its way
+  function settle(step) { // shows what the server sent, unless something newer is on its way
     waiting = waiting.filter((other) => other !== step);
     for (const [id] of step.back) {
       if (!waiting.some((later) => later.choices.has(id))) decisions.set(id, (known.get(id) || ["", 0])[0]);
@@ -175,7 +175,7 @@
     decide(step, { undoing: true });
     const index = view.indexOf(at.get(step[0][0]));
     if (index >= 0) moveTo(index);
-    speak(`Undone: ${count(step.length, "image")}`);
+    announce(`Undone: ${count(step.length, "image")}`);
   }
 
   function selected() {
@@ -186,7 +186,7 @@
     if (!view.length) return;
     const several = selected();
     decide(several.map((p) => [data.ids[p], choice]));
-    speak(several.length > 1 ? `${count(several.length, "image")}: ${choice || "cleared"}`
+    announce(several.length > 1 ? `${count(several.length, "image")}: ${choice || "cleared"}`
       : `${data.names[view[current]]}: ${choice || "cleared"}`);
     const end = Math.max(anchor, current);
     moveTo(choice === "" ? current : Math.min(end + 1, view.length - 1));
@@ -403,7 +403,7 @@
       $("single-map").src = `picture/preview-map/${id}`;
       $("single-map").alt = `Heatmap of ${data.names[p]}, ${data.peak_positions[p]}`;
     }
-    $("single-caption").textContent = data.has_maps ? `Heatmap ${data.peak_positions[p]}` : "";
+    $("single-caption").textContent = data.has_maps ? `Heatmap: ${data.peak_positions[p]}` : "";
     const facts = [
       ["Rank", `${data.rank[p].toLocaleString("en")} of ${data.ids.length.toLocaleString("en")}`],
       ["Consensus", data.consensus[p]],
@@ -440,7 +440,7 @@
   async function showAlike(id) {
     alikeFor = id;
     let ids = [];
-    try { ids = await ask(`alike/${id}`); } catch { /* the poll tells that the server is gone */ }
+    try { ids = await request(`alike/${id}`); } catch { /* the poll tells that the server is gone */ }
     if (alikeFor !== id) return;
     $("alike").hidden = !ids.length;
     $("alike-list").replaceChildren(...ids.map((other) => {
@@ -498,11 +498,11 @@
     } else if (status.state === "failed") {
       $("refit-status").textContent = `Failed: ${status.message}`;
     }
-    if (refitState === "running" && !running) speak($("refit-status").textContent);
+    if (refitState === "running" && !running) announce($("refit-status").textContent);
     refitState = status.state;
   }
 
-  // ---- hands --------------------------------------------------------------------------------------------------------
+  // ---- keyboard, scrolling, start -----------------------------------------------------------------------------------
 
   function onKey(event) {
     if (document.querySelector("dialog[open]:not(#single)")) return; // the list of keys opens above the large view too
@@ -550,15 +550,15 @@
 
   async function start() {
     try {
-      data = await ask("content");
+      data = await request("content");
     } catch (error) {
-      alarm(error.message);
+      showAlert(error.message);
       return;
     }
     at = new Map(data.ids.map((id, p) => [id, p]));
     try { undoStack = JSON.parse(sessionStorage.getItem(undoKey)) || []; } catch { undoStack = []; }
     store();
-    takeNews(data);
+    takeChanges(data);
     if (data.kept.every((k) => k)) $("filter").value = "all";
     makeView();
     refresh();
@@ -587,11 +587,11 @@
     $("start-refit").addEventListener("click", async () => {
       $("start-refit").disabled = true;
       await queue; // what was decided so far is part of it
-      try { showRefit(await ask("refit", {})); } catch (error) { $("refit-status").textContent = error.message; $("start-refit").disabled = false; }
+      try { showRefit(await request("refit", {})); } catch (error) { $("refit-status").textContent = error.message; $("start-refit").disabled = false; }
     });
     $("open-overview").addEventListener("click", async () => {
       await queue;
-      try { $("overview-content").innerHTML = await ask("overview"); } // markup of the server, names escaped by it
+      try { $("overview-content").innerHTML = await request("overview"); } // markup of the server, names escaped by it
       catch (error) { $("overview-content").textContent = error.message; }
       $("overview").showModal();
     });

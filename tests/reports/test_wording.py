@@ -1,0 +1,62 @@
+"""The sentences about a screening: singular and plural, where the share comes from, what stage 2 leaves out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from flawsift.data.images import ImageSet
+from flawsift.reports.wording import contamination_text, headline, selection_text
+from flawsift.screening.consensus import MIN_KEEP, Contamination
+from tests.reports.material import ESTIMATE, N, make_screening, noise
+
+LARGEST = 1 - MIN_KEEP
+
+
+@pytest.mark.parametrize(
+    ("n", "n_removed", "estimate", "expected"),
+    [(1, 0, ESTIMATE, "The only image was kept."),
+     (2, 0, ESTIMATE, "Of 2 images, none was set aside; all were kept."),
+     (2, 1, ESTIMATE, "Of 2 images, 1 looks defective and was set aside; 1 was kept."),
+     (5, 2, ESTIMATE, "Of 5 images, 2 look defective and were set aside; 3 were kept."),
+     (5, 1, None, "Of 5 images, the 1 most unusual was set aside; 4 were kept."),
+     (5, 2, None, "Of 5 images, the 2 most unusual were set aside; 3 were kept.")],
+)  # fmt: skip
+def test_headline(n: int, n_removed: int, estimate: Contamination | None, expected: str) -> None:
+    screening = make_screening(ImageSet.from_arrays(noise(n, edge=1)), n_removed, contamination=estimate)
+    assert headline(screening) == expected
+    unread = replace(screening, unreadable={"a.png": "empty"})
+    assert headline(unread) == f"{headline(screening)} 1 file could not be read."
+    unread = replace(screening, unreadable={"a.png": "empty", "b.png": "empty"})
+    assert headline(unread) == f"{headline(screening)} 2 files could not be read."
+
+
+@pytest.mark.parametrize(
+    ("estimate", "keep_share", "expected"),
+    [(None, 1.0, "To keep all images was set by the user"),
+     (None, 0.6, "The share to set aside (40\u00a0%) was set by the user"),
+     (Contamination(0.0, "none: too few scores", {}), 1.0, "could not be estimated (too few scores)."),
+     (Contamination(0.0, "Gumbel tail excess", {}), 1.0, "No more images score high"),
+     (Contamination(0.01, "Gumbel tail excess", {}), 1.0, "The estimate is too low where"),
+     (Contamination(LARGEST - 0.01, "Gumbel tail excess", {}), 1.0, "The estimate is too low where"),
+     (Contamination(LARGEST, "Gumbel tail excess", {}), 1.0, "the largest share that the estimate can give")],
+)  # fmt: skip
+def test_where_the_share_comes_from(estimate: Contamination | None, keep_share: float, expected: str) -> None:
+    images = ImageSet.from_arrays(noise(5, edge=1))
+    screening = make_screening(images, 0, contamination=estimate, options={"keep_share": keep_share})
+    assert expected in contamination_text(screening)
+
+
+@pytest.mark.parametrize("partly", [False, True])
+def test_what_is_learned_of_images_that_were_set_aside(images: ImageSet, partly: bool) -> None:
+    consensus = np.where(np.arange(N) < 5, 50.0, np.arange(N) % 7)
+    rejected = np.zeros((N, 4, 6), bool)
+    rejected[10, :3] = True
+    rejected[:5, : 3 if partly else 4] = True  # of the five that stand out, most patches or all
+    screening = make_screening(images, consensus=consensus, kept=images.ids[5:], rejected=rejected)
+    text = selection_text(screening)
+    assert "Images more than 2 robust deviations above the median score were set aside." in text
+    assert ("is trained on the most ordinary patches only" in text) == partly
+    by_hand = selection_text(replace(screening, contamination=None))
+    assert by_hand.endswith("unless the detector has a rule of its own for patches.")
+    assert selection_text(replace(screening, rejected=np.zeros_like(rejected))) == ""
