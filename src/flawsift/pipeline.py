@@ -342,7 +342,6 @@ def _fitted(job: _Job, images: ImageSet, merged: Detector | None, watch: Watch) 
 def _shown(screening: Screening, choices: Mapping[str, str], job: _Job) -> tuple[Screening, ImageSet]:
     """A screening as decided, under its own ids, and its images under the same."""
     decided, _ = screening.with_decisions(choices)
-    decided = decided if job.detector.leaves_out_patches else replace(decided, rejected=None)
     root = job.images.source.root if isinstance(job.images.source, FileSource) else None
     return decided, job.images if root is None else images_of(decided, root)
 

@@ -41,7 +41,8 @@ def written(model: Model, metrics: Mapping[str, Any], predictions: Predictions, 
 
 
 def test_the_page_is_one_file_with_metrics_and_pictures(model: Model, evaluated: Any, tmp_path: Path) -> None:
-    page = written(model, *evaluated, tmp_path)
+    metrics, predictions = evaluated
+    page = written(model, metrics, predictions, tmp_path)
     assert "20 test images, 10 of them defective" in page.text[""]
     assert "Image AUROC" in page.text["metrics"]
     assert {len(card["images"]) for card in page.cards["missed"]} == {2}
@@ -118,7 +119,8 @@ def test_the_alternative_text_says_where_a_map_is_highest(model: Model, evaluate
             expected[name] = f"highest {left:.0f} % from the left and {top:.0f} % from the top"
 
     predict(model, TEST, on_maps=take)
-    page = written(model, *evaluated, tmp_path)
+    metrics, predictions = evaluated
+    page = written(model, metrics, predictions, tmp_path)
     cards = [*page.cards["false-alarms"], *page.cards["missed"]]
     assert len(cards) > 10
     for card in cards:

@@ -7,6 +7,7 @@ import pytest
 
 from flawsift.data.images import ImageSet
 from flawsift.reports.evidence import agreement, is_typical, map_scale
+from flawsift.screening.result import SubModelScores
 from tests.reports.material import K, N, make_screening, noise
 
 

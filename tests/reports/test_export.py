@@ -20,8 +20,9 @@ from flawsift.data.images import ImageSet
 from flawsift.errors import InputError, OutputError, ParameterError
 from flawsift.features.backbones import Backbone
 from flawsift.reports.export import export, opening_note
-from flawsift.screening.stage1 import Screening
-from flawsift.screening.storage import images_of, read_screening
+from flawsift.screening.options import ScreenOptions
+from flawsift.screening.result import Screening
+from flawsift.screening.storage import images_of, load_screening
 from tests.reports.material import make_screening
 
 
@@ -131,7 +132,7 @@ def test_boxes_are_around_outlined_regions_and_else_around_the_picture(tmp_path:
     patch_maps = np.zeros((8, 16, 16), np.float16)
     with_two, plain = (images.ids.tolist().index(i) for i in screening.removed.tolist())
     patch_maps[with_two, 2:4, 2:4] = patch_maps[with_two, 12:14, 10:14] = 9
-    export(replace(screening, grids=patch_maps), images, tmp_path / "out", "coco")
+    export(replace(screening, patch_maps=patch_maps), images, tmp_path / "out", "coco")
     annotations = json.loads((tmp_path / "out" / "annotations.json").read_text())["annotations"]
     boxes = {i: [a["bbox"] for a in annotations if a["image_id"] == i] for i in screening.removed.tolist()}
     assert boxes[int(images.ids[plain])] == [[0, 0, 160, 80]]

@@ -296,7 +296,8 @@ def test_the_report_of_a_fit_names_its_threshold_and_decisions(folder: Path, tmp
     own = np.sort(screening.held_out_scores[screening.is_kept])
     for scores, shared in ((own, True), (own + 1, False)):  # as many as are kept: of this detector, or of another
         scored = Model(make_detector("padim"), tiny_backbone(), Calibration.of(scores), training)
-        text = words(Page(write_fit_report(scored, tmp_path / "s", tmp_path / "m").read_text("utf-8")).text["model"])
+        path = write_fit_report(scored, screening, files, tmp_path / "m")
+        text = words(Page(path.read_text("utf-8")).text["model"])
         assert ("set aside (8)" in text) == shared
         assert ("trained on (32)" in text) != shared
     bare = Page(screening_report(screening, files))
@@ -311,7 +312,7 @@ def test_the_report_of_a_fit_tells_of_suspect_patches_where_they_were_left_out(
     files = ImageSet.from_folder(folder)
     rejected = np.zeros((N, 4, 6), bool)
     rejected[:, 0, 0] = True
-    save_screening(make_screening(files, rejected=rejected, provenance={"images_root": str(folder)}), tmp_path / "s")
+    screening = make_screening(files, rejected=rejected)
     model = Model(make_detector(detector), tiny_backbone(), Calibration.of([1.0, 2.0]), {})
-    page = Page(write_fit_report(model, tmp_path / "s", tmp_path / "m").read_text("utf-8"))
+    page = Page(write_fit_report(model, screening, files, tmp_path / "m").read_text("utf-8"))
     assert ("of the patches that look least like the others" in page.text[""]) == model.detector.leaves_out_patches

@@ -1,5 +1,6 @@
 """Stage 1 and a fit as one HTML page that needs nothing but a browser: what was set aside, why, and what to do next."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def write_fit_report(model: Model, screening: Screening, images: ImageSet, folde
 
     Args:
         model: Trained on what the screening kept.
-        screening: With the decisions of a person, and without rejected patches where the model learns them all.
+        screening: With the decisions of a person.
         images: Where its pictures are read from.
         folder: Where the page goes.
 
@@ -42,8 +43,9 @@ def write_fit_report(model: Model, screening: Screening, images: ImageSet, folde
         InputError: An id of the screening is not in the set, or is another image there.
         OutputError: It cannot be written.
     """
+    shown = screening if model.detector.leaves_out_patches else replace(screening, rejected=None)
     path = ensure_folder(folder) / REPORT
-    write_text(path, screening_report(screening, images, model=model))
+    write_text(path, screening_report(shown, images, model=model))
     return path
 
 

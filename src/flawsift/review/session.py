@@ -134,7 +134,7 @@ class Review:
         ensure_folder(folder)
         of_model = folder.name == "screening" and (folder.parent / "model.json").exists()
         out = folder.parent if of_model else folder / "model"
-        screening = read_screening(folder)
+        screening = load_screening(folder)
         pictures = images_of(screening, images)
         store = DecisionStore(folder / decisions.NAME)
         command = [sys.executable, "-m", "flawsift.review.refit", "--screening", str(folder), "--out", str(out)]
