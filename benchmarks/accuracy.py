@@ -91,7 +91,7 @@ def protocol_of(train: ImageSet, test: ImageSet) -> str:
     return f"share, {len(train)} train, {len(test)} test" + (", by group" if train.groups else "")
 
 
-class Cell(NamedTuple):
+class Trial(NamedTuple):
     """A detector, a contamination and a seed, and the arms to run of it."""
 
     detector: str
@@ -104,14 +104,14 @@ def run_cell(
     data: Dataset,
     images: ImageSet,
     backbone: Backbone,
-    cell: Cell,
+    trial: Trial,
     *,
     overlap: bool,
     calibrate: bool,
     store: FeatureStore,
 ) -> list[_rows.Row]:
     """The rows of some arms of one contaminated set."""
-    name, alpha, seed, arms = cell
+    name, alpha, seed, arms = trial
     split = contaminate(data.truth, alpha=alpha, overlap=overlap, groups=images.groups, seed=seed, **SIZES[data.name])
     train, test = images.select(split.train_ids), images.select(split.test_ids)
     detector = make_detector(name, "budget" if "budget" in detector_class(name).presets else "default", seed=seed)
@@ -184,27 +184,27 @@ def _run_set(
 ) -> None:
     earlier = [r for r in _rows.read_rows(path) if r["protocol"].endswith(OVERLAP) == args.overlap]
     done = set() if args.fresh else {tuple(r[k] for k in (*KEY, "backbone")) for r in earlier}
-    cells = []
+    trials = []
     for detector in args.detectors:
         for alpha in args.alphas:
             for seed in args.seeds:
                 key = (commit, name, detector, f"{alpha:.6g}", str(seed))
                 arms = [arm for arm in args.arms if (*key, arm, backbone.key) not in done]
                 if arms:
-                    cells.append(Cell(detector, alpha, seed, arms))
-    data = load_set(name) if cells else None
+                    trials.append(Trial(detector, alpha, seed, arms))
+    data = load_set(name) if trials else None
     if data is None:
         return
     images, failed = attach(data.images, backbone, LAYERS, store=store)
     if failed:
         _rows.say(f"{name}: {len(failed)} images cannot be read")
-    for number, cell in enumerate(cells):
+    for number, trial in enumerate(trials):
         started = time.perf_counter()
         options = {"overlap": args.overlap, "calibrate": not args.no_calibrate, "store": store}
-        rows = run_cell(data, images, backbone, cell, **options)
+        rows = run_cell(data, images, backbone, trial, **options)
         _rows.append_rows(path, rows)
         shown = "  ".join(f"{row['arm']} {row['image_auroc']:.3f}" for row in rows)
-        at = f"[{number + 1}/{len(cells)}] {name} {cell.detector} alpha {cell.alpha:g} seed {cell.seed}"
+        at = f"[{number + 1}/{len(trials)}] {name} {trial.detector} alpha {trial.alpha:g} seed {trial.seed}"
         _rows.say(f"{at}: {shown}  ({time.perf_counter() - started:.0f} s)")
 
 

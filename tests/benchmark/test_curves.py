@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flawsift.benchmark.curves import Line, Style, accuracy_curves, draw, kept_curves
+from flawsift.benchmark.curves import Series, Style, accuracy_curves, draw, kept_curves
 from flawsift.errors import InputError
 
 
@@ -95,7 +95,7 @@ def test_the_kept_over_k() -> None:
 
 
 def drawn(values: Sequence[float | None], label: str = "x") -> str:
-    return draw([0, 1, 2], [Line(Style("paper"), values, [None] * len(values))], (0, 1), "axis", label)
+    return draw([0, 1, 2], [Series(Style("paper"), values, [None] * len(values))], (0, 1), "axis", label)
 
 
 def test_a_drawing_is_the_same_each_time_and_takes_its_colours_from_the_page() -> None:

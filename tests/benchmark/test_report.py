@@ -1,6 +1,7 @@
 """Tables, curves and prices say what the rows say."""
 
 import re
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from flawsift.benchmark.config import parse_config, read_config
+from flawsift import files
+from flawsift.benchmark import rows as benchmark_rows
 from flawsift.benchmark.curves import kept_curves
-from flawsift.benchmark.grid import plan
+from flawsift.benchmark.grid import parse_config, plan, read_config
 from flawsift.benchmark.report import examples, failures, prices, write_benchmark_report
 from flawsift.benchmark.rows import append_rows, peak_mb, read_rows
 from flawsift.benchmark.runner import run
@@ -194,6 +196,13 @@ def test_peak_memory_is_in_mib_on_every_system(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setitem(sys.modules, "resource", None if system == "win32" else resource)
     monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
     assert peak_mb() == mib
+
+
+def test_nothing_of_one_system_is_imported_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("resource", "fcntl", "msvcrt"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for module in (benchmark_rows, files):
+        runpy.run_path(str(module.__file__))
 
 
 def test_no_rows(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def test_rivals_are_compared_on_the_same_sets_and_seeds(rows: Any, tables: Any, 
 def test_an_ablation_takes_the_seeds_that_all_variants_have(rows: Any, tables: Any, tmp_path: Path) -> None:
     values = {"all data": 0.7, "some cut": 0.75, "oracle": 0.9}
     early = [{**cell(seed, v + seed / 100), "variant": name} for seed in (0, 1) for name, v in values.items()]
+    early[1]["image_auroc"] += 0.1  # of a seed that another variant lacks
     later = [{**cell(seed, 0.8, commit="newer"), "variant": "another cut"} for seed in (1, 2)]
     rows.append_rows(tmp_path / "ablation.csv", [*early, *later])
     text = tables.ablation(tmp_path)

@@ -55,7 +55,7 @@ _STAND_INS = {
 
 
 @dataclass(frozen=True)
-class Line:
+class Series:
     """Values of one line, None where nothing was measured, and their standard deviations, drawn as a band."""
 
     style: Style
@@ -121,7 +121,7 @@ def _accuracy(
     lines, table = [], []
     for preset, figures in presets.items():
         means, sds = [None if f is None else f.mean for f in figures], [None if f is None else f.sd for f in figures]
-        lines.append(Line(PRESET_STYLES.get(preset, OTHER), means, sds))
+        lines.append(Series(PRESET_STYLES.get(preset, OTHER), means, sds))
         table.append((PRESET_NAMES.get(preset, preset), *("-" if f is None else f.text() for f in figures)))
     svg = draw(percent, lines, limits, DEFECTIVE, f"Image AUROC over contamination: {title}")
     return Curve(title, svg, tuple(f"{x:g} %" for x in percent), tuple(table))
@@ -155,7 +155,7 @@ def _kept(rows: Rows, column: str, scale: float, axis: str, title: str) -> list[
         return []
     at = [[r for r in rows if r[column] and float(r[column]) == x] for x in points]
     shares = [[_share(some, kept, kind) for some in at] for kept, kind, _, _ in KEPT]
-    lines = [Line(style, values, [None] * len(values)) for values, (*_, style) in zip(shares, KEPT, strict=True)]
+    lines = [Series(style, values, [None] * len(values)) for values, (*_, style) in zip(shares, KEPT, strict=True)]
     xs = [scale * x for x in points]
     texts = [
         (name, *("-" if value is None else f"{value:.0f}" for value in values))
@@ -194,12 +194,12 @@ def _protocol(name: str) -> str:
 # ---- how -------------------------------------------------------------------------------------------------------------
 
 
-def draw(xs: Sequence[float], lines: Sequence[Line], limits: tuple[float, float], axis: str, label: str) -> str:
+def draw(xs: Sequence[float], series: Sequence[Series], limits: tuple[float, float], axis: str, label: str) -> str:
     """Lines as SVG for a page of HTML; the same input gives the same text.
 
     Args:
         xs: Where values are.
-        lines: Each with a value for each x.
+        series: Each with a value for each x.
         limits: Of the y axis.
         axis: What x is.
         label: What is seen, for those who cannot see it.
@@ -215,12 +215,12 @@ def draw(xs: Sequence[float], lines: Sequence[Line], limits: tuple[float, float]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 9}):
         drawing = Drawing(figsize=SIZE, layout="constrained")
         axes = drawing.subplots()
-        for line in lines:
-            colour = _STAND_INS[line.style.colour]
-            values, deviations = np.array(line.values, float), np.array(line.deviations, float)  # None becomes nan
+        for one in series:
+            colour = _STAND_INS[one.style.colour]
+            values, deviations = np.array(one.values, float), np.array(one.deviations, float)  # None becomes nan
             if not np.isnan(deviations).all():
                 axes.fill_between(xs, values - deviations, values + deviations, color=colour, alpha=0.12, linewidth=0)
-            dashes, inner = ("--", card) if line.style.dashed else ("-", colour)
+            dashes, inner = ("--", card) if one.style.dashed else ("-", colour)
             axes.plot(xs, values, dashes, color=colour, marker="o", markersize=4, mfc=inner, clip_on=False)
         axes.set_ylim(*limits)
         axes.set_xticks(xs, [f"{x:g}" for x in xs])
