@@ -91,7 +91,7 @@ def protocol_of(train: ImageSet, test: ImageSet) -> str:
     return f"share, {len(train)} train, {len(test)} test" + (", by group" if train.groups else "")
 
 
-class Trial(NamedTuple):
+class Combination(NamedTuple):
     """A detector, a contamination and a seed, and the arms to run of it."""
 
     detector: str
@@ -104,14 +104,14 @@ def run_cell(
     data: Dataset,
     images: ImageSet,
     backbone: Backbone,
-    trial: Trial,
+    combination: Combination,
     *,
     overlap: bool,
     calibrate: bool,
     store: FeatureStore,
 ) -> list[_rows.Row]:
     """The rows of some arms of one contaminated set."""
-    name, alpha, seed, arms = trial
+    name, alpha, seed, arms = combination
     split = contaminate(data.truth, alpha=alpha, overlap=overlap, groups=images.groups, seed=seed, **SIZES[data.name])
     train, test = images.select(split.train_ids), images.select(split.test_ids)
     detector = make_detector(name, "budget" if "budget" in detector_class(name).presets else "default", seed=seed)
@@ -191,7 +191,7 @@ def _run_set(
                 key = (commit, name, detector, f"{alpha:.6g}", str(seed))
                 arms = [arm for arm in args.arms if (*key, arm, backbone.key) not in done]
                 if arms:
-                    trials.append(Trial(detector, alpha, seed, arms))
+                    trials.append(Combination(detector, alpha, seed, arms))
     data = load_set(name) if trials else None
     if data is None:
         return

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from flawsift.data.contamination import contaminate as contaminate
     from flawsift.data.images import ImageSet as ImageSet
+    from flawsift.data.inputs import as_images as as_images
     from flawsift.data.truth import GroundTruth as GroundTruth
     from flawsift.detectors.base import Detector as Detector
     from flawsift.detectors.base import make_detector as make_detector
@@ -47,6 +48,7 @@ _EXPORTS = {
     "Model": "models.model",
     "ScreenOptions": "screening.options",
     "Screening": "screening.result",
+    "as_images": "data.inputs",
     "attach": "features.extraction",
     "contaminate": "data.contamination",
     "evaluate": "models.model",
