@@ -89,12 +89,12 @@ def resnet_conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, dila
 class BasicBlock(nn.Module):
     """The basic residual block of a ResNet."""
 
-    def __init__(self, inputs: int, outputs: int, *, stride: int = 1, silent: bool = False) -> None:
+    def __init__(self, inputs: int, outputs: int, *, stride: int = 1, zero_init: bool = False) -> None:
         super().__init__()
         self.body = nn.Sequential(
             resnet_conv(inputs, outputs, 3, stride=stride), nn.ReLU(), last := resnet_conv(outputs, outputs, 3)
         )
-        if silent:  # starts as its shortcut
+        if zero_init:  # starts as its shortcut
             nn.init.zeros_(last.get_parameter("1.weight"))
         same = stride == 1 and inputs == outputs
         self.shortcut = nn.Identity() if same else resnet_conv(inputs, outputs, 1, stride=stride)
@@ -112,7 +112,10 @@ class DenoisingStudent(nn.Module):
         self.stem = nn.Sequential(resnet_conv(3, width, 7, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
         blocks, n = [], width
         for stride, w in widths.items():
-            blocks += [BasicBlock(n, w, stride=1 if stride == 4 else 2, silent=True), BasicBlock(w, w, silent=True)]
+            blocks += [
+                BasicBlock(n, w, stride=1 if stride == 4 else 2, zero_init=True),
+                BasicBlock(w, w, zero_init=True),
+            ]
             n = w
         self.encoder = nn.Sequential(*blocks)
         self.decoder, self.heads = nn.ModuleDict(), nn.ModuleDict()
