@@ -11,8 +11,9 @@ import pytest
 
 from flawsift import files
 from flawsift.benchmark import rows as benchmark_rows
+from flawsift.benchmark.config import parse_config, read_config
 from flawsift.benchmark.curves import kept_curves
-from flawsift.benchmark.grid import parse_config, plan, read_config
+from flawsift.benchmark.grid import plan
 from flawsift.benchmark.report import examples, failures, prices, write_benchmark_report
 from flawsift.benchmark.rows import append_rows, peak_mb, read_rows
 from flawsift.benchmark.runner import run
