@@ -126,6 +126,21 @@ def test_a_screening_shows_itself(easy: Dataset, tiny: Backbone, store: FeatureS
     assert table.loc[int(screening.ranking[0]), "consensus"] == screening.consensus.max()
 
 
+def test_a_fit_shows_itself(easy: Dataset, tiny: Backbone, store: FeatureStore, tmp_path: Path) -> None:
+    fitted = pipeline.fit(easy.images, SMALL, tiny, store=store, out=tmp_path / "m")
+    assert repr(fitted).startswith("Model: patchcore on tiny at 64 pixels, trained on ")
+    assert repr(fitted).endswith(f"\nwritten to {tmp_path / 'm'}")
+    assert "\n" not in repr(fitted.plan)
+
+
+def test_options_at_the_wrong_place_are_told_where_they_belong(easy: Dataset, tiny: Backbone) -> None:
+    for function in (pipeline.screen, pipeline.fit):
+        with pytest.raises(TypeError, match=r"options=ScreenOptions\(keep=...\)"):
+            function(easy.images, SMALL, tiny, keep=0.8)  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match="Did you mean 'device'"):
+            function(easy.images, SMALL, tiny, devise="cpu")  # type: ignore[call-arg]
+
+
 def test_options_are_presets_with_changes() -> None:
     paper = ScreenOptions.of("paper", n_subsets=3)
     assert (paper.n_subsets, paper.keep, paper.exclude_own) == (3, 0.4, False)

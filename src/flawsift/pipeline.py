@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -16,7 +16,7 @@ from flawsift.data.images import FileSource, ImageSet
 from flawsift.data.inputs import Images, as_images
 from flawsift.detectors.base import Additive, Detector, make_detector
 from flawsift.detectors.parts.training import Watch
-from flawsift.errors import InputError, ParameterError
+from flawsift.errors import InputError, ParameterError, unknown_name
 from flawsift.executors import Executor, Run
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import attach
@@ -25,6 +25,7 @@ from flawsift.files import ensure_folder
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
 from flawsift.models.model import Model, set_digest, versions
 from flawsift.models.plan import TrainingPlan, held_out_scores_of, options_for, plan_training
+from flawsift.paths import show
 from flawsift.progress import ProgressOption, as_progress
 from flawsift.reports.screening import write_fit_report, write_screening_report
 from flawsift.screening.decisions import read_decisions
@@ -54,7 +55,7 @@ class Resources(TypedDict, total=False):
     progress: ProgressOption
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FitResult:
     """What `fit` made.
 
@@ -69,6 +70,10 @@ class FitResult:
     screening: Screening | None
     plan: TrainingPlan
     out: Path | None
+
+    def __repr__(self) -> str:
+        written = "" if self.out is None else f"\nwritten to {show(self.out)}"
+        return f"{self.model!r}{written}"
 
     @property
     def decisions(self) -> Mapping[str, int]:
@@ -106,6 +111,7 @@ def screen(
         InputError: No usable images, or fewer than subsets.
         OutputError: `out` or the cache cannot be written.
     """
+    _check(resources)
     chosen = ScreenOptions.of(options)
     named = FINAL if chosen.screener == OWN else chosen.screener
     with as_progress(resources.get("progress")) as tell:
@@ -148,6 +154,7 @@ def fit(
         InputError: As for `screen`, the screening does not fit the images, or the decisions do not.
         OutputError: `out` or the cache cannot be written.
     """
+    _check(resources)
     if screening is not None and no_screen:
         raise InputError("Give either a screening or no_screen, not both.")
     if out is not None:
@@ -167,6 +174,15 @@ def fit(
         screener = asked.options.screener if asked.is_new else OWN
         job = _prepare(images, detector, backbone, screener, {**resources, "progress": tell})
         return _both_stages(job, asked)
+
+
+def _check(resources: Resources) -> None:
+    """Raise TypeError for what neither function takes: options of stage 1 have a place of their own."""
+    for name in resources:
+        if name in {f.name for f in fields(ScreenOptions)}:
+            raise TypeError(f"'{name}' is an option of stage 1: give options=ScreenOptions({name}=...).")
+        if name not in Resources.__annotations__:
+            raise TypeError(unknown_name("argument", name, Resources.__annotations__))
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +211,7 @@ def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
         wants = job.screener is job.detector and isinstance(job.detector, Additive)
         stage1, merged = _stage1(job, options_for(job.detector, asked.options), folder, wants_fitted=wants)
     elif stage1 is not None and not asked.saved and out is not None:
-        _write_stage1(stage1, job.images, out / "screening")
+        _write_stage1(stage1, _pictures_of(stage1, job), out / "screening")
     same = stage1 is not None and _same_scores(stage1, job)
     plan = plan_training(job.data, job.detector, stage1, choices=asked.choices, same_detector=same)
     record = {
@@ -207,7 +223,8 @@ def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
     }
     model = _stage2(job, plan, merged, out, record, asked.started)
     if out is not None and stage1 is not None:
-        write_fit_report(model, *_shown(stage1, asked.choices, job), out)
+        decided, _ = stage1.with_decisions(asked.choices)
+        write_fit_report(model, decided, _pictures_of(decided, job), out)
     return FitResult(model, stage1, plan, out)
 
 
@@ -339,11 +356,10 @@ def _fitted(job: _Job, images: ImageSet, merged: Detector | None, watch: Watch) 
     return job.detector.clone().fit(images, device=job.run.device, watch=watch)
 
 
-def _shown(screening: Screening, choices: Mapping[str, str], job: _Job) -> tuple[Screening, ImageSet]:
-    """A screening as decided, under its own ids, and its images under the same."""
-    decided, _ = screening.with_decisions(choices)
+def _pictures_of(screening: Screening, job: _Job) -> ImageSet:
+    """The images of a screening under its own ids; a folder that was listed anew may have others under the same."""
     root = job.images.source.root if isinstance(job.images.source, FileSource) else None
-    return decided, job.images if root is None else images_of(decided, root)
+    return job.images if root is None else images_of(screening, root)
 
 
 def _run_folder(root: Path, job: _Job, *settings: Any) -> Path:

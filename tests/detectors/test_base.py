@@ -88,3 +88,15 @@ def test_names_are_known_in_any_case(name: str) -> None:
 def test_an_unknown_name_is_refused_with_the_closest() -> None:
     with pytest.raises(ParameterError, match="Unknown detector 'PatchCor'. Did you mean 'patchcore'"):
         make_detector("PatchCor")
+
+
+@pytest.mark.parametrize("state", [{"fit": 1}, {"_maps": 1}, {"clone_": 1, "save": 2}])
+def test_a_state_cannot_replace_methods(state: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="learns nothing of the name"):
+        make_detector("padim").with_state(state)
+
+
+def test_a_name_that_is_no_text_is_a_damaged_folder(tmp_path: Path) -> None:
+    (tmp_path / "detector.json").write_text('{"name": 5, "params": {}, "state": {}}')
+    with pytest.raises(ModelError, match="is not a readable detector folder"):
+        load_detector(tmp_path)

@@ -186,7 +186,13 @@ class Detector(ABC):
         return {k: v for k, v in vars(self).items() if k.endswith("_") and not k.startswith("_")}
 
     def with_state(self, state: Mapping[str, Any]) -> Self:
-        """A clone that has learned what `state` of a detector of this class and these hyper-parameters returned."""
+        """A clone that has learned what `state` of a detector of this class and these hyper-parameters returned.
+
+        Raises:
+            ModelError: A name is not one of learned state, so that it would replace something else.
+        """
+        if wrong := sorted(n for n in state if not n.endswith("_") or n.startswith("_") or hasattr(type(self), n)):
+            raise ModelError(f"{type(self).__name__} learns nothing of the name {', '.join(wrong)}. Fit it again.")
         fitted = self.clone()
         vars(fitted).update(state)
         return fitted
@@ -316,9 +322,9 @@ def load_detector(folder: str | Path, like: Detector | None = None) -> Detector:
         if content_digest(tensors) != content["sha256"]:
             raise ModelError(f"'{folder / content['file']}' does not match detector.json. Fit the model again.")
         state = {**content["state"], **_nested(load(tensors))}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return detector.with_state(state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"'{folder}' is not a readable detector folder: {error}.") from error
-    return detector.with_state(state)
 
 
 _IN = "::"  # joins an attribute and a key in the state's file

@@ -20,7 +20,7 @@ from flawsift.types import Floats, Ids
 HALVES = 2  # of the kept images, for a threshold where stage 1 had another detector: two trainings must do
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TrainingPlan:
     """What a detector of stage 2 is trained on.
 
@@ -41,6 +41,10 @@ class TrainingPlan:
     screening: Screening | None = None
     decisions: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        left_out = f", {100 * self.images.rejected_share:.1f} % of their patches left out"
+        return f"TrainingPlan of {len(self.images)} images, {len(self.kept)} of them kept{left_out}"
 
 
 def plan_training(
