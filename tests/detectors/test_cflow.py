@@ -138,8 +138,10 @@ def test_the_place_counts() -> None:
     x[:, :, 2:] -= 2
     flow = CFlow(layers=("a",), n_blocks=4, position_dim=16, steps=200, fibres=512, learning_rate=0.01)
     flow.fit(feature_set(a=x))
-    right = flow.predict_grids(feature_set(a=x[:8]))[1]
-    wrong = flow.predict_grids(feature_set(a=np.ascontiguousarray(x[:8, :, ::-1])))[1]  # each patch known, misplaced
+    right = flow.predict_patch_maps(feature_set(a=x[:8]))[1]
+    wrong = flow.predict_patch_maps(feature_set(a=np.ascontiguousarray(x[:8, :, ::-1])))[
+        1
+    ]  # known, misplaced
     assert wrong.min() > right.median()
 
 
@@ -160,7 +162,7 @@ def test_maps_are_sums_on_a_scale_of_the_training_set(scale: str) -> None:
             missing = 1 - torch.exp((values - known.max()).clamp(max=0))
         expected += torch.nn.functional.interpolate(missing[:, None], (4, 4), mode="bilinear")[:, 0]
     assert theirs[0][1].max() > mine[0].max()
-    scores, maps = flow.predict_grids(new)
+    scores, maps = flow.predict_patch_maps(new)
     torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(scores, expected.amax((1, 2)), rtol=1e-4)
 

@@ -297,7 +297,7 @@ def test_the_student_may_see_fewer_pixels(data: ImageSet) -> None:
         fitted.statistics_["stride8"][1, :, None, None]
     )
     torch.testing.assert_close(taps[8], F.avg_pool2d(wanted, 2))
-    assert fitted.predict_grids(data)[1].shape == (8, 8, 8)
+    assert fitted.predict_patch_maps(data)[1].shape == (8, 8, 8)
 
 
 def test_rates_fall_in_each_phase() -> None:

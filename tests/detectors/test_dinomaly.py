@@ -290,7 +290,7 @@ def test_the_input_is_the_mean_of_all_eight_blocks(vit: Backbone) -> None:
 @pytest.mark.parametrize(("grid", "edge"), [("finest", 8), ("coarsest", 4)])
 def test_the_grid_is_chosen(grid: Literal["finest", "coarsest"], edge: int) -> None:
     data = easy(4)
-    found = Dinomaly(**SHORT, grid=grid).fit(data).predict_grids(data)[1]
+    found = Dinomaly(**SHORT, grid=grid).fit(data).predict_patch_maps(data)[1]
     assert found.shape == (4, edge, edge)
 
 
@@ -303,7 +303,7 @@ def test_training_lowers_the_distance_and_the_map_is_that_of_the_groups() -> Non
         groups, found = after._groups(batch, "cpu"), after._expected(batch, "cpu")
     joined = [found[:, :24], found[:, 24:]]
     by_hand = sum(1 - F.cosine_similarity(e, d, 1) for e, d in zip(groups, joined, strict=True)) / 2
-    torch.testing.assert_close(after.predict_grids(data)[1], by_hand)
+    torch.testing.assert_close(after.predict_patch_maps(data)[1], by_hand)
 
 
 def test_the_image_score_is_the_mean_of_the_top_share_of_the_smoothed_map() -> None:

@@ -220,7 +220,7 @@ def test_a_layer_of_one_cell_is_the_image_vector() -> None:
     torch.testing.assert_close(mean, small(patch_size=1).fit(data)._embed(batch_of(data), "cpu")[1].mean(1))
     alone = small(layers=("token",), image_branch=False).fit(image_set(token=token))
     assert alone.widths_ == [0, 5]
-    assert alone.predict_grids(image_set(token=token))[1].shape == (9, 1, 1)
+    assert alone.predict_patch_maps(image_set(token=token))[1].shape == (9, 1, 1)
 
 
 def test_patches_are_means_of_cells_without_the_border() -> None:
@@ -355,7 +355,7 @@ def test_the_last_step_counts_and_its_rate_is_zero_with_decay(monkeypatch: pytes
         image, patches, _ = found._embed(batch_of(data), "cpu")
         with torch.no_grad():
             logits = heads[-1](image, patches).view(-1, 4, 4)
-        scores, maps = found.predict_grids(data)
+        scores, maps = found.predict_patch_maps(data)
         torch.testing.assert_close(maps, logits)
         np.testing.assert_allclose(scores, logits.amax((1, 2)), rtol=1e-5)
     (default, _), (paper, rate) = recipes
@@ -405,7 +405,7 @@ def test_pseudo_labels_and_maps_find_planted_defects(monkeypatch: pytest.MonkeyP
     assert hits / positives > 0.9
     assert hits / truth.sum() > 0.9
     assert detector.positive_share_ == pytest.approx(labels.mean(), rel=0.3)
-    scores, maps = detector.predict_grids(data)
+    scores, maps = detector.predict_patch_maps(data)
     assert image_auroc(scores, places.any((1, 2)).astype(np.int8)) > 0.99
     assert image_auroc(maps.flatten().numpy(), places.flatten().astype(np.int8)) > 0.99
 
@@ -430,7 +430,7 @@ def test_identical_images_give_finite_equal_scores(preset: str) -> None:
     data = image_set(a=one.repeat(4, 0))
     params = {**FUNAD.presets[preset], "layers": ("a",), "steps": 3, "hidden": (8,)}
     found = FUNAD(**params).fit(data)
-    scores = found.predict_grids(data)[0]
+    scores = found.predict_patch_maps(data)[0]
     assert np.isfinite(scores).all()
     assert np.ptp(scores) < 1e-5
 
@@ -452,12 +452,12 @@ def test_one_image_is_refused_or_compared_with_itself() -> None:
         small().fit(random_set(1))
     with pytest.raises(InputError, match="at least 1 images"):
         small(exclude_own=False).fit(random_set(1).select([]))
-    assert np.isfinite(small(exclude_own=False).fit(random_set(1)).predict_grids(random_set(1))[0]).all()
+    assert np.isfinite(small(exclude_own=False).fit(random_set(1)).predict_patch_maps(random_set(1))[0]).all()
 
 
 def test_the_smallest_bank_holds_two_images() -> None:
     found = small(bank_size=2, rebuild_every=1).fit(random_set(12))
-    assert np.isfinite(found.predict_grids(random_set(12))[0]).all()
+    assert np.isfinite(found.predict_patch_maps(random_set(12))[0]).all()
 
 
 def test_the_global_generator_has_no_say_and_is_left_alone() -> None:

@@ -250,7 +250,7 @@ def test_a_grid_that_is_not_square_has_no_diagonal() -> None:
     for position, counts in (("auto", False), ("always", True)):
         found = InReaCh(layers=LAYERS, position=position, min_span=2).fit(data)  # type: ignore[arg-type]
         assert (found.position_scale_ > 0) == counts
-        assert found.predict_grids(data)[1].shape == (6, 4, 5)
+        assert found.predict_patch_maps(data)[1].shape == (6, 4, 5)
 
 
 def test_maps_are_smoothed_distances_to_the_nominal_patches() -> None:
@@ -271,10 +271,10 @@ def test_maps_are_smoothed_distances_to_the_nominal_patches() -> None:
         bank = embedded(train)[kept]
         assert len(found.memory_bank_) == len(bank)
         expected = torch.cdist(embedded(test), bank[None]).amin(2).view(-1, SIDE, SIDE).float()
-        scores, maps = found.predict_grids(test)
+        scores, maps = found.predict_patch_maps(test)
         torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(scores, expected.amax((1, 2)), rtol=1e-4)
-        blurred = InReaCh(smoothing=1 / SIDE, **options).fit(train).predict_grids(test)
+        blurred = InReaCh(smoothing=1 / SIDE, **options).fit(train).predict_patch_maps(test)
         torch.testing.assert_close(blurred[1], smooth(expected, 1.0), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(blurred[0], smooth(expected, 1.0).amax((1, 2)), rtol=1e-4)
         assert found._expected(next(iter(test.batches(LAYERS))), "cpu").shape == (3, CHANNELS, SIDE, SIDE)

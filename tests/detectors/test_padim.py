@@ -39,7 +39,7 @@ def random_features(n: int, c: int = 5, h: int = 3, w: int = 4, seed: int = 0) -
 
 def grids(detector: Detector, data: ImageSet) -> npt.NDArray[np.float32]:
     """(N, h, w) maps on the patch grid."""
-    found: npt.NDArray[np.float32] = detector.predict_grids(data)[1].numpy()
+    found: npt.NDArray[np.float32] = detector.predict_patch_maps(data)[1].numpy()
     return found
 
 

@@ -53,14 +53,14 @@ def test_maps_equal_brute_force(k: int) -> None:
     found = PatchCore(layers=LAYERS, coreset_ratio=1.0, n_neighbors=k).fit(train)
     assert len(found.memory_bank_) == 5 * 64
     expected = nearest(test, embedding(train).reshape(-1, 10))[:, :, :k].mean(2)
-    scores, maps = found.predict_grids(test)
+    scores, maps = found.predict_patch_maps(test)
     np.testing.assert_allclose(maps.flatten(1), expected, rtol=1e-4)
     np.testing.assert_allclose(scores, expected.max(1), rtol=1e-4)
 
 
 def test_training_images_score_zero_on_a_full_bank() -> None:
     train = feature_set(5)  # why stage 1 leaves out the sub-model that saw an image
-    assert (PatchCore(layers=LAYERS, coreset_ratio=1.0).fit(train).predict_grids(train)[0] == 0).all()
+    assert (PatchCore(layers=LAYERS, coreset_ratio=1.0).fit(train).predict_patch_maps(train)[0] == 0).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
@@ -69,8 +69,8 @@ def test_reweighting_equals_the_formula(scale: float) -> None:
     b = 4
     plain = PatchCore(layers=LAYERS, coreset_ratio=1.0).fit(train)
     found = PatchCore(layers=LAYERS, coreset_ratio=1.0, reweight_neighbors=b).fit(train)
-    s, maps = plain.predict_grids(test)
-    weighted = found.predict_grids(test)[0]
+    s, maps = plain.predict_patch_maps(test)
+    weighted = found.predict_patch_maps(test)[0]
     bank, patches = embedding(train).reshape(-1, 10), embedding(test)
     for i in range(4):
         worst = patches[i, int(maps[i].flatten().argmax())]
@@ -120,7 +120,7 @@ def test_what_it_expects_is_the_nearest_entry() -> None:
     expected = found._expected(batch_of(test), "cpu")
     assert expected.shape == (2, 10, 8, 8)
     gap = (expected.flatten(2).transpose(1, 2).double() - torch.from_numpy(embedding(test))).norm(dim=2)
-    np.testing.assert_allclose(gap, found.predict_grids(test)[1].flatten(1), rtol=1e-4)
+    np.testing.assert_allclose(gap, found.predict_patch_maps(test)[1].flatten(1), rtol=1e-4)
 
 
 def test_bad_use_is_told() -> None:

@@ -223,11 +223,11 @@ def test_the_map_is_the_sum_over_taps(monkeypatch: pytest.MonkeyPatch) -> None:
     by_hand = torch.zeros(6, *size)
     for t, s in zip(teacher, student, strict=True):
         by_hand += F.interpolate((1 - F.cosine_similarity(t, s, dim=1))[:, None], size, mode="bilinear")[:, 0]
-    found = fitted.predict_grids(data)[1]
+    found = fitted.predict_patch_maps(data)[1]
     torch.testing.assert_close(found, by_hand)
     assert 0 <= found.min() <= found.max() <= 6
     monkeypatch.setattr(fitted, "_net", lambda _: Echo())
-    assert fitted.predict_grids(data)[1].abs().max() < 1e-5, "a student equal to its teacher has a map"
+    assert fitted.predict_patch_maps(data)[1].abs().max() < 1e-5, "a student equal to its teacher has a map"
 
 
 def test_the_image_score_is_the_maximum_of_the_smoothed_map() -> None:

@@ -239,8 +239,8 @@ def test_a_killed_training_goes_on_to_the_same_average(tmp_path: Path, monkeypat
 def test_far_patches_score_above_all_of_training() -> None:
     x = 0.3 * normal(20) + 1
     detector = SimpleNet(**FAST).fit(feature_set(a=x))
-    known, _ = detector.predict_grids(feature_set(a=x))
-    far, maps = detector.predict_grids(feature_set(a=x[:2] - 8))
+    known, _ = detector.predict_patch_maps(feature_set(a=x))
+    far, maps = detector.predict_patch_maps(feature_set(a=x[:2] - 8))
     assert far.min() > known.max()
     assert far.tolist() == maps.amax((1, 2)).tolist()
 
@@ -255,7 +255,7 @@ def test_scores_are_minus_the_discriminator_in_eval_mode() -> None:
     centred = (hidden - w["discriminator.1.running_mean"]) / (w["discriminator.1.running_var"] + 1e-5).sqrt()
     scaled = centred * w["discriminator.1.weight"] + w["discriminator.1.bias"]
     expected = -(torch.where(scaled > 0, scaled, 0.2 * scaled) @ w["discriminator.3.weight"][0])
-    torch.testing.assert_close(detector.predict_grids(data)[1], expected.float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(detector.predict_patch_maps(data)[1], expected.float(), rtol=1e-3, atol=1e-4)
 
 
 def test_a_step_sees_at_most_so_many_patches(monkeypatch: pytest.MonkeyPatch) -> None:

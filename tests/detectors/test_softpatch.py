@@ -64,11 +64,11 @@ def test_maps_are_distances_times_the_factor_of_the_nearest_entry() -> None:
     bank, weights = embedding(train)[trusted], factors[trusted]
     distances = np.linalg.norm(embedding(test)[:, :, None] - bank, axis=3)
     expected = distances.min(2) * weights[distances.argmin(2)]
-    scores, maps = found.predict_grids(test)
+    scores, maps = found.predict_patch_maps(test)
     np.testing.assert_allclose(maps.flatten(1), expected, rtol=1e-4)
     np.testing.assert_allclose(scores, expected.max(1), rtol=1e-4)
     plain = SoftPatch(layers=LAYERS, coreset_ratio=1.0, lof_neighbors=5, soft_weights=False).fit(train)
-    np.testing.assert_allclose(plain.predict_grids(test)[1].flatten(1), distances.min(2), rtol=1e-4)
+    np.testing.assert_allclose(plain.predict_patch_maps(test)[1].flatten(1), distances.min(2), rtol=1e-4)
 
 
 def test_with_nothing_removed_the_bank_is_the_one_of_patchcore() -> None:
@@ -244,7 +244,7 @@ def test_what_it_expects_is_the_nearest_entry() -> None:
     expected = found._expected(next(iter(test.batches(LAYERS))), "cpu")
     assert expected.shape == (2, 10, 8, 8)
     gap = (expected.flatten(2).transpose(1, 2).double() - torch.from_numpy(embedding(test))).norm(dim=2)
-    np.testing.assert_allclose(gap, found.predict_grids(test)[1].flatten(1), rtol=1e-4)
+    np.testing.assert_allclose(gap, found.predict_patch_maps(test)[1].flatten(1), rtol=1e-4)
 
 
 def test_bad_use_is_told() -> None:

@@ -34,9 +34,9 @@ def feature_set(n: int, seed: int = 0, outliers: int = 0) -> ImageSet:
 @pytest.mark.parametrize("top_share", [0.01, 0.1, 1.0])
 def test_maps_and_scores_are_the_means_of_those_of_both_parts(top_share: float) -> None:
     train, test = feature_set(20, outliers=2), feature_set(5, seed=1, outliers=1)
-    scores, grids = TwoBanks(**SHARED, top_share=top_share).fit(train).predict_grids(test)
+    scores, grids = TwoBanks(**SHARED, top_share=top_share).fit(train).predict_patch_maps(test)
     parts = [PatchCore(**SHARED).fit(train), SoftPatch(**SHARED).fit(train)]
-    expected = [part.predict_grids(test)[1].numpy() for part in parts]
+    expected = [part.predict_patch_maps(test)[1].numpy() for part in parts]
     np.testing.assert_allclose(grids.numpy(), (expected[0] + expected[1]) / 2, rtol=1e-5)
     n = max(1, int(top_share * SIDE * SIDE))
     worst = [np.sort(one.reshape(5, -1), 1)[:, -n:].mean(1) for one in expected]
@@ -47,7 +47,7 @@ def test_each_bank_names_its_own_worst_places() -> None:
     """The score is not that of the mean map, unless one cell is the highest in both."""
     train, test = feature_set(20, outliers=2), feature_set(30, seed=1)
     found = TwoBanks(**SHARED, top_share=0.01).fit(train)
-    scores, grids = found.predict_grids(test)
+    scores, grids = found.predict_patch_maps(test)
     assert (scores >= grids.amax((1, 2)).numpy() - 1e-5).all()
     assert (scores > grids.amax((1, 2)).numpy() + 1e-3).any()
 

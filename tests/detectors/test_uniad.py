@@ -159,7 +159,7 @@ def test_prediction_has_no_jitter_and_no_dropout() -> None:
     module = fitted._net("cpu")
     clean = fitted._embed(next(data.batches(("a",))))
     expected = (module(clean) - clean).square().sum(1).sqrt()
-    torch.testing.assert_close(fitted.predict_grids(data)[1], expected)
+    torch.testing.assert_close(fitted.predict_patch_maps(data)[1], expected)
 
 
 def test_places_enter_queries_and_keys_but_not_values() -> None:
@@ -252,7 +252,7 @@ def test_the_rate_falls_at_four_fifths(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_four_images_can_be_learned_by_heart() -> None:
     x = random_features(4)
     detector = UniAD(**{**SMALL, "width": 32, "epochs": 250, "jitter": 0.0, "dropout": 0.0})
-    found = detector.fit(feature_set(x)).predict_grids(feature_set(x))[1]
+    found = detector.fit(feature_set(x)).predict_patch_maps(feature_set(x))[1]
     error = found.square().mean().item() / 6  # features are standardised: variance 1
     assert error < 0.2, f"MSE {error:.2f} of the variance"
 

@@ -254,7 +254,7 @@ def _example_ids(test: ImageSet, truth: GroundTruth, n: int) -> Ids:
 
 
 def _example_maps(model: Model, images: ImageSet, device: str) -> dict[str, npt.NDArray[Any]]:
-    scores, grids = model.detector.predict_grids(images, device=device)
+    scores, grids = model.detector.predict_patch_maps(images, device=device)
     threshold = model.threshold()
     held_out = model.calibration.scores
     low = float(np.median(held_out)) if len(held_out) else 0.0

@@ -143,7 +143,7 @@ class Detector(ABC):
         Raises:
             NotFittedError: `fit` was not called.
         """
-        scores, grids, size = self._score(data, device, batch_size, keep_grids=maps)
+        ((scores, grids, size),) = score_together([self], data, device, batch_size, keep_grids=maps)
         if not maps:
             return Prediction(data.ids, scores, None)
         # in pieces: the image grid is many times larger than the patch grid
@@ -152,20 +152,15 @@ class Detector(ABC):
         stacked = torch.cat(full).numpy() if full else np.empty((0, size, size), np.float32)
         return Prediction(data.ids, scores, stacked)
 
-    def predict_grids(self, data: ImageSet, *, device: str = "auto") -> tuple[npt.NDArray[np.float32], Tensor]:
+    def predict_patch_maps(self, data: ImageSet, *, device: str = "auto") -> tuple[npt.NDArray[np.float32], Tensor]:
         """(N,) scores and (N, h, w) maps on the patch grid, not upsampled: all that stage 1 needs."""
-        scores, grids, _ = self._score(data, device, 32, keep_grids=True)
+        ((scores, grids, _),) = score_together([self], data, device, 32, keep_grids=True)
         return scores, grids
 
     def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
         """(B, h, w) patch-grid maps and (B,) image scores."""
         maps = self._maps(batch, device)
         return maps, self._image_scores(maps)
-
-    def _score(
-        self, data: ImageSet, device: str, batch_size: int, *, keep_grids: bool
-    ) -> tuple[npt.NDArray[np.float32], Tensor, int]:
-        return score_together([self], data, device, batch_size, keep_grids=keep_grids)[0]
 
     @property
     def fitted(self) -> bool:
