@@ -78,7 +78,7 @@ def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     assert found.code == 0, found.err
     rows = table(tmp_path / "p" / "predictions.csv")
     assert len(rows) == 50
-    assert list(rows[0]) == ["path", "score", "is_anomalous", "error"]
+    assert list(rows[0]) == ["path", "score", "is_anomalous", "p_value", "error"]
     assert sum(int(r["is_anomalous"]) for r in rows) == found.json["n_anomalous"]
     with Image.open(tmp_path / "p" / "maps" / "part-49.png.png") as overlay:
         assert overlay.size[0] == overlay.size[1]
@@ -235,8 +235,8 @@ def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) ->
         (["screen", "{images}", "--out", "{out}", "--detector", "pathcore"], "Did you mean 'patchcore'"),
         (["screen", "{images}", "--out", "{out}", "--backbone", "resnet81"], "Unknown backbone 'resnet81'"),
         (["screen", "{images}", "--out", "{out}", "--keep", "some"], "--keep must be 'auto' or a share"),
-        (["screen", "{images}", "--out", "{out}", "--keep", "1.5"], "keep must be 'auto' or in"),
-        (["screen", "{images}", "--out", "{out}", "--subsets", "1"], "n_subsets must be at least 2"),
+        (["screen", "{images}", "--out", "{out}", "--keep", "1.5"], "must be 'auto' or in"),
+        (["screen", "{images}", "--out", "{out}", "--subsets", "1"], "must be a whole number of at least 2"),
         (["screen", "{images}", "--out", "{out}", "--subsets", "70"], "70 subsets need at least 70 images"),
         (["screen", "{images}", "--out", "{out}", "--set", "coreset_ratio"], "needs name=value"),
         (["screen", "{images}", "--out", "{out}", "--set", "coreset_ratio=2"], "must be in"),

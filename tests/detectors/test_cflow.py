@@ -139,9 +139,7 @@ def test_the_place_counts() -> None:
     flow = CFlow(layers=("a",), n_blocks=4, position_dim=16, steps=200, fibres=512, learning_rate=0.01)
     flow.fit(feature_set(a=x))
     right = flow.predict_patch_maps(feature_set(a=x[:8]))[1]
-    wrong = flow.predict_patch_maps(feature_set(a=np.ascontiguousarray(x[:8, :, ::-1])))[
-        1
-    ]  # known, misplaced
+    wrong = flow.predict_patch_maps(feature_set(a=np.ascontiguousarray(x[:8, :, ::-1])))[1]  # known, misplaced
     assert wrong.min() > right.median()
 
 

@@ -43,7 +43,7 @@ def test_headline(n: int, n_removed: int, estimate: Contamination | None, expect
 )  # fmt: skip
 def test_where_the_share_comes_from(estimate: Contamination | None, keep_share: float, expected: str) -> None:
     images = ImageSet.from_arrays(noise(5, edge=1))
-    screening = make_screening(images, 0, contamination=estimate, options={"keep_share": keep_share})
+    screening = make_screening(images, 0, contamination=estimate, keep_share=keep_share)
     assert expected in contamination_text(screening)
 
 
