@@ -247,6 +247,16 @@ def test_additive_submodels_travel_back_and_are_merged(easy: Dataset, tiny: Back
     assert unwanted.fitted is None
 
 
+def test_a_resumed_run_merges_no_submodels_of_other_partitions(easy: Dataset, tiny: Backbone, tmp_path: Path) -> None:
+    detector = make_detector("padim", n_features=20)
+    data, options = stored(easy, tiny, detector, tmp_path), ScreenOptions(n_subsets=3, n_partitions=2)
+    run = Run(checkpoint=tmp_path / "p", executor=Processes(workers=1))
+    rank_by_submodels(data, detector, options, run)
+    for m in range(1, 6):  # the first of the first partition is there, the five others are not
+        (tmp_path / "p" / f"scores-{m}.safetensors").unlink()
+    assert rank_by_submodels(data, detector, options, run, wants_fitted=True).fitted is None
+
+
 @dataclass(eq=False)
 class Counting(Executor):
     """Another executor, and the items that it was given."""

@@ -13,7 +13,7 @@ from flawsift import pipeline
 from flawsift.cli.main import main
 from flawsift.datasets import Dataset
 from flawsift.detectors.base import make_detector
-from flawsift.errors import ParameterError
+from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone
 from flawsift.features.store import FeatureStore
 from flawsift.models.model import set_digest
@@ -139,6 +139,35 @@ def test_options_at_the_wrong_place_are_told_where_they_belong(easy: Dataset, ti
             function(easy.images, SMALL, tiny, keep=0.8)  # type: ignore[call-arg]
         with pytest.raises(TypeError, match="Did you mean 'device'"):
             function(easy.images, SMALL, tiny, devise="cpu")  # type: ignore[call-arg]
+
+
+def test_decisions_of_a_caller_are_checked_as_those_of_a_file(
+    easy: Dataset, tiny: Backbone, store: FeatureStore
+) -> None:
+    screening = pipeline.screen(easy.images, SMALL, tiny, options=ScreenOptions(keep=0.8), store=store)
+    first = screening.names[int(np.flatnonzero(screening.is_kept)[0])]
+    kept = pipeline.fit(easy.images, SMALL, tiny, screening=screening, decisions={first: " Keep"}, store=store)
+    assert kept.plan.kept.tolist() == screening.kept.tolist()
+    with pytest.raises(ParameterError, match="must be keep, remove or unsure, got 'maybe'"):
+        pipeline.fit(easy.images, SMALL, tiny, screening=screening, decisions={first: "maybe"}, store=store)
+    with pytest.raises(TypeError, match="screening must be a Screening or its folder"):
+        pipeline.fit(easy.images, SMALL, tiny, screening=3, store=store)  # type: ignore[arg-type]
+
+
+def test_options_come_from_sweeps_and_not_from_infinity() -> None:
+    swept = ScreenOptions(keep=np.float32(0.5), n_subsets=np.int64(3))  # type: ignore[arg-type]
+    assert json.dumps([swept.keep, swept.n_subsets]) == "[0.5, 3]"
+    for name in ("keep", "reject_patches", "divergence_weight"):
+        for bad in (float("inf"), float("nan")):
+            with pytest.raises(ParameterError, match=name):
+                ScreenOptions.of("default", **{name: bad})
+    with pytest.raises(ParameterError, match="ScreenOptions or default or paper, got None"):
+        ScreenOptions.of(None)  # type: ignore[arg-type]
+
+
+def test_an_empty_path_is_not_the_working_folder() -> None:
+    with pytest.raises(InputError, match="path of the images is empty"):
+        flawsift.as_images("")
 
 
 def test_options_are_presets_with_changes() -> None:

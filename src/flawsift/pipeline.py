@@ -28,7 +28,7 @@ from flawsift.models.plan import TrainingPlan, held_out_scores_of, options_for, 
 from flawsift.paths import show
 from flawsift.progress import ProgressOption, as_progress
 from flawsift.reports.screening import write_fit_report, write_screening_report
-from flawsift.screening.decisions import read_decisions
+from flawsift.screening.decisions import checked_decisions, read_decisions
 from flawsift.screening.lookalikes import describe_images
 from flawsift.screening.options import FINAL, OWN, ScreenOptions
 from flawsift.screening.result import Screening
@@ -155,6 +155,8 @@ def fit(
         OutputError: `out` or the cache cannot be written.
     """
     _check(resources)
+    if not isinstance(screening, Screening | str | Path | None):
+        raise TypeError(f"screening must be a Screening or its folder, got {type(screening).__name__}.")
     if screening is not None and no_screen:
         raise InputError("Give either a screening or no_screen, not both.")
     if out is not None:
@@ -165,7 +167,7 @@ def fit(
         saved=isinstance(screening, str | Path),
         no_screen=no_screen,
         options=ScreenOptions.of(options),
-        choices=decisions if isinstance(decisions, Mapping) else read_decisions(decisions) if decisions else {},
+        choices=_choices(decisions),
         false_alarm_rate=false_alarm_rate,
         out=None if out is None else Path(out),
         started=time.monotonic(),
@@ -183,6 +185,12 @@ def _check(resources: Resources) -> None:
             raise TypeError(f"'{name}' is an option of stage 1: give options=ScreenOptions({name}=...).")
         if name not in Resources.__annotations__:
             raise TypeError(unknown_name("argument", name, Resources.__annotations__))
+
+
+def _choices(decisions: str | Path | Mapping[str, str] | None) -> dict[str, str]:
+    if decisions is None:
+        return {}
+    return checked_decisions(decisions) if isinstance(decisions, Mapping) else read_decisions(decisions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,7 +327,7 @@ def _stage2(
 ) -> Model:
     """Train, calibrate and save; `merged` is an additive detector of all images, where stage 1 made one."""
     run, resume = job.run, None if out is None else Path(out) / ".resume"
-    unfinished = None if resume is None else _run_folder(resume, job, set_digest(plan.images))
+    unfinished = None if resume is None else _run_folder(resume, job, set_digest(plan.images), run.seed)
     run.progress("detector", 0, 1)
     checkpoint = None if unfinished is None else unfinished / "training.safetensors"
     watch = Watch(lambda _, done, of: run.progress("detector", done, of), checkpoint)

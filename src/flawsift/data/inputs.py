@@ -94,6 +94,8 @@ def in_pieces(images: Images, size: int) -> Iterator[ImageSet]:
 
 
 def _from_path(given: str | os.PathLike[str]) -> ImageSet:
+    if not os.fspath(given):  # as Path it would be the working folder
+        raise InputError("The path of the images is empty. Give a folder, an image file or a pattern such as *.png.")
     path = Path(given)
     if os.path.isdir(path):
         return ImageSet.from_folder(path)

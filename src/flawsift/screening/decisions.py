@@ -64,6 +64,19 @@ def read_decisions(path: str | Path) -> dict[str, str]:
     return {name: decision.choice for name, decision in _read(Path(path)).items() if decision.choice}
 
 
+def checked_decisions(choices: Mapping[str, str]) -> dict[str, str]:
+    """Decisions that did not come from a file, as `read_decisions` gives them.
+
+    Raises:
+        ParameterError: One is not keep, remove or unsure.
+    """
+    checked = {show(name): choice.strip().lower() for name, choice in choices.items()}
+    for name, choice in checked.items():
+        if choice not in CHOICES:
+            raise ParameterError(f"The decision about '{name}' must be keep, remove or unsure, got '{choice}'.")
+    return checked
+
+
 def _read(path: Path) -> dict[str, Decision]:
     where = f"Decisions file '{show(path)}'"
     try:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import isfinite
+from numbers import Integral, Number, Real
 from typing import Any, Literal, get_args
 
 from flawsift.errors import ParameterError, unknown_name
@@ -70,6 +72,9 @@ class ScreenOptions:
         }
         for name, (holds, constraint) in checks.items():
             value = getattr(self, name)
+            if isinstance(value, Number) and hasattr(value, "item"):  # numpy's, of a sweep; JSON has plain ones only
+                value = value.item()
+                object.__setattr__(self, name, value)
             if not holds(value):
                 flag = self.__dataclass_fields__[name].metadata.get(FLAG, f"--{name.replace('_', '-')}")
                 raise ParameterError(f"Stage 1: {name} ({flag}) must {constraint}, got {value!r}.")
@@ -84,6 +89,8 @@ class ScreenOptions:
         Raises:
             ParameterError: Unknown preset or option, or a value out of range.
         """
+        if not isinstance(preset, str | ScreenOptions):
+            raise ParameterError(f"Options of stage 1 are ScreenOptions or {' or '.join(PRESETS)}, got {preset!r}.")
         if isinstance(preset, str) and preset not in PRESETS:
             raise ParameterError(unknown_name("preset of stage 1", preset, PRESETS))
         known = [f.name for f in fields(cls)]
@@ -98,11 +105,11 @@ class ScreenOptions:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
 
 
 def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 PRESETS: Mapping[str, ScreenOptions] = {

@@ -79,15 +79,15 @@ class _Merger:
     seen: int = 0
     _total: Detector | None = None
 
-    def __call__(self, model: Detector) -> None:
-        if isinstance(model, Additive) and self.seen < self.n_subsets:
+    def __call__(self, m: int, model: Detector) -> None:
+        if m < self.n_subsets and isinstance(model, Additive):
             self._total = model.merged(self._total) if self._total is not None else model
-        self.seen += 1
+            self.seen += 1
 
     @property
     def total(self) -> Detector | None:
         """The model of all images, when every sub-model of the first partition was trained in this run."""
-        return self._total if self.seen >= self.n_subsets else None
+        return self._total if self.seen == self.n_subsets else None
 
 
 @dataclass(eq=False)
@@ -108,7 +108,7 @@ class SubModels:
         n_models = len(self.subset_of) * self.n_subsets
         self.scores = np.empty((n_models, len(self.train)), np.float32)
 
-    def all(self, on_submodel: Callable[[Detector], None] | None, *, keep_models: bool) -> list[Detector]:
+    def all(self, on_submodel: Callable[[int, Detector], None] | None, *, keep_models: bool) -> list[Detector]:
         """Fill `scores`; return the sub-models only when they are to be kept."""
         models: list[Detector] = []
         n_models, k = len(self.scores), self.n_subsets
@@ -129,7 +129,7 @@ class SubModels:
         self.progress("sub-models", n_models, n_models)
         return models
 
-    def _train(self, m: int, on_submodel: Callable[[Detector], None] | None) -> Detector:
+    def _train(self, m: int, on_submodel: Callable[[int, Detector], None] | None) -> Detector:
         """Sub-model m, from its checkpoint or trained now."""
         self.progress("sub-models", m, len(self.scores))
         folder = None if self.checkpoint is None else self.checkpoint / f"model-{m}"
@@ -140,11 +140,11 @@ class SubModels:
             folder.mkdir(parents=True, exist_ok=True)
             model.save(folder)
         if on_submodel is not None:
-            on_submodel(model)
+            on_submodel(m, model)
         return model
 
     def fan_out(
-        self, executor: Executor, device: str, on_submodel: Callable[[Detector], None] | None, *, keep_models: bool
+        self, executor: Executor, device: str, on_submodel: Callable[[int, Detector], None] | None, *, keep_models: bool
     ) -> list[Detector]:
         """As `all`, each sub-model by a task of its own; workers find a device behind "auto" themselves."""
         models: list[Detector] = []
@@ -167,7 +167,7 @@ class SubModels:
                 self.scores[m], grids, model = next(results)
                 self._store_scores(m, self.scores[m], grids)
                 if model is not None and on_submodel is not None:
-                    on_submodel(model)
+                    on_submodel(m, model)
                 models += [model] if model is not None and keep_models else ()
             self._add_maps(m, grids)
         self.progress("sub-models", n_models, n_models)
