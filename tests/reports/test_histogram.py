@@ -44,7 +44,7 @@ def test_sides_that_meet_at_one_score_are_cut_there() -> None:
     assert Histogram.of(np.array([0.0, 1, 2.1, 2, 3, 4]), np.arange(6) < 3).cut is None
 
 
-def test_a_single_image_among_thousands_has_a_bar_that_can_be_seen() -> None:
+def test_a_single_image_has_a_bar_that_can_be_seen() -> None:
     found = Histogram.of(np.append(np.zeros(100_000), 1.0), np.ones(100_001, bool))
     assert [bar[5].split()[0] for bar in found.bars] == ["100,000", "1"]
     assert found.bars[1][3] >= 2
