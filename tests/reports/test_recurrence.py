@@ -63,3 +63,13 @@ def test_a_recurring_patch_is_a_twin_and_a_scattered_one_is_not() -> None:
     assert found.unusual == list(range(10))
     assert found.twins == list(range(5))
     assert found.suspicious
+
+
+def test_copies_alone_are_no_twins() -> None:
+    first, second = torch.randn(2, 1, 20, 16, generator=torch.Generator().manual_seed(0))
+    alike = find_recurrence(*reference_distances(first.repeat(10, 1, 1), torch.arange(10)))
+    assert (alike.unusual, alike.twins) == ([], [])
+    both = torch.cat([first.repeat(10, 1, 1), second.repeat(3, 1, 1)])
+    found = find_recurrence(*reference_distances(both, torch.arange(13)))
+    assert (found.unusual, found.ordinary) == ([10, 11, 12], 0)
+    assert found.twins == [], "nothing is nearer than copies are to each other"
