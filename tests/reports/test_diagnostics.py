@@ -1,6 +1,7 @@
 """The diagnosis of the assumption behind learning from contaminated sets."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,15 @@ def test_identical_images_are_finite(tmp_path: Path) -> None:
     assert (found.distances[ALL] == 0).all()
     page = write_diagnosis(found, tmp_path).read_text()
     assert "nan" not in page
+
+
+def test_a_page_names_some_of_many_images_and_tells_how_many_more(tmp_path: Path) -> None:
+    found = diagnose(features_of(torch.randn(4, 4, 3, generator=torch.Generator().manual_seed(0))), "a")  # the fewest
+    for n, more in ((24, None), (25, 1), (40, 16)):
+        page = write_diagnosis(replace(found, twins=[f"{i}.png" for i in range(n)]), tmp_path).read_text()
+        assert page.count(".png</bdi>") == 24
+        assert ("more in diagnostics.json" in page) == (more is not None)
+        assert more is None or f"and {more} more in" in page
 
 
 @pytest.fixture(scope="module")

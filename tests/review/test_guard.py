@@ -73,6 +73,9 @@ def test_bodies_are_small_json(client: TestClient, folder: Path) -> None:
     large = b'{"changes": [' + b" " * MAX_BODY + b"]}"
     as_json = {"Content-Type": "application/json"}
     assert client.post(path, content=large, headers=as_json).status_code == 413
+    for length in (str(MAX_BODY + 1), "9" * 5000, "-1", "many"):  # refused before it is read
+        answer = client.post(path, content=b"{}", headers={**as_json, "Content-Length": length})
+        assert answer.status_code == 413, length
     parts = (large[i : i + 65536] for i in range(0, len(large), 65536))  # in chunks, without a length
     assert client.post(path, content=parts, headers=as_json).status_code == 413
     assert client.post(path, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415

@@ -1,11 +1,15 @@
 """What a review shows of a screening."""
 
+import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from flawsift.data.images import ImageSet
 from flawsift.errors import InputError
 from flawsift.review import session as reviewing
 from flawsift.review.session import Review
@@ -38,9 +42,77 @@ def test_where_the_images_are(folder: Path, screened: Path, tmp_path: Path) -> N
         Review.open(tmp_path / "gone")
 
 
+def test_where_a_refit_writes_and_what_it_is_told(folder: Path, screened: Path, tmp_path: Path) -> None:
+    assert Review.open(folder).out == folder / "model"
+    (tmp_path / "model.json").touch()
+    assert Review.open(folder).out == folder / "model"  # a model beside a screening of another name
+    inside = Path(shutil.copytree(folder, tmp_path / "m" / "screening"))
+    assert Review.open(inside).out == inside / "model"
+    (tmp_path / "m" / "model.json").touch()
+    for place in (inside, tmp_path / "m"):
+        assert Review.open(place).out == tmp_path / "m"
+    plain = Review.open(folder).refit.command
+    assert "--images" not in plain
+    assert "--cache" not in plain
+    given = Review.open(folder, images=screened / "parts", cache=tmp_path / "c").refit.command
+    assert given == [*plain, "--images", str(screened / "parts"), "--cache", str(tmp_path / "c")]
+
+
+def test_a_decision_that_was_cleared_leaves_what_the_screening_said(folder: Path) -> None:
+    review = Review.open(folder)
+    kept, removed = int(review.screening.kept[0]), int(review.screening.removed[0])
+    for version, (first, second) in enumerate([("remove", "keep"), ("", "")]):
+        changes = [(kept, first), (removed, second)]
+        review.decide([{"id": i, "decision": choice, "version": version} for i, choice in changes])
+        now = review.reviewed_screening().kept.tolist()
+        assert (kept in now, removed in now) == ((False, True) if first else (True, False))
+
+
+def test_an_image_that_was_removed_by_hand_is_no_typical_one(folder: Path) -> None:
+    review = Review.open(folder)
+    suspect = int(review.screening.removed[0])
+    near = review.alike(suspect)
+    review.decide([{"id": near[0], "decision": "remove", "version": 0}])
+    assert near[0] not in review.alike(suspect)
+
+
+def test_pictures_have_the_sizes_of_their_places(folder: Path, screened: Path, tmp_path: Path) -> None:
+    parts = Path(shutil.copytree(screened / "parts", tmp_path / "parts"))
+    Image.new("RGB", (2400, 1200)).save(parts / "part-05.png")
+    review = Review.open(folder, images=parts)
+    large, small = review.id_of["part-05.png"], review.id_of["part-06.png"]  # the latter has 64 x 64 pixels
+    sizes = {}
+    for kind in ("thumb", "preview", "thumb-map", "preview-map"):
+        for id_ in (large, small):
+            data = review.picture(kind, id_, review.stamp(id_))
+            assert data is not None
+            with Image.open(io.BytesIO(data)) as picture:
+                sizes[kind, id_] = picture.size
+    assert [sizes[kind, large] for kind in ("thumb", "thumb-map")] == [(256, 128), (256, 128)]
+    assert [sizes[kind, large] for kind in ("preview", "preview-map")] == [(1200, 600), (512, 256)]
+    assert {sizes[kind, small] for kind in ("thumb", "preview")} == {(64, 64)}  # never enlarged
+    assert [sizes[kind, small] for kind in ("thumb-map", "preview-map")] == [(256, 256), (512, 512)]
+
+
 def test_memory_for_pictures_is_bounded() -> None:
     # at most about 15 kB for a thumbnail, and 400 kB for a preview
     assert 15e3 * reviewing.THUMBS + 400e3 * reviewing.PREVIEWS < 100e6
+
+
+def test_fewer_previews_than_thumbnails_are_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    review, decoded, image_of = Review.open(folder), [], ImageSet.image
+
+    def image(images: ImageSet, id_: int) -> Image.Image:
+        decoded.append(id_)
+        return image_of(images, id_)
+
+    monkeypatch.setattr(ImageSet, "image", image)
+    for kind, again in (("thumb", 0), ("preview", 1)):
+        for version in range(reviewing.PREVIEWS + 1):
+            review.picture(kind, 3, f"{version}")
+        n = len(decoded)
+        review.picture(kind, 3, "0")
+        assert len(decoded) - n == again, kind
 
 
 def test_names_are_found_by_what_is_shown(screened: Path) -> None:
