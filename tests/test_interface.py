@@ -170,6 +170,26 @@ def test_an_empty_path_is_not_the_working_folder() -> None:
         flawsift.as_images("")
 
 
+def test_a_screening_under_other_ids_shows_their_images(
+    easy: Dataset, easy_folder: Path, tiny: Backbone, store: FeatureStore, tmp_path: Path
+) -> None:
+    pipeline.screen(easy_folder, SMALL, tiny, options=ScreenOptions(keep=0.8), store=store, out=tmp_path / "s")
+    loaded = flawsift.load_screening(tmp_path / "s")
+    backwards = sorted(easy_folder.glob("*.png"), reverse=True)
+    planned = pipeline.fit(backwards, SMALL, tiny, screening=loaded, store=store).plan.screening
+    assert planned is not None
+    for screening in (loaded, planned):
+        assert screening.images is not None
+        shown = dict(zip(screening.images.ids.tolist(), screening.images.names, strict=True))
+        assert [shown[i] for i in screening.ids.tolist()] == list(screening.names)
+    kept = [
+        path for path in backwards if path.name in {loaded.names[p] for p in np.flatnonzero(loaded.is_kept).tolist()}
+    ]
+    partial = pipeline.fit(kept, SMALL, tiny, screening=loaded, store=store).plan.screening
+    assert partial is not None
+    assert "<img" not in partial._repr_html_()
+
+
 def test_options_are_presets_with_changes() -> None:
     paper = ScreenOptions.of("paper", n_subsets=3)
     assert (paper.n_subsets, paper.keep, paper.exclude_own) == (3, 0.4, False)

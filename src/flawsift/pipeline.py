@@ -27,6 +27,7 @@ from flawsift.models.model import Model, set_digest, versions
 from flawsift.models.plan import TrainingPlan, held_out_scores_of, options_for, plan_training
 from flawsift.paths import show
 from flawsift.progress import ProgressOption, as_progress
+from flawsift.reports.pages import REPORT
 from flawsift.reports.screening import write_fit_report, write_screening_report
 from flawsift.screening.decisions import checked_decisions, read_decisions
 from flawsift.screening.lookalikes import describe_images
@@ -83,7 +84,7 @@ class FitResult:
     @property
     def report(self) -> Path | None:
         """The page about the model, where one was written."""
-        return None if self.out is None or self.screening is None else self.out / "report.html"
+        return None if self.out is None or self.screening is None else self.out / REPORT
 
 
 def screen(

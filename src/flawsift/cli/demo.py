@@ -20,6 +20,7 @@ from flawsift.files import write_json
 from flawsift.models import model as models
 from flawsift.models.calibration import Calibration
 from flawsift.progress import Progress, silent
+from flawsift.reports.pages import REPORT
 from flawsift.reports.predictions import OverlayWriter, write_predictions
 from flawsift.screening.result import Screening
 
@@ -123,7 +124,7 @@ def run_demo(
     write_json(out / "metrics.json", {"without_screening": before, "with_screening": after})
     return DemoResult(
         out=out,
-        report=out / "model" / "screening" / "report.html",
+        report=out / "model" / "screening" / REPORT,
         detector=type(model.detector).__name__,
         without_screening=before,
         with_screening=after,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 import typer
 
 from flawsift.errors import ParameterError
-from flawsift.screening.options import FLAG, HELP, PRESETS, ScreenOptions
+from flawsift.screening.options import FINAL, FLAG, HELP, PRESETS, ScreenOptions
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -93,7 +93,7 @@ ModelFolder = Annotated[Path, typer.Argument(help="Folder written by `flawsift f
 class DetectorChoice:
     """The detector of --detector, --detector-preset and --set."""
 
-    detector: Annotated[str, typer.Option("--detector", help="See `flawsift detectors`.")] = "twobanks"
+    detector: Annotated[str, typer.Option("--detector", help="See `flawsift detectors`.")] = FINAL
     detector_preset: DetectorPreset = "default"
     settings: Settings = None
 
@@ -256,9 +256,7 @@ def threshold_lines(threshold: Any) -> list[str]:
     """What is said about a threshold."""
     if threshold is None:
         return ["No threshold: one image gives no held-out scores to calibrate with. Scores are still ranked."]
-    text = (
-        f"Threshold {threshold.value:.4g}: about {threshold.per_hundred:.2g} false alarms per 100 good parts expected"
-    )
+    text = str(threshold).replace("threshold", "Threshold", 1)
     if threshold.limited:
         text += f" ({threshold.n_calibration} images cannot support {100 * threshold.false_alarm_rate:g} per 100)"
     return [text + "."]

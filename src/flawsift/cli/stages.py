@@ -23,13 +23,14 @@ from flawsift.cli.options import (
     takes_groups,
     threshold_lines,
 )
+from flawsift.screening.options import ScreenOptions
 
 if TYPE_CHECKING:
     from flawsift.pipeline import FitResult
     from flawsift.screening.result import Screening
 
 
-SCREENER = DetectorChoice("patchcore")  # what `screen` takes where no detector is named
+SCREENER = DetectorChoice(ScreenOptions().screener)  # what `screen` takes where no detector is named
 
 
 @takes_groups
@@ -47,6 +48,7 @@ def screen(
     """Stage 1: rank the images of a folder by how defective they look, and say which to keep."""
     from flawsift import pipeline
     from flawsift.files import ensure_folder
+    from flawsift.reports.pages import REPORT
     from flawsift.screening.storage import summary_of
 
     options = stage1.options
@@ -60,7 +62,7 @@ def screen(
             out=out,
             **machine.resources(progress),
         )
-    page = out / "report.html"
+    page = out / REPORT
     lines = screened_lines(result)
     lines += [f"Table:  {out / 'screening.csv'}", f"Report: {page}", f"Decide: flawsift review {out}"]
     say(as_json, {**summary_of(result), "out": str(out), "report": str(page)}, lines)

@@ -88,9 +88,8 @@ def predicted_lines(result: "Predictions", *, one_by_one: bool) -> list[str]:
 def _verdict(one: "ImagePrediction", width: int) -> str:
     from flawsift.paths import show
 
-    verdict = {None: "", True: "anomalous", False: "normal"}[one.is_anomalous]
     p_value = "" if one.p_value is None else f"p-value {one.p_value:.3g}"
-    return f"{show(one.name):<{width}}  score {one.score:<8.4g} {verdict:<9}  {p_value}".rstrip()
+    return f"{show(one.name):<{width}}  score {one.score:<8.4g} {one.verdict:<9}  {p_value}".rstrip()
 
 
 def _as_json(one: "ImagePrediction") -> dict[str, object]:

@@ -46,14 +46,29 @@ def read_groups(path: str | Path) -> dict[str, str]:
     Raises:
         InputError: The file is missing, or lacks a column.
     """
+    return {name: group for name, group in read_joined(path, "Groups file", "group") if group}
+
+
+def read_joined(path: str | Path, what: str, column: str) -> list[tuple[str, str]]:
+    """(relative image path, value) of each row of a CSV file with the columns `file` (or `path`) and one more.
+
+    Args:
+        path: The file.
+        what: How errors call it.
+        column: The column of the values; a missing cell is an empty text.
+
+    Raises:
+        InputError: The file is missing, or lacks a column.
+    """
     path = Path(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"Groups file '{show(path)}' cannot be read: {one_line(error)}.") from error
+        raise InputError(f"{what} '{show(path)}' cannot be read: {one_line(error)}.") from error
     columns = set(rows[0]) if rows else set()
     name = "file" if "file" in columns else "path"
-    if not {name, "group"} <= columns:
-        raise InputError(f"Groups file '{show(path)}' needs the columns 'file' and 'group', has {sorted(columns)}.")
-    return {row[name]: row["group"] for row in rows if row["group"]}
+    if not {name, column} <= columns:
+        has = ", ".join(sorted(map(str, columns))) or "none"
+        raise InputError(f"{what} '{show(path)}' needs the columns 'file' and '{column}', has {has}.")
+    return [(row[name] or "", row[column] or "") for row in rows]

@@ -44,6 +44,11 @@ class ImagePrediction:
     map: npt.NDArray[np.float32] | None = field(repr=False)
     error: str | None
 
+    @property
+    def verdict(self) -> str:
+        """What is said of it: "anomalous", "normal", or "" without a threshold or an image."""
+        return {None: "", True: "anomalous", False: "normal"}[self.is_anomalous]
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Predictions:
@@ -152,5 +157,4 @@ class Predictions:
 
 
 def _row(one: ImagePrediction) -> dict[str, object]:
-    verdict = one.error or {None: "", True: "anomalous", False: "normal"}[one.is_anomalous]
-    return {"name": one.name, "score": one.score, "p-value": one.p_value, "verdict": verdict}
+    return {"name": one.name, "score": one.score, "p-value": one.p_value, "verdict": one.error or one.verdict}

@@ -9,7 +9,6 @@ Letters: N vectors of C channels, P patches per image, R reference images.
 Reference: Im et al. (FUN-AD), WACV 2025, arXiv 2411.16110, the analysis of pairwise distances and mutual matches.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flawsift.data.folders import read_joined
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.parts.neighbors import NearestNeighbors
@@ -207,18 +207,7 @@ def read_labels(path: str | Path, images: ImageSet) -> GroundTruth:
         InputError: The file is missing, lacks a column, has another label or two for one image, or names images that
             are not there.
     """
-    path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"Labels file '{show(path)}' cannot be read: {error}.") from error
-    columns = set(rows[0]) if rows else set()
-    name = "file" if "file" in columns else "path"
-    if not {name, "label"} <= columns:
-        has = ", ".join(sorted(map(str, columns))) or "none"
-        raise InputError(f"Labels file '{show(path)}' needs the columns 'file' and 'label', has {has}.")
-    read = [(row[name] or "", (row["label"] or "").strip()) for row in rows]
+    read = [(file, label.strip()) for file, label in read_joined(path, "Labels file", "label")]
     labels = dict(read)
     if twice := sorted({file for file, label in read if labels[file] != label}):
         raise InputError(f"{len(twice)} files have two labels in '{show(path)}': {name_some(twice)}.")

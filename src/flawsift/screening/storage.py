@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -94,9 +94,9 @@ def load_screening(folder: str | Path) -> Screening:
         InputError: A file is missing or damaged, or a cell of `kept` is neither yes nor no.
     """
     screening = _load(Path(folder))
-    with suppress(InputError):  # the images may be gone; then there are no pictures in a notebook
-        return replace(screening, images=images_of(screening))
-    return screening
+    root = Path(str(screening.provenance.get(ROOT, "")))
+    # for pictures in a notebook: those that are gone by then have none
+    return replace(screening, images=_files(screening, root)) if root.is_absolute() and root.is_dir() else screening
 
 
 def _load(folder: Path) -> Screening:
@@ -165,12 +165,19 @@ def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:
     folder = Path(known)
     if not folder.is_dir():
         raise InputError(f"Image folder '{show(folder)}' does not exist. Give the images' folder with --images.")
-    names = {int(i): find_name(folder, name) for i, name in zip(screening.ids, screening.names, strict=True)}
-    if not any((folder / name).exists() for name in names.values()):
+    images = _files(screening, folder)
+    if not any((folder / name).exists() for name in images.names):
+        n = len(images)
         raise InputError(
-            f"None of the {len(names)} images of the screening is in '{show(folder)}'. Give their folder with --images."
+            f"None of the {n} images of the screening is in '{show(folder)}'. Give their folder with --images."
         )
-    return ImageSet.from_files(folder, names)
+    return images
+
+
+def _files(screening: Screening, folder: Path) -> ImageSet:
+    """The files below a folder that a screening names, under its ids."""
+    named = zip(screening.ids.tolist(), screening.names, strict=True)
+    return ImageSet.from_files(folder, {id_: find_name(folder, name) for id_, name in named})
 
 
 def matched(screening: Screening, images: ImageSet) -> Screening:
@@ -194,7 +201,8 @@ def matched(screening: Screening, images: ImageSet) -> Screening:
     if not wanted:
         raise InputError("The screening keeps no image.")
     ids = np.array([by_name.get(name, -1 - p) for p, name in enumerate(names)], np.int64)
-    return replace(screening, ids=ids, kept=ids[screening.is_kept])
+    shown = images if (ids >= 0).all() else None  # pictures would be of nothing where an image is missing
+    return replace(screening, ids=ids, kept=ids[screening.is_kept], images=shown)
 
 
 def screening_folder(folder: str | Path) -> Path:
