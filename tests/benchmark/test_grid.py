@@ -10,6 +10,7 @@ import pytest
 
 from flawsift.benchmark.config import parse_config, read_config
 from flawsift.benchmark.grid import BackboneSpec, Config, estimate_seconds, plan
+from flawsift.datasets import CATEGORIES
 from flawsift.datasets.folder import DATA_VARIABLE
 from flawsift.errors import InputError, ParameterError
 
@@ -49,6 +50,17 @@ def test_all_categories_by_name() -> None:
     config = grid(data=[{"name": "visa", "categories": "all"}])
     assert len(plan(config)) == 12 * 2
     assert grid(data=[{"name": "btad"}]).data[0].categories == ("01", "02", "03")
+
+
+def test_prepared_sets_are_found_by_workers_of_another_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    names = ["cookie", "magnetic_tile", "screw", "piped"]
+    read = grid(data=[{"name": name} for name in names]).data
+    assert [dict(data.options) for data in read] == [{"root": str(tmp_path / name)} for name in names]
+    assert [data.categories for data in read] == [(), (), (), CATEGORIES["piped"]]
+    assert {c.category for c in plan(grid(data=[{"name": "piped", "categories": ["PA_BRG01_RL"]}]))} == {"PA_BRG01_RL"}
 
 
 BAD = [

@@ -2,19 +2,27 @@
 
 import importlib
 import json
+import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from flawsift.data.contamination import contaminate
+from flawsift.datasets import CATEGORIES
+from flawsift.datasets.folder import DATA_VARIABLE
 from flawsift.detectors.base import make_detector
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks are not in the source distribution")
 
+SHARED_DATA = BENCHMARKS.parents[1] / "shared" / "data"
+SETS = ("magnetic_tile", "screw", "elpv", "cookie", *(f"piped/{paper}" for paper in CATEGORIES["piped"]))
 MACHINE = json.dumps({"cpu": "A CPU", "cores": 2, "gib": 8, "os": "Linux"})
 
 
@@ -27,6 +35,11 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def render(rows: Any) -> Any:
     return importlib.import_module("render")
+
+
+@pytest.fixture
+def accuracy(rows: Any) -> Any:
+    return importlib.import_module("accuracy")
 
 
 @pytest.fixture
@@ -132,6 +145,47 @@ def test_unknown_table_is_told(render: Any, tmp_path: Path) -> None:
 
 def test_committed_tables_are_up_to_date(render: Any) -> None:
     assert render.main(["--check"]) == 0, "run: python benchmarks/render.py"
+
+
+def test_choices_are_made_and_confirmed_on_sets_of_their_own(accuracy: Any) -> None:
+    assert sorted((*accuracy.DEVELOPMENT, *accuracy.CONFIRMATION)) == sorted(accuracy.SIZES) == sorted(SETS)
+
+
+def test_a_set_has_the_name_that_it_is_asked_for_by(
+    accuracy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    paper = "piped/PA_BRG01_RL"
+    for name in ("cookie", paper):
+        for file in ("normal/0", "normal/1", "defect/spot/2", "defect/spot/3", "mask/spot/3"):
+            path = tmp_path / name / f"{file}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 3), 255).save(path)
+        data = accuracy.load_set(name)
+        assert (data.name, data.images.ids.tolist()) == (name, [0, 1, 3])  # less the one without a mask
+    assert accuracy.load_set("piped/PA_BFT01_TL") is None
+    assert "piped/PA_BFT01_TL is skipped" in capsys.readouterr().err
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", SETS)
+def test_every_contamination_can_be_drawn_of_every_set(
+    accuracy: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    if name == "elpv":
+        pytest.importorskip("elpv_dataset", exc_type=ImportError)
+    monkeypatch.setenv(DATA_VARIABLE, os.environ.get(DATA_VARIABLE) or str(SHARED_DATA))
+    data = accuracy.load_set(name)
+    if data is None:
+        pytest.skip("no real data: set FLAWSIFT_DATA")
+    for seed in range(6):
+        draw = partial(contaminate, data.truth, seed=seed, groups=data.images.groups, **accuracy.SIZES[name])
+        splits = [draw(alpha=alpha) for alpha in accuracy.ALPHAS]
+        assert len({split.n_train for split in splits}) == 1
+        for split in splits:
+            assert split.alpha_reached == pytest.approx(split.alpha, abs=0.5 / split.n_train)
+            tested = data.truth.select(split.test_ids).labels
+            assert 0 < tested.mean() < 1
 
 
 @pytest.mark.parametrize("name", ["dinomaly", "rd"])

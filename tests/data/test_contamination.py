@@ -406,7 +406,14 @@ def test_what_is_no_manifest_is_refused(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("name", "n_train", "largest", "test_sizes"),
-    [("magnetic_tile", 450, 490, (286, 196)), ("cookie", 25, 31, (14, 16)), ("elpv", 400, 892, (452, 358))],
+    [
+        ("magnetic_tile", 450, 490, (286, 196)),
+        ("cookie", 25, 31, (14, 16)),
+        ("elpv", 400, 892, (452, 358)),
+        ("screw", 140, 147, (108, 60)),
+        ("piped/PA_BFT01_TL", 30, 31, (13, 24)),
+        ("piped/PA_BRG03_TL", 30, 34, (14, 24)),
+    ],
 )
 def test_real_sets_allow_alpha_up_to_forty_percent(
     name: str, n_train: int, largest: int, test_sizes: tuple[int, int]
@@ -417,7 +424,7 @@ def test_real_sets_allow_alpha_up_to_forty_percent(
     elif not (DATA / name).is_dir():
         pytest.skip("no real data: set FLAWSIFT_DATA")
     else:
-        data = load_magnetic_tile(DATA / name) if name == "magnetic_tile" else load(name, root=DATA / name)
+        data = load_magnetic_tile(DATA / name) if name == "magnetic_tile" else load(DATA / name)
     for seed in range(3):
         assert contaminate(data.truth, alpha=0.4, seed=seed, groups=data.images.groups).n_train == largest
         for overlap in (False, True):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from flawsift.data.images import FileSource
 from flawsift.datasets import (
+    CATEGORIES,
     Dataset,
     load,
     load_elpv,
@@ -253,6 +255,40 @@ def test_load_finds_prepared_sets_below_the_data_folder(tmp_path: Path, monkeypa
     assert load("magnetic_tile", root=tmp_path / "cookie").name == "magnetic_tile"
 
 
+def test_screws_are_a_set_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLAWSIFT_DATA", raising=False)
+    with pytest.raises(InputError, match=r"Where is the data set 'screw'.*mvtec-ad.*screw/normal.*FLAWSIFT_DATA"):
+        load("screw")
+    with pytest.raises(ParameterError, match="Unknown option of the data set screw 'category'"):
+        load("screw", category="screw")
+    make(tmp_path / "screw", TILE)
+    monkeypatch.setenv("FLAWSIFT_DATA", str(tmp_path))
+    data = load("screw")
+    assert (data.name, data.images.names) == ("screw", TILE[:4])
+    assert mask_names(data) == dict(zip(TILE[2:4], TILE[4:], strict=True))
+    assert load("screw", root=make(tmp_path / "elsewhere", TILE)).name == "screw"
+
+
+def test_papers_are_categories_below_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLAWSIFT_DATA", raising=False)
+    paper, other = CATEGORIES["piped"][:2]
+    with pytest.raises(InputError, match=rf"Where is .*'piped/{paper}'.*bianconif/PIPED.*piped/{paper}/normal"):
+        load("piped", category=paper)
+    with pytest.raises(ParameterError, match=rf"piped needs a category: {paper}, {other}, "):
+        load("piped")
+    with pytest.raises(InputError, match=rf"Unknown category of piped 'PA_BDP01'. Did you mean '{paper}'"):
+        load("piped", category="PA_BDP01")
+    make(tmp_path / "piped" / paper, TILE)
+    monkeypatch.setenv("FLAWSIFT_DATA", str(tmp_path))
+    data = load("piped", category=paper)
+    assert (data.name, data.images.names) == (paper, TILE[:4])
+    assert mask_names(data) == dict(zip(TILE[2:4], TILE[4:], strict=True))
+    with pytest.raises(InputError, match=f"piped/{other}' does not exist"):
+        load("piped", category=other)
+    monkeypatch.delenv("FLAWSIFT_DATA")
+    assert load("piped", category=paper, root=tmp_path / "piped").images.names == TILE[:4]
+
+
 def test_load_recognises_incomplete_mvtec_trees(tmp_path: Path) -> None:
     data = load(make(tmp_path / "no_masks", [f for f in BOTTLE if not f.startswith("ground_truth")]))
     assert data.truth.labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -358,6 +394,35 @@ def test_real_prepared_sets() -> None:
     assert len(load_magnetic_tile(DATA / "magnetic_tile", drop_suspects=True).images) == 952 - 18 + 392
     cookies = load("cookie", root=DATA / "cookie")
     assert (len(cookies.images), int(cookies.truth.labels.sum()), len(cookies.truth.masks)) == (77, 32, 32)
+
+
+SCREW_TYPES = {"manipulated_front": 24, "scratch_head": 24, "scratch_neck": 25, "thread_side": 23, "thread_top": 23}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "options", "normal", "types", "size"),
+    [("screw", {}, 361, SCREW_TYPES, 512)]
+    + [
+        ("piped", {"category": paper}, normal, {"impurity": 48}, 128)
+        for paper, normal in zip(CATEGORIES["piped"], (47, 44, 47, 44, 48, 48), strict=True)
+    ],
+)
+def test_real_screws_and_papers(
+    name: str, options: dict[str, str], normal: int, types: dict[str, int], size: int
+) -> None:
+    if not (DATA / name).is_dir():
+        pytest.skip("no real data: set FLAWSIFT_DATA")
+    data = load(name, root=DATA / name, **options)
+    assert Counter(data.truth.defect_types) == {"good": normal, **types}
+    assert sorted(data.truth.masks) == data.truth.ids[data.truth.labels == 1].tolist()
+    files = mask_names(data)
+    assert all(Path(i).stem == Path(m).stem and i.split("/")[1] == m.split("/")[1] for i, m in files.items())
+    for i in list(data.truth.masks)[::8]:
+        assert data.images.image(i).size == (size, size)
+        mask = data.truth.mask(i, (size, size))
+        assert mask is not None
+        assert 0 < mask.mean() < 0.5  # white is the defect, not the background
 
 
 # ---- synthetic -------------------------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ def mask_names(data: Dataset) -> dict[str, str]:
 
 
 def test_the_numbers_of_categories_are_the_published_ones() -> None:
-    assert {n: len(c) for n, c in CATEGORIES.items()} == {"mvtec": 15, "btad": 3, "mpdd": 6, "visa": 12, "realiad": 30}
+    numbers = {"mvtec": 15, "btad": 3, "mpdd": 6, "visa": 12, "realiad": 30, "piped": 6}  # PIPED: the six that are read
+    assert {n: len(c) for n, c in CATEGORIES.items()} == numbers
     assert all(len(set(c)) == len(c) for c in CATEGORIES.values())
 
 

@@ -167,7 +167,7 @@ class DataTable(_Table):
         """The same for the grid, with the place of a published set that workers may not know."""
         options = dict(self.__pydantic_extra__)
         base = os.environ.get(DATA_VARIABLE)
-        if self.name in (*CATEGORIES, "cookie", "magnetic_tile") and base and "root" not in options:
+        if self.name in (*CATEGORIES, "cookie", "magnetic_tile", "screw") and base and "root" not in options:
             options["root"] = str(Path(base, self.name).resolve())  # workers may have another environment
         return DataSpec(
             name=self.name,

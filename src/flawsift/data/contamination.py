@@ -23,6 +23,8 @@ tried:
     magnetic tile   286 + 196, by group        490
     ELPV            452 + 358                  892
     cookies          14 +  16                   31
+    screws          108 +  60                  147
+    papers (PIPED)   13 +  24 to 14 + 24        31 to 34
 
 Sources: FUIAD of Real-IAD (definition "share": anomalies replace normals, training size constant), Wang et al., CVPR
 2024; SoftPatch, Xi et al., NeurIPS 2022, and FUN-AD, Im et al., WACV 2025 ("additive": n_a = int(r n_c)).

@@ -6,9 +6,10 @@
     realiad         load_realiad: the four contaminated splits of Real-IAD (FUIAD)
     elpv            load_elpv: 2,624 solar cells from PyPI
     magnetic_tile   load_magnetic_tile: 1,344 tile surfaces in groups
+    piped           load_piped: six papers of PIPED, plain textures with impurities
     synthetic       synthetic.synthetic: procedural, in memory, any size; write_mvtec, write_folder
 
-`load` finds the right one by name or by layout.
+`load` finds the right one by name or by layout; cookie and screw have a name only.
 """
 
 import inspect
@@ -22,6 +23,7 @@ from flawsift.datasets.elpv import load_elpv
 from flawsift.datasets.folder import load_folder, load_labelled, load_prepared, load_unlabelled
 from flawsift.datasets.magnetic_tile import load_magnetic_tile
 from flawsift.datasets.mvtec import is_mvtec, load_mvtec
+from flawsift.datasets.piped import load_piped
 from flawsift.datasets.published import CATEGORIES, load_btad, load_mpdd, load_mvtec_ad, load_visa
 from flawsift.datasets.realiad import load_realiad
 from flawsift.datasets.synthetic import synthetic as draw_synthetic  # the bare name is the module's
@@ -40,6 +42,7 @@ __all__ = [
     "load_mpdd",
     "load_mvtec",
     "load_mvtec_ad",
+    "load_piped",
     "load_realiad",
     "load_unlabelled",
     "load_visa",
@@ -48,6 +51,7 @@ __all__ = [
 ]
 
 COOKIE_SOURCE = "https://github.com/aws-samples/amazon-lookout-for-vision (CC BY-SA 4.0; 45 normal, 32 defective)"
+SCREW_SOURCE = "https://www.mvtec.com/company/research/datasets/mvtec-ad (CC BY-NC-SA 4.0; 361 normal, 119 defective)"
 
 
 def load_cookie(root: str | Path | None = None) -> Dataset:
@@ -62,6 +66,20 @@ def load_cookie(root: str | Path | None = None) -> Dataset:
     return load_prepared("cookie", root, source=COOKIE_SOURCE)
 
 
+def load_screw(root: str | Path | None = None) -> Dataset:
+    """MVTec AD's screws, all in one: 361 normal and 119 defective grey images, five defect types, masks; no split.
+
+    They lie at any angle. With the official split, as published, they are the category "screw" of "mvtec".
+
+    Args:
+        root: Its folder; by default the folder screw in the one that the environment variable FLAWSIFT_DATA names.
+
+    Raises:
+        InputError: The folder is missing or incomplete.
+    """
+    return load_prepared("screw", root, source=SCREW_SOURCE)
+
+
 _LOADERS: dict[str, Callable[..., Dataset]] = {
     "btad": load_btad,
     "cookie": load_cookie,
@@ -69,7 +87,9 @@ _LOADERS: dict[str, Callable[..., Dataset]] = {
     "magnetic_tile": load_magnetic_tile,
     "mpdd": load_mpdd,
     "mvtec": load_mvtec_ad,
+    "piped": load_piped,
     "realiad": load_realiad,
+    "screw": load_screw,
     "synthetic": draw_synthetic,
     "visa": load_visa,
 }
@@ -83,8 +103,8 @@ def load(name_or_path: str | Path, **options: Any) -> Dataset:
     latter.
 
     Args:
-        name_or_path: "cookie", "elpv", "magnetic_tile", "synthetic"; "btad", "mpdd", "mvtec", "realiad" or "visa",
-            which need a category; or a folder.
+        name_or_path: "cookie", "elpv", "magnetic_tile", "screw", "synthetic"; "btad", "mpdd", "mvtec", "piped",
+            "realiad" or "visa", which need a category; or a folder.
         **options: Passed to the loader: its parameters by name.
 
     Raises:

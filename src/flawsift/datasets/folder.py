@@ -119,7 +119,7 @@ def load_prepared(name: str, root: str | Path | None = None, *, source: str) -> 
     """A public set that was downloaded and sorted into the labelled layout.
 
     Args:
-        name: Name of the set, and of its folder below the one that the environment variable FLAWSIFT_DATA names.
+        name: Name of the set, and path of its folder below the one that the environment variable FLAWSIFT_DATA names.
         root: Its folder, if not that one.
         source: Where to get it, for the error.
 

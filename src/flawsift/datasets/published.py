@@ -6,6 +6,8 @@
     visa      split_csv/1cls.csv, CATEGORY/Data/Images/Normal/0000.JPG    12, Zou et al., ECCV 2022
     realiad   realiad_1024/CATEGORY/OK/S0001/*.jpg and realiad_jsons_fuiad_0.1/CATEGORY.json    30, see `realiad`
 
+One more set has categories but neither an official split nor its publisher's layout: see `piped`.
+
 A set is looked for in the folder of its name below the one that the environment variable FLAWSIFT_DATA names.
 """
 
@@ -32,12 +34,14 @@ _REALIAD = (
     "plastic_plug porcelain_doll regulator rolled_strip_base sim_card_set switch tape terminalblock toothbrush toy "
     "toy_brick transistor1 u_block usb usb_adaptor vcpill wooden_beads woodstick zipper"
 )
+_PIPED = "PA_BDP01_TL PA_BFT01_TL PA_BRG01_RL PA_BRG02_RL PA_BRG03_TL PA_BTN01_RL"
 CATEGORIES: Mapping[str, tuple[str, ...]] = {
     "mvtec": tuple(_MVTEC.split()),
     "btad": ("01", "02", "03"),
     "mpdd": tuple(_MPDD.split()),
     "visa": tuple(_VISA.split()),
     "realiad": tuple(_REALIAD.split()),
+    "piped": tuple(_PIPED.split()),
 }
 SOURCES: Mapping[str, str] = {
     "mvtec": "https://www.mvtec.com/company/research/datasets/mvtec-ad (CC BY-NC-SA 4.0)",
@@ -45,6 +49,7 @@ SOURCES: Mapping[str, str] = {
     "mpdd": "https://github.com/stepanje/MPDD (CC BY-NC-SA 4.0)",
     "visa": "https://github.com/amazon-science/spot-diff (CC BY 4.0)",
     "realiad": "https://realiad4ad.github.io/Real-IAD (CC BY-NC-SA 4.0)",
+    "piped": "https://github.com/bianconif/PIPED (CC BY 4.0)",
 }
 VISA_SPLIT = "split_csv/1cls.csv"
 VISA_COLUMNS = ("object", "split", "label", "image", "mask")
@@ -111,14 +116,19 @@ def load_visa(category: str, root: str | Path | None = None) -> Dataset:
     return from_entries(category, folder, entries)
 
 
+def require_category(name: str, category: str) -> None:
+    """Raise InputError unless a set has such a category; says which it has."""
+    if category not in CATEGORIES[name]:
+        raise InputError(unknown_name(f"category of {name}", category, CATEGORIES[name]))
+
+
 def find_root(name: str, category: str, root: str | Path | None) -> Path:
     """The folder of a published set that has such a category.
 
     Raises:
         InputError: The set has no such category, or the folder is unknown or missing.
     """
-    if category not in CATEGORIES[name]:
-        raise InputError(unknown_name(f"category of {name}", category, CATEGORIES[name]))
+    require_category(name, category)
     base = os.environ.get(DATA_VARIABLE)
     if root is None and not base:
         raise InputError(
