@@ -35,7 +35,6 @@ from flawsift.screening.options import FINAL, OWN, ScreenOptions
 from flawsift.screening.result import Screening
 from flawsift.screening.stage1 import screen_and_fit
 from flawsift.screening.storage import ROOT, images_of, load_screening, save_screening
-from flawsift.screening.submodels import rank_by_submodels
 
 
 class Resources(TypedDict, total=False):
@@ -300,7 +299,7 @@ def _stage1(
         settings = job.screener.name, job.screener.params(), options.as_json(), run.seed
         run = replace(run, checkpoint=_run_folder(ensure_folder(out) / ".resume", job, *settings))
     started = time.monotonic()
-    ranked, fitted = screen_and_fit(job.data, job.screener, options, run, rank_by_submodels, wants_fitted=wants_fitted)
+    ranked, fitted = screen_and_fit(job.data, job.screener, options, run, wants_fitted=wants_fitted)
     provenance = _provenance(job, job.screener)
     provenance |= {"seconds": round(time.monotonic() - started, 2), "images_digest": set_digest(job.data)}
     if isinstance(job.data.source, FileSource):

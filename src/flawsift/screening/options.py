@@ -10,9 +10,11 @@ from flawsift.errors import ParameterError, unknown_name
 
 Consensus = Literal["mean", "median", "trimmed_mean", "rank_mean"]
 Normalize = Literal["none", "robust", "rank"]
+RankBy = Literal["auto", "submodels"]
 
 OWN = "own"  # the detector of stage 1 that is the final detector itself
-FINAL = "twobanks"  # the detector of stage 2 where none is named
+FINAL = "quorum"  # the detector of stage 2 where none is named
+OF_SUBMODELS = ("n_subsets", "n_partitions", "consensus", "normalize", "exclude_own", "divergence_weight")
 HELP, FLAG = "help", "flag"  # of a field: what the command line says of it, and its flag where that is not the name
 
 
@@ -21,9 +23,10 @@ class ScreenOptions:
     """How stage 1 ranks the training images, and what it keeps. The values without arguments are the default preset.
 
     Attributes:
-        screener: Registry name of the detector of stage 1, or "own" for the final detector itself as in the paper. A
-            memory bank finds rare patches better than the other detectors do, and k of them cost less than one
-            training of most.
+        screener: Registry name of the detector of stage 1, or "own" for the final detector itself as in the paper.
+        rank_by: "auto" ranks by the screener's own scores of its training images without themselves, where it has
+            them exactly (`flawsift.detectors.base.LeavesOut`), as Quorum does, and by sub-models elsewhere;
+            "submodels" always by these. All options of `OF_SUBMODELS` are theirs.
         keep: Share of the images kept, floor(keep * N) (LLBNAD, equation 4), or "auto": see `consensus.choose`;
             without rejection of patches, as many as the estimate of the contamination says.
         reject_patches: Patches whose mean held-out score lies more than so many robust deviations above the set's
@@ -41,7 +44,10 @@ class ScreenOptions:
         ParameterError: A value is out of range.
     """
 
-    screener: str = field(default="patchcore", metadata={HELP: "Detector of stage 1; 'own' for --detector."})
+    screener: str = field(default=FINAL, metadata={HELP: "Detector of stage 1; 'own' for --detector."})
+    rank_by: RankBy = field(
+        default="auto", metadata={HELP: "'submodels' also where the screener can leave an image out by itself."}
+    )
     keep: float | Literal["auto"] = field(default="auto", metadata={HELP: "'auto', or the share to keep such as 0.4."})
     reject_patches: float | None = field(
         default=None, metadata={HELP: "Robust deviations above which a patch is not learned from; 0 rejects none."}
@@ -61,6 +67,7 @@ class ScreenOptions:
         why = {2: " when exclude_own is set" if self.exclude_own else " for a divergence"}.get(least, "")
         checks: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "screener": (lambda v: isinstance(v, str) and bool(v), "be the name of a detector, or 'own'"),
+            "rank_by": (lambda v: v in get_args(RankBy), f"be one of {', '.join(get_args(RankBy))}"),
             "keep": (lambda v: v == "auto" or (_number(v) and 0 < v <= 1), "be 'auto' or in (0, 1]"),
             "reject_patches": (lambda v: v is None or (_number(v) and v >= 0), "be None or not negative"),
             "n_subsets": (lambda v: _count(v) and v >= least, f"be a whole number of at least {least}{why}"),
@@ -116,5 +123,7 @@ PRESETS: Mapping[str, ScreenOptions] = {
     # held-out scores only, on one scale; where the detector can, defective patches go instead of whole images
     "default": ScreenOptions(),
     # section IV-A of the paper: k = 5, t = 40 %, plain mean of all sub-models, the native one included
-    "paper": ScreenOptions(screener=OWN, keep=0.4, normalize="none", exclude_own=False, reject_patches=0.0),
+    "paper": ScreenOptions(
+        screener=OWN, rank_by="submodels", keep=0.4, normalize="none", exclude_own=False, reject_patches=0.0
+    ),
 }

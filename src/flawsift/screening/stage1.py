@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import Detector
+from flawsift.detectors.base import Detector, LeavesOut
 from flawsift.executors import Run
 from flawsift.screening.consensus import (
     Contamination,
@@ -26,6 +26,7 @@ from flawsift.screening.consensus import (
     own_mask,
     rejected_patches,
 )
+from flawsift.screening.held_out import rank_by_held_out_scores
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Ranking, Screening
 from flawsift.screening.submodels import rank_by_submodels
@@ -46,7 +47,7 @@ def screen(
     options: ScreenOptions | None = None,
     run: Run | None = None,
     *,
-    ranker: Ranker = rank_by_submodels,
+    ranker: Ranker | None = None,
 ) -> Screening:
     """Rank the training images, and say which of them, and which of their patches, stage 2 learns from.
 
@@ -55,7 +56,7 @@ def screen(
         detector: Any unfitted detector. `options.screener` is not read here.
         options: None takes the default preset.
         run: Where it runs.
-        ranker: The kind of stage 1.
+        ranker: The kind of stage 1; None takes what `options.rank_by` says.
 
     Raises:
         InputError: Fewer images (or groups) than subsets.
@@ -64,10 +65,24 @@ def screen(
     return screen_and_fit(train, detector, options or ScreenOptions(), run or Run(), ranker, wants_fitted=False)[0]
 
 
+def ranker_of(detector: Detector, options: ScreenOptions) -> Ranker:
+    """The kind of stage 1 that a detector and `options.rank_by` ask for."""
+    if options.rank_by == "auto" and isinstance(detector, LeavesOut):
+        return rank_by_held_out_scores
+    return rank_by_submodels
+
+
 def screen_and_fit(
-    train: ImageSet, detector: Detector, options: ScreenOptions, run: Run, ranker: Ranker, *, wants_fitted: bool
+    train: ImageSet,
+    detector: Detector,
+    options: ScreenOptions,
+    run: Run,
+    ranker: Ranker | None = None,
+    *,
+    wants_fitted: bool,
 ) -> tuple[Screening, Detector | None]:
     """As `screen`, and the detector of all images where the ranking made it by the way and it is wanted."""
+    ranker = ranker or ranker_of(detector, options)
     ranking = ranker(train, detector, options, run, wants_fitted=wants_fitted)
     used = _used(options, detector)
     kept, rejected, estimate = _select(train, ranking.consensus, ranking.patch_maps, used)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Additive, Detector, load_detector, resolve_device, score_together
-from flawsift.detectors.parts.maps import top_mean
+from flawsift.detectors.parts.maps import as_float16, top_mean
 from flawsift.detectors.parts.robust import robust_units
 from flawsift.detectors.parts.training import Watch
 from flawsift.errors import InputError
@@ -178,9 +178,7 @@ class SubModels:
         if self._map_sum is None:
             return None
         others = max(1, self.n_subsets - 1) * len(self.subset_of)
-        # far beyond any real score, but float16 must not overflow
-        mean: npt.NDArray[np.float16] = (self._map_sum / others).clamp(-6e4, 6e4).half().numpy()
-        return mean
+        return as_float16(self._map_sum / others)
 
     def _subset(self, m: int) -> ImageSet:
         r, j = divmod(m, self.n_subsets)

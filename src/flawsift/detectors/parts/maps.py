@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,6 +80,12 @@ def top_mean(maps: Tensor, share: float) -> Tensor:
     """(B,) mean of the highest `share` of the cells of (B, h, w) maps, at least one cell."""
     flat = maps.flatten(1)
     return flat.topk(max(1, int(share * flat.shape[1])), dim=1).values.mean(1)
+
+
+def as_float16(maps: Tensor) -> npt.NDArray[np.float16]:
+    """Maps as stage 1 stores them; what float16 cannot hold is far beyond any real score, and is bounded."""
+    bounded: npt.NDArray[np.float16] = maps.clamp(-6e4, 6e4).half().numpy()
+    return bounded
 
 
 def embed_batch(batch: Batch, layers: Sequence[str]) -> Tensor:

@@ -1,0 +1,220 @@
+"""Quorum: a patch is normal when several other images have one like it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flawsift.data.images import Batch, ImageSet
+from flawsift.detectors.base import Detector, HeldOut, resolve_device
+from flawsift.detectors.parts.groups import GroupNeighbors
+from flawsift.detectors.parts.maps import embed_batch
+from flawsift.detectors.parts.training import UNWATCHED, Watch
+from flawsift.errors import InputError, NotFittedError
+
+AUTO = "auto"
+FEWEST, MOST = 2, 16  # groups that are asked for by "auto": one alone is no quorum, more than 16 gained on no set
+GROWTH = 1.08  # what more groups may do to the score of an ordinary image, see `n_groups`
+N_ASKED = 100  # images that this is told by: their median moves by less than a hundredth
+N_SHOWN = 3  # groups whose nearest patch is named as evidence
+
+
+@dataclass(kw_only=True, eq=False)
+class Quorum(Detector):
+    """Mean distance of a patch to its nearest patch in each of the k nearest groups of images.
+
+    With d(q, g) the distance from a patch q to the nearest patch of a group g (of an image, where there are no groups),
+    s(q) is the mean of the k smallest d(q, g), and an image scores as its worst patch. All patches of all images are
+    kept: a bank that is thinned over images forgets how many images have a patch like this one, and a defect that is in
+    it once explains every other of its kind. Here k groups must have one like it.
+
+    The score of a training image leaves its own group out, and so is drawn as the score of a new image is: the ranking of
+    stage 1, the threshold and the detector are one computation (`held_out`), and no sub-model is trained.
+
+    k is chosen from the images: the more groups are asked, the more of the same defect it takes to pass, but where good
+    parts vary, few groups have what is rare and good. So k is the largest for which the held-out score of the median image
+    is at most 8 % above that for k = 1. That image is good as long as fewer than half are defective, so the choice hardly
+    moves with the contamination: about 3 for screws at any angle, 7 to 16 for textures and for parts in a fixture.
+
+    Cost: One product of all patches with all patches, 2 P^2 C N flops per image scored (P patches of C channels, N
+        images of the bank): 8.2 GFLOP at P = 256, C = 152 and N = 400. bfloat16 where the processor has units for it.
+    Contamination: Resisted as long as fewer than k groups share a defect; a single defective image never vouches alone.
+    Differs from the paper: There is none. Relatives are PatchCore (bank and embedding), InReaCh (channels that span many
+        images), and MuSc (arXiv 2401.16753: mean over the lowest 30 % of the images, of a test set).
+
+    Attributes:
+        n_groups: k; "auto" as above, between 2 and 16.
+        max_groups: Most groups in the bank, drawn evenly; None for all. The score needs k near groups, not all.
+        precision: "float32" for exact products on every machine; "auto" takes bfloat16 where that is quicker, which
+            moves distances by about 0.2 %.
+    """
+
+    name: ClassVar[str] = "quorum"
+    leaves_out_patches: ClassVar[bool] = True
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "exact": {"precision": "float32"}}
+
+    n_groups: int | Literal["auto"] = AUTO
+    max_groups: int | None = 1000
+    precision: Literal["auto", "float32"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = type(self.n_groups) is int and self.n_groups >= 1
+        self._require("n_groups", self.n_groups == AUTO or counts, "be 'auto' or a whole number of at least 1")
+        self._require("max_groups", self.max_groups is None or self.max_groups >= 2, "be at least 2, or None")
+        self._require("precision", self.precision in ("auto", "float32"), "be 'auto' or 'float32'")
+
+    def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
+        """See `Detector.fit`."""
+        self._forget()
+        target = resolve_device(device)
+        data = self._drawn(data)
+        patches, usable = [], []
+        for batch in data.batches(self.layers):
+            embedding = self._embed(batch)
+            accepted = batch.accepted(*embedding.shape[2:])
+            patches.append(_rows(embedding).half())
+            usable.append(torch.ones(patches[-1].shape[:2]).bool() if accepted is None else accepted.flatten(1))
+        learned = torch.cat(usable).any(1) if usable else torch.zeros(0).bool()
+        if not learned.any():
+            raise InputError("Quorum.fit needs at least one image with a patch to learn from, got none.")
+        self.memory_bank_ = torch.cat(patches)[learned]  # (N, P, C) float16, as features are stored
+        self.usable_ = torch.cat(usable)[learned]  # (N, P), False where a patch was rejected
+        self.ids_ = torch.from_numpy(data.ids)[learned]  # (N,)
+        self.groups_ = _where(data.group_names, learned)  # (N,)
+        self.k_ = self._choose_k(target) if self.n_groups == AUTO else int(self.n_groups)
+        return self
+
+    def merged(self, other: Self) -> Self:
+        """The model of both training sets, whose images must be different ones; k is this one's."""
+        if shared := set(self.ids_.tolist()) & set(other.ids_.tolist()):
+            raise InputError(f"{len(shared)} images are in both models, such as number {min(shared)}.")
+        mine, its = self.state(), other.state()
+        both = {name: torch.cat([mine[name], its[name]]) for name in ("memory_bank_", "usable_", "ids_")}
+        return self.with_state({**both, "groups_": self.groups_ + other.groups_, "k_": self.k_})
+
+    def without(self, data: ImageSet, *, device: str = "auto") -> Self:
+        """The model of the training set less these images; k stays."""
+        stays = ~torch.isin(self.ids_, torch.from_numpy(data.ids))
+        if not stays.any():
+            raise InputError("No image is left to learn from.")
+        mine = self.state()
+        rest = {name: mine[name][stays] for name in ("memory_bank_", "usable_", "ids_")}
+        return self.with_state({**rest, "groups_": _where(self.groups_, stays), "k_": self.k_})
+
+    def held_out(self, data: ImageSet, *, device: str = "auto") -> HeldOut:
+        """Scores, maps and evidence of images, each without its own group: of a training set, in one pass.
+
+        Raises:
+            InputError: The bank holds no other group than that of an image.
+            NotFittedError: It is not fitted.
+        """
+        if not self.fitted:
+            raise NotFittedError("This Quorum is not fitted yet; call fit(images) first.")
+        search, numbers = self._search(resolve_device(device)), self._numbers
+        maps, worst, own = [], [], []
+        with torch.inference_mode():
+            names = iter(data.group_names)
+            for batch in data.batches(self.layers):
+                embedding = self._embed(batch)
+                groups = torch.tensor([numbers.get(next(names), -1) for _ in range(len(batch))])
+                grids = self._to_grid(search, embedding, groups)
+                rows, place = _rows(embedding), grids.flatten(1).argmax(1)
+                maps.append(grids)
+                worst.append(rows[torch.arange(len(rows)), place])
+                own.append(groups)
+            everything = torch.cat(maps)
+            if not everything.isfinite().all():
+                raise InputError("Quorum compares images of different groups, and there is only one group.")
+            near = search.nearest_patches(torch.cat(worst), min(N_SHOWN, search.n_groups), torch.cat(own))
+        distances, images, places = (part.cpu().numpy() for part in near)
+        n_own = np.array([sum(g == group for g in self.groups_) for group in data.group_names])
+        return HeldOut(
+            scores=everything.flatten(1).amax(1).double().numpy(),
+            maps=everything,
+            worst=everything.flatten(1).argmax(1).numpy(),
+            near_ids=np.where(images >= 0, self.ids_.numpy()[images], -1),
+            near_places=places,
+            near_distances=distances,
+            n_others=len(self.ids_) - n_own,
+        )
+
+    def held_out_scores(self, data: ImageSet, *, device: str = "auto") -> npt.NDArray[np.float64]:
+        """(N,) scores of training images, each without its own group."""
+        return self.held_out(data, device=device).scores
+
+    def _maps(self, batch: Batch, device: str) -> Tensor:
+        return self._to_grid(self._search(device), self._embed(batch))
+
+    def _to_grid(self, search: GroupNeighbors, embedding: Tensor, own: Tensor | None = None) -> Tensor:
+        """(B, h, w) scores s(q) of a (B, C, h, w) embedding, on the CPU; own (B,) are numbers of groups left out."""
+        b, _, h, w = embedding.shape
+        out = None if own is None else own.repeat_interleave(h * w)
+        return _mean_of(search.query(_rows(embedding).flatten(0, 1), self.k_, out)).view(b, h, w).cpu()
+
+    def _choose_k(self, device: str) -> int:
+        """The largest number of groups that leaves the score of the median image within `GROWTH`."""
+        search = self._search(device)
+        numbers = torch.tensor([self._numbers[group] for group in self.groups_])
+        asked = torch.linspace(0, len(numbers) - 1, min(N_ASKED, len(numbers))).long()
+        curves = []
+        for i in asked.tolist():
+            patches = self.memory_bank_[i][self.usable_[i]]
+            near = search.query(patches, MOST, numbers[i].repeat(len(patches))).cpu()
+            curves.append((near.cumsum(1) / torch.arange(1, MOST + 1)).amax(0))  # (MOST,) score for each k
+        median = torch.stack(curves).median(0).values
+        fits = median <= GROWTH * median[0]
+        return max(FEWEST, int(fits.nonzero()[-1]) + 1 if fits.any() else 0)
+
+    @property
+    def _numbers(self) -> dict[str, int]:
+        """{group: its number}"""
+        return {group: number for number, group in enumerate(dict.fromkeys(self.groups_))}
+
+    def _search(self, device: str) -> GroupNeighbors:
+        numbers = self._numbers
+        return self._cached(
+            "search",
+            device,
+            lambda: GroupNeighbors(
+                self.memory_bank_,
+                torch.tensor([numbers[group] for group in self.groups_]),
+                usable=None if self.usable_.all() else self.usable_,
+                device=device,
+                exact=self.precision == "float32",
+            ),
+        )
+
+    def _drawn(self, data: ImageSet) -> ImageSet:
+        """The images of at most `max_groups` groups."""
+        members = list(data.members.values())
+        if self.max_groups is None or len(members) <= self.max_groups:
+            return data
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randperm(len(members), generator=generator)[: self.max_groups].tolist()
+        return data.select(data.ids[sorted(position for g in drawn for position in members[g])])
+
+    def _embed(self, batch: Batch) -> Tensor:
+        """(B, C, h, w): PatchCore's embedding, averaged over 2 x 2 patches."""
+        embedding = embed_batch(batch, self.layers)
+        return F.avg_pool2d(embedding, 2) if min(embedding.shape[2:]) > 1 else embedding
+
+
+def _rows(embedding: Tensor) -> Tensor:
+    """(B, C, h, w) to (B, h w, C)."""
+    return embedding.flatten(2).transpose(1, 2)
+
+
+def _mean_of(distances: Tensor) -> Tensor:
+    """(Q,) means of the finite ones of (Q, k) ascending distances; inf where there is none."""
+    finite = distances.isfinite()
+    return torch.where(finite[:, 0], distances.where(finite, 0).sum(1) / finite.sum(1).clamp_min(1), torch.inf)
+
+
+def _where(names: list[str], chosen: Tensor) -> list[str]:
+    return [name for name, some in zip(names, chosen.tolist(), strict=True) if some]

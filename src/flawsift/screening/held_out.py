@@ -1,0 +1,58 @@
+"""Stage 1 without sub-models: a detector of all images that scores each of them without itself and its group."""
+
+
+from flawsift.data.images import ImageSet
+from flawsift.detectors.base import Detector, LeavesOut
+from flawsift.detectors.parts.maps import as_float16
+from flawsift.errors import InputError, ParameterError
+from flawsift.executors import Run
+from flawsift.screening.options import OF_SUBMODELS, ScreenOptions
+from flawsift.screening.result import Evidence, Ranking
+
+
+def rank_by_held_out_scores(
+    train: ImageSet, detector: Detector, options: ScreenOptions, run: Run, *, wants_fitted: bool = False
+) -> Ranking:
+    """Fit on all images, then score each of them without itself and its group.
+
+    Args:
+        train: N images with features attached, of two groups at least.
+        detector: Unfitted, of a class with `flawsift.detectors.base.LeavesOut`.
+        options: Those of sub-models must be the default ones, since nothing reads them here.
+        run: Its device, seed of nothing, and who is told.
+        wants_fitted: Hand over the detector of all images.
+
+    Raises:
+        InputError: All images are of one group.
+        ParameterError: An option of sub-models was set.
+    """
+    plain = ScreenOptions()
+    if wrong := [name for name in OF_SUBMODELS if getattr(options, name) != getattr(plain, name)]:
+        raise ParameterError(
+            f"Stage 1 by {detector.name} has no sub-models, so {', '.join(wrong)} would not be read. Leave it out, or "
+            'rank by sub-models (rank_by="submodels", --rank-by submodels).'
+        )
+    if len(train.members) < 2:
+        what = "image" if len(train) == 1 else "group of images"
+        raise InputError(f"Images are compared with those of other groups, and there is only one {what}. Add images.")
+    run.progress("ranking", 0, 2)
+    fitted = detector.clone().fit(train, device=run.device)
+    run.progress("ranking", 1, 2)
+    assert isinstance(fitted, LeavesOut)
+    held_out = fitted.held_out(train, device=run.device)
+    run.progress("ranking", 2, 2)
+    evidence = Evidence(
+        grid=(held_out.maps.shape[1], held_out.maps.shape[2]),
+        places=held_out.worst,
+        images=held_out.near_ids,
+        image_places=held_out.near_places,
+        distances=held_out.near_distances,
+        n_others=held_out.n_others,
+    )
+    return Ranking(
+        consensus=held_out.scores,
+        held_out_scores=held_out.scores,
+        patch_maps=as_float16(held_out.maps),
+        fitted=fitted if wants_fitted else None,
+        evidence=evidence,
+    )
