@@ -58,14 +58,11 @@ def crop(image: Image.Image, grid: tuple[int, int], place: int) -> Image.Image:
     scale = EDGE / max(box[2] - box[0], box[3] - box[1])
     size = tuple(max(1, round(scale * (end - start))) for start, end in ((box[0], box[2]), (box[1], box[3])))
     picture = image.convert("RGB").crop(box).resize((size[0], size[1]), Image.Resampling.BICUBIC)
-    left, upper, right, lower = patch_box(image.size, grid, place)
-    edges = (left - box[0], upper - box[1], right - box[0], lower - box[1])
+    patch = patch_box(image.size, grid, place)
+    x0, y0, x1, y1 = (round(scale * (edge - start)) for edge, start in zip(patch, box[:2] * 2, strict=True))
     draw = ImageDraw.Draw(picture)
-    for margin, colour in ((2, DARK), (1, LIGHT)):  # outside the patch, as far as there is room: it is what matters
-        x0, y0, x1, y1 = (round(scale * edge) for edge in edges)
-        first = (max(0, x0 - margin), max(0, y0 - margin))
-        last = (min(size[0], x1 + margin) - 1, min(size[1], y1 + margin) - 1)
-        draw.rectangle((first, (max(first[0], last[0]), max(first[1], last[1]))), outline=colour)
+    for margin, colour in ((2, DARK), (1, LIGHT)):  # outside the patch, which is what matters
+        draw.rectangle((x0 - margin, y0 - margin, x1 + margin - 1, y1 + margin - 1), outline=colour)
     return picture
 
 

@@ -249,7 +249,7 @@ class Review:
         return [int(self.screening.ids[p]) for p in near]
 
     def nearest(self, id_: int) -> dict[str, Any]:
-        """The worst place of an image and the nearest places in others; empty where the screening does not know them."""
+        """The worst place of an image and the nearest places in others; empty where these are not known."""
         evidence, position = self.screening.evidence, self.position[id_]
         if evidence is None or not (nearest := evidence.nearest(position)):
             return {}

@@ -88,7 +88,7 @@ class Ranking:
         patch_maps: (N, h, w) held-out maps on the patch grid, or None.
         submodels: What only sub-models know, or None.
         fitted: A detector fitted on all images, where that was made by the way and is wanted.
-        evidence: The worst patch of each image and those nearest to it, or None where the ranking does not look for them.
+        evidence: The worst patch of each image and those nearest to it, or None.
     """
 
     consensus: Floats

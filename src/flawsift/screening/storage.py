@@ -291,10 +291,9 @@ def _evidence(path: Path, ids: Ids) -> Evidence | None:
         images, image_places = (np.asarray(file[name], np.int64) for name in ("images", "image_places"))
         distances = np.asarray(file["distances"], np.float32)
     n, k = len(ids), images.shape[-1] if images.ndim else 0
-    shapes = [(grid, (2,)), (places, (n,)), (n_others, (n,))]
-    shapes += [(values, (n, k)) for values in (images, image_places, distances)]
-    if wrong := [f"{values.shape}" for values, shape in shapes if values.shape != shape]:
-        raise ValueError(f"{path.name} has the shape {wrong[0]}, {n} images are listed")
+    shapes = [values.shape for values in (grid, places, n_others, images, image_places, distances)]
+    if shapes != [(2,), (n,), (n,), (n, k), (n, k), (n, k)]:
+        raise ValueError(f"{path.name} has the shapes {shapes}, {n} images are listed")
     n_places, is_none = int(grid[0]) * int(grid[1]), images == -1
     if grid.min() < 1 or not _within(places, 0, n_places) or not _within(image_places[~is_none], 0, n_places):
         raise ValueError(f"{path.name} names a place off the grid")
