@@ -17,7 +17,7 @@ from flawsift.data.images import ImageSet
 from flawsift.reports.screening import screening_report
 from flawsift.screening.consensus import Contamination
 from flawsift.screening.options import ScreenOptions
-from flawsift.screening.result import Screening, SubModelScores
+from flawsift.screening.result import Evidence, Screening, SubModelScores
 
 N, K = 40, 5
 ESTIMATE = Contamination(0.2, "Gumbel tail excess", {"observed": 0.25}, (0.15, 0.26))
@@ -53,6 +53,18 @@ def make_screening(images: ImageSet, n_removed: int = 8, **changes: Any) -> Scre
         provenance={"detector": {"name": "patchcore", "params": {"coreset_ratio": 0.1, "layers": ["a", "b"]}}},
     )
     return replace(made, **changes)
+
+
+def make_evidence(ids: npt.ArrayLike, k: int = 3, grid: tuple[int, int] = (4, 6), seed: int = 0) -> Evidence:
+    """Any places; the nearest images of each are those listed after it. The first image has one fewer than k."""
+    named, generator = np.asarray(ids, np.int64), np.random.default_rng(seed)
+    n, n_places = len(named), grid[0] * grid[1]
+    images = np.stack([np.roll(named, -j) for j in range(1, k + 1)], axis=1)
+    image_places = generator.integers(0, n_places, (n, k))
+    distances = np.sort(generator.uniform(1, 9, (n, k)).astype(np.float32), axis=1)
+    images[0, -1], image_places[0, -1], distances[0, -1] = -1, -1, np.nan
+    places = generator.integers(0, n_places, n)
+    return Evidence(grid, places, images, image_places, distances, np.full(n, n - 1, np.int64))
 
 
 class Page(HTMLParser):

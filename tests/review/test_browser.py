@@ -1,9 +1,13 @@
 """The review page in a real browser: decide by keys, reload, undo, refit, kill, resume."""
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flawsift.models import model as models
-from flawsift.screening.storage import load_screening
+from flawsift.screening.storage import load_screening, save_screening
+from tests.reports.material import make_evidence
 from tests.review.browser import Errors, Server, arrived, expect, hold, names, needs_browser, open_page, press, saved
 from tests.review.material import MARKUP
 
@@ -60,6 +64,7 @@ def test_the_large_view(browser: Any, errors: Errors, server: Server) -> None:
     assert page.locator("#single-map").evaluate("map => getComputedStyle(map).opacity") == "0"
     page.locator("#single-opacity").fill("40")
     assert page.locator("#single-map").evaluate("map => getComputedStyle(map).opacity") == "0.4"
+    expect(page.locator("#nearest")).not_to_be_visible()  # sub-models do not look for them
     page.locator("#alike-list button").first.click()
     box(page.locator("#compare-caption")).to_contain_text("Typical: part-")
     press(page, "Escape")
@@ -68,6 +73,40 @@ def test_the_large_view(browser: Any, errors: Errors, server: Server) -> None:
     box(page.locator(":focus")).to_contain_text(ranked[1])
     assert page.evaluate("document.activeElement.innerText").split() == ["Rank", "2", "keep", ranked[1], *WORDS]
     assert server.decisions() == {ranked[0]: "remove", ranked[1]: "keep"}
+    assert errors == []
+
+
+def test_the_nearest_places_stand_beside_an_image(
+    browser: Any, errors: Errors, seen_in_browser: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(seen_in_browser / "s", tmp_path / "s"))
+    screening = load_screening(folder)
+    evidence = make_evidence(screening.ids)
+    save_screening(replace(screening, submodels=None, evidence=evidence), folder)
+    position = screening.ids.tolist().index(int(screening.ranking[0]))
+    server = Server(folder)
+    try:
+        page = open_page(browser, errors, server.address)
+        assert not page.locator("#sort option[value=votes]").count()
+        page.locator(".tile").first.focus()
+        press(page, "Enter")
+        expect(page.locator("#nearest-text")).to_contain_text("in 49 other images")
+        pictures = page.locator("#nearest-list img")
+        expect(pictures).to_have_count(4)
+        for index in range(4):
+            expect(pictures.nth(index)).to_have_js_property("naturalWidth", 96)
+        distances = page.locator("#nearest-list li > span").all_inner_texts()
+        assert distances == ["this one", *(f"{d:.4g}" for _, _, d in evidence.nearest(position))]
+        other = screening.names[screening.ids.tolist().index(evidence.nearest(position)[0][0])]
+        page.locator("#nearest-list button").first.click()
+        expect(page.locator("#compare-caption")).to_have_text(f"Has a close place: {other}")
+        page.locator("#alike-list button").first.click()  # one comparison at a time
+        expect(page.locator(".alike-list [aria-pressed=true]")).to_have_count(1)
+        press(page, "ArrowRight")
+        expect(page.locator("#compare")).not_to_be_visible()
+        expect(page.locator("#nearest-list button").first).to_have_attribute("aria-pressed", "false")
+    finally:
+        server.kill()
     assert errors == []
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from starlette.testclient import TestClient
 from flawsift.review.server import make_app, serve
 from flawsift.review.session import Review
 from flawsift.screening.decisions import read_decisions
-from flawsift.screening.storage import load_screening
+from flawsift.screening.storage import load_screening, save_screening
+from tests.reports.material import make_evidence
 from tests.review.material import BASE, MARKUP, PORT, TOKEN, decide
 
 
@@ -224,3 +226,40 @@ def test_a_folder_that_vanishes_is_told(client: TestClient, folder: Path) -> Non
     for answer in (decide(client, 5, "keep", 0), client.post(f"/{TOKEN}/refit", json={})):
         assert answer.status_code == 500
         assert "Cannot write" in answer.json()["error"]
+
+
+def test_the_nearest_places_and_their_pictures(folder: Path, screened: Path, tmp_path: Path) -> None:
+    parts = Path(shutil.copytree(screened / "parts", tmp_path / "parts"))
+    screening = load_screening(folder)
+    evidence = make_evidence(screening.ids)
+    save_screening(replace(screening, evidence=evidence), folder)
+    id_, kept = int(screening.removed[0]), int(screening.ranking[-1])
+    position = screening.ids.tolist().index(id_)
+    with TestClient(make_app(Review.open(folder, images=parts), TOKEN, PORT), base_url=BASE) as client:
+        answer = client.get(f"/{TOKEN}/nearest/{id_}").json()
+        assert answer["text"] == "Nothing like this in 49 other images. The closest places:"
+        assert "Nothing" not in client.get(f"/{TOKEN}/nearest/{kept}").json()["text"]
+        shown = [(o["id"], o["place"], o["distance"]) for o in answer["nearest"]]
+        assert shown == [(i, place, f"{d:.4g}") for i, place, d in evidence.nearest(position)]
+        assert answer["place"] == int(evidence.places[position])
+        for i, place in [(id_, answer["place"]), *(row[:2] for row in shown)]:
+            picture = client.get(f"/{TOKEN}/picture/place/{i}/{place}")
+            assert picture.headers["content-type"] == "image/jpeg"
+            assert picture.headers["cache-control"] == "private, no-cache"
+            with Image.open(io.BytesIO(picture.content)) as opened:
+                assert max(opened.size) == 96
+        own = f"/{TOKEN}/picture/place/{id_}"
+        other_place = (answer["place"] + 12) % 24
+        assert client.get(f"{own}/{answer['place']}").content != client.get(f"{own}/{other_place}").content
+        for path in (f"{own}/24", f"{own}/-1", f"/{TOKEN}/picture/place/999/0", f"/{TOKEN}/nearest/999"):
+            assert client.get(path).status_code == 404, path
+        same = {"If-None-Match": client.get(f"{own}/0").headers["etag"]}
+        assert client.get(f"{own}/0", headers=same).status_code == 304
+        (parts / screening.names[position]).unlink()
+        assert client.get(f"{own}/0").status_code == 404
+
+
+def test_a_screening_by_submodels_has_no_places(client: TestClient) -> None:
+    id_ = client.get(f"/{TOKEN}/content").json()["ids"][3]
+    assert client.get(f"/{TOKEN}/nearest/{id_}").json() == {}
+    assert client.get(f"/{TOKEN}/picture/place/{id_}/0").status_code == 404

@@ -11,11 +11,14 @@ from flawsift.paths import show
 from flawsift.reports.evidence import agreement, is_typical, map_scale, smoothed
 from flawsift.reports.overlays import overlay, peak_position, shrink
 from flawsift.reports.pages import THUMB, data_uri, number
+from flawsift.reports.places import crop
+from flawsift.reports.wording import nearest_text
 from flawsift.screening.lookalikes import most_alike
 from flawsift.screening.result import Screening
 
 SMALL = 160  # pixels, of pictures for comparison: a third of a card
 N_ALIKE = 3  # typical images beside each suspect
+N_NEAREST = 3  # places in other images beside an image's own: one row of a card
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ class ScreeningCard:
         peak_position: Where its map is highest, in words.
         problem: Why there is no picture.
         alike: (name, data URI) of the typical images that look most like it.
+        nearest_text: What is said above its worst place and those nearest to it.
+        place: Data URI of its worst place; "" where it is not known or cannot be shown.
+        nearest: (name, distance, data URI) of the nearest places in other images; empty without `place`.
     """
 
     rank: int
@@ -45,6 +51,9 @@ class ScreeningCard:
     peak_position: str = ""
     problem: str = ""
     alike: Sequence[tuple[str, str]] = ()
+    nearest_text: str = ""
+    place: str = ""
+    nearest: Sequence[tuple[str, str, str]] = ()
 
 
 class ScreeningCards:
@@ -64,6 +73,7 @@ class ScreeningCards:
         self.scale = map_scale(screening)
         self._made: dict[int, ScreeningCard] = {}
         self._small: dict[int, str] = {}
+        self._places: dict[tuple[int, int], str] = {}
 
     def of(self, id_: int) -> ScreeningCard:
         """The card of an image."""
@@ -91,13 +101,15 @@ class ScreeningCards:
     def _make(self, id_: int) -> ScreeningCard:
         p = self.position[id_]
         s = self.screening
-        picture = heatmap = problem = ""
+        picture = heatmap = problem = place = ""
         try:
             image = self.images.image(id_)
             picture = data_uri(shrink(image, THUMB))
             heatmap = self._heatmap(image, p)
+            place = "" if s.evidence is None else data_uri(crop(image, s.evidence.grid, int(s.evidence.places[p])))
         except UnreadableImage as error:
             problem = show(str(error))
+        nearest = self._nearest(p) if place else []
         return ScreeningCard(
             rank=self.rank[id_],
             name=show(s.names[p]),
@@ -109,7 +121,29 @@ class ScreeningCards:
             heatmap=heatmap,
             peak_position=peak_position(s.patch_maps[p]) if s.patch_maps is not None else "",
             problem=problem,
+            nearest_text=nearest_text(s, p),
+            place=place if nearest else "",
+            nearest=nearest,
         )
+
+    def _nearest(self, p: int) -> list[tuple[str, str, str]]:
+        """(name, distance, picture) of the nearest places in other images, as far as these can be read."""
+        evidence = self.screening.evidence
+        if evidence is None:
+            return []
+        shown = []
+        for id_, place, distance in evidence.nearest(p)[:N_NEAREST]:
+            if picture := self._place(id_, place, evidence.grid):
+                shown.append((show(self.screening.names[self.position[id_]]), number(distance), picture))
+        return shown
+
+    def _place(self, id_: int, place: int, grid: tuple[int, int]) -> str:
+        if (id_, place) not in self._places:
+            try:
+                self._places[id_, place] = data_uri(crop(self.images.image(id_), grid, place))
+            except UnreadableImage:
+                self._places[id_, place] = ""
+        return self._places[id_, place]
 
     def _heatmap(self, image: Image.Image, p: int) -> str:
         if self.screening.patch_maps is None or self.scale is None:

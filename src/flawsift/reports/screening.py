@@ -82,10 +82,11 @@ def screening_report(
         voters=cards.voters,
         top_share=cards.top_share,
         has_maps=cards.scale is not None,
+        has_evidence=screening.evidence is not None,
         ramp=css_ramp(),
         **unreadable_files(screening.unreadable.items()),
         details=list(flat(settings)),
-        normalize=screening.options.normalize,
+        normalize=screening.options.normalize if cards.voters else "",
     )
 
 

@@ -68,3 +68,19 @@ def selection_text(screening: Screening) -> str:
     if screening.is_partly_learned.any():
         text += " Of these, a detector that leaves out patches is trained on the most ordinary patches only."
     return text
+
+
+def nearest_text(screening: Screening, position: int) -> str:
+    """What stands above the worst place of the image at a position; empty where there is nothing to compare it with.
+
+    Only of an image that stands out, and was set aside, it is said that nothing is like it: a person, or a share that
+    was set by the user, sets aside ordinary images too.
+    """
+    evidence = screening.evidence
+    if evidence is None or not evidence.nearest(position):
+        return ""
+    n = int(evidence.n_others[position])
+    others = f"{n:,} other {plural(n, 'image')}"
+    if screening.is_suspect[position] and not screening.is_kept[position]:
+        return f"Nothing like this in {others}. The closest places:"
+    return f"The closest places in {others}:"

@@ -46,7 +46,9 @@ def make_app(review: Review, token: str, port: int) -> ASGIApp:
         Route("/overview", pages.overview),
         Route("/decisions", pages.decisions),
         Route("/picture/{kind}/{id:int}", pages.picture),
+        Route("/picture/place/{id:int}/{place:int}", pages.place),
         Route("/alike/{id:int}", pages.alike),
+        Route("/nearest/{id:int}", pages.nearest),
         Route("/decide", pages.decide, methods=["POST"]),
         Route("/refit", pages.refit, methods=["POST"]),
         Route("/{name}", pages.static),
@@ -107,20 +109,39 @@ class _Pages:
         id_, kind = self._id(request), request.path_params["kind"]
         if id_ is None or kind not in PICTURES:
             return PlainTextResponse("There is no such image.", 404)
+        return await self._picture(request, id_, lambda stamp: self.review.picture(kind, id_, stamp), PICTURES[kind])
+
+    async def place(self, request: Request) -> Response:
+        id_, place = self._id(request), request.path_params["place"]
+        if id_ is None or not self.review.has_place(place):
+            return PlainTextResponse("There is no such place.", 404)
+        return await self._picture(
+            request, id_, lambda stamp: self.review.place_picture(id_, place, stamp), "image/jpeg"
+        )
+
+    async def _picture(
+        self, request: Request, id_: int, make: Callable[[str], bytes | None], media_type: str
+    ) -> Response:
         stamp = await self._in_thread(lambda: self.review.stamp(id_))
         headers = {"Cache-Control": "private, no-cache", "ETag": f'"{stamp}"'}  # a browser asks whether it has changed
         if stamp and request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
-        data = await self._in_thread(lambda: self.review.picture(kind, id_, stamp))
+        data = await self._in_thread(lambda: make(stamp))
         if data is None:
             return PlainTextResponse("This image cannot be read.", 404)
-        return Response(data, media_type=PICTURES[kind], headers=headers)
+        return Response(data, media_type=media_type, headers=headers)
 
     async def alike(self, request: Request) -> Response:
         id_ = self._id(request)
         if id_ is None:
             return PlainTextResponse("There is no such image.", 404)
         return JSONResponse(await self._in_thread(lambda: self.review.alike(id_)))
+
+    async def nearest(self, request: Request) -> Response:
+        id_ = self._id(request)
+        if id_ is None:
+            return PlainTextResponse("There is no such image.", 404)
+        return JSONResponse(self.review.nearest(id_))
 
     async def decide(self, request: Request) -> Response:
         try:

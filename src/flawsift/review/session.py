@@ -29,8 +29,9 @@ from flawsift.paths import show
 from flawsift.reports.evidence import agreement, is_typical, map_scale, smoothed
 from flawsift.reports.overlays import Scale, layer, peak_position, shrink
 from flawsift.reports.pages import css_ramp, flat, number, template, unreadable_files
+from flawsift.reports.places import crop
 from flawsift.reports.screening import consensus_histogram
-from flawsift.reports.wording import explanation, headline
+from flawsift.reports.wording import explanation, headline, nearest_text
 from flawsift.screening import decisions
 from flawsift.screening.decisions import Change, Decision, DecisionStore
 from flawsift.screening.lookalikes import most_alike
@@ -216,7 +217,10 @@ class Review:
     def page(self) -> str:
         """The page's frame."""
         return template("review.html", "review").render(
-            folder=show(self.folder), out=show(self.out), has_maps=self.screening.patch_maps is not None
+            folder=show(self.folder),
+            out=show(self.out),
+            has_maps=self.screening.patch_maps is not None,
+            has_votes=self.screening.submodels is not None,
         )
 
     def style(self) -> str:
@@ -243,6 +247,41 @@ class Review:
         typical = is_typical(self.reviewed_screening())
         near = most_alike(self.screening.descriptions, self.position[id_], typical, N_ALIKE)
         return [int(self.screening.ids[p]) for p in near]
+
+    def nearest(self, id_: int) -> dict[str, Any]:
+        """The worst place of an image and the nearest places in others; empty where these are not known."""
+        evidence, position = self.screening.evidence, self.position[id_]
+        if evidence is None or not (nearest := evidence.nearest(position)):
+            return {}
+        return {
+            "text": nearest_text(self.screening, position),
+            "place": int(evidence.places[position]),
+            "nearest": [{"id": i, "place": place, "distance": number(d)} for i, place, d in nearest],
+        }
+
+    def has_place(self, place: int) -> bool:
+        """Whether there is such a patch in the images."""
+        evidence = self.screening.evidence
+        return evidence is not None and 0 <= place < evidence.grid[0] * evidence.grid[1]
+
+    @functools.lru_cache(maxsize=THUMBS)  # noqa: B019
+    def place_picture(self, id_: int, place: int, stamp: str) -> bytes | None:
+        """One place of an image as JPEG; None where the image cannot be read.
+
+        Args:
+            id_: Of the image.
+            place: Of the patch grid, row-major.
+            stamp: From `stamp`: an image that was changed is made anew.
+        """
+        if self.screening.evidence is None or not stamp:
+            return None
+        try:
+            picture = crop(self.images.image(id_), self.screening.evidence.grid, place)
+        except UnreadableImage:
+            return None
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        return buffer.getvalue()
 
     @functools.cached_property
     def _scale(self) -> Scale | None:

@@ -41,6 +41,44 @@ class SubModelScores:
 
 
 @dataclass(frozen=True, eq=False)
+class Evidence:
+    """The worst patch of each image, and the nearest patches that other images have to it.
+
+    Attributes:
+        grid: Rows and columns of the patch grid, which covers each image whatever its shape.
+        places: (N,) worst patch of each image, row-major on the grid.
+        images: (N, k) global ids of the other images, nearest first; -1 where there are fewer than k, or where an image
+            is not there any more.
+        image_places: (N, k) the patch in each of them, row-major; -1 likewise.
+        distances: (N, k) ascending; nan where there is none.
+        n_others: (N,) how many other images were searched.
+    """
+
+    grid: tuple[int, int]
+    places: npt.NDArray[np.int64]
+    images: Ids
+    image_places: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float32]
+    n_others: npt.NDArray[np.int64]
+
+    def nearest(self, position: int) -> list[tuple[int, int, float]]:
+        """(id of another image, place in it, distance) for the image at a position, nearest first."""
+        rows = (self.images[position], self.image_places[position], self.distances[position])
+        return [(int(i), int(place), float(d)) for i, place, d in zip(*rows, strict=True) if place >= 0]
+
+    def renamed(self, new: Mapping[int, int]) -> Self:
+        """The same under other ids, {id: new id}; an image that is not among them is named no more."""
+        ids = np.array([new.get(i, -1) for i in self.images.ravel().tolist()], np.int64).reshape(self.images.shape)
+        there = (self.image_places >= 0) & (ids >= 0)
+        return replace(
+            self,
+            images=np.where(there, ids, -1),
+            image_places=np.where(there, self.image_places, -1),
+            distances=np.where(there, self.distances, np.float32(np.nan)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Ranking:
     """What a kind of stage 1 says of the training images, before anything is kept or removed.
 
@@ -50,6 +88,7 @@ class Ranking:
         patch_maps: (N, h, w) held-out maps on the patch grid, or None.
         submodels: What only sub-models know, or None.
         fitted: A detector fitted on all images, where that was made by the way and is wanted.
+        evidence: The worst patch of each image and those nearest to it, or None.
     """
 
     consensus: Floats
@@ -57,6 +96,7 @@ class Ranking:
     patch_maps: npt.NDArray[np.float16] | None
     submodels: SubModelScores | None = None
     fitted: Detector | None = None
+    evidence: Evidence | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -80,6 +120,8 @@ class Screening:
         unreadable: {relative path: reason} of images that could not be used.
         provenance: Detector, backbone, versions, digests: whatever the caller wants kept.
         images: The images, for pictures in a notebook, or None.
+        evidence: The worst patch of each image and the nearest patches of other images, which the pages show beside it;
+            None where stage 1 does not look for them, as sub-models do not.
     """
 
     ids: Ids
@@ -98,6 +140,7 @@ class Screening:
     unreadable: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     images: ImageSet | None = None
+    evidence: Evidence | None = None
 
     def __repr__(self) -> str:
         counts = [f"{len(self.ids)} images", f"{len(self.removed)} set aside", f"{len(self.kept)} kept"]

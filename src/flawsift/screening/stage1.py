@@ -100,6 +100,7 @@ def screen_and_fit(
         rejected=rejected,
         submodels=ranking.submodels,
         images=train,
+        evidence=ranking.evidence,
     )
     return screening, ranking.fitted
 

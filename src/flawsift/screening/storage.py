@@ -4,6 +4,8 @@ import csv
 import io
 import itertools
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,18 +21,23 @@ from flawsift.files import ensure_folder, write_bytes, write_csv, write_json
 from flawsift.paths import find_name, name_some, show
 from flawsift.screening.consensus import Contamination
 from flawsift.screening.options import ScreenOptions
-from flawsift.screening.result import Screening, SubModelScores
+from flawsift.screening.result import Evidence, Screening, SubModelScores
+from flawsift.types import Ids
 
 CSV, JSON = "screening.csv", "screening.json"
-MAPS, REJECTED, DESCRIPTIONS = "maps.npy", "rejected.npy", "descriptions.npy"
+MAPS, REJECTED, DESCRIPTIONS, EVIDENCE = "maps.npy", "rejected.npy", "descriptions.npy", "evidence.npz"
 ROOT = "images_root"  # in screening.json: the folder that the paths are relative to
+# what the readers raise; an archive whose bits have changed may seem encrypted, which is a RuntimeError
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 Kind = TypeVar("Kind", bound=np.generic)
 YES = frozenset({"1", "true", "yes"})  # what counts as kept in an edited table
 NO = frozenset({"0", "false", "no", ""})
 
 
 def save_screening(screening: Screening, folder: str | Path) -> Path:
-    """Write screening.csv, screening.json, maps.npy, rejected.npy and descriptions.npy; each is whole or absent.
+    """Write screening.csv, screening.json, maps.npy, rejected.npy, descriptions.npy and evidence.npz.
+
+    Each file is whole or absent; what a screening does not have has no file.
 
     Arrays have the images in the order of their ids, so that a table which a person has sorted still fits them.
     """
@@ -44,6 +51,7 @@ def save_screening(screening: Screening, folder: str | Path) -> Path:
             buffer = io.BytesIO()
             np.save(buffer, values[order], allow_pickle=False)
             write_bytes(folder / name, buffer.getvalue())
+    _save_evidence(screening.evidence, order, folder / EVIDENCE)
     write_json(folder / JSON, summary_of(screening))
     write_csv(folder / CSV, *_table(screening))
     return folder
@@ -125,6 +133,7 @@ def _load(folder: Path) -> Screening:
             submodels=_submodels(rows),
             descriptions=_array(folder / DESCRIPTIONS, len(rows), 2, np.float16),
             unreadable=content["unreadable"],
+            evidence=_evidence(folder / EVIDENCE, ids),
             provenance={key: value for key, value in content.items() if key not in known},
         )
 
@@ -202,7 +211,10 @@ def matched(screening: Screening, images: ImageSet) -> Screening:
         raise InputError("The screening keeps no image.")
     ids = np.array([by_name.get(name, -1 - p) for p, name in enumerate(names)], np.int64)
     shown = images if (ids >= 0).all() else None  # pictures would be of nothing where an image is missing
-    return replace(screening, ids=ids, kept=ids[screening.is_kept], images=shown)
+    evidence = screening.evidence
+    if evidence is not None:
+        evidence = evidence.renamed(dict(zip(screening.ids.tolist(), ids.tolist(), strict=True)))
+    return replace(screening, ids=ids, kept=ids[screening.is_kept], images=shown, evidence=evidence)
 
 
 def screening_folder(folder: str | Path) -> Path:
@@ -237,7 +249,7 @@ def _damage_told(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"'{show(folder)}' is not a screening folder: {error.strerror} ({error.filename}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise InputError(
             f"The screening in '{show(folder)}' is damaged: {error!r}. Screen the folder again."
         ) from error
@@ -258,6 +270,42 @@ def _array(path: Path, n: int, n_dims: int, kind: type[Kind]) -> npt.NDArray[Kin
     if len(values) != n or values.ndim != n_dims:
         raise ValueError(f"{path.name} has the shape {values.shape}, {n} images are listed")
     return np.asarray(values, kind)
+
+
+def _save_evidence(evidence: Evidence | None, order: npt.NDArray[np.int64], path: Path) -> None:
+    if evidence is None:
+        path.unlink(missing_ok=True)  # of an earlier screening
+        return
+    rows = {name: values[order] for name, values in vars(evidence).items() if name != "grid"}
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, grid=np.array(evidence.grid, np.int64), **rows)
+    write_bytes(path, buffer.getvalue())
+
+
+def _evidence(path: Path, ids: Ids) -> Evidence | None:
+    """From disk, with every id and every place checked: pages look pictures up by them."""
+    if not path.exists():
+        return None
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+        grid, places, n_others = (np.asarray(file[name], np.int64) for name in ("grid", "places", "n_others"))
+        images, image_places = (np.asarray(file[name], np.int64) for name in ("images", "image_places"))
+        distances = np.asarray(file["distances"], np.float32)
+    n, k = len(ids), images.shape[-1] if images.ndim else 0
+    shapes = [values.shape for values in (grid, places, n_others, images, image_places, distances)]
+    if shapes != [(2,), (n,), (n,), (n, k), (n, k), (n, k)]:
+        raise ValueError(f"{path.name} has the shapes {shapes}, {n} images are listed")
+    n_places, is_none = int(grid[0]) * int(grid[1]), images == -1
+    if grid.min() < 1 or not _within(places, 0, n_places) or not _within(image_places[~is_none], 0, n_places):
+        raise ValueError(f"{path.name} names a place off the grid")
+    if not np.isin(images[~is_none], ids).all():
+        raise ValueError(f"{path.name} names an image that is not in the table")
+    if (image_places[is_none] != -1).any() or (np.isfinite(distances) == is_none).any() or n_others.min() < 0:
+        raise ValueError(f"{path.name} does not fit together")
+    return Evidence((int(grid[0]), int(grid[1])), places, images, image_places, distances, n_others)
+
+
+def _within(values: npt.NDArray[np.int64], low: int, end: int) -> bool:
+    return bool(((low <= values) & (values < end)).all())
 
 
 def _truth(cell: str) -> bool:

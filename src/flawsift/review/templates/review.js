@@ -439,36 +439,56 @@
 
   async function showAlike(id) {
     alikeFor = id;
-    let ids = [];
-    try { ids = await request(`alike/${id}`); } catch { /* the poll tells that the server is gone */ }
+    let [ids, places] = [[], {}];
+    try {
+      [ids, places] = await Promise.all([request(`alike/${id}`), request(`nearest/${id}`)]);
+    } catch { /* the poll tells that the server is gone */ }
     if (alikeFor !== id) return;
     $("alike").hidden = !ids.length;
-    $("alike-list").replaceChildren(...ids.map((other) => {
-      const li = make("li");
-      const button = make("button");
-      button.type = "button";
-      button.setAttribute("aria-pressed", "false");
-      button.title = data.names[at.get(other)];
-      const image = make("img");
-      image.alt = `Compare with ${data.names[at.get(other)]}`;
-      image.src = `picture/thumb/${other}`;
-      button.append(image);
-      button.addEventListener("click", () => {
-        const on = button.getAttribute("aria-pressed") !== "true";
-        for (const b of $("alike-list").querySelectorAll("button")) b.setAttribute("aria-pressed", b === button && on);
-        compareWith(on ? other : null);
-      });
-      li.append(button);
+    $("alike-list").replaceChildren(...ids.map((other) => comparison(other, `picture/thumb/${other}`, "Typical")));
+    const nearest = places.nearest || [];
+    $("nearest").hidden = !nearest.length;
+    $("nearest-text").textContent = places.text || "";
+    $("nearest-list").replaceChildren();
+    if (!nearest.length) return;
+    const own = make("li", "own");
+    const image = make("img");
+    image.alt = `The most unusual place of ${data.names[at.get(id)]}`;
+    image.src = `picture/place/${id}/${places.place}`;
+    own.append(image, make("span", "", "this one"));
+    $("nearest-list").append(own, ...nearest.map((other) => {
+      const li = comparison(other.id, `picture/place/${other.id}/${other.place}`, "Has a close place");
+      li.append(make("span", "", other.distance));
       return li;
     }));
   }
 
-  function compareWith(id) {
+  // a small picture of another image, which can be laid beside the one that is looked at
+  function comparison(other, source, what) {
+    const li = make("li");
+    const button = make("button");
+    button.type = "button";
+    button.setAttribute("aria-pressed", "false");
+    button.title = data.names[at.get(other)];
+    const image = make("img");
+    image.alt = `Compare with ${data.names[at.get(other)]}`;
+    image.src = source;
+    button.append(image);
+    button.addEventListener("click", () => {
+      const on = button.getAttribute("aria-pressed") !== "true";
+      for (const b of document.querySelectorAll(".alike-list button")) b.setAttribute("aria-pressed", b === button && on);
+      compareWith(on ? other : null, what);
+    });
+    li.append(button);
+    return li;
+  }
+
+  function compareWith(id, what) {
     $("compare").hidden = id === null;
     if (id === null) { $("compare-image").removeAttribute("src"); return; }
     $("compare-image").src = `picture/preview/${id}`;
-    $("compare-image").alt = `Typical image ${data.names[at.get(id)]}`;
-    $("compare-caption").replaceChildren("Typical: ", make("bdi", "", data.names[at.get(id)]));
+    $("compare-image").alt = `${what}: ${data.names[at.get(id)]}`;
+    $("compare-caption").replaceChildren(`${what}: `, make("bdi", "", data.names[at.get(id)]));
   }
 
   function setOpacity(value) {
