@@ -134,6 +134,8 @@ def test_without_evidence_nothing_is_said_of_places(images: ImageSet) -> None:
     assert "sub-models, each trained on another part" in words(text)
     other = words(screening_report(make_screening(images, submodels=None), images))
     assert "Every image is scored without having been learned from." in other
+    assert "robust standard deviation" in words(text)
+    assert "robust standard deviation" not in other  # of which scale it is, sub-models alone have said
 
 
 def test_what_cannot_be_read_is_not_shown(folder: Path) -> None:

@@ -144,8 +144,11 @@ def test_files_that_do_not_fit_are_told(screening: Screening, tmp_path: Path) ->
     np.savez(fewer, **{name: arrays[name] for name in FIELDS})
     objects, other = io.BytesIO(), io.BytesIO()
     np.savez(objects, **{**arrays, "places": np.array([{}] * 6, object)})
-    np.savez(other, **{**arrays, "grid": np.array([0, 6])})
+    np.savez(other, **{**arrays, "grid": np.array([-4, -6])})
     contents = [flat, fewer, objects, other]
+    (tmp_path / EVIDENCE).write_bytes(flat.getvalue())
+    with pytest.raises(InputError, match="has the shapes .* 6 images are listed"):
+        load_screening(tmp_path)
     damaged = bytearray(whole)
     damaged[whole.index(b"distances.npy") + 200] ^= 255
     for content in [*(buffer.getvalue() for buffer in contents), b"", whole[:-30], whole[:200], b"x", bytes(damaged)]:
