@@ -38,7 +38,7 @@ from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.metrics.ranking import image_auroc
-from flawsift.screening.options import ScreenOptions
+from flawsift.screening.options import OWN, ScreenOptions
 from flawsift.screening.stage1 import screen
 
 SIZE = 64  # pixels: large enough for three strides, small enough for milliseconds
@@ -187,7 +187,7 @@ def check_each_image_passes_the_backbone_once(detector: Detector) -> None:
         return extract(pixels, layers)
 
     images = easy_set().images.select(_normal(easy_set())[:20])
-    options = ScreenOptions(n_subsets=3)
+    options = ScreenOptions(screener=OWN, rank_by="submodels", n_subsets=3)
     backbone.extract = counting  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -250,7 +250,7 @@ def check_screening_lowers_contamination(detector: Detector) -> None:
     """Of a set with a fifth of easy defects, stage 1 keeps a purer one."""
     data = easy_set()
     mixed = with_features(data.images, detector)
-    result = screen(mixed, detector, ScreenOptions(n_subsets=4, keep=0.6))
+    result = screen(mixed, detector, ScreenOptions(rank_by="submodels", n_subsets=4, keep=0.6))
     before, after = data.truth.contamination, data.truth.select(result.kept).contamination
     assert after < before, f"contamination {before:.2f} before, {after:.2f} after screening"
 

@@ -27,10 +27,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "inreach": {"n_seeds": 4, "coreset_ratio": 0.2},
     "padim": {"n_features": 30},
     "patchcore": {"coreset_ratio": 0.05},
+    "quorum": {},
     "rd": {"n_blocks": (1, 1, 1, 1), "epochs": 20, "batch_size": 8},
     "simplenet": {"embedding_dim": 32, "hidden_dim": 32, "steps": 60, "adaptor_rate": 1e-3, "discriminator_rate": 1e-2},
     "softpatch": {"coreset_ratio": 0.05},
-    "twobanks": {"coreset_ratio": 0.05},
     "uniad": {"patch": 8, "width": 32, "epochs": 12, "batch_size": 4},
 }
 

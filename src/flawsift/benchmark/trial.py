@@ -22,7 +22,8 @@ from flawsift.models.plan import TrainingPlan, held_out_scores_of, options_for, 
 from flawsift.pipeline import resolve_screener
 from flawsift.screening.consensus import keep_lowest
 from flawsift.screening.result import Screening
-from flawsift.screening.stage1 import reselected, screen
+from flawsift.screening.stage1 import ranker_of, reselected, screen
+from flawsift.screening.submodels import rank_by_submodels
 from flawsift.types import Ids
 
 EXACT_PIXELS = 20_000_000  # 300 maps of 256 x 256: exact metrics sort them in 1 GB; more are streamed
@@ -116,10 +117,11 @@ class Trial:
                 wanted = self.train if preset == NONE else self.train.select(normal)
                 yield Arm(preset, plan_training(wanted, self.detector, None))
                 continue
-            options = options_for(self.detector, options_of(preset, self.n_subsets))
             first = screener_of(preset, self.screener, self.detector, self.backbone, self.run.seed)
-            plain = options.divergence_weight == 0
-            shape = (first.name, options.n_subsets, options.n_partitions, plain or preset)
+            by_submodels = ranker_of(first, options_of(preset)) is rank_by_submodels
+            options = options_for(self.detector, options_of(preset, self.n_subsets if by_submodels else None))
+            plain = by_submodels and options.divergence_weight == 0
+            shape = (first.name, by_submodels, options.n_subsets, options.n_partitions, plain or preset)
             if shape not in stages:
                 started = time.perf_counter()
                 stage1 = screen(self.train, first, options, self.run)

@@ -133,7 +133,10 @@ def fitted_lines(result: "FitResult", out: Path) -> list[str]:
     """What is said about a model that was just trained."""
     training = result.model.training
     partly = training["n_partly"]
-    more = f", and on the ordinary patches of {partly} more" if partly else ""
+    which = (
+        f"on the ordinary patches of {partly} more" if training["rejected_patches"] else f"on the {partly} set aside"
+    )
+    more = f", and {which}" if partly else ""
     name, kept, total = result.model.detector.name, training["n_kept"], training["n_images"]
     lines = [f"Trained {name} on {kept} of {total} images{more}: {out}"]
     if note := training.get("screening_note"):

@@ -41,7 +41,6 @@ DETECTORS: Mapping[str, tuple[str, str]] = {
     "rd": ("flawsift.detectors.rd", "RD"),
     "simplenet": ("flawsift.detectors.simplenet", "SimpleNet"),
     "softpatch": ("flawsift.detectors.softpatch", "SoftPatch"),
-    "twobanks": ("flawsift.detectors.twobanks", "TwoBanks"),
     "uniad": ("flawsift.detectors.uniad", "UniAD"),
 }
 
@@ -80,11 +79,13 @@ class Detector(ABC):
     # Robust deviations above which a stage 1 by this detector takes a patch out of the training of stage 2, by default;
     # 0, for none, where its maps are poor evidence on single patches.
     patch_rejection: ClassVar[float] = 0.0
-    # Whether it leaves out rejected patches when it learns (`Batch.accepted`); others learn from all of an image.
+    # Whether it leaves out rejected patches when it learns (`Batch.accepted`).
     leaves_out_patches: ClassVar[bool] = False
     # Whether defects in its training set teach it what one is, so that taking them out makes it worse.
     learns_from_defects: ClassVar[bool] = False
-    # Raised when names or meanings of the learned state change, so that older saved states are refused.
+    # Whether it is best trained on all that no person removed: to leave out what stage 1 sets aside costs it more.
+    resists_defects: ClassVar[bool] = False
+    # Raised when names or meanings of the learned state change: older saved states are refused.
     state_format: ClassVar[int] = 1
 
     layers: Sequence[str] = field(default=("stride8", "stride16"))
@@ -295,38 +296,6 @@ class Additive(Protocol):
 
     def held_out_scores(self, data: ImageSet, *, device: str = "auto") -> npt.NDArray[np.float64]:
         """(N,) scores of images of the training set, each as by the model without that image and its group."""
-
-
-@dataclass(frozen=True, eq=False)
-class HeldOut:
-    """What a detector says of images of its own training set, each as if it and its group had not been learned.
-
-    Attributes:
-        scores: (N,) image scores.
-        maps: (N, h, w) patch-grid maps.
-        worst: (N,) place of each image's highest patch, row-major on the grid.
-        near_ids: (N, n) ids of the images of other groups with the nearest patches to that one, one per group, nearest
-            first; -1 where there are fewer groups.
-        near_places: (N, n) those patches, row-major; -1 likewise.
-        near_distances: (N, n) ascending; nan likewise.
-        n_others: (N,) how many images were searched.
-    """
-
-    scores: npt.NDArray[np.float64]
-    maps: Tensor
-    worst: npt.NDArray[np.int64]
-    near_ids: npt.NDArray[np.int64]
-    near_places: npt.NDArray[np.int64]
-    near_distances: npt.NDArray[np.float32]
-    n_others: npt.NDArray[np.int64]
-
-
-@runtime_checkable
-class LeavesOut(Protocol):
-    """A fitted detector that scores images of its training set without them, so that stage 1 needs no sub-models."""
-
-    def held_out(self, data: ImageSet, *, device: str = "auto") -> HeldOut:
-        """Scores, maps and evidence of N images, each without itself and its group."""
 
 
 def load_detector(folder: str | Path, like: Detector | None = None) -> Detector:

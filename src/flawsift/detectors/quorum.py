@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, HeldOut, resolve_device
+from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts.groups import GroupNeighbors
+from flawsift.detectors.parts.held_out import HeldOut
 from flawsift.detectors.parts.maps import embed_batch
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError, NotFittedError
 
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 FEWEST, MOST = 2, 16  # groups that are asked for by "auto": one alone is no quorum, more than 16 gained on no set
 GROWTH = 1.08  # what more groups may do to the score of an ordinary image, see `n_groups`
 N_ASKED = 100  # images that this is told by: their median moves by less than a hundredth
@@ -33,29 +34,33 @@ class Quorum(Detector):
     kept: a bank that is thinned over images forgets how many images have a patch like this one, and a defect that is in
     it once explains every other of its kind. Here k groups must have one like it.
 
-    The score of a training image leaves its own group out, and so is drawn as the score of a new image is: the ranking of
-    stage 1, the threshold and the detector are one computation (`held_out`), and no sub-model is trained.
+    The score of a training image leaves its own group out, and so is drawn as the score of a new image is: the ranking
+    of stage 1, the threshold and the detector are one computation (`held_out`), and no sub-model is trained.
 
-    k is chosen from the images: the more groups are asked, the more of the same defect it takes to pass, but where good
-    parts vary, few groups have what is rare and good. So k is the largest for which the held-out score of the median image
-    is at most 8 % above that for k = 1. That image is good as long as fewer than half are defective, so the choice hardly
-    moves with the contamination: about 3 for screws at any angle, 7 to 16 for textures and for parts in a fixture.
+    k is chosen from the images. The more groups are asked, the more images with the same defect it takes to hide it;
+    but where good parts vary, only few groups have what is rare and good. So k is the largest for which the held-out
+    score of the median image is at most 8 % above that for k = 1. That image is a good one as long as most are, so k
+    hardly moves with the contamination: 2 to 4 for screws at any angle, 7 to 16 for textures and parts in a fixture.
 
-    Cost: One product of all patches with all patches, 2 P^2 C N flops per image scored (P patches of C channels, N
-        images of the bank): 8.2 GFLOP at P = 256, C = 152 and N = 400. bfloat16 where the processor has units for it.
-    Contamination: Resisted as long as fewer than k groups share a defect; a single defective image never vouches alone.
-    Differs from the paper: There is none. Relatives are PatchCore (bank and embedding), InReaCh (channels that span many
-        images), and MuSc (arXiv 2401.16753: mean over the lowest 30 % of the images, of a test set).
+    Cost: 2 P^2 N C flops per image scored, for P patches of C channels and N images in the bank: 8 GFLOP for 256, 152
+        and 400. Memory: 4 P N C bytes, 62 MB there; half of it is saved.
+    Contamination: Resisted while fewer than k groups share a defect. Nothing need be left out.
+    Differs from the paper: There is none. Relatives: PatchCore (embedding, distance to a bank), InReaCh (channels that
+        span many images) and MuSc (mean distance to the nearest 30 % of the images of a test set).
+    Reference: Roth et al., CVPR 2022, arXiv 2106.08265; McIntosh & Albu, ICCV 2023; Li et al., ICLR 2024, arXiv
+        2401.16753.
 
     Attributes:
         n_groups: k; "auto" as above, between 2 and 16.
-        max_groups: Most groups in the bank, drawn evenly; None for all. The score needs k near groups, not all.
+        max_groups: Most groups in the bank, drawn evenly; None for all. A score needs k near groups, not all.
         precision: "float32" for exact products on every machine; "auto" takes bfloat16 where that is quicker, which
             moves distances by about 0.2 %.
     """
 
     name: ClassVar[str] = "quorum"
     leaves_out_patches: ClassVar[bool] = True
+    resists_defects: ClassVar[bool] = True
+    patch_rejection: ClassVar[float] = 2.0  # for other detectors of stage 2, as PatchCore's
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "exact": {"precision": "float32"}}
 
     n_groups: int | Literal["auto"] = AUTO
@@ -167,7 +172,7 @@ class Quorum(Detector):
             patches = self.memory_bank_[i][self.usable_[i]]
             near = search.query(patches, MOST, numbers[i].repeat(len(patches))).cpu()
             curves.append((near.cumsum(1) / torch.arange(1, MOST + 1)).amax(0))  # (MOST,) score for each k
-        median = torch.stack(curves).median(0).values
+        median = torch.stack(curves).quantile(0.5, dim=0)
         fits = median <= GROWTH * median[0]
         return max(FEWEST, int(fits.nonzero()[-1]) + 1 if fits.any() else 0)
 

@@ -62,8 +62,9 @@ def plan_training(
         detector: Of stage 2, unfitted.
         screening: Of these images, which are found by name; None keeps all of them.
         choices: {relative path as shown: "keep", "remove" or "unsure"}.
-        same_detector: Whether the held-out scores of the screening are of this detector and backbone. Those of additive
-            detectors are not taken all the same: sub-models of a fifth of the images score far too high.
+        same_detector: Whether the held-out scores of the screening are of this detector and backbone. Those of
+            sub-models of additive detectors are not taken all the same: a fifth of the images scores far too high. Nor
+            are those without sub-models when a person removed images, which the scores would still rest on.
 
     Raises:
         InputError: Kept images are missing, no image is left, or no decision is about one of these images.
@@ -74,9 +75,12 @@ def plan_training(
         return TrainingPlan(train.select(kept), kept, None, decisions=counts)
     decided, counts = screening.with_decisions(choices or {})
     here = matched(decided, train)
-    scores = here.held_out_scores[here.is_kept] if same_detector and not isinstance(detector, Additive) else None
+    learned = here.purified(train, detector)
+    by_itself = here.submodels is None
+    usable = len(learned) == len(here.ids) if by_itself else not isinstance(detector, Additive)
+    scores = here.held_out_scores[here.is_kept] if same_detector and usable else None
     note = _difference(screening, train)
-    return TrainingPlan(here.purified(train, detector), here.kept, scores, here, counts, (note,) if note else ())
+    return TrainingPlan(learned, here.kept, scores, here, counts, (note,) if note else ())
 
 
 def options_for(detector: Detector, options: ScreenOptions) -> ScreenOptions:
@@ -108,7 +112,7 @@ def held_out_scores_of(plan: TrainingPlan, fitted: Detector, run: Run | None = N
         return np.empty(0)
     if isinstance(fitted, Additive):
         return fitted.held_out_scores(plan.images, device=run.device)[is_kept]
-    halves = ScreenOptions(n_subsets=HALVES, keep=1.0, reject_patches=0.0)
+    halves = ScreenOptions(rank_by="submodels", n_subsets=HALVES, keep=1.0, reject_patches=0.0)
     return screen(plan.images, fitted.clone(), halves, run).held_out_scores[is_kept]
 
 

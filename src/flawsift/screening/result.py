@@ -122,6 +122,7 @@ class Screening:
         images: The images, for pictures in a notebook, or None.
         evidence: The worst patch of each image and the nearest patches of other images, which the pages show beside it;
             None where stage 1 does not look for them, as sub-models do not.
+        removed_by_hand: Ids that a person removed, whatever stage 1 says of them.
     """
 
     ids: Ids
@@ -141,6 +142,7 @@ class Screening:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     images: ImageSet | None = None
     evidence: Evidence | None = None
+    removed_by_hand: Ids = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __repr__(self) -> str:
         counts = [f"{len(self.ids)} images", f"{len(self.removed)} set aside", f"{len(self.kept)} kept"]
@@ -216,8 +218,11 @@ class Screening:
         """What a detector of stage 2 learns from: (m,) of the screened images.
 
         Those that are kept; where it can leave out patches, less those that are rejected, and with the other patches of
-        the images that were set aside, which are not in `kept`.
+        the images that were set aside, which are not in `kept`. One that resists defects learns all but what a person
+        removed, unless the share to keep was set by hand.
         """
+        if detector.resists_defects and self.contamination is not None:
+            return train.select(self.ids[~np.isin(self.ids, self.removed_by_hand) & np.isin(self.ids, train.ids)])
         if self.rejected is None or not detector.leaves_out_patches:
             return train.select(self.kept)
         partly = self.is_partly_learned & np.isin(self.ids, train.ids)
@@ -238,7 +243,8 @@ class Screening:
             InputError: None of the decisions is about one of these images, or no image is left.
         """
         is_kept, counts = apply_decisions(self.names, self.is_kept, choices)
-        now = replace(self, kept=self.ids[is_kept])
+        gone = [choices.get(show(name)) == "remove" for name in self.names]
+        now = replace(self, kept=self.ids[is_kept], removed_by_hand=self.ids[gone])
         if self.rejected is None:
             return now, counts
         by_hand = np.array([choices.get(show(name), "") in ("keep", "remove") for name in self.names])

@@ -214,7 +214,9 @@ def matched(screening: Screening, images: ImageSet) -> Screening:
     evidence = screening.evidence
     if evidence is not None:
         evidence = evidence.renamed(dict(zip(screening.ids.tolist(), ids.tolist(), strict=True)))
-    return replace(screening, ids=ids, kept=ids[screening.is_kept], images=shown, evidence=evidence)
+    by_hand = ids[np.isin(screening.ids, screening.removed_by_hand)]
+    kept = ids[screening.is_kept]
+    return replace(screening, ids=ids, kept=kept, images=shown, evidence=evidence, removed_by_hand=by_hand)
 
 
 def screening_folder(folder: str | Path) -> Path:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flawsift.detectors.parts.neighbors import blocks
 
-# Queries and bank rows of one product. The product must stay in the second cache (2 MB of bfloat16) until its minima are
-# taken; 256 x 4096 to 1024 x 8192 were within a tenth of the quickest here.
+# Queries and bank rows of one product, which must stay in the processor's second cache until its minima are taken:
+# of 256 x 4096 to 1024 x 8192 all were within a tenth of the quickest.
 _QUERY_ROWS, _BANK_ROWS = 1024, 4096
 _FEW = 64  # queries at a time whose candidates are measured one by one: 10 MB of an image's patches each
 _TILE = 32  # channels are padded to a multiple: matrix units work in tiles of so many bfloat16 numbers
@@ -21,9 +21,9 @@ class GroupNeighbors:
     """The nearest patch of each group, searched without approximation but for the precision of the products.
 
     Half the squared distance is one product of widened vectors: with q and b centred,
-    (q, |q|^2 / 2, 1) . (-b, 1, |b|^2 / 2) = |q - b|^2 / 2. Each norm is carried as two numbers, its rounded value and what
-    rounding lost, so that bfloat16 products, which are summed in float32, lose nothing where q and b are near: the error
-    is relative to the distance, about 0.2 %, not to the norms.
+    (q, |q|^2 / 2, 1) . (-b, 1, |b|^2 / 2) = |q - b|^2 / 2. Each norm is carried as two numbers, its rounded value and
+    what rounding lost, so that bfloat16 products, which are summed in float32, lose nothing where q and b are near: the
+    error is relative to the distance, about 0.2 %, not to the norms.
 
     Args:
         bank: (N, P, C) patches.
