@@ -14,8 +14,9 @@ import numpy as np
 
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.data.inputs import Images, as_images
-from flawsift.detectors.base import Additive, Detector, make_detector
+from flawsift.detectors.base import Detector, make_detector
 from flawsift.detectors.parts.training import Watch
+from flawsift.detectors.protocols import Additive
 from flawsift.errors import InputError, ParameterError, unknown_name
 from flawsift.executors import Executor, Run
 from flawsift.features.backbones import Backbone, load_backbone

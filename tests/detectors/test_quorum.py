@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Additive
-from flawsift.detectors.parts.held_out import LeavesOut
 from flawsift.detectors.parts.maps import embed_patches
+from flawsift.detectors.protocols import Additive, LeavesOut
 from flawsift.detectors.quorum import GROWTH, MOST, Quorum
 from flawsift.errors import InputError, NotFittedError, ParameterError
 from flawsift.features.readers import MemoryFeatures

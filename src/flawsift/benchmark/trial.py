@@ -12,7 +12,8 @@ from flawsift.benchmark.grid import BY_PRESET, NONE, ORACLE, options_of
 from flawsift.benchmark.rows import Row
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
-from flawsift.detectors.base import Additive, Detector
+from flawsift.detectors.base import Detector
+from flawsift.detectors.protocols import Additive
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone
 from flawsift.metrics.ranking import image_auroc

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Protocol, Self, TypeVar, cast, get_args, get_origin, runtime_checkable
+from typing import Any, ClassVar, Self, TypeVar, cast, get_args, get_origin
 
 import numpy as np
 import numpy.typing as npt
@@ -282,20 +282,6 @@ def score_together(
         (torch.cat(s).numpy() if s else np.empty(0, np.float32), torch.cat(g) if g else torch.empty(0, 1, 1), size)
         for s, g in zip(scores, grids, strict=True)
     ]
-
-
-@runtime_checkable
-class Additive(Protocol):
-    """A fitted detector whose learned state is a sum over training images, so that k + 1 fits cost about one."""
-
-    def merged(self, other: Any) -> Detector:
-        """The model of both training sets, which must be disjoint."""
-
-    def without(self, data: ImageSet, *, device: str = "auto") -> Detector:
-        """The model of the training set less these images, all of which were in it."""
-
-    def held_out_scores(self, data: ImageSet, *, device: str = "auto") -> npt.NDArray[np.float64]:
-        """(N,) scores of images of the training set, each as by the model without that image and its group."""
 
 
 def load_detector(folder: str | Path, like: Detector | None = None) -> Detector:

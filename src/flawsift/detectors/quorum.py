@@ -13,9 +13,9 @@ from torch import Tensor
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts.groups import GroupNeighbors
-from flawsift.detectors.parts.held_out import HeldOut
 from flawsift.detectors.parts.maps import embed_batch
 from flawsift.detectors.parts.training import UNWATCHED, Watch
+from flawsift.detectors.protocols import HeldOut
 from flawsift.errors import InputError, NotFittedError
 
 AUTO: Literal["auto"] = "auto"

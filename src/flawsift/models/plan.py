@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import Additive, Detector
+from flawsift.detectors.base import Detector
+from flawsift.detectors.protocols import Additive
 from flawsift.executors import Run
 from flawsift.models.model import set_digest
 from flawsift.paths import name_some, show

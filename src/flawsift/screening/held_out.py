@@ -2,8 +2,8 @@
 
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Detector
-from flawsift.detectors.parts.held_out import LeavesOut
 from flawsift.detectors.parts.maps import as_float16
+from flawsift.detectors.protocols import LeavesOut
 from flawsift.errors import InputError, ParameterError
 from flawsift.executors import Run
 from flawsift.screening.options import OF_SUBMODELS, ScreenOptions
@@ -17,7 +17,7 @@ def rank_by_held_out_scores(
 
     Args:
         train: N images with features attached, of two groups at least.
-        detector: Unfitted, of a class with `flawsift.detectors.parts.held_out.LeavesOut`.
+        detector: Unfitted, of a class with `flawsift.detectors.protocols.LeavesOut`.
         options: Those of sub-models must be the default ones, since nothing reads them here.
         run: Its device, seed of nothing, and who is told.
         wants_fitted: Hand over the detector of all images.

@@ -25,7 +25,7 @@ class ScreenOptions:
     Attributes:
         screener: Registry name of the detector of stage 1, or "own" for the final detector itself as in the paper.
         rank_by: "auto" ranks by the screener's own scores of its training images without themselves, where it has
-            them exactly (`flawsift.detectors.parts.held_out.LeavesOut`), as Quorum does, and by sub-models elsewhere;
+            them exactly (`flawsift.detectors.protocols.LeavesOut`), as Quorum does, and by sub-models elsewhere;
             "submodels" always by these. All options of `OF_SUBMODELS` are theirs.
         keep: Share of the images kept, floor(keep * N) (LLBNAD, equation 4), or "auto": see `consensus.choose`;
             without rejection of patches, as many as the estimate of the contamination says.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Detector
-from flawsift.detectors.parts.held_out import LeavesOut
+from flawsift.detectors.protocols import LeavesOut
 from flawsift.executors import Run
 from flawsift.screening.consensus import (
     Contamination,

@@ -1,13 +1,28 @@
-"""Scores of training images by a detector that leaves each of them out by itself."""
+"""What some detectors can do beyond fitting and scoring: add up, and leave training images out."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from flawsift.data.images import ImageSet
+from flawsift.detectors.base import Detector
+
+
+@runtime_checkable
+class Additive(Protocol):
+    """A fitted detector whose learned state is a sum over training images, so that k + 1 fits cost about one."""
+
+    def merged(self, other: Any) -> Detector:
+        """The model of both training sets, which must be disjoint."""
+
+    def without(self, data: ImageSet, *, device: str = "auto") -> Detector:
+        """The model of the training set less these images, all of which were in it."""
+
+    def held_out_scores(self, data: ImageSet, *, device: str = "auto") -> npt.NDArray[np.float64]:
+        """(N,) scores of images of the training set, each as by the model without that image and its group."""
 
 
 @dataclass(frozen=True, eq=False)
