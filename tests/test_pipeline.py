@@ -18,7 +18,7 @@ from flawsift import pipeline
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
 from flawsift.detectors.base import Detector, make_detector
-from flawsift.detectors.twobanks import TwoBanks
+from flawsift.detectors.quorum import Quorum
 from flawsift.errors import InputError, ModelError, OutputError, ParameterError
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import attach
@@ -83,7 +83,7 @@ def test_the_default_detector_is_that_of_its_name(tiny: Backbone, easy: Dataset,
     assert model.training["detector"] == {"name": FINAL, "params": model.detector.params()}
     assert model.training["screener"] == "patchcore"
     assert model.training["rejected_patches"] > 0
-    named = pipeline.fit(easy.images, TwoBanks(), tiny, store=store).model
+    named = pipeline.fit(easy.images, Quorum(), tiny, store=store).model
     np.testing.assert_array_equal(model.calibration.scores, named.calibration.scores)
 
 

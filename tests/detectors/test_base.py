@@ -10,7 +10,7 @@ import torch
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import DETECTORS, detector_class, load_detector, make_detector
 from flawsift.detectors.patchcore import PatchCore
-from flawsift.detectors.twobanks import TwoBanks
+from flawsift.detectors.softpatch import SoftPatch
 from flawsift.errors import ModelError, ParameterError
 from flawsift.testing import easy_set, with_features
 
@@ -53,10 +53,10 @@ def test_state_makes_an_equal_detector(data: ImageSet) -> None:
     assert not unfitted.fitted, "with_state changed the detector it was called on"
 
 
-@pytest.mark.parametrize("like", [None, TwoBanks(coreset_ratio=0.1)])
-def test_a_state_of_another_format_is_refused(data: ImageSet, tmp_path: Path, like: TwoBanks | None) -> None:
+@pytest.mark.parametrize("like", [None, SoftPatch(coreset_ratio=0.1)])
+def test_a_state_of_another_format_is_refused(data: ImageSet, tmp_path: Path, like: SoftPatch | None) -> None:
     """Such as one of before its attributes were renamed, whose file names no format."""
-    TwoBanks(coreset_ratio=0.1).fit(data).save(tmp_path)
+    SoftPatch(coreset_ratio=0.1).fit(data).save(tmp_path)
     assert load_detector(tmp_path, like).fitted
     content = json.loads((tmp_path / "detector.json").read_text())
     for former in (1, None):
