@@ -65,7 +65,7 @@ def plan_training(
         choices: {relative path as shown: "keep", "remove" or "unsure"}.
         same_detector: Whether the held-out scores of the screening are of this detector and backbone. Those of
             sub-models of additive detectors are not taken all the same: a fifth of the images scores far too high. Nor
-            are those without sub-models when a person removed images, which the scores would still rest on.
+            are those without sub-models where something is left out, such as what a person removed: they rest on it.
 
     Raises:
         InputError: Kept images are missing, no image is left, or no decision is about one of these images.
@@ -78,7 +78,8 @@ def plan_training(
     here = matched(decided, train)
     learned = here.purified(train, detector)
     by_itself = here.submodels is None
-    usable = len(learned) == len(here.ids) if by_itself else not isinstance(detector, Additive)
+    whole = len(learned) == len(here.ids) and not learned.rejected_share
+    usable = whole if by_itself else not isinstance(detector, Additive)
     scores = here.held_out_scores[here.is_kept] if same_detector and usable else None
     note = _difference(screening, train)
     return TrainingPlan(learned, here.kept, scores, here, counts, (note,) if note else ())

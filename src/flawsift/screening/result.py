@@ -122,7 +122,7 @@ class Screening:
         images: The images, for pictures in a notebook, or None.
         evidence: The worst patch of each image and the nearest patches of other images, which the pages show beside it;
             None where stage 1 does not look for them, as sub-models do not.
-        removed_by_hand: Ids that a person removed, whatever stage 1 says of them.
+        removed_by_hand: Ids that a person removed, by a decision or in the table, whatever stage 1 says of them.
     """
 
     ids: Ids
@@ -243,7 +243,8 @@ class Screening:
             InputError: None of the decisions is about one of these images, or no image is left.
         """
         is_kept, counts = apply_decisions(self.names, self.is_kept, choices)
-        gone = [choices.get(show(name)) == "remove" for name in self.names]
+        removed = np.array([choices.get(show(name)) == "remove" for name in self.names])
+        gone = (removed | np.isin(self.ids, self.removed_by_hand)) & ~is_kept  # now or before, such as in the table
         now = replace(self, kept=self.ids[is_kept], removed_by_hand=self.ids[gone])
         if self.rejected is None:
             return now, counts

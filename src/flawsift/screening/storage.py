@@ -22,7 +22,7 @@ from flawsift.paths import find_name, name_some, show
 from flawsift.screening.consensus import Contamination
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Evidence, Screening, SubModelScores
-from flawsift.types import Ids
+from flawsift.types import Floats, Ids
 
 CSV, JSON = "screening.csv", "screening.json"
 MAPS, REJECTED, DESCRIPTIONS, EVIDENCE = "maps.npy", "rejected.npy", "descriptions.npy", "evidence.npz"
@@ -113,6 +113,8 @@ def _load(folder: Path) -> Screening:
         if not rows:
             raise ValueError("no scored image")
         ids = np.array([int(row["id"]) for row in rows], np.int64)
+        is_kept = np.array([_truth(row["kept"]) for row in rows])
+        consensus = np.array([float(row["consensus"]) for row in rows])
         estimate, options = content.pop("contamination"), content["options"]
         # screenings of earlier versions do not name the screener among the options
         options = {"screener": content.get("detector", {}).get("name", "own"), **options}
@@ -121,9 +123,9 @@ def _load(folder: Path) -> Screening:
         return Screening(
             ids=ids,
             names=[_safe(row["path"]) for row in rows],
-            consensus=np.array([float(row["consensus"]) for row in rows]),
+            consensus=consensus,
             held_out_scores=np.array([float(row["held_out_score"]) for row in rows]),
-            kept=ids[[_truth(row["kept"]) for row in rows]],
+            kept=ids[is_kept],
             keep_share=keep_share,
             options=ScreenOptions(**options),
             seed=seed,
@@ -134,8 +136,16 @@ def _load(folder: Path) -> Screening:
             descriptions=_array(folder / DESCRIPTIONS, len(rows), 2, np.float16),
             unreadable=content["unreadable"],
             evidence=_evidence(folder / EVIDENCE, ids),
+            removed_by_hand=ids[_kept_at_first(consensus, keep_share) & ~is_kept],
             provenance={key: value for key, value in content.items() if key not in known},
         )
+
+
+def _kept_at_first(consensus: Floats, share: float) -> npt.NDArray[np.bool_]:
+    """(N,) what stage 1 kept before anybody edited the table: those of lowest consensus, of equals the first listed."""
+    is_kept = np.zeros(len(consensus), np.bool_)
+    is_kept[np.argsort(consensus, kind="stable")[: round(share * len(consensus))]] = True
+    return is_kept
 
 
 def _submodels(rows: list[dict[str, str]]) -> SubModelScores | None:
