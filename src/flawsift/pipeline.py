@@ -19,7 +19,7 @@ from flawsift.detectors.parts.training import Watch
 from flawsift.detectors.protocols import Additive
 from flawsift.errors import InputError, ParameterError, unknown_name
 from flawsift.executors import Executor, Run
-from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.features.backbones import Backbone, fitting_size, load_backbone
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.files import ensure_folder
@@ -102,7 +102,7 @@ def screen(
         images: A folder, files, a pattern, PIL images, arrays, a list or an iterator of these, or a set (then with its
             groups); see `flawsift.data.inputs.as_images`.
         detector: A registry name or an unfitted detector; None takes the screener of the options.
-        backbone: A name for `load_backbone`, or a backbone.
+        backbone: A name for `load_backbone`, of a size that fits the images (`fitting_size`), or a backbone.
         options: Of stage 1, or the name of a preset.
         out: A folder for screening.csv, screening.json, maps.npy and report.html; finished sub-models are kept there
             until done, so that the same command goes on after a kill.
@@ -140,7 +140,7 @@ def fit(
         images: A folder, files, a pattern, PIL images, arrays, a list or an iterator of these, or a set (then with its
             groups); see `flawsift.data.inputs.as_images`.
         detector: Of stage 2: a registry name or an unfitted detector.
-        backbone: A name for `load_backbone`, or a backbone.
+        backbone: A name for `load_backbone`, of a size that fits the images (`fitting_size`), or a backbone.
         screening: Instead of a new stage 1: what `screen` returned, or the folder that it wrote, its `kept` column
             perhaps edited. Any detector and backbone may have made it.
         no_screen: Train on everything but what `decisions` remove.
@@ -262,7 +262,7 @@ def _prepare(
     run = Run(**given_run)
     given = as_images(images)
     made = make_detector(detector, seed=run.seed) if isinstance(detector, str) else detector
-    loaded = load_backbone(backbone) if isinstance(backbone, str) else backbone
+    loaded = load_backbone(backbone, size=fitting_size(given)) if isinstance(backbone, str) else backbone
     first = resolve_screener(screener, made, loaded, run.seed)
     layers = tuple(dict.fromkeys([*made.layers, *first.layers]))
     views = tuple(dict.fromkeys([*made.views, *first.views]))

@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flawsift.data.images import ImageSet
 from flawsift.errors import InputError, ParameterError, WeightsError
 from flawsift.features import runtimes, trunks
-from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.features.backbones import Backbone, fitting_size, load_backbone
 from flawsift.features.runtimes import Runtime
 from flawsift.features.trunks import EMBEDDED, LayerInfo
 
@@ -518,3 +520,16 @@ def test_nothing_is_printed_warned_or_sent() -> None:
         timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_size_fits_the_images() -> None:
+    def pictures(*shapes: tuple[int, int]) -> ImageSet:
+        return ImageSet.from_arrays([np.zeros(shape, np.uint8) for shape in shapes])
+
+    assert fitting_size(pictures((384, 900))) == 384
+    assert fitting_size(pictures((383, 900))) == 256
+    assert fitting_size(pictures((100, 100), (500, 400), (600, 600))) == 384
+    assert fitting_size(pictures((100, 100), (100, 100), (600, 600))) == 256
+    assert fitting_size(pictures()) == 256
+    many = [(50, 50)] * 300 + [(500, 500)] * 100  # taken from all of them, not from the first
+    assert fitting_size(pictures(*many[::-1])) == 256

@@ -63,7 +63,12 @@ Settings = Annotated[
 ]
 BackboneName = Annotated[str, typer.Option("--backbone", help="efficientnet_lite0 (offline) or any timm name.")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="Local weights file of the backbone.")]
-Size = Annotated[int, typer.Option("--size", help="Edge length in pixels that images are resized to.")]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        "--size", help="Edge length in pixels that images are resized to. [384 if they have as many, else 256]"
+    ),
+]
 RuntimeOption = Annotated[Runtime, typer.Option("--runtime", help="What runs the backbone.")]
 PresetOption = Annotated[Preset, typer.Option("--preset", help="Options of stage 1, where not given one by one.")]
 Groups = Annotated[
@@ -119,16 +124,15 @@ class BackboneChoice:
 
     backbone: BackboneName = "efficientnet_lite0"
     weights: Weights = None
-    size: Size = 256
+    size: Size = None
     runtime: RuntimeOption = Runtime.auto
 
-    def load(self, device: str) -> "Backbone":
-        """The backbone."""
-        from flawsift.features.backbones import load_backbone
+    def load(self, device: str, images: "ImageSet") -> "Backbone":
+        """The backbone, of a size that fits the images where none is given."""
+        from flawsift.features.backbones import fitting_size, load_backbone
 
-        return load_backbone(
-            self.backbone, weights=self.weights, size=self.size, runtime=self.runtime.value, device=device
-        )
+        size = fitting_size(images) if self.size is None else self.size
+        return load_backbone(self.backbone, weights=self.weights, size=size, runtime=self.runtime.value, device=device)
 
 
 @dataclass(frozen=True)

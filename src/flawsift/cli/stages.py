@@ -51,13 +51,13 @@ def screen(
     from flawsift.reports.pages import REPORT
     from flawsift.screening.storage import summary_of
 
-    options = stage1.options
+    options, pictures = stage1.options, images_in(images, groups)
     ensure_folder(out)
     with shown_progress() as progress:
         result = pipeline.screen(
-            images_in(images, groups),
+            pictures,
             detector.make(machine.seed),
-            backbone.load(machine.device),
+            backbone.load(machine.device, pictures),
             options=options,
             out=out,
             **machine.resources(progress),
@@ -79,6 +79,8 @@ def screened_lines(result: "Screening") -> list[str]:
             f"Of the kept images, the {share:.1f} % oddest patches are left out by detectors that can leave out patches"
             + (", of those set aside all but the most ordinary ones." if result.is_partly_learned.any() else ".")
         )
+    if size := result.provenance.get("backbone", {}).get("spec", {}).get("size"):
+        lines.append(f"Images were resized to {size} x {size} pixels.")
     if result.contamination is not None:
         lines.append(f"Estimated share of defective images: {result.contamination.text}.")
     names = dict(zip(result.ids.tolist(), result.names, strict=True))
@@ -106,12 +108,12 @@ def fit(
     from flawsift import pipeline
     from flawsift.models.calibration import DEFAULT_RATE
 
-    options = stage1.options
+    options, pictures = stage1.options, images_in(images, groups)
     with shown_progress() as progress:
         result = pipeline.fit(
-            images_in(images, groups),
+            pictures,
             detector.make(machine.seed),
-            backbone.load(machine.device),
+            backbone.load(machine.device, pictures),
             screening=screening,
             no_screen=no_screen,
             options=options,
@@ -139,6 +141,8 @@ def fitted_lines(result: "FitResult", out: Path) -> list[str]:
     more = f", and {which}" if partly else ""
     name, kept, total = result.model.detector.name, training["n_kept"], training["n_images"]
     lines = [f"Trained {name} on {kept} of {total} images{more}: {out}"]
+    size = result.model.backbone.size
+    lines.append(f"Images are resized to {size} x {size} pixels.")
     if note := training.get("screening_note"):
         lines.append(f"Note: {note} Screen the folder again to have them judged.")
     return [*lines, *threshold_lines(result.model.threshold())]

@@ -101,7 +101,7 @@ def diagnose(
     found = images_in(images, None)
     truth = None if labels is None else diagnostics.read_labels(labels, found)
     chosen = found if truth is None else found.select(truth.ids)
-    network = backbone.load(device)
+    network = backbone.load(device, found)
     with shown_progress() as progress:
         data, failed = attach(chosen, network, (layer,), store=store_of(cache), progress=progress)
     result = diagnostics.diagnose(data, layer, truth=truth, seed=seed)

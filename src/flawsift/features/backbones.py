@@ -12,8 +12,10 @@ is several times faster on a CPU. Both give the same bits for an image whatever 
 Transformers with a class token have it as a layer of its own, with one cell per image: "blocks.11.cls".
 """
 
+import contextlib
 import hashlib
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flawsift.data.decoding import UnreadableImage
+from flawsift.data.images import ImageSet
 from flawsift.errors import InputError, ParameterError, WeightsError, unknown_name
 from flawsift.features.runtimes import Engine, Runtime, device_for, make_engine
 from flawsift.features.trunks import EMBEDDED, LayerInfo, Trunk, build, digest_of
 
 # How `flawsift.data.images` brings an image to the network's square. Part of `key`: changing one changes all features.
 INTERPOLATION = "square-bilinear-antialias"
+SIZES = (256, 384)  # of the default network's input, in pixels: for small images and for others, see `fitting_size`
+N_MEASURED = 20  # images by which that is told
 MIN_SIZE = 32  # below, the deepest stage of the usual networks is smaller than one cell
 # Images at a time where layers are averaged: the eight blocks that Dinomaly averages are 20 MB per image at ViT-B.
 MEAN_BATCH = 8
@@ -133,7 +139,7 @@ def load_backbone(
     name: str = EMBEDDED,
     *,
     weights: str | Path | None = None,
-    size: int = 256,
+    size: int = SIZES[0],
     runtime: Runtime = "auto",
     device: str = "auto",
 ) -> Backbone:
@@ -159,6 +165,21 @@ def load_backbone(
     path = str(weights) if weights is not None else None
     spec = {"name": name, "weights": path, "size": size, "runtime": runtime, "device": device}
     return Backbone(trunk, engine, name=name, device=str(place), spec=spec)
+
+
+def fitting_size(images: ImageSet) -> int:
+    """The size of the default network's input for some images, in pixels: 384 where they have so many, else 256.
+
+    Small defects are found better at 384, at 5 times the cost of a search among patches; where most of the images have
+    fewer pixels on their shorter side, there is no more to see. Told by `N_MEASURED` of them, evenly spaced.
+    """
+    every = max(1, len(images) // N_MEASURED)
+    edges = []
+    for id_ in images.ids[::every].tolist():
+        with contextlib.suppress(UnreadableImage):
+            edges.append(min(images.image(id_).size))
+    small, large = SIZES
+    return large if edges and statistics.median(edges) >= large else small
 
 
 def _rebuild(spec: Mapping[str, Any], digest: str) -> Backbone:
