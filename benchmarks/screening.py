@@ -1,7 +1,8 @@
 """What screening costs: both stages (k = 5) against one plain fit on everything, from a cold feature cache.
 
 Stage 1 is by the detector itself (`--screener own`), as the goals mean it: by sub-models, or by Quorum's own held-out
-scores. Screening by PatchCore is timed for PaDiM too. Repeats alternate between the arms, each in a process of its own. The backbone is compiled before the clock starts.
+scores. Screening by PatchCore is timed for PaDiM too. Repeats alternate between the arms, each in a process of its own.
+The backbone is compiled before the clock starts.
 """
 
 import argparse

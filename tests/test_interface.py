@@ -111,7 +111,9 @@ def test_progress_is_told_to_whoever_asks(easy: Dataset, tiny: Backbone, store: 
     for screener in ("quorum", "patchcore"):
         stages.clear()
         options = ScreenOptions(screener=screener)
-        pipeline.fit(easy.images, SMALL, tiny, options=options, store=store, progress=lambda *told: stages.append(told[0]))
+        pipeline.fit(
+            easy.images, SMALL, tiny, options=options, store=store, progress=lambda *told: stages.append(told[0])
+        )
         assert {"sub-models" if screener == "patchcore" else "ranking", "detector"} <= set(stages)
     for progress in (True, False, None):
         pipeline.screen(easy.images, SMALL, tiny, store=store, progress=progress)
@@ -233,7 +235,8 @@ def test_every_option_of_stage_1_is_an_option_of_the_commands(capsys: pytest.Cap
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
     text = capsys.readouterr().out
-    for flag in ("--screener", "--rank-by", "--keep", "--reject-patches", "--subsets", "--include-own", "--divergence-weight"):
+    others = ("--keep", "--reject-patches", "--subsets", "--include-own", "--divergence-weight")
+    for flag in ("--screener", "--rank-by", *others):
         assert flag in text
 
 

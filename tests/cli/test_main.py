@@ -243,7 +243,7 @@ def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) ->
         (["screen", "{images}", "--out", "{out}", "--subsets", "1"], "must be a whole number of at least 2"),
         (["screen", "{images}", "--out", "{out}", "--subsets", "70", *SUBMODELS], "70 subsets need at least 70 images"),
         (["screen", "{images}", "--out", "{out}", "--subsets", "4"], "no sub-models, so n_subsets would not be read"),
-        (["fit", "{images}", "--out", "{out}", "--consensus", "median"], "so consensus would not be read. Leave it out"),
+        (["fit", "{images}", "--out", "{out}", "--consensus", "median"], "so consensus would not be read"),
         (["screen", "{images}", "--out", "{out}", "--rank-by", "vote"], "'vote' is not one of 'auto', 'submodels'"),
         (["screen", "{images}", "--out", "{out}", "--set", "max_groups"], "needs name=value"),
         (["screen", "{images}", "--out", "{out}", "--set", "max_groups=1"], "must be at least 2"),
