@@ -68,7 +68,7 @@ def test_maps_and_scores_equal_brute_force(k: int, grouped: bool) -> None:
     low = np.quantile(expected, 1 - SHARP, axis=1)[:, None, None]
     sharpened = np.where(coarse >= low, single.reshape(3, 8, 8), coarse)
     clear = np.abs(coarse / low - 1) > 0.01  # rounding decides about the others
-    assert clear.mean() > 0.9
+    assert clear.mean() > 0.75
     np.testing.assert_allclose(maps.numpy()[clear], (sharpened * fitted.scale_)[clear], rtol=3e-3)
 
 
