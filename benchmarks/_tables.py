@@ -1,6 +1,6 @@
 """Tables of what detectors and screenings are worth. Each reads the rows that it is of; without rows there is none."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -26,10 +26,11 @@ from _frames import (
     with_variants,
     worst,
 )
+from flawsift.screening.options import FINAL
 
 ARMS = {"all_data": "no screening", "paper": "paper", "default": "default", "oracle_clean": "oracle"}
 DETECTORS = {
-    "twobanks": "TwoBanks",
+    "quorum": "Quorum",
     "patchcore": "PatchCore",
     "padim": "PaDiM",
     "softpatch": "SoftPatch",
@@ -41,6 +42,15 @@ DETECTORS = {
     "destseg": "DeSTSeg",
     "rd": "RD",
     "dinomaly": "Dinomaly",
+}
+# of (detector, arm): the default beside the one before it, of which there are rows; the last is the best there can be
+FORMER = {
+    ("patchcore", "all data"): "PatchCore",
+    ("softpatch", "all data"): "SoftPatch",
+    ("patchcore", "default"): "PatchCore, screened",
+    ("twobanks", "default"): "TwoBanks, screened",
+    ("quorum", "default"): "Quorum, screened",
+    ("quorum", "oracle"): "Quorum, oracle",
 }
 SET_HEADER = ["set", "defective in training"]
 
@@ -77,9 +87,9 @@ def detectors(results: Path, arm: str, metric: str, *, overlap: bool = False) ->
     return table([*SET_HEADER, *(DETECTORS[name] for name in names)], body, rows)
 
 
-def threshold(results: Path) -> str | None:
-    """What the default detector's threshold without labels does on test images."""
-    rows = accuracy_rows(results, "twobanks").dropna(subset=["missed_per_100"])
+def threshold(results: Path, detector: str) -> str | None:
+    """What a detector's threshold without labels does on test images, screened by default."""
+    rows = accuracy_rows(results, detector).dropna(subset=["missed_per_100"])
     rows = rows[rows["arm"] == "default"]
     if rows.empty:
         return None
@@ -220,22 +230,23 @@ def ablation(results: Path) -> str | None:
     return table(header, body, rows)
 
 
-def finals(results: Path, metric: str = "image_auroc", *, confirmed: bool = False) -> str | None:
-    """What the default final detector is worth beside its two parts, with and without the default screening."""
-    titles = {
-        ("patchcore", "all data"): "PatchCore",
-        ("softpatch", "all data"): "SoftPatch",
-        ("twobanks", "all data"): "TwoBanks",
-        ("patchcore", "default"): "PatchCore, screened",
-        ("softpatch", "default"): "SoftPatch, screened",
-        ("twobanks", "default"): "TwoBanks, screened",
-        ("patchcore", "oracle"): "PatchCore, oracle",
-        ("twobanks", "oracle"): "TwoBanks, oracle",
-    }
+def finals(
+    results: Path,
+    titles: Mapping[tuple[str, str], str] = FORMER,
+    metric: str = "image_auroc",
+    *,
+    confirmed: bool = False,
+) -> str | None:
+    """Some detectors and arms side by side, {(detector, variant): title}; gains are over the first one.
+
+    Recovery is the share of the gap between the first and the last.
+    """
     folder = results / "confirmation" if confirmed else results
-    first = with_variants(ablated_rows(folder), "variant") if confirmed else accuracy_rows(folder, "patchcore")
-    rows = pd.concat([first, accuracy_rows(folder, "softpatch", "twobanks")]).dropna(subset=[metric])
-    rows = shared(with_titles(rows, titles), "title", len(titles))
+    of_files = [accuracy_rows(folder, *{detector for detector, _ in titles})]
+    if confirmed:  # PatchCore's are those of the ablation
+        of_files = [of_files[0][of_files[0]["detector"] != "patchcore"], with_variants(ablated_rows(folder), "variant")]
+    rows = with_titles(pd.concat(of_files).dropna(subset=[metric]), titles)
+    rows = shared(rows, "title", len(titles))
     if rows.empty:
         return None
     names = list(titles.values())
@@ -243,8 +254,8 @@ def finals(results: Path, metric: str = "image_auroc", *, confirmed: bool = Fals
     for alpha, some in rows.groupby("alpha"):
         means = some.groupby("title", observed=True)[metric].mean()
         body.append(["mean of sets", f"{alpha:.0%}", *(f"{mean:.3f}" for mean in means)])
-    gained = gains(rows, metric, "title", "PatchCore")
-    body.append(["recovery", "", *(recovery(gained, name, "PatchCore, oracle") for name in names)])
+    gained = gains(rows, metric, "title", names[0])
+    body.append(["recovery", "", *(recovery(gained, name, names[-1]) for name in names)])
     body.append(["worst contaminated cell, points", "", *worst(of_cells(gained), names)])
     body.append(["worst clean set, points", "", *worst(of_cells(gained, clean=True), names)])
     return table(["set", "defective", *names], body, rows)
@@ -255,10 +266,10 @@ def headline(results: Path) -> str | None:
     titles = {
         ("patchcore", "all data"): "PatchCore on everything",
         ("softpatch", "all data"): "SoftPatch on everything",
-        ("twobanks", "default"): "flawsift fit",
-        ("twobanks", "oracle"): "the same detector, trained on the good images only",
+        (FINAL, "default"): "flawsift fit",
+        (FINAL, "oracle"): "the same detector, trained on the good images only",
     }
-    rows = with_titles(accuracy_rows(results, "patchcore", "softpatch", "twobanks"), titles)
+    rows = with_titles(accuracy_rows(results, "patchcore", "softpatch", FINAL), titles)
     rows = shared(rows, "title", len(titles))
     if rows.empty:
         return None
@@ -269,7 +280,7 @@ def headline(results: Path) -> str | None:
 def rivals(results: Path, metric: str) -> str | None:
     """Mean of the sets: both stages by default against the detectors that resist contamination on their own."""
     titles = {
-        ("twobanks", "default"): "TwoBanks, screened",
+        (FINAL, "default"): f"{DETECTORS[FINAL]}, screened",
         ("softpatch", "all data"): "SoftPatch",
         ("inreach", "all data"): "InReaCh",
         ("funad", "all data"): "FUN-AD",

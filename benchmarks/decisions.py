@@ -1,6 +1,6 @@
 """What a person's first decisions are worth: the ten most suspicious images of a contaminated set, judged rightly.
 
-One stage 1 per cell, by PatchCore with the default preset. The arm "decided" trains on what is left when the highest
+One stage 1 per cell, of the default preset. The arm "decided" trains on what is left when the highest
 ranked images have been decided on by their labels, as in `flawsift review`; the others are those of `accuracy.py`. Sets
 are small, since that is where ten images are a share that counts, and where screening alone is weakest.
 
@@ -38,7 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "magnetic_tile": {"n_train": 200, "test_normal": 100, "test_anomalous": 100},
 }
 KEY = ("commit", "data", "detector", "alpha", "seed", "n_decisions")
-BANKS = ("twobanks", "patchcore", "softpatch", "padim")  # that train in seconds
+BANKS = ("quorum", "patchcore", "softpatch", "padim")  # that train in seconds
 
 
 def right_choices(stage1: Screening, truth: GroundTruth, n: int) -> dict[str, str]:

@@ -20,6 +20,7 @@ import _rows
 import _tables
 from _frames import Rows, newest, read, table, texts_of
 from flawsift.files import write_text
+from flawsift.screening.options import FINAL
 
 PAGES = (_rows.ROOT / "benchmarks" / "README.md", _rows.ROOT / "README.md")
 MARKERS = re.compile(r"(<!-- rows:([\w-]+) -->\n)(.*?)(<!-- /rows -->)", re.DOTALL)
@@ -118,11 +119,11 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "confirmation": _tables.confirmation,
     "headline": _tables.headline,
     "trim": _tables.trim,
-    "threshold": _tables.threshold,
+    "threshold": lambda r: _tables.threshold(r, FINAL),
     "finals": _tables.finals,
-    "finals-aupro": lambda r: _tables.finals(r, "aupro"),
+    "finals-aupro": lambda r: _tables.finals(r, metric="aupro"),
     "finals-confirmed": lambda r: _tables.finals(r, confirmed=True),
-    "decisions": lambda r: _tables.decisions(r, "twobanks"),
+    "decisions": lambda r: _tables.decisions(r, FINAL),
     "decisions-patchcore": lambda r: _tables.decisions(r, "patchcore"),
     "rivals": lambda r: _tables.rivals(r, "image_auroc"),
     "rivals-aupro": lambda r: _tables.rivals(r, "aupro"),

@@ -218,12 +218,12 @@ def stored(easy: Dataset, tiny: Backbone, detector: Detector, tmp_path: Path) ->
     return attach(easy.images, tiny, detector.layers, views=detector.views, store=FeatureStore(tmp_path / "c"))[0]
 
 
-# additive statistics; the banks of PatchCore and SoftPatch; trained by gradient, in bfloat16 where it pays
-@pytest.mark.parametrize("name", ["padim", "twobanks", "dinomaly"])
+# additive statistics; a memory bank; trained by gradient, in bfloat16 where it pays
+@pytest.mark.parametrize("name", ["padim", "softpatch", "dinomaly"])
 def test_processes_equal_serial_bit_for_bit(easy: Dataset, tiny: Backbone, tmp_path: Path, name: str) -> None:
     params: dict[str, dict[str, Any]] = {
         "padim": {"n_features": 20},
-        "twobanks": {"coreset_ratio": 0.05},
+        "softpatch": {"coreset_ratio": 0.05},
         "dinomaly": {"width": 32, "n_blocks": 2, "steps": 6, "batch_size": 8, "warmup": 2, "easy_ramp": 3},
     }
     detector = make_detector(name, **params[name])

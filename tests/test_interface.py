@@ -108,8 +108,13 @@ def test_a_screening_from_memory_lies_beside_its_model(
 
 def test_progress_is_told_to_whoever_asks(easy: Dataset, tiny: Backbone, store: FeatureStore) -> None:
     stages: list[str] = []
-    pipeline.fit(easy.images, SMALL, tiny, store=store, progress=lambda stage, done, total: stages.append(stage))
-    assert {"sub-models", "detector"} <= set(stages)
+    for screener in ("quorum", "patchcore"):
+        stages.clear()
+        options = ScreenOptions(screener=screener)
+        pipeline.fit(
+            easy.images, SMALL, tiny, options=options, store=store, progress=lambda *told: stages.append(told[0])
+        )
+        assert {"sub-models" if screener == "patchcore" else "ranking", "detector"} <= set(stages)
     for progress in (True, False, None):
         pipeline.screen(easy.images, SMALL, tiny, store=store, progress=progress)
 
@@ -208,6 +213,7 @@ def test_every_option_of_stage_1_is_an_option_of_the_commands(capsys: pytest.Cap
 
     changed: dict[str, Any] = {
         "screener": "padim",
+        "rank_by": "submodels",
         "keep": "0.7",
         "reject_patches": 1.5,
         "n_subsets": 4,
@@ -218,6 +224,7 @@ def test_every_option_of_stage_1_is_an_option_of_the_commands(capsys: pytest.Cap
         "divergence_weight": 0.5,
     }
     assert set(changed) == set(ScreenOptions().as_json())
+    assert all(changed[name] != value for name, value in ScreenOptions().as_json().items())
     options = fit_stage(preset=cli.Preset["default"], **changed).options
     assert options.as_json() == {**changed, "keep": 0.7}
     assert fit_stage().options == ScreenOptions()
@@ -228,7 +235,8 @@ def test_every_option_of_stage_1_is_an_option_of_the_commands(capsys: pytest.Cap
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
     text = capsys.readouterr().out
-    for flag in ("--screener", "--keep", "--reject-patches", "--subsets", "--include-own", "--divergence-weight"):
+    others = ("--keep", "--reject-patches", "--subsets", "--include-own", "--divergence-weight")
+    for flag in ("--screener", "--rank-by", *others):
         assert flag in text
 
 

@@ -34,7 +34,7 @@ from flawsift.screening.decisions import checked_decisions, read_decisions
 from flawsift.screening.lookalikes import describe_images
 from flawsift.screening.options import FINAL, OWN, ScreenOptions
 from flawsift.screening.result import Screening
-from flawsift.screening.stage1 import screen_and_fit
+from flawsift.screening.stage1 import ranker_of, screen_and_fit
 from flawsift.screening.storage import ROOT, images_of, load_screening, save_screening
 
 
@@ -109,14 +109,16 @@ def screen(
         resources: See `Resources`.
 
     Raises:
-        InputError: No usable images, or fewer than subsets.
+        InputError: No usable images, or fewer than subsets or than two.
+        ParameterError: An option of sub-models was set, and there are none.
         OutputError: `out` or the cache cannot be written.
     """
     _check(resources)
     chosen = ScreenOptions.of(options)
     named = FINAL if chosen.screener == OWN else chosen.screener
     with as_progress(resources.get("progress")) as tell:
-        job = _prepare(images, named if detector is None else detector, backbone, OWN, {**resources, "progress": tell})
+        given, own = named if detector is None else detector, replace(chosen, screener=OWN)
+        job = _prepare(images, given, backbone, own, {**resources, "progress": tell})
         return _stage1(job, chosen, out, wants_fitted=False)[0]
 
 
@@ -174,8 +176,8 @@ def fit(
         started=time.monotonic(),
     )
     with as_progress(resources.get("progress")) as tell:
-        screener = asked.options.screener if asked.is_new else OWN
-        job = _prepare(images, detector, backbone, screener, {**resources, "progress": tell})
+        options = asked.options if asked.is_new else None
+        job = _prepare(images, detector, backbone, options, {**resources, "progress": tell})
         return _both_stages(job, asked)
 
 
@@ -254,16 +256,19 @@ def _prepare(
     images: Images,
     detector: Detector | str,
     backbone: Backbone | str,
-    screener: str,
+    stage1: ScreenOptions | None,
     resources: Resources,
 ) -> _Job:
+    """Images and features for both stages; `stage1` is None where none is to be made."""
     store = resources.get("store") or FeatureStore()
     given_run: dict[str, Any] = {key: value for key, value in resources.items() if key != "store"}
     run = Run(**given_run)
     given = as_images(images)
     made = make_detector(detector, seed=run.seed) if isinstance(detector, str) else detector
     loaded = load_backbone(backbone, size=fitting_size(given)) if isinstance(backbone, str) else backbone
-    first = resolve_screener(screener, made, loaded, run.seed)
+    first = made if stage1 is None else resolve_screener(stage1.screener, made, loaded, run.seed)
+    if stage1 is not None:
+        ranker_of(first, stage1)  # an option that would not be read is told now, not after the work
     layers = tuple(dict.fromkeys([*made.layers, *first.layers]))
     views = tuple(dict.fromkeys([*made.views, *first.views]))
     data, failed = attach(given, loaded, layers, views=views, store=store, progress=run.progress)

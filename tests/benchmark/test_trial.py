@@ -14,6 +14,8 @@ from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.models.model import set_digest
 from flawsift.screening.options import PRESETS, ScreenOptions
+from flawsift.screening.stage1 import ranker_of
+from flawsift.screening.submodels import rank_by_submodels
 
 # as short as they get: what is learned does not matter here
 SHORT: dict[str, dict[str, Any]] = {
@@ -30,6 +32,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "funad": {"layers": ("stride8",), "steps": 1, "hidden": (8,), "bank_size": 200},
     "inreach": {"n_seeds": 4, "coreset_ratio": 0.2},
     "padim": {"n_features": 10},
+    "quorum": {},
     "rd": {"n_blocks": (1, 1, 1, 1), "epochs": 1, "batch_size": 8},
     "simplenet": {"embedding_dim": 8, "hidden_dim": 8, "steps": 1},
     "uniad": {"patch": 8, "width": 16, "epochs": 1, "batch_size": 4},
@@ -44,8 +47,9 @@ def test_both_ways_train_on_the_same_ids_and_masks(
     detector = make_detector(name, **SHORT.get(name, {"coreset_ratio": 0.05}))
     images = easy.images.select(np.r_[0:22, 40:48])  # more than a quarter is defective: the default finds evidence
     store = FeatureStore(tmp_path)
-    fitted = pipeline.fit(images, detector, tiny, options=ScreenOptions.of(preset, n_subsets=2), store=store)
     first = pipeline.resolve_screener(PRESETS[preset].screener, detector, tiny, 0)
+    few = {"n_subsets": 2} if ranker_of(first, PRESETS[preset]) is rank_by_submodels else {}
+    fitted = pipeline.fit(images, detector, tiny, options=ScreenOptions.of(preset, **few), store=store)
     layers = tuple(dict.fromkeys([*detector.layers, *first.layers]))
     train, _ = attach(images, tiny, layers, views=tuple(dict.fromkeys([*detector.views, *first.views])), store=store)
     trial = Trial(train=train, test=train, truth=easy.truth, detector=detector, backbone=tiny, n_subsets=2)
@@ -56,3 +60,31 @@ def test_both_ways_train_on_the_same_ids_and_masks(
     assert (mine is None) == (theirs is None)
     if mine is not None and theirs is not None:
         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("n_subsets", [None, 2])
+def test_kinds_of_stage_one_are_kept_apart(n_subsets: int | None, easy: Dataset, tiny: Backbone) -> None:
+    """The default ranks by Quorum's own scores, the paper's preset by its sub-models; only these have subsets."""
+    detector = make_detector("quorum")
+    train, _ = attach(easy.images, tiny, detector.layers)
+    common: dict[str, Any] = {"train": train, "test": train, "truth": easy.truth, "backbone": tiny}
+    trial = Trial(detector=detector, n_subsets=n_subsets, **common)
+    default, paper, again = trial.arms(["default", "paper", "default"])
+    for arm in (default, again):
+        assert arm.plan.screening is not None
+        assert arm.plan.screening.submodels is None
+        assert arm.plan.screening.evidence is not None
+        assert arm.plan.images.ids.tolist() == train.ids.tolist()
+    assert again.seconds == default.seconds, "equal presets share a stage 1"
+    assert paper.plan.screening is not None
+    assert paper.plan.screening.submodel_scores.score_matrix.shape[0] == (n_subsets or 5)
+    assert len(paper.plan.kept) == 20
+    rows = trial.rows(["default", "paper"])
+    assert "alone_normal" not in rows[0]
+    assert "alone_normal" in rows[1]
+    assert [row["screener"] for row in rows] == ["quorum", "quorum"]
+    assert all(row["stage1_auroc"] > 0.9 for row in rows)
+    patchcore = Trial(detector=detector, n_subsets=n_subsets, screener="patchcore", **common)
+    (by_another,) = patchcore.arms(["default"])
+    assert by_another.plan.screening is not None
+    assert by_another.plan.screening.submodel_scores.score_matrix.shape[0] == (n_subsets or 5)

@@ -24,6 +24,7 @@ from flawsift.detectors.base import DETECTORS
 from flawsift.testing import easy_set
 
 TINY = ["--backbone", "tiny", "--size", "64"]
+SUBMODELS = ["--rank-by", "submodels"]
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -57,8 +58,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
-    bank = ["--set", "coreset_ratio=0.05"]  # 64 px images have few patches
-    screened = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, *bank, "--json")
+    screened = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, "--json")
     assert screened.code == 0, screened.err
     assert screened.json["n_images"] == 50
     assert {p.name for p in (tmp_path / "s").iterdir()} == {
@@ -67,9 +67,10 @@ def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
         "maps.npy",
         "rejected.npy",
         "descriptions.npy",
+        "evidence.npz",
         "report.html",
     }
-    bank += ["--detector", "patchcore"]
+    bank = ["--detector", "patchcore", "--set", "coreset_ratio=0.05"]  # 64 px images have few patches
     fitted = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, *bank, "--screening", tmp_path / "s", "--json")
     assert fitted.code == 0, fitted.err
     assert fitted.json["n_kept"] == screened.json["n_kept"]
@@ -102,21 +103,23 @@ def test_fit_screens_and_reports(run: Any, easy_folder: Path, tmp_path: Path) ->
     content = json.loads((tmp_path / "m" / "screening" / "screening.json").read_text())
     options = content["options"]
     assert (options["keep"], options["exclude_own"], options["seed"]) == (0.4, False, 3)
-    assert content["detector"]["name"] == "twobanks", "the paper's sub-models are of the final detector"
+    assert content["detector"]["name"] == "quorum", "the paper's sub-models are of the final detector"
 
 
-def test_fit_without_a_detector_trains_two_banks(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+def test_fit_without_a_detector_trains_quorum(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     found = run("fit", easy_folder, "--out", tmp_path / "m", *TINY)
     assert found.code == 0, found.err
-    assert "Trained twobanks on " in found.out
+    training = json.loads((tmp_path / "m" / "model.json").read_text())["training"]
+    n_kept, aside = training["n_kept"], 50 - training["n_kept"]
+    assert f"Trained quorum on {n_kept} of 50 images, and on the {aside} set aside: " in found.out
     page = (tmp_path / "m" / "report.html").read_text("utf-8")
-    assert "TwoBanks was trained on" in page
-    assert "of the patches that look least like the others are suspect, and left out of training" in page
+    learned = f"Quorum was trained on {n_kept} of 50 images and {aside} more, which were set aside: they do not count"
+    assert learned in page
 
 
 @pytest.mark.parametrize(
     ("given", "who"),
-    [([], "patchcore"), (["--screener", "own"], "padim"), (["--preset", "paper"], "padim"), (["--no-screen"], None)],
+    [([], "quorum"), (["--screener", "own"], "padim"), (["--preset", "paper"], "padim"), (["--no-screen"], None)],
 )
 def test_who_screens(given: list[str], who: str | None, run: Any, easy_folder: Path, tmp_path: Path) -> None:
     small = ["--detector", "padim", "--set", "n_features=20"]
@@ -182,7 +185,8 @@ def test_review_without_its_extra_says_what_to_install(tmp_path: Path) -> None:
 
 def test_options_reach_the_work(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     flags = ["--subsets", 3, "--partitions", 2, "--keep", 0.7, "--consensus", "median", "--normalize", "rank"]
-    flags += ["--include-own", "--divergence-weight", 0.5, "--set", "coreset_ratio=0.05", "--set", "coreset=random"]
+    flags += ["--include-own", "--divergence-weight", 0.5, "--detector", "patchcore"]
+    flags += ["--set", "coreset_ratio=0.05", "--set", "coreset=random"]
     found = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, *flags, "--json")
     assert found.code == 0, found.err
     options = found.json["options"]
@@ -196,7 +200,7 @@ def test_options_reach_the_work(run: Any, easy_folder: Path, tmp_path: Path) -> 
 def test_groups_file(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     lines = "".join(f"part-{i:02d}.png,g{i // 5}\n" for i in range(50))
     (tmp_path / "g.csv").write_text("file,group\n" + lines)
-    found = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, "--groups", tmp_path / "g.csv")
+    found = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, "--groups", tmp_path / "g.csv", *SUBMODELS)
     assert found.code == 0, found.err
     rows = table(tmp_path / "s" / "screening.csv")
     assert all(rows[i]["subset"] == rows[i - i % 5]["subset"] for i in range(50))
@@ -212,7 +216,7 @@ def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) ->
         (root / "b" / f"{i}.png").write_bytes((easy_folder / f"part-0{i + 1}.png").read_bytes())
     Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.png")).write_bytes(picture)
     (root / "empty.png").touch()
-    found = run("fit", root, "--out", tmp_path / "m", *TINY, "--subsets", 2)
+    found = run("fit", root, "--out", tmp_path / "m", *TINY)
     assert found.code == 0, found.err
     found = run("predict", tmp_path / "m", root, "--out", tmp_path / "p")
     assert found.code == 0, found.err
@@ -237,15 +241,18 @@ def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) ->
         (["screen", "{images}", "--out", "{out}", "--keep", "some"], "--keep must be 'auto' or a share"),
         (["screen", "{images}", "--out", "{out}", "--keep", "1.5"], "must be 'auto' or in"),
         (["screen", "{images}", "--out", "{out}", "--subsets", "1"], "must be a whole number of at least 2"),
-        (["screen", "{images}", "--out", "{out}", "--subsets", "70"], "70 subsets need at least 70 images"),
-        (["screen", "{images}", "--out", "{out}", "--set", "coreset_ratio"], "needs name=value"),
-        (["screen", "{images}", "--out", "{out}", "--set", "coreset_ratio=2"], "must be in"),
-        (["screen", "{images}", "--out", "{out}", "--set", "coreset_ratio=big"], "must be of type float, got 'big'"),
-        (["screen", "{images}", "--out", "{out}", "--set", "ratio=1"], "Unknown parameter of PatchCore 'ratio'"),
+        (["screen", "{images}", "--out", "{out}", "--subsets", "70", *SUBMODELS], "70 subsets need at least 70 images"),
+        (["screen", "{images}", "--out", "{out}", "--subsets", "4"], "no sub-models, so n_subsets would not be read"),
+        (["fit", "{images}", "--out", "{out}", "--consensus", "median"], "so consensus would not be read"),
+        (["screen", "{images}", "--out", "{out}", "--rank-by", "vote"], "'vote' is not one of 'auto', 'submodels'"),
+        (["screen", "{images}", "--out", "{out}", "--set", "max_groups"], "needs name=value"),
+        (["screen", "{images}", "--out", "{out}", "--set", "max_groups=1"], "must be at least 2"),
+        (["screen", "{images}", "--out", "{out}", "--set", "max_groups=big"], "must be of type int or None, got 'big'"),
+        (["screen", "{images}", "--out", "{out}", "--set", "groups=1"], "Unknown parameter of Quorum 'groups'"),
         (["screen", "{images}", "--out", "{out}", "--groups", "{missing}"], "cannot be read"),
         (["screen", "{images}"], "Missing option '--out'"),
         (["fit", "{images}", "--out", "{out}", "--false-alarm-rate", "7"], "false_alarm_rate must be in"),
-        (["fit", "{images}", "--out", "{out}", "--detector-preset", "paper"], "Unknown preset of twobanks"),
+        (["fit", "{images}", "--out", "{out}", "--detector-preset", "paper"], "Unknown preset of quorum"),
         (["predict", "{images}", "{images}", "--out", "{out}"], "is not a model folder"),
         (["fit", "{images}", "--out", "{out}", "--decisions", "{missing}"], "cannot be read"),
         (["review", "{empty}", "--no-browser"], "holds no screening"),

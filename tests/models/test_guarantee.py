@@ -21,7 +21,7 @@ FINAL: dict[str, dict[str, Any]] = {
     "patchcore": {"coreset_ratio": 0.02},
     "padim": {"n_features": 30},
     "softpatch": {"coreset_ratio": 0.02},
-    "twobanks": {"coreset_ratio": 0.02},
+    "quorum": {},
     "rd": {"layers": ("stride4", "stride8", "stride16"), "epochs": 8},
 }
 

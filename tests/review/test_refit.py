@@ -96,10 +96,14 @@ def test_a_refit_replaces_a_model_by_one_of_its_kind(folder: Path, screened: Pat
     assert model.training["false_alarm_rate"] == 0.07
 
 
-def test_a_first_refit_has_the_default_detector(screened: Path, tiny: Backbone, tmp_path: Path) -> None:
-    pipeline.screen(screened / "parts", "patchcore", tiny, out=tmp_path / "s", seed=3)
+@pytest.mark.parametrize("named", [None, "patchcore"])
+def test_a_first_refit_has_the_detector_of_the_screening(
+    named: str | None, screened: Path, tiny: Backbone, tmp_path: Path
+) -> None:
+    pipeline.screen(screened / "parts", named, tiny, out=tmp_path / "s", seed=3)
     (tmp_path / "d.csv").write_text("path,decision\n")
     for _ in range(2):  # without a model to replace, then with one
         refit(tmp_path / "s", tmp_path / "m", decisions=tmp_path / "d.csv")
         model = models.load_model(tmp_path / "m")
-        assert model.detector.params() == make_detector(FINAL, seed=3).params()
+        assert model.detector.name == (named or FINAL)
+        assert model.detector.params() == make_detector(named or FINAL, seed=3).params()

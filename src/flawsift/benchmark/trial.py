@@ -55,8 +55,9 @@ class Arm:
 class Trial:
     """A detector trained on what each preset of stage 1 keeps of a contaminated set, and measured on a test set.
 
-    Presets with equal screener, subsets and partitions share sub-models, which are trained once; presets that keep the
-    same images share one training. What each trains on is what `flawsift.pipeline.fit` would train on: both ask
+    Presets with equal screener, subsets and partitions share sub-models, which are trained once; where a preset ranks
+    by held-out scores (`flawsift.screening.stage1.ranker_of`), stage 1 is its own. Presets that keep the same images
+    share one training. What each trains on is what `flawsift.pipeline.fit` would train on: both ask
     `flawsift.models.plan`. Thresholds come from held-out scores of the images that are kept: those of sub-models of
     this detector, where a preset has them, else cross-fitted.
 
@@ -67,7 +68,7 @@ class Trial:
         detector: Unfitted.
         backbone: Of the features.
         run: Where sub-models run, with the seed of the partitions.
-        n_subsets: k for all presets; None takes each preset's own.
+        n_subsets: k of the presets that rank by sub-models; None takes each preset's own.
         screener: Detector of stage 1: "preset" for each preset's own, "own" for `detector`, or a name.
         calibrate: Cross-fit for thresholds where there are no such sub-models; without, those rows have no rates of
             false alarms and misses.

@@ -110,13 +110,16 @@ class Quorum(Detector):
         return self.with_state({**both, "groups_": self.groups_ + other.groups_, **self._learned()})
 
     def without(self, data: ImageSet, *, device: str = "auto") -> Self:
-        """The model of the training set less these images; k stays."""
+        """The model of the training set less these images, with the k that a fit of the others would choose."""
         stays = ~torch.isin(self.ids_, torch.from_numpy(data.ids))
         if not stays.any():
             raise InputError("No image is left to learn from.")
         mine = self.state()
         rest = {name: mine[name][stays] for name in ("memory_bank_", "usable_", "ids_")}
-        return self.with_state({**rest, "groups_": _where(self.groups_, stays), **self._learned()})
+        left = self.with_state({**rest, "groups_": _where(self.groups_, stays), **self._learned()})
+        if self.n_groups == AUTO and not stays.all():
+            left.k_ = left._choose_k(resolve_device(device))
+        return left
 
     def held_out(self, data: ImageSet, *, device: str = "auto") -> HeldOut:
         """Scores, maps and evidence of images, each without its own group: of a training set, in one pass.

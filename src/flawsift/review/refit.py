@@ -21,7 +21,6 @@ from flawsift.models.calibration import DEFAULT_RATE
 from flawsift.paths import show
 from flawsift.pipeline import FitResult, fit
 from flawsift.progress import Progress, silent
-from flawsift.screening.options import FINAL, ScreenOptions
 from flawsift.screening.result import Screening
 from flawsift.screening.storage import images_of, load_screening
 
@@ -37,8 +36,8 @@ def refit(
 ) -> FitResult:
     """Train on what a screening keeps once a person has decided.
 
-    Detector, backbone and false-alarm rate are those of the model that is replaced; where there is none, the backbone
-    of the screening, and its detector, unless that is the default screener: then the default detector of `fit`.
+    Detector, backbone and false-alarm rate are those of the model that is replaced; where there is none, detector and
+    backbone are those of the screening.
 
     Args:
         screening: Its folder.
@@ -72,22 +71,13 @@ def _parts(stage1: Screening, out: Path) -> tuple[Detector, Backbone, float]:
     """Detector, backbone and false-alarm rate of the model to be."""
     try:
         detector, spec, rate = _replaced(out) or (
-            _final_of(stage1.provenance["detector"]),
+            stage1.provenance["detector"],
             stage1.provenance["backbone"]["spec"],
             DEFAULT_RATE,
         )
         return make_detector(detector["name"], **detector["params"]), load_backbone(**spec), rate
     except (KeyError, TypeError) as error:
         raise InputError(f"The screening does not say how it was made: {error!r}. Screen the folder again.") from error
-
-
-def _final_of(screener: dict[str, Any]) -> dict[str, Any]:
-    """The detector that a screening was made by, or the default of stage 2 where nobody had named one."""
-    seed = screener["params"]["seed"]
-    plain = make_detector(ScreenOptions().screener, seed=seed)
-    if (screener["name"], screener["params"]) != (plain.name, plain.params()):
-        return screener
-    return {"name": FINAL, "params": {"seed": seed}}
 
 
 def _replaced(out: Path) -> tuple[dict[str, Any], dict[str, Any], float] | None:

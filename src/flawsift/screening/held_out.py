@@ -4,9 +4,9 @@ from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.maps import as_float16
 from flawsift.detectors.protocols import LeavesOut
-from flawsift.errors import InputError, ParameterError
+from flawsift.errors import InputError
 from flawsift.executors import Run
-from flawsift.screening.options import OF_SUBMODELS, ScreenOptions
+from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Evidence, Ranking
 
 
@@ -18,20 +18,13 @@ def rank_by_held_out_scores(
     Args:
         train: N images with features attached, of two groups at least.
         detector: Unfitted, of a class with `flawsift.detectors.protocols.LeavesOut`.
-        options: Those of sub-models must be the default ones, since nothing reads them here.
+        options: None of them is read here.
         run: Its device, seed of nothing, and who is told.
         wants_fitted: Hand over the detector of all images.
 
     Raises:
         InputError: All images are of one group.
-        ParameterError: An option of sub-models was set.
     """
-    plain = ScreenOptions()
-    if wrong := [name for name in OF_SUBMODELS if getattr(options, name) != getattr(plain, name)]:
-        raise ParameterError(
-            f"Stage 1 by {detector.name} has no sub-models, so {', '.join(wrong)} would not be read. Leave it out, or "
-            'rank by sub-models (rank_by="submodels", --rank-by submodels).'
-        )
     if len(train.members) < 2:
         what = "image" if len(train) == 1 else "group of images"
         raise InputError(f"Images are compared with those of other groups, and there is only one {what}. Add images.")

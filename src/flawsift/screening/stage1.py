@@ -7,7 +7,7 @@ There is more than one kind of ranking (`Ranker`). Everything is addressed by gl
 positions.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Detector
 from flawsift.detectors.protocols import LeavesOut
+from flawsift.errors import ParameterError
 from flawsift.executors import Run
 from flawsift.screening.consensus import (
     Contamination,
@@ -28,7 +29,7 @@ from flawsift.screening.consensus import (
     rejected_patches,
 )
 from flawsift.screening.held_out import rank_by_held_out_scores
-from flawsift.screening.options import ScreenOptions
+from flawsift.screening.options import OF_SUBMODELS, ScreenOptions
 from flawsift.screening.result import Ranking, Screening
 from flawsift.screening.submodels import rank_by_submodels
 from flawsift.types import Floats, Ids
@@ -60,17 +61,27 @@ def screen(
         ranker: The kind of stage 1; None takes what `options.rank_by` says.
 
     Raises:
-        InputError: Fewer images (or groups) than subsets.
+        InputError: Fewer images (or groups) than subsets, or than two.
+        ParameterError: An option of sub-models was set, and there are none.
         ExecutorError: Workers were lost more often than a task is retried.
     """
     return screen_and_fit(train, detector, options or ScreenOptions(), run or Run(), ranker, wants_fitted=False)[0]
 
 
 def ranker_of(detector: Detector, options: ScreenOptions) -> Ranker:
-    """The kind of stage 1 that a detector and `options.rank_by` ask for."""
-    if options.rank_by == "auto" and isinstance(detector, LeavesOut):
-        return rank_by_held_out_scores
-    return rank_by_submodels
+    """The kind of stage 1 that a detector and `options.rank_by` ask for.
+
+    Raises:
+        ParameterError: An option of sub-models was set, and there are none.
+    """
+    if options.rank_by == "submodels" or not isinstance(detector, LeavesOut):
+        return rank_by_submodels
+    if wrong := [f.name for f in fields(options) if f.name in OF_SUBMODELS and getattr(options, f.name) != f.default]:
+        raise ParameterError(
+            f"Stage 1 by {detector.name} has no sub-models, so {', '.join(wrong)} would not be read. Leave it out, or "
+            'rank by sub-models (rank_by="submodels", --rank-by submodels).'
+        )
+    return rank_by_held_out_scores
 
 
 def screen_and_fit(
