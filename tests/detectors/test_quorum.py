@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.parts.maps import embed_patches
 from flawsift.detectors.protocols import Additive, LeavesOut
-from flawsift.detectors.quorum import GROWTH, MOST, Quorum
+from flawsift.detectors.quorum import GROWTH, MOST, SHARP, Quorum
 from flawsift.errors import InputError, NotFittedError, ParameterError
 from flawsift.features.readers import MemoryFeatures
 
@@ -30,10 +30,11 @@ def feature_set(n: int, seed: int = 0, groups: dict[int, str] | None = None, spr
     return ImageSet(images.ids, images.source, groups or {}, reader)
 
 
-def patches_of(data: ImageSet) -> npt.NDArray[np.float64]:
-    """(N, 16, 10) by the definition: PatchCore's embedding, means of 2 x 2."""
+def patches_of(data: ImageSet, *, mean: bool = True) -> npt.NDArray[np.float64]:
+    """(N, 16, 10) by the definition: PatchCore's embedding, means of 2 x 2; or (N, 64, 10) without."""
     batch: Batch = next(iter(data.batches(LAYERS, batch_size=99)))
-    embedding = F.avg_pool2d(embed_patches([batch.features[layer] for layer in LAYERS]), 2)
+    embedding = embed_patches([batch.features[layer] for layer in LAYERS])
+    embedding = F.avg_pool2d(embedding, 2) if mean else embedding
     return embedding.flatten(2).transpose(1, 2).double().numpy()
 
 
@@ -57,11 +58,18 @@ def exact(**params: object) -> Quorum:
 def test_maps_and_scores_equal_brute_force(k: int, grouped: bool) -> None:
     groups = {0: "x", 3: "x", 4: "y", 5: "y"} if grouped else {}
     train, test = feature_set(7, groups=groups), feature_set(3, seed=1)
-    scores, maps = exact(n_groups=k).fit(train).predict_patch_maps(test)
-    bank, queries = patches_of(train), patches_of(test)
-    expected = np.stack([scores_of(q, bank, train.group_names, k, None) for q in queries])
-    np.testing.assert_allclose(maps.flatten(1), expected, rtol=2e-3)
+    fitted = exact(n_groups=k).fit(train)
+    scores, maps = fitted.predict_patch_maps(test)
+    bank = patches_of(train)
+    expected = np.stack([scores_of(q, bank, train.group_names, k, None) for q in patches_of(test)])
     np.testing.assert_allclose(scores, expected.max(1), rtol=2e-3)
+    coarse = expected.reshape(3, 4, 4).repeat(2, 1).repeat(2, 2)
+    single = np.stack([scores_of(q, bank, train.group_names, k, None) for q in patches_of(test, mean=False)])
+    low = np.quantile(expected, 1 - SHARP, axis=1)[:, None, None]
+    sharpened = np.where(coarse >= low, single.reshape(3, 8, 8), coarse)
+    clear = np.abs(coarse / low - 1) > 0.01  # rounding decides about the others
+    assert clear.mean() > 0.75
+    np.testing.assert_allclose(maps.numpy()[clear], (sharpened * fitted.scale_)[clear], rtol=3e-3)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -74,12 +82,14 @@ def test_held_out_scores_are_those_of_a_model_without_the_group(grouped: bool) -
         name = train.group_names[position]
         others = [i for i, group in zip(train.ids.tolist(), train.group_names, strict=True) if group != name]
         alone = exact(n_groups=2).fit(train.select(others))
-        score, grid = alone.predict_patch_maps(train.select([id_]))
+        score = alone.predict(train.select([id_]), maps=False).scores
         np.testing.assert_allclose(held_out.scores[position], score[0], rtol=1e-4)
-        np.testing.assert_allclose(held_out.maps[position], grid[0], rtol=1e-4)
+        bank, queries = patches_of(train.select(others)), patches_of(train.select([id_]))
+        grid = scores_of(queries[0], bank, alone.groups_, 2, None)
+        np.testing.assert_allclose(held_out.maps[position].flatten(), grid, rtol=2e-3)
         assert held_out.n_others[position] == len(others)
         removed = fitted.without(train.select([i for i in train.ids.tolist() if i not in others]))
-        np.testing.assert_allclose(removed.predict_patch_maps(train.select([id_]))[1][0], grid[0], rtol=1e-4)
+        np.testing.assert_allclose(removed.predict(train.select([id_]), maps=False).scores, score, rtol=1e-4)
     np.testing.assert_array_equal(fitted.held_out_scores(train), held_out.scores)
 
 
@@ -191,3 +201,22 @@ def test_bfloat16_ranks_as_float32_does() -> None:
     ]
     np.testing.assert_allclose(found[0], found[1], rtol=0.01)
     assert torch.tensor(found[0]).isfinite().all()
+
+
+def test_maps_are_on_the_scale_of_scores() -> None:
+    train, test = feature_set(30), feature_set(20, seed=1)
+    scores, maps = exact().fit(train).predict_patch_maps(test)
+    assert abs(float(np.median(maps.flatten(1).amax(1).numpy() / scores)) - 1) < 0.1
+
+
+def test_odd_grids_keep_their_borders() -> None:
+    images = ImageSet.from_arrays([np.zeros((2, 2), np.uint8)] * 6)
+    values = np.random.default_rng(0).normal(size=(6, 5, 7, 7)).astype(np.float32)
+    values[5, :, 6, 6] += 30  # seen by the last row and column only
+    reader = MemoryFeatures(32, "test", {("", i): i for i in range(6)}, {"a": values})
+    data = ImageSet(images.ids, images.source, {}, reader)
+    scores, maps = Quorum(layers=("a",)).fit(data.select(range(5))).predict_patch_maps(data)
+    assert maps.shape == (6, 7, 7)
+    assert scores[5] > 2 * scores[:5].max()
+    assert int(maps[5].argmax()) in (40, 41, 47, 48)
+    assert maps[5, 6, 6] > 2 * maps[:5].max()

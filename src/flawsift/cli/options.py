@@ -65,9 +65,7 @@ BackboneName = Annotated[str, typer.Option("--backbone", help="efficientnet_lite
 Weights = Annotated[Path | None, typer.Option("--weights", help="Local weights file of the backbone.")]
 Size = Annotated[
     int | None,
-    typer.Option(
-        "--size", help="Edge length in pixels that images are resized to. [384 if they have as many, else 256]"
-    ),
+    typer.Option("--size", help="Edge length in pixels to resize images to. [384 if they have as many, else 256]"),
 ]
 RuntimeOption = Annotated[Runtime, typer.Option("--runtime", help="What runs the backbone.")]
 PresetOption = Annotated[Preset, typer.Option("--preset", help="Options of stage 1, where not given one by one.")]

@@ -164,6 +164,10 @@ class Detector(ABC):
         maps = self._maps(batch, device)
         return maps, self._image_scores(maps)
 
+    def _scores(self, batch: Batch, device: str) -> Tensor:
+        """(B,) image scores alone: the same, perhaps for less work."""
+        return self._score_batch(batch, device)[1]
+
     @property
     def fitted(self) -> bool:
         """Whether there is learned state."""
@@ -274,10 +278,12 @@ def score_together(
         for batch in data.batches(models[0].layers, pixels=models[0].reads_pixels, batch_size=batch_size):
             size = batch.size
             for m, model in enumerate(models):
-                batch_maps, batch_scores = model._score_batch(batch, target)
-                scores[m].append(batch_scores.float().cpu())
                 if keep_grids:
+                    batch_maps, batch_scores = model._score_batch(batch, target)
                     grids[m].append(batch_maps.float().cpu())
+                else:
+                    batch_scores = model._scores(batch, target)
+                scores[m].append(batch_scores.float().cpu())
     return [
         (torch.cat(s).numpy() if s else np.empty(0, np.float32), torch.cat(g) if g else torch.empty(0, 1, 1), size)
         for s, g in zip(scores, grids, strict=True)
