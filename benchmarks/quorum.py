@@ -20,7 +20,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import _rows
-from accuracy import DEVELOPMENT, LAYERS, SIZES, load_set
+from _rows import DEVELOPMENT
+from accuracy import LAYERS, SIZES, load_set
 from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
 from flawsift.detectors.parts.groups import has_bfloat16_units
