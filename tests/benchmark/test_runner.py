@@ -121,11 +121,11 @@ def test_another_screener_leaves_thresholds_to_halves_of_what_is_kept(easy: Data
     train, test = split(easy, tiny)
     detector, presets = make_detector("softpatch", coreset_ratio=0.05), ["none", "default"]
     none, default = compare(train, test, easy.truth, detector, presets, seed=0)
-    assert (none["screener"], default["screener"]) == (None, "patchcore")
-    stage1 = screen(train, make_detector("patchcore", seed=0), PRESETS["default"], Run(seed=0))
+    assert (none["screener"], default["screener"]) == (None, "quorum")
+    stage1 = screen(train, make_detector("quorum", seed=0), PRESETS["default"], Run(seed=0))
     purified = stage1.purified(train, detector)
-    scores = held_out_scores_of(TrainingPlan(purified, purified.ids, None), detector)
-    assert len(scores) == len(purified)
+    scores = held_out_scores_of(TrainingPlan(purified, stage1.kept, None), detector)
+    assert len(scores) == len(stage1.kept) < len(train)
     model = Model(detector.clone().fit(purified), tiny, Calibration.of(scores), {})
     expected, _ = evaluate(model, test, easy.truth)
     assert {k: default[k] for k in ("image_auroc", "missed_per_100")} == {

@@ -226,7 +226,7 @@ class Quorum(Detector):
 
     @property
     def _numbers(self) -> dict[str, int]:
-        """{group: its number}"""
+        """{group: its number}."""
         return {group: number for number, group in enumerate(dict.fromkeys(self.groups_))}
 
     def _search(self, device: str) -> GroupNeighbors:
