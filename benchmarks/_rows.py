@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = "figures.csv"  # one row per finished script
 MIB = 2**20
+# Choices are made on the first; the second, of the same kinds, is looked at once, when all of them are made.
+DEVELOPMENT = ("magnetic_tile", "screw", "elpv", "piped/PA_BDP01_TL", "piped/PA_BFT01_TL", "piped/PA_BRG01_RL")
+CONFIRMATION = ("cookie", "piped/PA_BRG02_RL", "piped/PA_BRG03_TL", "piped/PA_BTN01_RL")
 CODE = ("src", "benchmarks/*.py", "constraints.txt")  # a change of these makes a commit "-dirty"
 
 

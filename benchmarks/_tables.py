@@ -1,6 +1,6 @@
 """Tables of what detectors and screenings are worth. Each reads the rows that it is of; without rows there is none."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +13,7 @@ from _frames import (
     bold_best,
     by_set,
     gains,
+    mean_sd,
     newest,
     of_cells,
     preset_rows,
@@ -259,6 +260,52 @@ def finals(
     body.append(["worst contaminated cell, points", "", *worst(of_cells(gained), names)])
     body.append(["worst clean set, points", "", *worst(of_cells(gained, clean=True), names)])
     return table(["set", "defective", *names], body, rows)
+
+
+def quorum(results: Path, metric: str, sets: Sequence[str]) -> str | None:
+    """Quorum beside detectors on everything and the former default, on some sets, and the mean of the sets.
+
+    A detector without rows of all sets, contaminations and seeds that the others have is left out.
+    """
+    columns = {
+        ("patchcore", "all data"): "PatchCore",
+        ("softpatch", "all data"): "SoftPatch",
+        ("inreach", "all data"): "InReaCh",
+        ("twobanks", "default"): "TwoBanks, both stages",
+        ("quorum", "default"): "Quorum, both stages",
+        ("quorum", "oracle"): "Quorum, good images only",
+    }
+    rows = accuracy_rows(results, *{detector for detector, _ in columns})
+    rows = rows[rows["data"].isin(sets)].dropna(subset=[metric])
+    counts = with_titles(rows, columns)["title"].value_counts()
+    columns = {pair: title for pair, title in columns.items() if counts.get(title, 0) >= counts.max()}
+    rows = shared(with_titles(rows, columns), "title", len(columns))
+    if rows.empty:
+        return None
+    names = list(columns.values())
+    rows = rows.sort_values("data", key=lambda data: data.map(list(sets).index), kind="stable")
+    body = [[*place, *texts_by(some, "title", names, metric)] for place, some in by_set(rows)]
+    for alpha, some in rows.groupby("alpha"):
+        means = some.groupby("title", observed=True)[metric].mean()
+        body.append(["mean of sets", f"{alpha:.0%}", *(f"{means[name]:.3f}" for name in names)])
+    gained = gains(rows, metric, "title", names[0])
+    body.append(["worst cell, points to PatchCore", "", *worst(gained.groupby(SET).mean(), names)])
+    return table([*SET_HEADER, *names], body, rows)
+
+
+def ranked(results: Path, detector: str, sets: Sequence[str]) -> str | None:
+    """How well stage 1 by default ranks the training images: its AUROC by the hidden labels."""
+    rows = accuracy_rows(results, detector)
+    rows = rows[rows["data"].isin(sets) & (rows["arm"] == "default")].dropna(subset=["stage1_auroc"])
+    if rows.empty:
+        return None
+    alphas = sorted(rows["alpha"].unique())
+    body = [
+        [name, *(mean_sd(some.loc[some["alpha"] == alpha, "stage1_auroc"]) for alpha in alphas)]
+        for name, some in ((name, rows[rows["data"] == name]) for name in sets)
+        if len(some)
+    ]
+    return table(["set", *(f"{alpha:.0%} defective" for alpha in alphas)], body, rows)
 
 
 def headline(results: Path) -> str | None:

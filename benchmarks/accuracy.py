@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import _rows
+from _rows import CONFIRMATION, DEVELOPMENT
 from flawsift.benchmark.trial import Trial
 from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
@@ -45,9 +46,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "screw": {},
     **{f"piped/{paper}": {} for paper in CATEGORIES["piped"]},
 }
-# Choices are made on the first; the second, of the same kinds, is looked at once, when all of them are made.
-DEVELOPMENT = ("magnetic_tile", "screw", "elpv", "piped/PA_BDP01_TL", "piped/PA_BFT01_TL", "piped/PA_BRG01_RL")
-CONFIRMATION = ("cookie", "piped/PA_BRG02_RL", "piped/PA_BRG03_TL", "piped/PA_BTN01_RL")
 ALPHAS = (0.0, 0.1, 0.2, 0.4)
 MAIN = ("patchcore", "padim")  # what is run unless others are asked for
 ARMS = ("all_data", "paper", "default", "oracle_clean")

@@ -19,10 +19,11 @@ import pandas as pd
 import _rows
 import _tables
 from _frames import Rows, newest, read, table, texts_of
+from _rows import CONFIRMATION, DEVELOPMENT
 from flawsift.files import write_text
 from flawsift.screening.options import FINAL
 
-PAGES = (_rows.ROOT / "benchmarks" / "README.md", _rows.ROOT / "README.md")
+PAGES = (_rows.ROOT / "benchmarks" / "README.md", _rows.ROOT / "README.md", _rows.ROOT / "docs" / "method.md")
 MARKERS = re.compile(r"(<!-- rows:([\w-]+) -->\n)(.*?)(<!-- /rows -->)", re.DOTALL)
 SPEED = Path(__file__).with_name("speed.csv")  # the lines of `speed`: script, key of its figures, text, format and goal
 
@@ -97,6 +98,27 @@ def peers(results: Path) -> str | None:
     return table([*header, "image AUROC", "pixel AUROC", "AUPRO", "import s"], body, rows, seeds=False)
 
 
+def quorum_cost(results: Path) -> str | None:
+    """Time and memory of Quorum by the number of images."""
+    rows = read(results / "quorum.csv")
+    rows = rows[(rows["kind"] == "cost") & (rows["commit"] == rows["commit"].iloc[-1])] if len(rows) else rows
+    if rows.empty:
+        return None
+    body = [
+        [
+            f"{int(row['n']):,}",
+            f"{row['seconds_fit'] + row['seconds_held_out']:.0f} s",
+            f"{row['ms_score']:.0f} ms",
+            f"{row['ms_score_and_map']:.0f} ms",
+            f"{row['model_mb']:.0f} MB",
+            f"{row['peak_mb'] / 1024:.1f} GiB",
+        ]
+        for _, row in rows.iterrows()
+    ]
+    header = ["images", "stage 1", "one image", "one image, with map", "model", "peak memory"]
+    return table(header, body, rows, seeds=False)
+
+
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +147,12 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "finals-confirmed": lambda r: _tables.finals(r, confirmed=True),
     "decisions": lambda r: _tables.decisions(r, FINAL),
     "decisions-patchcore": lambda r: _tables.decisions(r, "patchcore"),
+    "quorum": lambda r: _tables.quorum(r, "image_auroc", DEVELOPMENT),
+    "quorum-aupro": lambda r: _tables.quorum(r, "aupro", DEVELOPMENT),
+    "quorum-confirmed": lambda r: _tables.quorum(r, "image_auroc", CONFIRMATION),
+    "quorum-aupro-confirmed": lambda r: _tables.quorum(r, "aupro", CONFIRMATION),
+    "quorum-stage1": lambda r: _tables.ranked(r, FINAL, DEVELOPMENT),
+    "quorum-cost": quorum_cost,
     "rivals": lambda r: _tables.rivals(r, "image_auroc"),
     "rivals-aupro": lambda r: _tables.rivals(r, "aupro"),
     "overlap": lambda r: _tables.detectors(r, "all_data", "image_auroc", overlap=True),

@@ -167,11 +167,12 @@ def test_models_of_two_sets_merge() -> None:
 
 def test_large_sets_are_drawn_by_group() -> None:
     train = feature_set(10, groups={i: f"pair {i // 2}" for i in range(10)})
-    fitted = exact(max_groups=3).fit(train)
+    fitted = exact(max_images=7).fit(train)
     assert len(fitted.ids_) == 6
     assert len(set(fitted.groups_)) == 3
-    again = exact(max_groups=3, seed=0).fit(train)
+    again = exact(max_images=7, seed=0).fit(train)
     assert again.ids_.tolist() == fitted.ids_.tolist()
+    assert len(set(exact(max_images=1).fit(train).groups_)) == 2
     # images that were not drawn are scored as new ones
     assert np.isfinite(fitted.held_out_scores(train)).all()
 
@@ -186,7 +187,7 @@ def test_one_group_has_no_held_out_scores() -> None:
         exact().held_out(train)
 
 
-@pytest.mark.parametrize("params", [{"n_groups": 0}, {"n_groups": 2.5}, {"n_groups": "all"}, {"max_groups": 1}])
+@pytest.mark.parametrize("params", [{"n_groups": 0}, {"n_groups": 2.5}, {"n_groups": "all"}, {"max_images": 0}])
 def test_parameters_are_checked(params: dict[str, object]) -> None:
     with pytest.raises(ParameterError, match=next(iter(params))):
         Quorum(**params)  # type: ignore[arg-type]

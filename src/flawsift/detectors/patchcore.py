@@ -27,7 +27,8 @@ class PatchCore(Detector):
     Cost: Quadratic in the number of patches for the coreset at a fixed ratio, so `max_patches` bounds the pool;
         scoring is one matrix product of patches and bank.
     Contamination: Amplified. Farthest-first selection seeks outliers: the share of defective entries in the bank was
-        found to be 4 to 40 times their share among the patches. A recurring defect then matches its own kind.
+        found to be 4 to 40 times their share among the patches. A recurring defect then matches its own kind. Nor does
+        the coreset know how many images have a patch like this one; `flawsift.detectors.quorum` keeps all patches.
     Differs from the paper: `max_patches` draws the pool evenly from all images (None in the paper preset); plain, not
         squared, distances, as the paper writes them (its code has squared ones); no re-weighting unless
         `reweight_neighbors` is set (as in the authors' code); no centre crop; patches keep their own C channels

@@ -57,7 +57,7 @@ class Quorum(Detector):
 
     Attributes:
         n_groups: k; "auto" as above, between 2 and 16.
-        max_groups: Most groups in the bank, drawn evenly; None for all. A score needs k near groups, not all.
+        max_images: Most images in the bank, drawn by whole groups; None for all. A score needs k near groups, not all.
         precision: "float32" for exact products on every machine; "auto" takes bfloat16 where that is quicker, which
             moves distances by about 0.2 %.
     """
@@ -69,14 +69,14 @@ class Quorum(Detector):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "exact": {"precision": "float32"}}
 
     n_groups: int | Literal["auto"] = AUTO
-    max_groups: int | None = 1000
+    max_images: int | None = 1000
     precision: Literal["auto", "float32"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = type(self.n_groups) is int and self.n_groups >= 1
         self._require("n_groups", self.n_groups == AUTO or counts, "be 'auto' or a whole number of at least 1")
-        self._require("max_groups", self.max_groups is None or self.max_groups >= 2, "be at least 2, or None")
+        self._require("max_images", self.max_images is None or self.max_images >= 1, "be at least 1, or None")
         self._require("precision", self.precision in ("auto", "float32"), "be 'auto' or 'float32'")
 
     def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
@@ -244,13 +244,15 @@ class Quorum(Detector):
         )
 
     def _drawn(self, data: ImageSet) -> ImageSet:
-        """The images of at most `max_groups` groups."""
-        members = list(data.members.values())
-        if self.max_groups is None or len(members) <= self.max_groups:
+        """As many groups as `max_images` has room for, two at least."""
+        if self.max_images is None or len(data) <= self.max_images:
             return data
+        members = list(data.members.values())
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randperm(len(members), generator=generator)[: self.max_groups].tolist()
-        return data.select(data.ids[sorted(position for g in drawn for position in members[g])])
+        order = torch.randperm(len(members), generator=generator).tolist()
+        totals = np.cumsum([len(members[g]) for g in order])
+        n_drawn = max(FEWEST, int((totals <= self.max_images).sum()))
+        return data.select(data.ids[sorted(position for g in order[:n_drawn] for position in members[g])])
 
     def _embed(self, batch: Batch) -> Tensor:
         """(B, C, h, w): PatchCore's embedding, averaged over 2 x 2 patches."""

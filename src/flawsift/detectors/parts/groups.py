@@ -9,9 +9,9 @@ from torch import Tensor
 
 from flawsift.detectors.parts.neighbors import blocks
 
-# Queries and bank rows of one product, which must stay in the processor's second cache until its minima are taken:
-# of 256 x 4096 to 1024 x 8192 all were within a tenth of the quickest.
-_QUERY_ROWS, _BANK_ROWS = 1024, 4096
+# Queries and bank rows of one product. With more queries at a time it leaves the processor's caches before its minima
+# are taken, and all is half as fast.
+_QUERY_ROWS, _BANK_ROWS = 256, 16384
 _FEW = 64  # queries at a time whose candidates are measured one by one: 10 MB of an image's patches each
 _TILE = 32  # channels are padded to a multiple: matrix units work in tiles of so many bfloat16 numbers
 _NEVER = 1e30  # half a squared distance that no patch has, of those that are no neighbours
@@ -123,11 +123,11 @@ class GroupNeighbors:
         """(q, N) float32 squared distances to the nearest patch of each image."""
         n, p, _ = self.bank.shape
         wide = self._widened(queries.to(self._mean.device), as_key=False)
-        halves = torch.empty((len(wide), n), dtype=self._type, device=wide.device)
+        halves = torch.empty((n, len(wide)), dtype=self._type, device=wide.device)
         for part in blocks(n, max(1, _BANK_ROWS // p)):
-            product = wide @ self._keys[part.start * p : part.stop * p].T
-            torch.amin(product.view(len(wide), -1, p), 2, out=halves[:, part])
-        squared = halves.float().mul_(2).clamp_min_(0)
+            product = self._keys[part.start * p : part.stop * p] @ wide.T  # queries last: minima of whole rows
+            torch.amin(product.view(-1, p, len(wide)), 1, out=halves[part])
+        squared = halves.T.float().mul_(2).clamp_min_(0)
         return squared.masked_fill_(squared >= _NEVER, torch.inf)
 
     def _widened(self, patches: Tensor, *, as_key: bool) -> Tensor:
