@@ -1,11 +1,12 @@
 """Tables of what detectors and screenings are worth. Each reads the rows that it is of; without rows there is none."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from _frames import (
+    CELL,
     SET,
     Rows,
     ablated_rows,
@@ -43,15 +44,6 @@ DETECTORS = {
     "destseg": "DeSTSeg",
     "rd": "RD",
     "dinomaly": "Dinomaly",
-}
-# of (detector, arm): the default beside the one before it, of which there are rows; the last is the best there can be
-FORMER = {
-    ("patchcore", "all data"): "PatchCore",
-    ("softpatch", "all data"): "SoftPatch",
-    ("patchcore", "default"): "PatchCore, screened",
-    ("twobanks", "default"): "TwoBanks, screened",
-    ("quorum", "default"): "Quorum, screened",
-    ("quorum", "oracle"): "Quorum, oracle",
 }
 SET_HEADER = ["set", "defective in training"]
 
@@ -231,41 +223,10 @@ def ablation(results: Path) -> str | None:
     return table(header, body, rows)
 
 
-def finals(
-    results: Path,
-    titles: Mapping[tuple[str, str], str] = FORMER,
-    metric: str = "image_auroc",
-    *,
-    confirmed: bool = False,
-) -> str | None:
-    """Some detectors and arms side by side, {(detector, variant): title}; gains are over the first one.
-
-    Recovery is the share of the gap between the first and the last.
-    """
-    folder = results / "confirmation" if confirmed else results
-    of_files = [accuracy_rows(folder, *{detector for detector, _ in titles})]
-    if confirmed:  # PatchCore's are those of the ablation
-        of_files = [of_files[0][of_files[0]["detector"] != "patchcore"], with_variants(ablated_rows(folder), "variant")]
-    rows = with_titles(pd.concat(of_files).dropna(subset=[metric]), titles)
-    rows = shared(rows, "title", len(titles))
-    if rows.empty:
-        return None
-    names = list(titles.values())
-    body = [[*place, *texts_by(some, "title", names, metric)] for place, some in by_set(rows)]
-    for alpha, some in rows.groupby("alpha"):
-        means = some.groupby("title", observed=True)[metric].mean()
-        body.append(["mean of sets", f"{alpha:.0%}", *(f"{mean:.3f}" for mean in means)])
-    gained = gains(rows, metric, "title", names[0])
-    body.append(["recovery", "", *(recovery(gained, name, names[-1]) for name in names)])
-    body.append(["worst contaminated cell, points", "", *worst(of_cells(gained), names)])
-    body.append(["worst clean set, points", "", *worst(of_cells(gained, clean=True), names)])
-    return table(["set", "defective", *names], body, rows)
-
-
 def quorum(results: Path, metric: str, sets: Sequence[str]) -> str | None:
     """Quorum beside detectors on everything and the former default, on some sets, and the mean of the sets.
 
-    A detector without rows of all sets, contaminations and seeds that the others have is left out.
+    A detector with fewer rows than Quorum is left out.
     """
     columns = {
         ("patchcore", "all data"): "PatchCore",
@@ -278,7 +239,8 @@ def quorum(results: Path, metric: str, sets: Sequence[str]) -> str | None:
     rows = accuracy_rows(results, *{detector for detector, _ in columns})
     rows = rows[rows["data"].isin(sets)].dropna(subset=[metric])
     counts = with_titles(rows, columns)["title"].value_counts()
-    columns = {pair: title for pair, title in columns.items() if counts.get(title, 0) >= counts.max()}
+    least = max(1, counts.get("Quorum, both stages", 0))
+    columns = {pair: title for pair, title in columns.items() if counts.get(title, 0) >= least}
     rows = shared(with_titles(rows, columns), "title", len(columns))
     if rows.empty:
         return None
@@ -306,6 +268,22 @@ def ranked(results: Path, detector: str, sets: Sequence[str]) -> str | None:
         if len(some)
     ]
     return table(["set", *(f"{alpha:.0%} defective" for alpha in alphas)], body, rows)
+
+
+def sizes(results: Path, detector: str) -> str | None:
+    """Image AUROC and AUPRO of both stages by default, by the size of the network's input, where there are several."""
+    rows = read(results / "accuracy.csv")
+    rows = rows[(rows["detector"] == detector) & (rows["arm"] == "default")]
+    rows = newest(rows.assign(size=rows["backbone"].str.extract(r"-(\d+)-(?:openvino|torch)")[0]), [*CELL, "size"])
+    rows = rows[rows.groupby("data")["size"].transform("nunique") > 1]
+    if rows.empty:
+        return None
+    body = [
+        [data, size, f"{alpha:.0%}", *texts_of(some, {"image_auroc": 3, "aupro": 3, "stage1_auroc": 3})]
+        for (data, size, alpha), some in rows.groupby(["data", "size", "alpha"])
+    ]
+    header = ["set", "pixels", "defective", "image AUROC", "AUPRO", "AUROC of the ranking"]
+    return table(header, body, rows)
 
 
 def headline(results: Path) -> str | None:

@@ -119,6 +119,21 @@ def quorum_cost(results: Path) -> str | None:
     return table(header, body, rows, seeds=False)
 
 
+def quorum_precision(results: Path) -> str | None:
+    """Scores of Quorum by products of bfloat16 beside those of float32."""
+    rows = read(results / "quorum.csv")
+    rows = rows[(rows["kind"] == "precision") & rows["bfloat16"].astype(bool)] if len(rows) else rows
+    if rows.empty:
+        return None
+    rows = rows.drop_duplicates("data", keep="last")
+    header = ["set", "image AUROC", "by float32", "rank correlation of the scores"]
+    body = [
+        [row["data"], f"{row['auroc']:.4f}", f"{row['auroc_float32']:.4f}", f"{row['rank_correlation']:.5f}"]
+        for _, row in rows.iterrows()
+    ]
+    return table(header, body, rows, seeds=False)
+
+
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
@@ -142,9 +157,6 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "headline": _tables.headline,
     "trim": _tables.trim,
     "threshold": lambda r: _tables.threshold(r, FINAL),
-    "finals": _tables.finals,
-    "finals-aupro": lambda r: _tables.finals(r, metric="aupro"),
-    "finals-confirmed": lambda r: _tables.finals(r, confirmed=True),
     "decisions": lambda r: _tables.decisions(r, FINAL),
     "decisions-patchcore": lambda r: _tables.decisions(r, "patchcore"),
     "quorum": lambda r: _tables.quorum(r, "image_auroc", DEVELOPMENT),
@@ -152,7 +164,9 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "quorum-confirmed": lambda r: _tables.quorum(r, "image_auroc", CONFIRMATION),
     "quorum-aupro-confirmed": lambda r: _tables.quorum(r, "aupro", CONFIRMATION),
     "quorum-stage1": lambda r: _tables.ranked(r, FINAL, DEVELOPMENT),
+    "quorum-sizes": lambda r: _tables.sizes(r, FINAL),
     "quorum-cost": quorum_cost,
+    "quorum-precision": quorum_precision,
     "rivals": lambda r: _tables.rivals(r, "image_auroc"),
     "rivals-aupro": lambda r: _tables.rivals(r, "aupro"),
     "overlap": lambda r: _tables.detectors(r, "all_data", "image_auroc", overlap=True),

@@ -113,7 +113,7 @@ def test_decisions_are_measured_against_the_oracle(rows: Any, tables: Any, tmp_p
     assert tables.decisions(tmp_path, "quorum") is None
 
 
-def test_finals_compare_the_seeds_that_all_have(rows: Any, tables: Any, tmp_path: Path) -> None:
+def test_quorum_is_compared_on_the_sets_and_seeds_that_all_have(rows: Any, tables: Any, tmp_path: Path) -> None:
     aurocs = {"patchcore": (0.7, 0.75, 0.9), "softpatch": (0.8, 0.78, 0.85), "twobanks": (0.8, 0.85, 0.95)}
     aurocs["quorum"] = (0.84, 0.86, 0.9)
     arms = ("all_data", "default", "oracle_clean")
@@ -121,14 +121,29 @@ def test_finals_compare_the_seeds_that_all_have(rows: Any, tables: Any, tmp_path
         some = [{**cell(s, v, arm=arm), "detector": name} for s in (0, 1) for arm, v in zip(arms, values, strict=True)]
         rows.append_rows(tmp_path / "accuracy.csv", some)
     rows.append_rows(tmp_path / "accuracy.csv", [cell(2, 0.1, arm=arm) for arm in arms])  # PatchCore alone has it
-    text = tables.finals(tmp_path)
-    assert text.count("0.700 ± 0.000") == 1
-    assert "| recovery |  | 0% | 50% | 25% | 75% | 80% | 100% |" in text
-    assert "| worst contaminated cell, points |  | +0.0 | +10.0 | +5.0 | +15.0 | +16.0 | +20.0 |" in text
-    assert "| worst clean set, points |  | +nan" in text
+    rows.append_rows(tmp_path / "accuracy.csv", [{**cell(0, 0.2), "detector": "inreach"}])  # one seed only
+    text = tables.quorum(tmp_path, "image_auroc", ["screw", "elpv"])
+    values = "0.700 ± 0.000 | 0.800 ± 0.000 | 0.850 ± 0.000 | 0.860 ± 0.000 | 0.900 ± 0.000"
+    assert f"| elpv | 20% | {values} |" in text
+    assert "| mean of sets | 20% | 0.700 | 0.800 | 0.850 | 0.860 | 0.900 |" in text
+    assert "| worst cell, points to PatchCore |  | +0.0 | +10.0 | +15.0 | +16.0 | +20.0 |" in text
+    assert "InReaCh" not in text
+    assert tables.quorum(tmp_path, "image_auroc", ["screw"]) is None
     assert "| elpv | 20% | 0.700 ± 0.000 | 0.800 ± 0.000 | 0.860 ± 0.000 | 0.900 ± 0.000 |" in tables.headline(tmp_path)
-    chosen = {("softpatch", "all data"): "first", ("softpatch", "oracle"): "last"}
-    assert "| recovery |  | 0% | 100% |" in tables.finals(tmp_path, chosen), "of any detectors"
+
+
+def test_sizes_of_the_input_stand_beside_each_other(rows: Any, tables: Any, tmp_path: Path) -> None:
+    name = "efficientnet_lite0-0123-{}-openvino-89"
+    for size, auroc in ((256, 0.8), (384, 0.9)):
+        extra = {"detector": "quorum", "backbone": name.format(size), "aupro": 0.5, "stage1_auroc": 0.7}
+        rows.append_rows(tmp_path / "accuracy.csv", [{**cell(s, auroc, arm="default"), **extra} for s in (0, 1)])
+    text = tables.sizes(tmp_path, "quorum")
+    assert "| elpv | 256 | 20% | 0.800 ± 0.000 | 0.500 ± 0.000 | 0.700 ± 0.000 |" in text
+    assert "| elpv | 384 | 20% | 0.900 ± 0.000 | 0.500 ± 0.000 | 0.700 ± 0.000 |" in text
+    ranked = tables.ranked(tmp_path, "quorum", ["elpv"])
+    assert "| elpv | 0.700 ± 0.000 |" in ranked
+    assert "384" not in ranked
+    assert tables.sizes(tmp_path, "padim") is None
 
 
 def test_render_fills_markers_and_keeps_what_has_no_rows(rows: Any, render: Any, tmp_path: Path) -> None:

@@ -127,8 +127,8 @@ class GroupNeighbors:
         whole = torch.int16 if self._type == torch.bfloat16 else torch.int32
         for part in blocks(n, max(1, _BANK_ROWS // p)):
             product = self._keys[part.start * p : part.stop * p] @ wide.T  # queries last: minima of whole rows
-            # positive numbers are ordered as the integers of the same bits, whose minima are taken ten times as quickly;
-            # of negative ones, which rounding leaves of zeros, any may win
+            # positive numbers are ordered as the integers of the same bits, whose minima take a tenth of the time; of
+            # negative ones, which rounding makes of zeros, any may win
             torch.amin(product.view(-1, p, len(wide)).view(whole), 1, out=halves[part].view(whole))
         squared = halves.T.float().mul_(2).clamp_min_(0)
         return squared.masked_fill_(squared >= _NEVER, torch.inf)
