@@ -264,6 +264,9 @@ def test_odd_sets_are_fitted_or_refused(name: str, detector: Quorum, tiny: Backb
     threshold = result.model.threshold()
     assert threshold is not None
     assert np.isfinite([threshold.value, *result.model.predict(images).scores]).all()
+    maps = result.model.detector.predict(result.plan.images).maps
+    assert maps is not None
+    assert np.isfinite(maps).all()
     for page in (tmp_path / "m").rglob("report.html"):
         assert not re.search(r"\bnan\b", page.read_text("utf-8"), re.IGNORECASE)
     assert load_screening(tmp_path / "m" / "screening").kept.tolist() == screening.kept.tolist()
