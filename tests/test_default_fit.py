@@ -90,13 +90,13 @@ def test_what_a_person_removed_is_not_learned(
     good, suspects = screening.kept[3], screening.removed
     name = dict(zip(screening.ids.tolist(), map(show, screening.names), strict=True))
     choices = {name[int(good)]: "remove", name[int(suspects[0])]: "remove", name[int(suspects[1])]: "keep"}
-    given: dict[str, Any] = {
+    ways: dict[str, dict[str, Any]] = {
         "anew": {"decisions": choices},
         "in memory": {"screening": screening, "decisions": choices},
         "on disk": {"screening": folder, "decisions": choices},
         "decided before": {"screening": screening.with_decisions(choices)[0]},
-    }[way]
-    result = pipeline.fit(easy_folder, EXACT, tiny, store=store, **given)
+    }
+    result = pipeline.fit(easy_folder, EXACT, tiny, store=store, **ways[way])
     learned = sorted({*range(50)} - {int(good), int(suspects[0])})
     kept = sorted(({*screening.kept.tolist()} - {int(good)}) | {int(suspects[1])})
     assert result.plan.images.ids.tolist() == learned
@@ -143,8 +143,8 @@ def test_an_edited_table_removes_what_stage_one_had_kept(
     assert sorted({*range(50)} - {*plan.images.ids.tolist()}) == [dropped]
     assert dropped not in plan.kept
     assert returned in plan.kept
-    name = dict(zip(screening.ids.tolist(), screening.names, strict=True))
-    choices = {name[dropped]: "keep"}  # a later word counts
+    names = dict(zip(screening.ids.tolist(), screening.names, strict=True))
+    choices = {names[dropped]: "keep"}  # a later word counts
     plan = pipeline.fit(easy_folder, EXACT, tiny, store=store, screening=tmp_path, decisions=choices).plan
     assert plan.images.ids.tolist() == list(range(50))
 

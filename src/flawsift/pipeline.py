@@ -176,8 +176,8 @@ def fit(
         started=time.monotonic(),
     )
     with as_progress(resources.get("progress")) as tell:
-        options = asked.options if asked.is_new else None
-        job = _prepare(images, detector, backbone, options, {**resources, "progress": tell})
+        stage1 = asked.options if asked.is_new else None
+        job = _prepare(images, detector, backbone, stage1, {**resources, "progress": tell})
         return _both_stages(job, asked)
 
 
