@@ -54,8 +54,11 @@ def test_state_makes_an_equal_detector(data: ImageSet) -> None:
 
 
 @pytest.mark.parametrize("like", [None, SoftPatch(coreset_ratio=0.1)])
-def test_a_state_of_another_format_is_refused(data: ImageSet, tmp_path: Path, like: SoftPatch | None) -> None:
+def test_a_state_of_another_format_is_refused(
+    data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, like: SoftPatch | None
+) -> None:
     """Such as one of before its attributes were renamed, whose file names no format."""
+    monkeypatch.setattr(SoftPatch, "state_format", 2)
     SoftPatch(coreset_ratio=0.1).fit(data).save(tmp_path)
     assert load_detector(tmp_path, like).fitted
     content = json.loads((tmp_path / "detector.json").read_text())
