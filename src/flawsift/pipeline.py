@@ -365,7 +365,8 @@ def _fitted(job: _Job, images: ImageSet, merged: Detector | None, watch: Watch) 
     """The detector of some of the images: what was learned of all of them less the others, or trained anew."""
     removed = job.data.ids[~np.isin(job.data.ids, images.ids)]
     whole = images.rejected_share == 0
-    if isinstance(merged, Additive) and whole and len(removed) < len(images):
+    drew = merged is not None and merged.n_drawn is not None  # then others take the place of those that are removed
+    if isinstance(merged, Additive) and whole and len(removed) < len(images) and not (drew and len(removed)):
         return merged.without(job.data.select(removed), device=job.run.device)
     return job.detector.clone().fit(images, device=job.run.device, watch=watch)
 
