@@ -294,3 +294,16 @@ def test_odd_sets_on_the_command_line(name: str, tmp_path: Path, capsys: pytest.
     else:
         assert stop.value.code == 0, told.err
         assert np.isfinite(json.loads(told.out)["threshold"]["value"])
+
+
+def test_what_was_removed_is_replaced_in_a_drawn_bank(easy_folder: Path, tiny: Backbone, store: FeatureStore) -> None:
+    small = EXACT.clone(max_images=3)
+    first = pipeline.fit(easy_folder, small, tiny, store=store)
+    assert first.model.detector.n_drawn == 3
+    assert first.screening is not None
+    names = dict(zip(first.screening.ids.tolist(), map(show, first.screening.names), strict=True))
+    removed = first.model.detector.state()["ids_"].tolist()
+    decisions = {names[i]: "remove" for i in removed}
+    again = pipeline.fit(easy_folder, small, tiny, store=store, decisions=decisions).model.detector
+    assert again.n_drawn == 3
+    assert not set(again.state()["ids_"].tolist()) & set(removed)

@@ -176,8 +176,8 @@ def fit(
         started=time.monotonic(),
     )
     with as_progress(resources.get("progress")) as tell:
-        new = asked.options if asked.is_new else None
-        job = _prepare(images, detector, backbone, new, {**resources, "progress": tell})
+        stage1 = asked.options if asked.is_new else None
+        job = _prepare(images, detector, backbone, stage1, {**resources, "progress": tell})
         return _both_stages(job, asked)
 
 
@@ -365,7 +365,8 @@ def _fitted(job: _Job, images: ImageSet, merged: Detector | None, watch: Watch) 
     """The detector of some of the images: what was learned of all of them less the others, or trained anew."""
     removed = job.data.ids[~np.isin(job.data.ids, images.ids)]
     whole = images.rejected_share == 0
-    if isinstance(merged, Additive) and whole and len(removed) < len(images):
+    drew = merged is not None and merged.n_drawn is not None  # then others take the place of those that are removed
+    if isinstance(merged, Additive) and whole and len(removed) < len(images) and not (drew and len(removed)):
         return merged.without(job.data.select(removed), device=job.run.device)
     return job.detector.clone().fit(images, device=job.run.device, watch=watch)
 

@@ -173,6 +173,8 @@ def test_large_sets_are_drawn_by_group() -> None:
     again = exact(max_images=7, seed=0).fit(train)
     assert again.ids_.tolist() == fitted.ids_.tolist()
     assert len(set(exact(max_images=1).fit(train).groups_)) == 2
+    assert fitted.n_drawn == 6
+    assert exact().fit(train).n_drawn is None
     # images that were not drawn are scored as new ones
     assert np.isfinite(fitted.held_out_scores(train)).all()
 
@@ -185,6 +187,16 @@ def test_one_group_has_no_held_out_scores() -> None:
         fitted.held_out(train)
     with pytest.raises(NotFittedError):
         exact().held_out(train)
+    with pytest.raises(InputError, match="no image to score"):
+        fitted.held_out(train.select([]))
+
+
+def test_features_without_a_number_are_refused() -> None:
+    train = feature_set(4)
+    assert isinstance(train.reader, MemoryFeatures)
+    train.reader.arrays["a"][2, 0, 0, 0] = np.inf
+    with pytest.raises(InputError, match="not numbers"):
+        exact().fit(train)
 
 
 @pytest.mark.parametrize("params", [{"n_groups": 0}, {"n_groups": 2.5}, {"n_groups": "all"}, {"max_images": 0}])

@@ -74,7 +74,13 @@ def test_small_images_are_shown_whole() -> None:
 def test_that_nothing_is_alike_is_said_only_of_what_stands_out_and_was_set_aside(images: ImageSet) -> None:
     consensus = np.where(np.arange(N) < 3, 90.0, np.arange(N) % 7)
     kept = images.ids[[1, *range(4, N)]]  # 0 and 2 stand out and are set aside, 1 is kept, 3 is ordinary
-    screening = make_screening(images, consensus=consensus, kept=kept, evidence=make_evidence(images.ids))
+    evidence = make_evidence(images.ids)
+    near = evidence.distances[:, 0].astype(float)
+    screening = make_screening(images, consensus=consensus, kept=kept, evidence=evidence)
+    repeated = replace(screening, held_out_scores=3 * near)  # something much nearer than k groups are on average
+    few = "Few like this in 39 other images. The closest places:"
+    assert [nearest_text(repeated, p) for p in (0, 1)] == [few, "The closest places in 39 other images:"]
+    screening = replace(screening, held_out_scores=1.5 * near)
     nothing, closest = (
         "Nothing like this in 39 other images. The closest places:",
         "The closest places in 39 other images:",

@@ -58,5 +58,5 @@ def test_what_is_learned_of_images_that_were_set_aside(images: ImageSet, partly:
     assert "Images more than 2 robust deviations above the median score were set aside." in text
     assert ("is trained on the most ordinary patches only" in text) == partly
     by_hand = selection_text(replace(screening, contamination=None))
-    assert by_hand.endswith("unless the detector has a rule of its own for patches.")
+    assert by_hand.endswith("left out by detectors that leave out patches. Quorum, the default, is trained on all.")
     assert selection_text(replace(screening, rejected=np.zeros_like(rejected))) == ""

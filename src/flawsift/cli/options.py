@@ -257,7 +257,7 @@ def say(as_json: bool, result: dict[str, Any], lines: Sequence[str]) -> None:
 def threshold_lines(threshold: Any) -> list[str]:
     """What is said about a threshold."""
     if threshold is None:
-        return ["No threshold: one image gives no held-out scores to calibrate with. Scores are still ranked."]
+        return ["No threshold: one image or group gives no held-out scores to calibrate with. Scores are still ranked."]
     text = str(threshold).replace("threshold", "Threshold", 1)
     if threshold.limited:
         text += f" ({threshold.n_calibration} images cannot support {100 * threshold.false_alarm_rate:g} per 100)"

@@ -76,8 +76,9 @@ def screened_lines(result: "Screening") -> list[str]:
     if result.rejected is not None and result.rejected.any():
         share = 100 * float(result.rejected[result.is_kept].mean())
         lines.append(
-            f"Of the kept images, the {share:.1f} % oddest patches are left out by detectors that can leave out patches"
-            + (", of those set aside all but the most ordinary ones." if result.is_partly_learned.any() else ".")
+            f"Of the kept images, the {share:.1f} % oddest patches are left out by detectors that leave out patches"
+            + (", of those set aside all but the most ordinary ones" if result.is_partly_learned.any() else "")
+            + "; Quorum, the default, is trained on all."
         )
     if size := result.provenance.get("backbone", {}).get("spec", {}).get("size"):
         lines.append(f"Images were resized to {size} x {size} pixels.")
@@ -141,6 +142,8 @@ def fitted_lines(result: "FitResult", out: Path) -> list[str]:
     more = f", and {which}" if partly else ""
     name, kept, total = result.model.detector.name, training["n_kept"], training["n_images"]
     lines = [f"Trained {name} on {kept} of {total} images{more}: {out}"]
+    if drawn := result.model.detector.n_drawn:
+        lines.append(f"It compares with {drawn} of them, drawn at random (--set max_images=none for all).")
     size = result.model.backbone.size
     lines.append(f"Images are resized to {size} x {size} pixels.")
     if note := training.get("screening_note"):

@@ -169,6 +169,11 @@ class Detector(ABC):
         return self._score_batch(batch, device)[1]
 
     @property
+    def n_drawn(self) -> int | None:
+        """How many images it rests on where it drew them from those that it was fitted on; None where on all."""
+        return None
+
+    @property
     def fitted(self) -> bool:
         """Whether there is learned state."""
         return bool(self.state())

@@ -48,7 +48,7 @@ class Quorum(Detector):
     Where scores are high, the map is of single patches instead of means of four: it shows where a defect ends.
 
     Cost: 2 P^2 N C flops per image scored, for P patches of C channels and N images in the bank: 8 GFLOP for 256, 152
-        and 400. Memory: 4 P N C bytes, 62 MB there; half of it is saved.
+        and 400. Memory: 4 P N C bytes with bfloat16, 62 MB there, 6 with float32; 2 are saved.
     Contamination: Resisted while fewer than k groups share a defect. Nothing need be left out.
     Differs from the paper: There is none. Relatives: PatchCore (embedding, distance to a bank), InReaCh (channels that
         span many images) and MuSc (mean distance to the nearest 30 % of the images of a test set).
@@ -58,8 +58,8 @@ class Quorum(Detector):
     Attributes:
         n_groups: k; "auto" as above, between 2 and 16.
         max_images: Most images in the bank, drawn by whole groups; None for all. A score needs k near groups, not all.
-        precision: "float32" for exact products on every machine; "auto" takes bfloat16 where that is quicker, which
-            moves distances by about 0.2 %.
+        precision: "float32" for products of that precision on every machine; "auto" takes bfloat16 where that is
+            quicker, which moves distances by about 0.2 %.
     """
 
     name: ClassVar[str] = "quorum"
@@ -82,8 +82,9 @@ class Quorum(Detector):
     def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
         """See `Detector.fit`."""
         self._forget()
-        target = resolve_device(device)
+        target, n_given = resolve_device(device), len(data)
         data = self._drawn(data)
+        self.drawn_ = len(data) < n_given
         patches, usable = [], []
         for batch in data.batches(self.layers):
             embedding = self._embed(batch)
@@ -93,6 +94,8 @@ class Quorum(Detector):
         learned = torch.cat(usable).any(1) if usable else torch.zeros(0).bool()
         if not learned.any():
             raise InputError("Quorum.fit needs at least one image with a patch to learn from, got none.")
+        if not all(part.isfinite().all() for part in patches):
+            raise InputError("Quorum.fit got features that are not numbers, or beyond the range of float16.")
         self.memory_bank_ = torch.cat(patches)[learned]  # (N, P, C) float16, as features are stored
         self.usable_ = torch.cat(usable)[learned]  # (N, P), False where a patch was rejected
         self.ids_ = torch.from_numpy(data.ids)[learned]  # (N,)
@@ -102,7 +105,7 @@ class Quorum(Detector):
         return self
 
     def merged(self, other: Self) -> Self:
-        """The model of both training sets, whose images must be different ones; k is this one's."""
+        """The model of all images of both, which must be different ones; k and the scale of maps are this one's."""
         if shared := set(self.ids_.tolist()) & set(other.ids_.tolist()):
             raise InputError(f"{len(shared)} images are in both models, such as number {min(shared)}.")
         mine, its = self.state(), other.state()
@@ -110,7 +113,10 @@ class Quorum(Detector):
         return self.with_state({**both, "groups_": self.groups_ + other.groups_, **self._learned()})
 
     def without(self, data: ImageSet, *, device: str = "auto") -> Self:
-        """The model of the training set less these images, with the k that a fit of the others would choose."""
+        """The model of the bank less these images, with the k that a fit of the others would choose.
+
+        Scores are those of such a fit where the bank was not drawn (`n_drawn`); the scale of maps stays.
+        """
         stays = ~torch.isin(self.ids_, torch.from_numpy(data.ids))
         if not stays.any():
             raise InputError("No image is left to learn from.")
@@ -124,12 +130,16 @@ class Quorum(Detector):
     def held_out(self, data: ImageSet, *, device: str = "auto") -> HeldOut:
         """Scores, maps and evidence of images, each without its own group: of a training set, in one pass.
 
+        Scores are those of a model of the other images with the same k.
+
         Raises:
-            InputError: The bank holds no other group than that of an image.
+            InputError: There is no image, or the bank holds no other group than that of an image.
             NotFittedError: It is not fitted.
         """
         if not self.fitted:
             raise NotFittedError("This Quorum is not fitted yet; call fit(images) first.")
+        if not len(data):
+            raise InputError("There is no image to score.")
         search, numbers = self._search(resolve_device(device)), self._numbers
         maps, worst, own = [], [], []
         with torch.inference_mode():
@@ -222,7 +232,12 @@ class Quorum(Detector):
 
     def _learned(self) -> dict[str, float]:
         """What stays when images come and go."""
-        return {"k_": self.k_, "scale_": self.scale_}
+        return {"k_": self.k_, "scale_": self.scale_, "drawn_": self.drawn_}
+
+    @property
+    def n_drawn(self) -> int | None:
+        """See `Detector.n_drawn`."""
+        return len(self.ids_) if self.drawn_ else None
 
     @property
     def _numbers(self) -> dict[str, int]:

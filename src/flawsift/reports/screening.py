@@ -43,7 +43,9 @@ def write_fit_report(model: Model, screening: Screening, images: ImageSet, folde
         InputError: An id of the screening is not in the set, or is another image there.
         OutputError: It cannot be written.
     """
-    shown = screening if model.detector.leaves_out_patches else replace(screening, rejected=None)
+    detector = model.detector
+    leaves_out = detector.leaves_out_patches and not (detector.resists_defects and screening.contamination is not None)
+    shown = screening if leaves_out else replace(screening, rejected=None)
     path = ensure_folder(folder) / REPORT
     write_text(path, screening_report(shown, images, model=model))
     return path
@@ -113,7 +115,10 @@ def _trained_model(model: Model, screening: Screening) -> dict[str, Any]:
     if counts := model.training.get("decisions"):
         text += f"; a person decided to keep {counts['keep']:,} and to remove {counts['remove']:,}"
     if threshold is None:
-        return {"text": f"{text}. There is no threshold: one image gives no held-out scores.", "histogram": None}
+        return {
+            "text": f"{text}. There is no threshold: one image or group gives no held-out scores.",
+            "histogram": None,
+        }
     text += (
         f". Images that score above {number(threshold.value)} are called anomalous: "
         f"about {threshold.per_hundred:.2g} false alarms per 100 good parts are expected."

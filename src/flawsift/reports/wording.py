@@ -4,6 +4,8 @@ from flawsift.reports.pages import plural
 from flawsift.screening.consensus import MIN_KEEP, SUSPECT
 from flawsift.screening.result import Screening
 
+LIKE = 0.5  # of an image's score, the mean distance to k groups: what is nearer to its worst place looks like it
+
 
 def headline(screening: Screening) -> str:
     """The result in one sentence or two."""
@@ -61,7 +63,7 @@ def selection_text(screening: Screening) -> str:
         return ""
     share = 100 * float(screening.rejected[screening.is_kept].mean())
     text = f"Of the kept images, the {share:.1f} % of the patches that look least like the others are suspect,"
-    text += " and left out of training, unless the detector has a rule of its own for patches."
+    text += " and left out by detectors that leave out patches. Quorum, the default, is trained on all."
     if screening.contamination is None:
         return text
     text += f" Images more than {SUSPECT:g} robust deviations above the median score were set aside."
@@ -73,8 +75,9 @@ def selection_text(screening: Screening) -> str:
 def nearest_text(screening: Screening, position: int) -> str:
     """What stands above the worst place of the image at a position; empty where there is nothing to compare it with.
 
-    Only of an image that stands out, and was set aside, it is said that nothing is like it: a person, or a share that
-    was set by the user, sets aside ordinary images too.
+    Only of an image that stands out, and was set aside, it is said that nothing is like it, unless the nearest place is
+    nearer than `LIKE` of its score: then the same is there a few times. A person, or a share that was set by the user,
+    sets aside ordinary images too.
     """
     evidence = screening.evidence
     if evidence is None or not evidence.nearest(position):
@@ -82,5 +85,7 @@ def nearest_text(screening: Screening, position: int) -> str:
     n = int(evidence.n_others[position])
     others = f"{n:,} other {plural(n, 'image')}"
     if screening.is_suspect[position] and not screening.is_kept[position]:
-        return f"Nothing like this in {others}. The closest places:"
+        nearest = evidence.nearest(position)[0][2]
+        found = "Few like this" if nearest < LIKE * screening.held_out_scores[position] else "Nothing like this"
+        return f"{found} in {others}. The closest places:"
     return f"The closest places in {others}:"
