@@ -223,6 +223,13 @@ def noise(n: int) -> list[npt.NDArray[np.uint8]]:
     return list(np.random.default_rng(0).integers(0, 256, (n, 64, 64, 3), dtype=np.uint8))
 
 
+def assert_finite(result: pipeline.FitResult) -> None:
+    predicted = result.model.detector.predict(result.plan.images)
+    assert np.isfinite(predicted.scores).all()
+    assert predicted.maps is not None
+    assert np.isfinite(predicted.maps).all()
+
+
 ONE_IMAGE, ONE_GROUP = "there is only one image. Add images", "there is only one group of images. Add images"
 # images, how many groups of as many images each (or None), and what is refused
 ODD: dict[str, tuple[Callable[[], list[npt.NDArray[np.uint8]]], int | None, str | None]] = {
@@ -250,9 +257,9 @@ def test_odd_sets_are_fitted_or_refused(name: str, detector: Quorum, tiny: Backb
         for run in (pipeline.screen, pipeline.fit):
             with pytest.raises(InputError, match=refusal):
                 run(images, detector, tiny, store=store)
-        model = pipeline.fit(images, detector, tiny, no_screen=True, store=store).model
-        assert model.threshold() is None
-        assert np.isfinite(model.predict(images).scores).all()
+        alone = pipeline.fit(images, detector, tiny, no_screen=True, store=store)
+        assert alone.model.threshold() is None
+        assert_finite(alone)
         return
     result = pipeline.fit(images, detector, tiny, store=store, out=tmp_path / "m")
     screening = result.screening
@@ -263,10 +270,8 @@ def test_odd_sets_are_fitted_or_refused(name: str, detector: Quorum, tiny: Backb
     assert len(screening.kept) >= len(images) / 2
     threshold = result.model.threshold()
     assert threshold is not None
-    assert np.isfinite([threshold.value, *result.model.predict(images).scores]).all()
-    maps = result.model.detector.predict(result.plan.images).maps
-    assert maps is not None
-    assert np.isfinite(maps).all()
+    assert np.isfinite(threshold.value)
+    assert_finite(result)
     for page in (tmp_path / "m").rglob("report.html"):
         assert not re.search(r"\bnan\b", page.read_text("utf-8"), re.IGNORECASE)
     assert load_screening(tmp_path / "m" / "screening").kept.tolist() == screening.kept.tolist()
