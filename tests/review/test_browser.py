@@ -187,6 +187,7 @@ def test_what_cannot_be_saved_is_not_shown_as_decided(browser: Any, errors: Erro
 
     press(page, "ArrowLeft", "r")
     saved(page)
+    expect(page.locator("#undo")).to_be_enabled()
     page.route("**/decide", lambda route: route.abort())
     press(page, "z")
     expect(page.locator("#saved")).to_have_text("Not saved")
