@@ -15,6 +15,8 @@ from PIL import Image
 
 from flawsift import pipeline
 from flawsift.cli.main import main
+from flawsift.cli.options import DetectorChoice
+from flawsift.cli.stages import fitted_lines
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
 from flawsift.detectors.quorum import Quorum
@@ -305,6 +307,10 @@ def test_what_was_removed_is_replaced_in_a_drawn_bank(easy_folder: Path, tiny: B
     small = EXACT.clone(max_images=3)
     first = pipeline.fit(easy_folder, small, tiny, store=store)
     assert first.model.detector.n_drawn == 3
+    assert any(
+        "3 of them, drawn at random (--set max_images=null for all)" in x for x in fitted_lines(first, Path("m"))
+    )
+    assert DetectorChoice("quorum", settings=["max_images=null"]).make(0).params()["max_images"] is None
     assert first.screening is not None
     names = dict(zip(first.screening.ids.tolist(), map(show, first.screening.names), strict=True))
     removed = first.model.detector.state()["ids_"].tolist()

@@ -143,7 +143,7 @@ def fitted_lines(result: "FitResult", out: Path) -> list[str]:
     name, kept, total = result.model.detector.name, training["n_kept"], training["n_images"]
     lines = [f"Trained {name} on {kept} of {total} images{more}: {out}"]
     if drawn := result.model.detector.n_drawn:
-        lines.append(f"It compares with {drawn} of them, drawn at random (--set max_images=none for all).")
+        lines.append(f"It compares with {drawn} of them, drawn at random (--set max_images=null for all).")
     size = result.model.backbone.size
     lines.append(f"Images are resized to {size} x {size} pixels.")
     if note := training.get("screening_note"):
