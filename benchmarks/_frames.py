@@ -106,11 +106,11 @@ def of_cells(gained: Rows, *, clean: bool = False) -> Rows:
     return gained[(gained.index.get_level_values("alpha") == 0) == clean].groupby(SET).mean()
 
 
-def recovery(gained: Rows, variant: str, best: str = "oracle") -> str:
-    """Gain over the best one's, pooled over the contaminated cells where that is at least a point."""
+def recovery(gained: Rows, variant: str) -> str:
+    """Gain over the oracle's, pooled over the contaminated cells where that is at least a point."""
     cells = of_cells(gained)
-    counted = cells[cells[best] >= LEAST_GAP]
-    return f"{counted[variant].sum() / counted[best].sum():.0%}"
+    counted = cells[cells["oracle"] >= LEAST_GAP]
+    return f"{counted[variant].sum() / counted['oracle'].sum():.0%}"
 
 
 def worst(cells: Rows, variants: Iterable[str]) -> list[str]:

@@ -26,7 +26,7 @@ from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
 from flawsift.detectors.parts.groups import has_bfloat16_units
 from flawsift.detectors.quorum import Quorum
-from flawsift.features.backbones import load_backbone
+from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import attach
 from flawsift.features.readers import MemoryFeatures
 from flawsift.features.store import FeatureStore
@@ -73,12 +73,12 @@ def child(n: int) -> dict[str, Any]:
     return {**result, "k": detector.k_, "peak_mb": _rows.peak_mb()}
 
 
-def precision(name: str, store: FeatureStore) -> dict[str, Any] | None:
+def precision(name: str, backbone: Backbone, store: FeatureStore) -> dict[str, Any] | None:
     """How scores by bfloat16 differ from those by float32 on one set."""
     data = load_set(name)
     if data is None:
         return None
-    images, _ = attach(data.images, load_backbone(), LAYERS, store=store)
+    images, _ = attach(data.images, backbone, LAYERS, store=store)
     split = contaminate(data.truth, alpha=ALPHA, groups=images.groups, seed=0, **SIZES[data.name])
     train, test = images.select(split.train_ids), images.select(split.test_ids)
     labels = data.truth.select(split.test_ids).labels
@@ -94,7 +94,7 @@ def precision(name: str, store: FeatureStore) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    """Measure both, and say how far they are from the goals."""
+    """Measure both."""
     parser = _rows.common_flags(argparse.ArgumentParser(description=__doc__))
     parser.add_argument("--n", type=int, nargs="+", default=list(N_IMAGES), help="numbers of images")
     parser.add_argument("--sets", nargs="*", default=list(DEVELOPMENT), help="for the precision")
@@ -112,9 +112,9 @@ def main() -> None:
         _rows.say(f"{n} images: " + ", ".join(f"{key} {value:.4g}" for key, value in result.items()))
         figures |= {f"{key}_{n}": value for key, value in result.items()}
     with tempfile.TemporaryDirectory(prefix="flawsift-bench-") as scratch:
-        store = FeatureStore(args.cache or Path(scratch))
+        store, backbone = FeatureStore(args.cache or Path(scratch)), load_backbone()
         for name in args.sets:
-            if (row := precision(name, store)) is not None:
+            if (row := precision(name, backbone, store)) is not None:
                 _rows.append_rows(args.results / "quorum.csv", [{**common, "kind": "precision", **row}])
                 _rows.say(
                     f"{name}: AUROC {row['auroc']:.4f}, by float32 {row['auroc_float32']:.4f}, "

@@ -87,7 +87,7 @@ def test_held_out_scores_are_those_of_a_model_without_the_group(grouped: bool) -
         bank, queries = patches_of(train.select(others)), patches_of(train.select([id_]))
         grid = scores_of(queries[0], bank, alone.groups_, 2, None)
         np.testing.assert_allclose(held_out.maps[position].flatten(), grid, rtol=2e-3)
-        assert held_out.n_others[position] == len(others)
+        assert held_out.evidence.n_others[position] == len(others)
         removed = fitted.without(train.select([i for i in train.ids.tolist() if i not in others]))
         np.testing.assert_allclose(removed.predict(train.select([id_]), maps=False).scores, score, rtol=1e-4)
     np.testing.assert_array_equal(fitted.held_out_scores(train), held_out.scores)
@@ -96,16 +96,17 @@ def test_held_out_scores_are_those_of_a_model_without_the_group(grouped: bool) -
 def test_the_evidence_is_the_worst_patch_and_its_nearest() -> None:
     train = feature_set(5, groups={1: "x", 2: "x"})
     held_out = exact(n_groups=2).fit(train).held_out(train)
+    evidence = held_out.evidence
     patches = patches_of(train)
     for i in range(5):
-        assert held_out.worst[i] == held_out.maps[i].flatten().argmax()
-        worst = patches[i, held_out.worst[i]]
-        near = list(zip(held_out.near_ids[i].tolist(), held_out.near_places[i].tolist(), strict=True))
+        assert evidence.places[i] == held_out.maps[i].flatten().argmax()
+        worst = patches[i, evidence.places[i]]
+        near = list(zip(evidence.images[i].tolist(), evidence.image_places[i].tolist(), strict=True))
         measured = [np.linalg.norm(patches[j, place] - worst) for j, place in near if j >= 0]
-        np.testing.assert_allclose(measured, held_out.near_distances[i][: len(measured)], rtol=1e-2)
+        np.testing.assert_allclose(measured, evidence.distances[i][: len(measured)], rtol=1e-2)
         assert len(measured) == 3
         assert {train.group_names[j] for j, _ in near}.isdisjoint({train.group_names[i]})
-    assert held_out.n_others.tolist() == [4, 3, 3, 4, 4]
+    assert evidence.n_others.tolist() == [4, 3, 3, 4, 4]
 
 
 def test_one_defect_does_not_explain_another() -> None:

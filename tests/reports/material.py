@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from flawsift.data.images import ImageSet
+from flawsift.detectors.protocols import Evidence
 from flawsift.reports.screening import screening_report
 from flawsift.screening.consensus import Contamination
 from flawsift.screening.options import ScreenOptions
-from flawsift.screening.result import Evidence, Screening, SubModelScores
+from flawsift.screening.result import Screening, SubModelScores
 
 N, K = 40, 5
 ESTIMATE = Contamination(0.2, "Gumbel tail excess", {"observed": 0.25}, (0.15, 0.26))

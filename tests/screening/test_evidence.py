@@ -10,9 +10,10 @@ import pytest
 
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import make_detector
+from flawsift.detectors.protocols import Evidence
 from flawsift.errors import InputError
 from flawsift.screening.options import ScreenOptions
-from flawsift.screening.result import Evidence, Ranking, Screening
+from flawsift.screening.result import Ranking, Screening
 from flawsift.screening.stage1 import screen
 from flawsift.screening.storage import EVIDENCE, load_screening, matched, save_screening
 from tests.reports.material import make_evidence, make_screening, noise

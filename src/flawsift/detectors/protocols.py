@@ -1,7 +1,8 @@
 """What some detectors can do beyond fitting and scoring: add up, and leave training images out."""
 
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Detector
+from flawsift.types import Ids
 
 
 @runtime_checkable
@@ -26,27 +28,56 @@ class Additive(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class Evidence:
+    """The worst patch of each image, and the nearest patches that other images have to it.
+
+    Attributes:
+        grid: Rows and columns of the patch grid, which covers each image whatever its shape.
+        places: (N,) worst patch of each image, row-major on the grid.
+        images: (N, k) global ids of the other images, nearest first; -1 where there are fewer than k, or where an image
+            is not there any more.
+        image_places: (N, k) the patch in each of them, row-major; -1 likewise.
+        distances: (N, k) ascending; nan where there is none.
+        n_others: (N,) how many other images were searched.
+    """
+
+    grid: tuple[int, int]
+    places: npt.NDArray[np.int64]
+    images: Ids
+    image_places: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float32]
+    n_others: npt.NDArray[np.int64]
+
+    def nearest(self, position: int) -> list[tuple[int, int, float]]:
+        """(id of another image, place in it, distance) for the image at a position, nearest first."""
+        rows = (self.images[position], self.image_places[position], self.distances[position])
+        return [(int(i), int(place), float(d)) for i, place, d in zip(*rows, strict=True) if place >= 0]
+
+    def renamed(self, new: Mapping[int, int]) -> Self:
+        """The same under other ids, {id: new id}; an image that is not among them is named no more."""
+        ids = np.array([new.get(i, -1) for i in self.images.ravel().tolist()], np.int64).reshape(self.images.shape)
+        there = (self.image_places >= 0) & (ids >= 0)
+        return replace(
+            self,
+            images=np.where(there, ids, -1),
+            image_places=np.where(there, self.image_places, -1),
+            distances=np.where(there, self.distances, np.float32(np.nan)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class HeldOut:
     """What a detector says of images of its own training set, each as if it and its group had not been learned.
 
     Attributes:
         scores: (N,) image scores.
         maps: (N, h, w) patch-grid maps.
-        worst: (N,) place of each image's highest patch, row-major on the grid.
-        near_ids: (N, n) ids of the images of other groups with the nearest patches to that one, one per group, nearest
-            first; -1 where there are fewer groups.
-        near_places: (N, n) those patches, row-major; -1 likewise.
-        near_distances: (N, n) ascending; nan likewise.
-        n_others: (N,) how many images were searched.
+        evidence: The highest patch of each image, and the nearest one of each of some other groups.
     """
 
     scores: npt.NDArray[np.float64]
     maps: Tensor
-    worst: npt.NDArray[np.int64]
-    near_ids: npt.NDArray[np.int64]
-    near_places: npt.NDArray[np.int64]
-    near_distances: npt.NDArray[np.float32]
-    n_others: npt.NDArray[np.int64]
+    evidence: Evidence
 
 
 @runtime_checkable

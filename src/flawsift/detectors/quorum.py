@@ -1,8 +1,9 @@
 """Quorum: a patch is normal when several other images have one like it."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -16,7 +17,7 @@ from flawsift.detectors.base import Detector, resolve_device
 from flawsift.detectors.parts.groups import GroupNeighbors
 from flawsift.detectors.parts.maps import embed_batch
 from flawsift.detectors.parts.training import UNWATCHED, Watch
-from flawsift.detectors.protocols import HeldOut
+from flawsift.detectors.protocols import Evidence, HeldOut
 from flawsift.errors import InputError, NotFittedError
 
 AUTO: Literal["auto"] = "auto"
@@ -99,7 +100,7 @@ class Quorum(Detector):
         self.memory_bank_ = torch.cat(patches)[learned]  # (N, P, C) float16, as features are stored
         self.usable_ = torch.cat(usable)[learned]  # (N, P), False where a patch was rejected
         self.ids_ = torch.from_numpy(data.ids)[learned]  # (N,)
-        self.groups_ = _where(data.group_names, learned)  # (N,)
+        self.groups_ = list(compress(data.group_names, learned))  # (N,)
         self.k_ = self._choose_k(target) if self.n_groups == AUTO else int(self.n_groups)
         self.scale_ = self._find_scale(data, target)  # of single patches to scores
         return self
@@ -122,7 +123,7 @@ class Quorum(Detector):
             raise InputError("No image is left to learn from.")
         mine = self.state()
         rest = {name: mine[name][stays] for name in ("memory_bank_", "usable_", "ids_")}
-        left = self.with_state({**rest, "groups_": _where(self.groups_, stays), **self._learned()})
+        left = self.with_state({**rest, "groups_": list(compress(self.groups_, stays)), **self._learned()})
         if self.n_groups == AUTO and not stays.all():
             left.k_ = left._choose_k(resolve_device(device))
         return left
@@ -140,32 +141,30 @@ class Quorum(Detector):
             raise NotFittedError("This Quorum is not fitted yet; call fit(images) first.")
         if not len(data):
             raise InputError("There is no image to score.")
-        search, numbers = self._search(resolve_device(device)), self._numbers
-        maps, worst, own = [], [], []
+        search = self._search(resolve_device(device))
+        grids, worst, patches, groups = [], [], [], []
         with torch.inference_mode():
-            names = iter(data.group_names)
-            for batch in data.batches(self.layers):
-                embedding, groups = self._embed(batch), _next(names, len(batch), numbers)
-                grids = self._to_grid(search, embedding, groups)
-                rows, place = _rows(embedding), grids.flatten(1).argmax(1)
-                maps.append(grids)
-                worst.append(rows[torch.arange(len(rows)), place])
-                own.append(groups)
-            everything = torch.cat(maps)
-            if not everything.isfinite().all():
+            for batch, own, grid in self._without_own(search, data):
+                place = grid.flatten(1).argmax(1)
+                grids.append(grid)
+                worst.append(place)
+                patches.append(_rows(self._embed(batch))[torch.arange(len(place)), place])
+                groups.append(own)
+            maps = torch.cat(grids)
+            if not maps.isfinite().all():
                 raise InputError("Quorum compares images of different groups, and there is only one group.")
-            near = search.nearest_patches(torch.cat(worst), min(N_SHOWN, search.n_groups), torch.cat(own))
+            near = search.nearest_patches(torch.cat(patches), min(N_SHOWN, search.n_groups), torch.cat(groups))
         distances, images, places = (part.cpu().numpy() for part in near)
-        n_own = np.array([sum(g == group for g in self.groups_) for group in data.group_names])
-        return HeldOut(
-            scores=everything.flatten(1).amax(1).double().numpy(),
-            maps=everything,
-            worst=everything.flatten(1).argmax(1).numpy(),
-            near_ids=np.where(images >= 0, self.ids_.numpy()[images], -1),
-            near_places=places,
-            near_distances=distances,
-            n_others=len(self.ids_) - n_own,
+        sizes = Counter(self.groups_)
+        evidence = Evidence(
+            grid=(maps.shape[1], maps.shape[2]),
+            places=torch.cat(worst).numpy(),
+            images=np.where(images >= 0, self.ids_.numpy()[images], -1),
+            image_places=places,
+            distances=distances,
+            n_others=np.array([len(self.ids_) - sizes[group] for group in data.group_names]),
         )
+        return HeldOut(self._image_scores(maps).double().numpy(), maps, evidence)
 
     def held_out_scores(self, data: ImageSet, *, device: str = "auto") -> npt.NDArray[np.float64]:
         """(N,) scores of training images, each without its own group."""
@@ -178,7 +177,8 @@ class Quorum(Detector):
         return self._image_scores(self._to_grid(self._search(device), self._embed(batch)))
 
     def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
-        search, grids = self._search(device), self._to_grid(self._search(device), self._embed(batch))
+        search = self._search(device)
+        grids = self._to_grid(search, self._embed(batch))
         return self._sharpened(search, embed_batch(batch, self.layers), grids) * self.scale_, self._image_scores(grids)
 
     def _sharpened(self, search: GroupNeighbors, fine: Tensor, grids: Tensor, own: Tensor | None = None) -> Tensor:
@@ -201,10 +201,17 @@ class Quorum(Detector):
         out = None if own is None else own.repeat_interleave(h * w)
         return _mean_of(search.query(_rows(embedding).flatten(0, 1), self.k_, out)).view(b, h, w).cpu()
 
+    def _without_own(self, search: GroupNeighbors, data: ImageSet) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Each batch, its groups' (B,) numbers, -1 for those not in the bank, and (B, h, w) scores without them."""
+        numbers, names = self._numbers, iter(data.group_names)
+        for batch in data.batches(self.layers):
+            own = torch.tensor([numbers.get(name, -1) for name in islice(names, len(batch))])
+            yield batch, own, self._to_grid(search, self._embed(batch), own)
+
     def _choose_k(self, device: str) -> int:
         """The largest number of groups that leaves the score of the median image within `GROWTH`."""
         search = self._search(device)
-        numbers = torch.tensor([self._numbers[group] for group in self.groups_])
+        numbers = self._group_numbers()
         asked = torch.linspace(0, len(numbers) - 1, min(N_ASKED, len(numbers))).long()
         curves = []
         for i in asked.tolist():
@@ -218,14 +225,11 @@ class Quorum(Detector):
     def _find_scale(self, data: ImageSet, device: str) -> float:
         """The median of how much lower an image scores than the highest of its single patches, own group left out."""
         some = data.select(data.ids[:: max(1, len(data) // N_SCALED)])
-        search, numbers, ratios = self._search(device), self._numbers, []
-        names = iter(some.group_names)
+        search, ratios = self._search(device), []
         with torch.inference_mode():
-            for batch in some.batches(self.layers):
-                own = _next(names, len(batch), numbers)
-                grids = self._to_grid(search, self._embed(batch), own)
+            for batch, own, grids in self._without_own(search, some):
                 maps = self._sharpened(search, embed_batch(batch, self.layers), grids, own)
-                ratios.append(grids.flatten(1).amax(1) / maps.flatten(1).amax(1))
+                ratios.append(self._image_scores(grids) / self._image_scores(maps))
         usable = torch.cat(ratios)
         usable = usable[usable.isfinite() & (usable > 0)]
         return float(usable.median()) if len(usable) else 1.0
@@ -244,14 +248,18 @@ class Quorum(Detector):
         """{group: its number}."""
         return {group: number for number, group in enumerate(dict.fromkeys(self.groups_))}
 
-    def _search(self, device: str) -> GroupNeighbors:
+    def _group_numbers(self) -> Tensor:
+        """(N,) number of the group of each image of the bank."""
         numbers = self._numbers
+        return torch.tensor([numbers[group] for group in self.groups_])
+
+    def _search(self, device: str) -> GroupNeighbors:
         return self._cached(
             "search",
             device,
             lambda: GroupNeighbors(
                 self.memory_bank_,
-                torch.tensor([numbers[group] for group in self.groups_]),
+                self._group_numbers(),
                 usable=None if self.usable_.all() else self.usable_,
                 device=device,
                 exact=self.precision == "float32",
@@ -280,16 +288,7 @@ def _rows(embedding: Tensor) -> Tensor:
     return embedding.flatten(2).transpose(1, 2)
 
 
-def _next(names: Iterator[str], n: int, numbers: Mapping[str, int]) -> Tensor:
-    """(n,) numbers of the next groups; -1 for those that the bank has not."""
-    return torch.tensor([numbers.get(name, -1) for name in islice(names, n)])
-
-
 def _mean_of(distances: Tensor) -> Tensor:
     """(Q,) means of the finite ones of (Q, k) ascending distances; inf where there is none."""
     finite = distances.isfinite()
     return torch.where(finite[:, 0], distances.where(finite, 0).sum(1) / finite.sum(1).clamp_min(1), torch.inf)
-
-
-def _where(names: list[str], chosen: Tensor) -> list[str]:
-    return [name for name, some in zip(names, chosen.tolist(), strict=True) if some]

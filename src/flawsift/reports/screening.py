@@ -44,7 +44,7 @@ def write_fit_report(model: Model, screening: Screening, images: ImageSet, folde
         OutputError: It cannot be written.
     """
     detector = model.detector
-    leaves_out = detector.leaves_out_patches and not (detector.resists_defects and screening.contamination is not None)
+    leaves_out = detector.leaves_out_patches and not screening.learned_whole_by(detector)
     shown = screening if leaves_out else replace(screening, rejected=None)
     path = ensure_folder(folder) / REPORT
     write_text(path, screening_report(shown, images, model=model))

@@ -80,12 +80,12 @@ def nearest_text(screening: Screening, position: int) -> str:
     sets aside ordinary images too.
     """
     evidence = screening.evidence
-    if evidence is None or not evidence.nearest(position):
+    if evidence is None or not (nearest := evidence.nearest(position)):
         return ""
     n = int(evidence.n_others[position])
     others = f"{n:,} other {plural(n, 'image')}"
     if screening.is_suspect[position] and not screening.is_kept[position]:
-        nearest = evidence.nearest(position)[0][2]
-        found = "Few like this" if nearest < LIKE * screening.held_out_scores[position] else "Nothing like this"
+        _, _, distance = nearest[0]
+        found = "Few like this" if distance < LIKE * screening.held_out_scores[position] else "Nothing like this"
         return f"{found} in {others}. The closest places:"
     return f"The closest places in {others}:"

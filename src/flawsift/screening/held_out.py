@@ -7,7 +7,7 @@ from flawsift.detectors.protocols import LeavesOut
 from flawsift.errors import InputError
 from flawsift.executors import Run
 from flawsift.screening.options import ScreenOptions
-from flawsift.screening.result import Evidence, Ranking
+from flawsift.screening.result import Ranking
 
 
 def rank_by_held_out_scores(
@@ -19,7 +19,7 @@ def rank_by_held_out_scores(
         train: N images with features attached, of two groups at least.
         detector: Unfitted, of a class with `flawsift.detectors.protocols.LeavesOut`.
         options: None of them is read here.
-        run: Its device, seed of nothing, and who is told.
+        run: Of it the device and the progress are read.
         wants_fitted: Hand over the detector of all images.
 
     Raises:
@@ -34,18 +34,10 @@ def rank_by_held_out_scores(
     assert isinstance(fitted, LeavesOut)
     held_out = fitted.held_out(train, device=run.device)
     run.progress("ranking", 2, 2)
-    evidence = Evidence(
-        grid=(held_out.maps.shape[1], held_out.maps.shape[2]),
-        places=held_out.worst,
-        images=held_out.near_ids,
-        image_places=held_out.near_places,
-        distances=held_out.near_distances,
-        n_others=held_out.n_others,
-    )
     return Ranking(
         consensus=held_out.scores,
         held_out_scores=held_out.scores,
         patch_maps=as_float16(held_out.maps),
         fitted=fitted if wants_fitted else None,
-        evidence=evidence,
+        evidence=held_out.evidence,
     )

@@ -12,6 +12,7 @@ from flawsift.data.images import ImageSet
 from flawsift.data.notebook import data_frame, rows_html
 from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.robust import robust_units
+from flawsift.detectors.protocols import Evidence
 from flawsift.errors import ParameterError
 from flawsift.paths import show
 from flawsift.screening.consensus import SUSPECT, Contamination
@@ -38,44 +39,6 @@ class SubModelScores:
     subset_of: npt.NDArray[np.int64]
     score_matrix: npt.NDArray[np.float32]
     divergence: Floats | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """The worst patch of each image, and the nearest patches that other images have to it.
-
-    Attributes:
-        grid: Rows and columns of the patch grid, which covers each image whatever its shape.
-        places: (N,) worst patch of each image, row-major on the grid.
-        images: (N, k) global ids of the other images, nearest first; -1 where there are fewer than k, or where an image
-            is not there any more.
-        image_places: (N, k) the patch in each of them, row-major; -1 likewise.
-        distances: (N, k) ascending; nan where there is none.
-        n_others: (N,) how many other images were searched.
-    """
-
-    grid: tuple[int, int]
-    places: npt.NDArray[np.int64]
-    images: Ids
-    image_places: npt.NDArray[np.int64]
-    distances: npt.NDArray[np.float32]
-    n_others: npt.NDArray[np.int64]
-
-    def nearest(self, position: int) -> list[tuple[int, int, float]]:
-        """(id of another image, place in it, distance) for the image at a position, nearest first."""
-        rows = (self.images[position], self.image_places[position], self.distances[position])
-        return [(int(i), int(place), float(d)) for i, place, d in zip(*rows, strict=True) if place >= 0]
-
-    def renamed(self, new: Mapping[int, int]) -> Self:
-        """The same under other ids, {id: new id}; an image that is not among them is named no more."""
-        ids = np.array([new.get(i, -1) for i in self.images.ravel().tolist()], np.int64).reshape(self.images.shape)
-        there = (self.image_places >= 0) & (ids >= 0)
-        return replace(
-            self,
-            images=np.where(there, ids, -1),
-            image_places=np.where(there, self.image_places, -1),
-            distances=np.where(there, self.distances, np.float32(np.nan)),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,6 +177,10 @@ class Screening:
         """All ids, the most anomalous first."""
         return self.ids[np.argsort(-self.consensus, kind="stable")]
 
+    def learned_whole_by(self, detector: Detector) -> bool:
+        """Whether a detector learns all that no person removed, since it resists defects and nobody set a share."""
+        return detector.resists_defects and self.contamination is not None
+
     def purified(self, train: ImageSet, detector: Detector) -> ImageSet:
         """What a detector of stage 2 learns from: (m,) of the screened images.
 
@@ -221,7 +188,7 @@ class Screening:
         the images that were set aside, which are not in `kept`. One that resists defects learns all but what a person
         removed, unless the share to keep was set by hand.
         """
-        if detector.resists_defects and self.contamination is not None:
+        if self.learned_whole_by(detector):
             return train.select(self.ids[~np.isin(self.ids, self.removed_by_hand) & np.isin(self.ids, train.ids)])
         if self.rejected is None or not detector.leaves_out_patches:
             return train.select(self.kept)

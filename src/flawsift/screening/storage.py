@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
+from flawsift.detectors.protocols import Evidence
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_bytes, write_csv, write_json
 from flawsift.paths import find_name, name_some, show
-from flawsift.screening.consensus import Contamination
+from flawsift.screening.consensus import Contamination, keep_lowest
 from flawsift.screening.options import ScreenOptions
-from flawsift.screening.result import Evidence, Screening, SubModelScores
-from flawsift.types import Floats, Ids
+from flawsift.screening.result import Screening, SubModelScores
+from flawsift.types import Ids
 
 CSV, JSON = "screening.csv", "screening.json"
 MAPS, REJECTED, DESCRIPTIONS, EVIDENCE = "maps.npy", "rejected.npy", "descriptions.npy", "evidence.npz"
@@ -136,16 +137,9 @@ def _load(folder: Path) -> Screening:
             descriptions=_array(folder / DESCRIPTIONS, len(rows), 2, np.float16),
             unreadable=content["unreadable"],
             evidence=_evidence(folder / EVIDENCE, ids),
-            removed_by_hand=ids[_kept_at_first(consensus, keep_share) & ~is_kept],
+            removed_by_hand=np.setdiff1d(keep_lowest(ids, consensus, keep_share), ids[is_kept]),  # by an edit
             provenance={key: value for key, value in content.items() if key not in known},
         )
-
-
-def _kept_at_first(consensus: Floats, share: float) -> npt.NDArray[np.bool_]:
-    """(N,) what stage 1 kept before anybody edited the table: those of lowest consensus, of equals the first listed."""
-    is_kept = np.zeros(len(consensus), np.bool_)
-    is_kept[np.argsort(consensus, kind="stable")[: round(share * len(consensus))]] = True
-    return is_kept
 
 
 def _submodels(rows: list[dict[str, str]]) -> SubModelScores | None:

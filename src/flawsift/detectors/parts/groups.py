@@ -38,9 +38,9 @@ class GroupNeighbors:
         self, bank: Tensor, groups: Tensor, *, usable: Tensor | None = None, device: str = "cpu", exact: bool = False
     ) -> None:
         self.bank, self._usable = bank, usable
-        self.numbers, group_of = torch.unique(groups, return_inverse=True)  # (G,), ascending, and (N,)
-        self._group_of = group_of.to(device)
-        self._alone = len(self.numbers) == len(bank)
+        self._groups = groups.to(device)
+        numbers, self._column = torch.unique(self._groups, return_inverse=True)  # (G,), and (N,) places in it
+        self.n_groups = len(numbers)
         self._type = torch.float32 if exact or not has_bfloat16_units(device) else torch.bfloat16
         self._mean = bank.mean((0, 1), dtype=torch.float32).to(device)
         n, p, c = bank.shape
@@ -68,11 +68,6 @@ class GroupNeighbors:
             result[part, :least] = found.topk(least, dim=1, largest=False).values.sqrt_()
         return result
 
-    @property
-    def n_groups(self) -> int:
-        """Number of groups."""
-        return len(self.numbers)
-
     def nearest_patches(self, queries: Tensor, k: int, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which patches are nearest, one of each of the k nearest groups; for a few queries.
 
@@ -88,11 +83,9 @@ class GroupNeighbors:
         device, n = self._keys.device, len(queries)
         distances = torch.full((n, k), torch.nan, device=device)
         images, places = torch.full((2, n, k), -1, device=device)
-        group_of = self.numbers.to(device)[self._group_of]
         for part in blocks(n, _FEW):
             wanted = queries[part].to(device)
-            found = self._to_images(wanted)
-            found[own[part].to(device)[:, None] == group_of] = torch.inf
+            found = self._to_images(wanted, own[part])
             for j in range(k):
                 best = found.argmin(1)
                 there = found.gather(1, best[:, None])[:, 0].isfinite()
@@ -104,24 +97,19 @@ class GroupNeighbors:
                 distances[part, j] = torch.where(there, nearest, torch.nan)
                 images[part, j] = torch.where(there, best, -1)
                 places[part, j] = torch.where(there, place, -1)
-                found[group_of[best][:, None] == group_of] = torch.inf
+                found[self._groups[best][:, None] == self._groups] = torch.inf
         return distances, images, places
 
     def _to_groups(self, queries: Tensor, own: Tensor | None) -> Tensor:
         """(q, G) float32 squared distances to the nearest patch of each group, inf for the query's own."""
-        found = self._to_images(queries)
-        if not self._alone:
-            index = self._group_of.expand(len(found), -1)
-            by_group = found.new_full((len(found), len(self.numbers)), torch.inf)
-            found = by_group.scatter_reduce_(1, index, found, "amin")
-        else:
-            found = found[:, self._group_of.argsort()]
-        if own is not None:
-            found[own.to(found.device)[:, None] == self.numbers.to(found.device)] = torch.inf
-        return found
+        found = self._to_images(queries, own)
+        if self.n_groups == len(self.bank):
+            return found
+        by_group = found.new_full((len(found), self.n_groups), torch.inf)
+        return by_group.scatter_reduce_(1, self._column.expand(len(found), -1), found, "amin")
 
-    def _to_images(self, queries: Tensor) -> Tensor:
-        """(q, N) float32 squared distances to the nearest patch of each image."""
+    def _to_images(self, queries: Tensor, own: Tensor | None) -> Tensor:
+        """(q, N) float32 squared distances to the nearest patch of each image, inf for the query's own group."""
         n, p, _ = self.bank.shape
         wide = self._widened(queries.to(self._mean.device), as_key=False)
         halves = torch.empty((n, len(wide)), dtype=self._type, device=wide.device)
@@ -132,6 +120,8 @@ class GroupNeighbors:
             # negative ones, which rounding makes of zeros, any may win
             torch.amin(product.view(-1, p, len(wide)).view(whole), 1, out=halves[part].view(whole))
         squared = halves.T.float().mul_(2).clamp_min_(0)
+        if own is not None:
+            squared[own.to(squared.device)[:, None] == self._groups] = torch.inf
         return squared.masked_fill_(squared >= _NEVER, torch.inf)
 
     def _widened(self, patches: Tensor, *, as_key: bool) -> Tensor:
