@@ -25,7 +25,7 @@ from flawsift.features.store import FeatureStore
 from flawsift.files import ensure_folder
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
 from flawsift.models.model import Model, set_digest, versions
-from flawsift.models.plan import TrainingPlan, held_out_scores_of, options_for, plan_training
+from flawsift.models.plan import TrainingPlan, calibrate, judge, options_for, plan_training
 from flawsift.paths import show
 from flawsift.progress import ProgressOption, as_progress
 from flawsift.reports.pages import REPORT
@@ -340,7 +340,7 @@ def _stage2(
     fitted = _fitted(job, plan.images, merged, watch)
     run.progress("detector", 1, 1)
     halves = replace(run, checkpoint=None if unfinished is None else unfinished / "calibration")
-    held_out = held_out_scores_of(plan, fitted, halves)
+    calibration = calibrate(plan, judge(plan, fitted, halves))
     training = {
         "n_images": record["n_images"],
         "n_kept": len(plan.kept),
@@ -354,7 +354,7 @@ def _stage2(
         "seconds": round(time.monotonic() - started, 2),
         "versions": versions(),
     }
-    model = Model(fitted, job.backbone, Calibration.of(held_out), training)
+    model = Model(fitted, job.backbone, calibration, training)
     if resume is not None:
         model.save(resume.parent)
         shutil.rmtree(resume, ignore_errors=True)

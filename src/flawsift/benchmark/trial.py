@@ -17,9 +17,8 @@ from flawsift.detectors.protocols import Additive
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone
 from flawsift.metrics.ranking import image_auroc
-from flawsift.models.calibration import Calibration
 from flawsift.models.model import Model, evaluate, set_digest
-from flawsift.models.plan import TrainingPlan, held_out_scores_of, options_for, plan_training
+from flawsift.models.plan import NOTHING, Judged, TrainingPlan, calibrate, judge, options_for, plan_training
 from flawsift.pipeline import resolve_screener
 from flawsift.screening.consensus import keep_lowest
 from flawsift.screening.result import Screening
@@ -140,9 +139,10 @@ class Trial:
         started = time.perf_counter()
         fitted = self.detector.clone().fit(plan.images, device=self.run.device)
         fitted_at = time.perf_counter()
-        held_out = held_out_scores_of(plan, fitted, replace(self.run, checkpoint=None))
+        judged = judge(plan, fitted, replace(self.run, checkpoint=None))
+        calibration = calibrate(plan, judged)
         calibrated_at = time.perf_counter()
-        model = Model(fitted, self.backbone, Calibration.of(held_out), {})
+        model = Model(fitted, self.backbone, calibration, {})
         measured, _ = evaluate(model, self.test, self.truth, device=self.run.device, exact_pixels=EXACT_PIXELS)
         figures = {key: measured.get(key) for key in (*METRICS, *RATES)}
         with tempfile.TemporaryDirectory() as folder:
@@ -158,9 +158,8 @@ class Trial:
             return plan
         own = [arm.plan.screening for arm in (*alike, *arms) if arm.is_own and arm.plan.screening is not None]
         if own:
-            judged = own[0].held_out_scores[np.isin(self.train.ids, plan.kept)]
-            return replace(plan, held_out_scores=judged)
-        return plan if self.calibrate else replace(plan, held_out_scores=np.empty(0))
+            return replace(plan, judged=Judged.of(own[0]).select(plan.train.ids))
+        return plan if self.calibrate else replace(plan, judged=NOTHING)
 
 
 def screener_of(preset: str, screener: str, detector: Detector, backbone: Backbone, seed: int) -> Detector:

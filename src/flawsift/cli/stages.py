@@ -129,6 +129,7 @@ def fit(
         lines += [f"Report: {result.report}", f"Decide image by image: flawsift review {screening or out}"]
     summary: dict[str, Any] = {"out": str(out), **result.model.training}
     summary |= {"threshold": None if threshold is None else vars(threshold)}
+    summary |= {"warning": result.model.calibration.warning}
     say(as_json, {**summary, "report": None if result.report is None else str(result.report)}, lines)
 
 
@@ -141,7 +142,8 @@ def fitted_lines(result: "FitResult", out: Path) -> list[str]:
     )
     more = f", and {which}" if partly else ""
     name, kept, total = result.model.detector.name, training["n_kept"], training["n_images"]
-    lines = [f"Trained {name} on {kept} of {total} images{more}: {out}"]
+    lines = [f"WARNING: {warning}"] if (warning := result.model.calibration.warning) else []
+    lines += [f"Trained {name} on {kept} of {total} images{more}: {out}"]
     if drawn := result.model.detector.n_drawn:
         lines.append(f"It compares with {drawn} of them, drawn at random (--set max_images=null for all).")
     size = result.model.backbone.size

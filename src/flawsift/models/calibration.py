@@ -1,7 +1,7 @@
 """A decision threshold without labels: a stated rate of false alarms, from scores of images a model had not seen."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -9,8 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.errors import ParameterError
+from flawsift.screening.mixture import INTERVAL, UNKNOWN, Mixture, says_little
+from flawsift.types import Floats
 
 DEFAULT_RATE = 0.01  # one good part in a hundred stopped
+N_RATES = 200  # of the table of a mixture: neighbours differ by 3 % of their rate
+TINY = 1e-9  # parameters of a beta law are positive
 
 
 @dataclass(frozen=True)
@@ -20,14 +24,18 @@ class Threshold:
     Attributes:
         value: The threshold, on the detector's raw scores.
         false_alarm_rate: What was asked for.
-        expected_rate: What the calibration sample supports: r / (n + 1) for a threshold with r of n scores above it.
-        n_calibration: Size of the calibration sample.
+        expected_rate: Share of good images that are expected above it.
+        n_calibration: Number of good images that it rests on.
+        interval: Between which shares the true one lies in nine cases of ten; None where that is not known.
+        n_suspects: At least so many of the images that it rests on look defective. Nothing is promised then.
     """
 
     value: float
     false_alarm_rate: float
     expected_rate: float
     n_calibration: int
+    interval: tuple[float, float] | None = None
+    n_suspects: int = 0
 
     @property
     def per_hundred(self) -> float:
@@ -36,53 +44,143 @@ class Threshold:
 
     @property
     def limited(self) -> bool:
-        """Whether the sample was too small for the rate asked for, so that its maximum is the threshold."""
-        return self.expected_rate > self.false_alarm_rate
+        """Whether there were too few images for the rate asked for, so that it is the lowest that they support."""
+        return self.expected_rate > self.false_alarm_rate * (1 + 1e-9)
+
+    @property
+    def promise(self) -> str:
+        """What is expected of it, in words: "about 1 false alarm per 100 good parts expected (between 0.3 and 2.5)"."""
+        if self.n_suspects:
+            return "provisional, since defective images still count for it"
+        text = f"about {self.per_hundred:.2g} false alarms per 100 good parts expected"
+        if self.interval is None:
+            return text
+        low, high = (100 * end for end in self.interval)
+        return f"{text} (between {low:.1g} and {high:.2g})" if low >= 0.05 else f"{text} (at most {high:.2g})"
 
     def __str__(self) -> str:
-        return f"threshold {self.value:.4g}: about {self.per_hundred:.2g} false alarms per 100 good parts expected"
+        return f"threshold {self.value:.4g}: {self.promise}"
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Scores of presumably good images by models that had not seen them; kept, so that the rate can be changed.
+    """Which share of good images scores above which threshold; kept, so that the rate can be changed.
+
+    A table: of the good images a share of `rates[j]` at most is expected above `thresholds[j]`.
 
     Attributes:
-        scores: (n,) ascending.
+        scores: (n,) ascending held-out scores of the images that were judged good.
+        thresholds: (m,) ascending.
+        rates: (m,) descending.
+        intervals: (m, 2) between which shares the true one lies in nine cases of ten.
+        n_good: Number of good images that it rests on.
+        n_suspects: At least so many of `scores` look defective.
+        contamination: 90 % interval of the share of defects among the images; None where it was not estimated.
     """
 
-    scores: npt.NDArray[np.float64]
+    scores: Floats
+    thresholds: Floats
+    rates: Floats
+    intervals: Floats
+    n_good: int
+    n_suspects: int = 0
+    contamination: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, scores: Sequence[float] | npt.NDArray[np.floating[Any]]) -> Self:
-        """From scores in any order."""
-        return cls(np.sort(np.asarray(scores, dtype=np.float64)))
+        """From scores of good images, in any order: the split-conformal table.
+
+        A further good image, exchangeable with these n, scores above the (r + 1)-th highest of them with probability at
+        most (r + 1) / (n + 1) (Vovk et al., "Algorithmic Learning in a Random World"); how often it does for a sample
+        at hand follows a beta law.
+        """
+        from scipy.stats import beta  # slow to import
+
+        ordered = np.sort(np.asarray(scores, dtype=np.float64))
+        n = len(ordered)
+        above = np.arange(n - 1, -1, -1)
+        ends = [beta.ppf(level, above + 1, n - above) for level in ((1 - INTERVAL) / 2, (1 + INTERVAL) / 2)]
+        return cls(ordered, ordered, (above + 1) / (n + 1), np.stack(ends, axis=1), n)
+
+    @classmethod
+    def of_mixture(
+        cls, mixture: Mixture, scores: Floats, kept: npt.NDArray[np.bool_], known: npt.NDArray[np.int64]
+    ) -> Self:
+        """From scores of images of which some are defective, nobody knows which.
+
+        Args:
+            mixture: Of all of them.
+            scores: (N,) held-out scores.
+            kept: (N,) which of them were judged good.
+            known: (N,) as for `fit_mixture`: what a person has seen is no suspect any more.
+        """
+        from scipy.stats import beta  # slow to import
+
+        n_good = float((1 - mixture.probability).sum())
+        tried = mixture.spaced(scores, N_RATES)
+        rough, _, _ = mixture.false_alarms(tried)
+        wanted = np.geomspace(rough[0], max(rough[-1], 1 / (n_good + 1)), N_RATES)
+        thresholds = np.interp(-np.log(wanted), -np.log(rough), tried)
+        rates, low, high = mixture.false_alarms(thresholds)
+        # chance, on top of what the share of defects leaves open: Clopper & Pearson at both ends
+        n = n_good * mixture.n_effective / len(scores)
+        ends = (
+            beta.ppf((1 - INTERVAL) / 2, np.maximum(low * n, TINY), n * (1 - low) + 1),
+            beta.ppf((1 + INTERVAL) / 2, high * n + 1, np.maximum(n * (1 - high), TINY)),
+        )
+        n_suspects = math.floor((1 - mixture.least_good)[kept & (known == UNKNOWN)].sum())
+        return cls(
+            np.sort(scores[kept]),
+            thresholds,
+            rates,
+            np.stack(ends, axis=1),
+            round(n_good),
+            n_suspects,
+            mixture.interval,
+        )
+
+    @property
+    def warning(self) -> str | None:
+        """What a person must know before the threshold is trusted, or None."""
+        if self.n_suspects:
+            which = "1 image looks" if self.n_suspects == 1 else f"{self.n_suspects:,} images look"
+            return (
+                f"At least {which} defective and still count for the threshold, which may be too high: review the "
+                "highest-ranked ones. Until then no rate of false alarms is promised."
+            )
+        if self.contamination is not None and says_little(self.contamination):
+            low, high = (100 * end for end in self.contamination)
+            return (
+                f"Between {low:.0f} and {high:.0f} % of the images may be defective: their scores do not tell. Review "
+                "the highest-ranked ones; the threshold may be too high if many of them are."
+            )
+        return None
 
     def threshold(self, false_alarm_rate: float = DEFAULT_RATE) -> Threshold | None:
-        """The split-conformal threshold, or None without any score.
+        """The lowest threshold of the table that keeps within the rate, or None without any score.
 
-        A further good image, exchangeable with the n calibration images, scores above the (r + 1)-th highest of them
-        with probability at most (r + 1) / (n + 1) (Vovk et al., "Algorithmic Learning in a Random World"); r is the
-        largest count that keeps this within the rate. Where n is too small for that, the maximum is taken.
+        Where the images are too few for that, the highest of the table is taken.
 
         Raises:
             ParameterError: The rate is not in (0, 1).
         """
         if not 0 < false_alarm_rate < 1:
             raise ParameterError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}.")
-        n = len(self.scores)
-        if n == 0:
+        if not len(self.thresholds):
             return None
-        above = max(0, math.floor(false_alarm_rate * (n + 1) + 1e-9) - 1)
-        return Threshold(float(self.scores[n - 1 - above]), false_alarm_rate, (above + 1) / (n + 1), n)
+        within = self.rates <= false_alarm_rate * (1 + 1e-9)
+        at = int(within.argmax()) if within.any() else -1
+        low, high = self.intervals[at].tolist()
+        rate = float(self.rates[at])
+        return Threshold(float(self.thresholds[at]), false_alarm_rate, rate, self.n_good, (low, high), self.n_suspects)
 
     def p_values(self, scores: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """How unusual scores are among the calibration images: conformal p-values, small for anomalies.
+        """How unusual scores are among good images, small for anomalies: the rate of the highest threshold below.
 
-        (1 + number of calibration scores that reach the score) / (n + 1), from 1 / (n + 1) to 1; for a further good
-        image, exchangeable with the n calibration images, it is at most p with probability at most p (Vovk et al.,
-        "Algorithmic Learning in a Random World"). They say the same as the threshold, ties included: for any rate, a
-        score is above `threshold(rate).value` exactly when its p-value is at most `threshold(rate).expected_rate`.
+        Of a table by `of` these are conformal p-values, (1 + number of calibration scores that reach the score) /
+        (n + 1): for a further good image, exchangeable with the n, p or less has at most the probability p. They say
+        the same as the threshold, ties included: for any rate, a score is above `threshold(rate).value` exactly when
+        its p-value is at most `threshold(rate).expected_rate`.
 
         Args:
             scores: Of any shape.
@@ -91,6 +189,37 @@ class Calibration:
             The p-value of each, in the shape of `scores`; nan for nan, and for all without any calibration score.
         """
         values = np.asarray(scores, dtype=np.float64)
-        n = len(self.scores)
-        reached = n - np.searchsorted(self.scores, values, side="left")  # by how many calibration scores
-        return np.where(np.isnan(values) | (n == 0), np.nan, (1 + reached) / (n + 1))
+        below = np.searchsorted(self.thresholds, values, side="left")  # how many thresholds are
+        found = np.concatenate([[1.0], self.rates])[below]
+        return np.where(np.isnan(values) | (len(self.thresholds) == 0), np.nan, found)
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and lists, with nine digits."""
+        arrays = {name: getattr(self, name) for name in ("scores", "thresholds", "rates", "intervals")}
+        rounded = {
+            name: np.vectorize(_nine_digits, otypes=[float])(a).tolist() if a.size else [] for name, a in arrays.items()
+        }
+        return {**rounded, "n_good": self.n_good, "n_suspects": self.n_suspects, "contamination": self.contamination}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any] | Sequence[float]) -> Self:
+        """What `to_json` returned; of earlier versions, a list of scores.
+
+        Raises:
+            ValueError, KeyError, TypeError: It is something else.
+        """
+        if not isinstance(content, Mapping):
+            return cls.of(content)
+        scores, thresholds, rates = (np.array(content[name], np.float64) for name in ("scores", "thresholds", "rates"))
+        intervals = np.array(content["intervals"], np.float64).reshape(len(rates), 2)
+        if thresholds.shape != rates.shape or (np.diff(thresholds) < 0).any() or (np.diff(rates) > 0).any():
+            raise ValueError("the table of thresholds does not fit together")
+        ends = content["contamination"]
+        contamination = None if ends is None else (float(ends[0]), float(ends[1]))
+        return cls(
+            scores, thresholds, rates, intervals, int(content["n_good"]), int(content["n_suspects"]), contamination
+        )
+
+
+def _nine_digits(value: float) -> float:
+    return float(f"{value:.9g}")

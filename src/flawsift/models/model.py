@@ -45,7 +45,7 @@ class Model:
     Attributes:
         detector: Fitted.
         backbone: The frozen backbone.
-        calibration: Held-out scores of the kept training images.
+        calibration: Which share of good images scores above which threshold.
         training: What it was trained on, for people: counts, digests, options.
     """
 
@@ -210,7 +210,7 @@ class Model:
             "backbone": backbone,
             "threshold": None if threshold is None else {**vars(threshold), "per_hundred": threshold.per_hundred},
             "training": dict(self.training),
-            "calibration": [float(f"{s:.9g}") for s in self.calibration.scores],
+            "calibration": self.calibration.to_json(),
         }
         content["detector_digest"] = self.detector.save(folder)
         write_json(folder / "model.json", content)
@@ -235,7 +235,7 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
         if content["format"] > FORMAT:
             raise ModelError(f"'{folder}' was written by flawsift {content['flawsift']}; update flawsift to read it.")
         spec, digest = content["backbone"]["spec"], content["backbone"]["weights_digest"]
-        calibration = Calibration.of(content["calibration"])
+        calibration = Calibration.from_json(content["calibration"])
         training = content["training"]
         torn = content_digest((folder / "detector.json").read_bytes()) != content["detector_digest"]
     except OSError as error:

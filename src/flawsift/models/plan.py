@@ -2,23 +2,58 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Detector
-from flawsift.detectors.protocols import Additive
+from flawsift.detectors.protocols import Additive, LeavesOut
 from flawsift.executors import Run
+from flawsift.models.calibration import Calibration
 from flawsift.models.model import set_digest
 from flawsift.paths import name_some, show
+from flawsift.screening.consensus import design_effect
 from flawsift.screening.decisions import apply_decisions
+from flawsift.screening.mixture import DEFECTIVE, GOOD, UNKNOWN, fit_mixture, ordinary_scores
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Screening
 from flawsift.screening.stage1 import screen
 from flawsift.screening.storage import matched
 from flawsift.types import Floats, Ids
 
+SAID = {"keep": GOOD, "remove": DEFECTIVE}
 HALVES = 2  # of the kept images, for a threshold where stage 1 had another detector: two trainings must do
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Held-out scores of images: what a threshold is made of.
+
+    Attributes:
+        ids: (n,) global ids.
+        scores: (n,) by models of the detector that have not seen the image.
+        ordinary: (n,) of `flawsift.screening.mixture.ordinary_scores`, or None without maps.
+    """
+
+    ids: Ids
+    scores: Floats
+    ordinary: Floats | None = None
+
+    @classmethod
+    def of(cls, screening: Screening) -> Self:
+        """Those of a screening."""
+        maps = screening.patch_maps
+        return cls(screening.ids, screening.held_out_scores, None if maps is None else ordinary_scores(maps))
+
+    def select(self, ids: Ids) -> Self:
+        """Those of some images."""
+        here = np.isin(self.ids, ids)
+        ordinary = None if self.ordinary is None else self.ordinary[here]
+        return replace(self, ids=self.ids[here], scores=self.scores[here], ordinary=ordinary)
+
+
+NOTHING = Judged(np.empty(0, np.int64), np.empty(0))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,19 +64,23 @@ class TrainingPlan:
         images: (M,) that it learns from, with the patches that are left out (`ImageSet.rejected`).
         kept: (m,) ids of those that are judged good. The others were set aside, and are learned but for their rejected
             patches.
-        held_out_scores: (m,) scores of the kept images, by models of this detector that have not seen them; None where
-            stage 1 has none, so that they are to be had from `held_out_scores_of`.
+        train: (N,) all images, those that a person removed among them.
+        judged: Held-out scores of this detector, of images of `train`; None where stage 1 has none, so that they are to
+            be had from `judge`.
         screening: What it follows from, with the decisions, or None where nothing was screened.
         decisions: How many decisions of each kind there were.
         notes: What a person should know of it.
+        known: {id: `GOOD` or `DEFECTIVE`} of images that a person decided on.
     """
 
     images: ImageSet
     kept: Ids
-    held_out_scores: Floats | None
+    train: ImageSet
+    judged: Judged | None = None
     screening: Screening | None = None
     decisions: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    known: Mapping[int, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         left_out = f", {100 * self.images.rejected_share:.1f} % of their patches left out"
@@ -70,19 +109,26 @@ def plan_training(
     Raises:
         InputError: Kept images are missing, no image is left, or no decision is about one of these images.
     """
+    choices = choices or {}
+    known = {
+        i: SAID[choices[n]]
+        for i, n in zip(train.ids.tolist(), map(show, train.names), strict=True)
+        if choices.get(n) in SAID
+    }
     if screening is None:
-        is_kept, counts = apply_decisions(train.names, np.ones(len(train), np.bool_), choices or {})
+        is_kept, counts = apply_decisions(train.names, np.ones(len(train), np.bool_), choices)
         kept = train.ids[is_kept]
-        return TrainingPlan(train.select(kept), kept, None, decisions=counts)
-    decided, counts = screening.with_decisions(choices or {})
+        return TrainingPlan(train.select(kept), kept, train, decisions=counts, known=known)
+    decided, counts = screening.with_decisions(choices)
     here = matched(decided, train)
     learned = here.purified(train, detector)
     by_itself = here.submodels is None
     whole = len(learned) == len(here.ids) and not learned.rejected_share
     usable = whole if by_itself else not isinstance(detector, Additive)
-    scores = here.held_out_scores[here.is_kept] if same_detector and usable else None
+    judged = Judged.of(here).select(train.ids) if same_detector and usable else None
     note = _difference(screening, train)
-    return TrainingPlan(learned, here.kept, scores, here, counts, (note,) if note else ())
+    removed = dict.fromkeys(here.removed_by_hand.tolist(), DEFECTIVE)
+    return TrainingPlan(learned, here.kept, train, judged, here, counts, (note,) if note else (), {**removed, **known})
 
 
 def options_for(detector: Detector, options: ScreenOptions) -> ScreenOptions:
@@ -95,10 +141,10 @@ def options_for(detector: Detector, options: ScreenOptions) -> ScreenOptions:
     return options
 
 
-def held_out_scores_of(plan: TrainingPlan, fitted: Detector, run: Run | None = None) -> Floats:
-    """(m,) scores of the kept images, each by a model that has not seen it; empty where there is only one group.
+def judge(plan: TrainingPlan, fitted: Detector, run: Run | None = None) -> Judged:
+    """Held-out scores of training images, each by a model that has not seen it; none where there is only one group.
 
-    Those of the plan where it has some. Else, where the detector's statistics are additive, each image and its group is
+    Those of the plan where it has some. Else, where the detector can leave out images, each image and its group is
     taken out of the fitted model; else two clones are trained on halves, and each scores the other half.
 
     Args:
@@ -106,16 +152,40 @@ def held_out_scores_of(plan: TrainingPlan, fitted: Detector, run: Run | None = N
         fitted: The detector.
         run: Where clones are trained.
     """
-    if plan.held_out_scores is not None:
-        return plan.held_out_scores
+    if plan.judged is not None:
+        return plan.judged
     run = run or Run()
-    is_kept = np.isin(plan.images.ids, plan.kept)
-    if len(set(plan.images.select(plan.images.ids[is_kept]).group_names)) < HALVES:
-        return np.empty(0)
+    if len(set(plan.images.group_names)) < HALVES:
+        return NOTHING
+    if isinstance(fitted, LeavesOut):
+        held_out = fitted.held_out(plan.train, device=run.device)
+        return Judged(plan.train.ids, held_out.scores, ordinary_scores(held_out.maps.numpy()))
     if isinstance(fitted, Additive):
-        return fitted.held_out_scores(plan.images, device=run.device)[is_kept]
+        judged = Judged(plan.images.ids, fitted.held_out_scores(plan.images, device=run.device))
+        if plan.screening is None:
+            return judged
+        screened = Judged.of(plan.screening).select(judged.ids)
+        return replace(judged, ordinary=screened.ordinary)
     halves = ScreenOptions(rank_by="submodels", n_subsets=HALVES, keep=1.0, reject_patches=0.0)
-    return screen(plan.images, fitted.clone(), halves, run).held_out_scores[is_kept]
+    return Judged.of(screen(plan.images, fitted.clone(), halves, run))
+
+
+def calibrate(plan: TrainingPlan, judged: Judged) -> Calibration:
+    """The table of thresholds and false alarms that follows from held-out scores and from what a person decided.
+
+    By a mixture of good and defective images, since some of the images may be defective whatever was set aside; with
+    too few images for one, by those that were kept, as if all of them were good.
+    """
+    is_kept = np.isin(judged.ids, plan.kept)
+    known = np.array([plan.known.get(i, UNKNOWN) for i in judged.ids.tolist()], np.int64)
+    members = list(plan.train.select(judged.ids).members.values())
+    mixture = None
+    if len(members) > 1:
+        effect = design_effect(judged.scores, [np.asarray(m) for m in members])
+        mixture = fit_mixture(judged.scores, judged.ordinary, effect, known)
+    if mixture is None:
+        return Calibration.of(judged.scores[is_kept])
+    return Calibration.of_mixture(mixture, judged.scores, is_kept, known)
 
 
 def _difference(screening: Screening, train: ImageSet) -> str | None:

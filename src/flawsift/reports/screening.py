@@ -119,10 +119,7 @@ def _trained_model(model: Model, screening: Screening) -> dict[str, Any]:
             "text": f"{text}. There is no threshold: one image or group gives no held-out scores.",
             "histogram": None,
         }
-    text += (
-        f". Images that score above {number(threshold.value)} are called anomalous: "
-        f"about {threshold.per_hundred:.2g} false alarms per 100 good parts are expected."
-    )
+    text += f". Images that score above {number(threshold.value)} are called anomalous: {threshold.promise}."
     # the scores of stage 1 are the model's own where it had the same detector; else there are none of removed images
     own, kept = model.calibration.scores, screening.held_out_scores[screening.is_kept]
     shared = len(own) == len(kept) and np.allclose(np.sort(own), np.sort(kept), rtol=1e-4)
@@ -131,7 +128,13 @@ def _trained_model(model: Model, screening: Screening) -> dict[str, Any]:
     else:
         drawn = Histogram.of(own, np.ones(len(own), bool), cut=threshold.value, sides=("trained on", ""))
     cut_text = f"threshold {number(threshold.value)}"
-    return {"text": text, "histogram": drawn, "cut_text": cut_text, "has_removed": shared}
+    return {
+        "text": text,
+        "warning": model.calibration.warning,
+        "histogram": drawn,
+        "cut_text": cut_text,
+        "has_removed": shared,
+    }
 
 
 def _matching(images: ImageSet, screening: Screening) -> ImageSet:

@@ -1,7 +1,6 @@
 """The result of a screening in sentences: how many images were set aside, on what estimate, what stage 2 leaves out."""
 
 from flawsift.reports.pages import plural
-from flawsift.screening.consensus import MIN_KEEP, SUSPECT
 from flawsift.screening.result import Screening
 
 LIKE = 0.5  # of an image's score, the mean distance to k groups: what is nearer to its worst place looks like it
@@ -42,15 +41,15 @@ def contamination_text(screening: Screening) -> str:
         )
     if estimate.method.startswith("none"):
         return f"The share of defective images could not be estimated ({estimate.method.removeprefix('none: ')})."
-    if estimate.alpha_hat <= 0:
+    if estimate.interval == (0, 0):
         return (
             "No more images score high than would in a set of good images. "
             "Defects that look ordinary can still be among the highest-ranked."
         )
-    text = f"Estimated share of defective images, by the {estimate.method}: {estimate.text}. "
-    if estimate.alpha_hat >= 1 - MIN_KEEP - 1e-9:
-        return text + "This is the largest share that the estimate can give; the true one may be higher."
-    return text + "The estimate is too low where defects score like good images."
+    text = f"Estimated share of defective images: {estimate.text}."
+    if estimate.is_evident:
+        return text + " Nine of ten such intervals hold the true share; defects that score like good images widen it."
+    return text + " Perhaps there is none, so nothing was set aside; look at the highest-ranked ones."
 
 
 def selection_text(screening: Screening) -> str:
@@ -66,7 +65,7 @@ def selection_text(screening: Screening) -> str:
     text += " and left out by detectors that leave out patches. Quorum, the default, is trained on all."
     if screening.contamination is None:
         return text
-    text += f" Images more than {SUSPECT:g} robust deviations above the median score were set aside."
+    text += " Images that are more probably defective than not were set aside."
     if screening.is_partly_learned.any():
         text += " Of these, a detector that leaves out patches is trained on the most ordinary patches only."
     return text

@@ -12,20 +12,17 @@ import numpy.typing as npt
 from scipy.ndimage import binary_dilation
 
 from flawsift.detectors.parts.robust import robust_units
+from flawsift.screening.mixture import MIN_FOR_MIXTURE, fit_mixture, says_little
 from flawsift.screening.options import Consensus, Normalize
 from flawsift.types import Floats, Ids
 
 MIN_KEEP = 0.4  # the paper's share; keep="auto" never goes below it
 TRIM = 0.25  # share cut off at each end by the trimmed mean: the lowest and highest of four held-out sub-models
-FIT_QUANTILES = (0.1, 0.5)  # the fit sees no score above the median: half the set may be anomalous
-TAIL_CUT = 3.0  # in Gumbel scales above the location: 5 % of normal images lie there
-EXPECTED_TAIL = float(1 - np.exp(-np.exp(-TAIL_CUT)))  # share of normal images above the cut
+TAIL = 0.05  # share of images whose scores count as the tail
 LOW_END = 0.25  # share of the images by which the correlation within groups is told
-TAIL_SIGMAS = 2.0  # the excess must exceed this many standard errors to count
 DILATION_GRID = 8  # a rejected patch takes its eight neighbours along, unless the grid is so coarse that these are much
-SUSPECT = 2.0  # robust deviations of the consensus above which an image is set aside, where defects are in evidence
-N_BOOTSTRAP, INTERVAL = 400, (0.05, 0.95)
-MIN_FOR_ESTIMATE = 20  # quantiles of fewer scores say nothing
+SUSPECT = 0.5  # probability of a defect above which an image is set aside, where defects are in evidence
+ORDINARY_PATCHES = 1.0  # robust deviations up to which patches of such an image are ordinary
 
 
 @dataclass(frozen=True)
@@ -35,9 +32,7 @@ class Contamination:
     Attributes:
         alpha_hat: The estimate in [0, 1 - MIN_KEEP].
         method: How it was made.
-        interval: 90 % interval of the estimate over bootstrap samples of the groups (of the images, where there are
-            none). It says how far chance moves the estimate, not how far the model behind it is from the truth; None
-            where nothing was estimated.
+        interval: 90 % interval; None where nothing was estimated.
         evidence: What it rests on, for the report.
     """
 
@@ -47,12 +42,24 @@ class Contamination:
     interval: tuple[float, float] | None = None
 
     @property
+    def is_evident(self) -> bool:
+        """Whether there are defects beyond reasonable doubt."""
+        return self.interval is not None and self.interval[0] > 0
+
+    @property
+    def cannot_tell(self) -> bool:
+        """Whether the scores say next to nothing of the share."""
+        return self.interval is None or says_little(self.interval)
+
+    @property
     def text(self) -> str:
         """The estimate for people, in per cent."""
-        shown = f"{100 * self.alpha_hat:.0f} %"
         if self.interval is None:
-            return shown
-        return f"{shown} ({100 * self.interval[0]:.0f} to {100 * self.interval[1]:.0f} % by chance alone)"
+            return f"{100 * self.alpha_hat:.0f} %"
+        low, high = (100 * end for end in self.interval)
+        if self.cannot_tell:
+            return f"between {low:.0f} and {high:.0f} %: their scores do not tell"
+        return f"{100 * self.alpha_hat:.0f} % (between {low:.0f} and {high:.0f} %)"
 
 
 def own_mask(subset_of: npt.NDArray[np.int64], n_subsets: int) -> npt.NDArray[np.bool_]:
@@ -150,74 +157,53 @@ def rejected_patches(grids: npt.NDArray[np.floating[Any]], z: float) -> npt.NDAr
 
 
 def choose(
-    consensus: Floats, grids: npt.NDArray[np.floating[Any]], z: float, estimate: "Contamination"
+    probability: Floats, grids: npt.NDArray[np.floating[Any]], z: float, estimate: "Contamination"
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """What stage 2 learns from when nobody says how much to keep: (N,) kept images, (N, h, w) rejected patches.
 
     On a clean set the patches that lie farthest from all others are rare good ones, and leaving out even the few of
-    its most unusual images costs more than can be won. So everything stays unless the consensus has more in its upper
-    tail than chance explains. Then images more than `SUSPECT` robust deviations above the median are set aside, and
-    the patches of `rejected_patches` are left out of all images, with half of `SUSPECT` in those that are set aside:
+    its most unusual images costs more than can be won. So everything stays unless defects are in evidence: the 90 %
+    interval of their share excludes none. Then images that are more probably defective than not are set aside, and the
+    patches of `rejected_patches` are left out of all images, down to `ORDINARY_PATCHES` in those that are set aside:
     a detector that can leave out patches still learns what is ordinary in these. A defective image is mostly good.
 
     Args:
-        consensus: (N,) consensus of the images.
+        probability: (N,) that each image is defective.
         grids: (N, h, w) held-out maps.
         z: Robust deviations above which a patch is rejected.
         estimate: Of the contamination, by `estimate_contamination`.
-
-    Returns:
-        Half of the images stay at least: those up to the median.
     """
-    if estimate.alpha_hat <= 0:
-        return np.ones(len(consensus), bool), np.zeros(grids.shape, bool)
-    kept = robust_units(consensus) <= SUSPECT
-    return kept, np.where(kept[:, None, None], rejected_patches(grids, z), rejected_patches(grids, min(z, SUSPECT) / 2))
+    if not estimate.is_evident:
+        return np.ones(len(probability), bool), np.zeros(grids.shape, bool)
+    kept = probability <= SUSPECT
+    strict = rejected_patches(grids, min(z, ORDINARY_PATCHES))
+    return kept, np.where(kept[:, None, None], rejected_patches(grids, z), strict)
 
 
-def estimate_contamination(consensus: Floats, members: Sequence[Sequence[int]] | None = None) -> Contamination:
-    """The share of anomalies, from the upper tail of the consensus.
-
-    An image's score is a maximum over patches, so normal images follow roughly a Gumbel law. One is fitted to the
-    lower part of the consensus, where anomalies are rare, by its quantiles; what lies above its upper tail beyond
-    expectation is counted as anomalous. It underestimates when anomalies score like normals, which is the safe side.
+def estimate_contamination(
+    consensus: Floats, ordinary: Floats | None = None, members: Sequence[Sequence[int]] | None = None
+) -> tuple[Contamination, Floats]:
+    """The share of anomalies, and the probability of each image, from a mixture of two laws of the scores.
 
     Args:
         consensus: (N,) consensus of the images.
+        ordinary: (N,) of `flawsift.screening.mixture.ordinary_scores`, or None without maps.
         members: Positions of the images of each group. Views of one object score alike, so that chance puts them into
-            the tail together: the variance of the tail grows by `design_effect`. None takes the images as independent.
+            the tail together: they count as fewer images, by `design_effect`. None takes the images as independent.
+
+    Returns:
+        The estimate, and the (N,) probability that each image is defective: zeros where nothing was estimated.
     """
     n = len(consensus)
-    location, scale = _gumbel(consensus) if n else (0.0, 0.0)
-    if n < MIN_FOR_ESTIMATE or scale <= 0:
-        return Contamination(0.0, "none: too few or constant scores", {"n": float(n)})
-    observed = float((consensus > location + scale * TAIL_CUT).mean())
     groups = [np.asarray(m) for m in members] if members is not None else list(np.arange(n)[:, None])
-    if len(groups) == 1:
-        return Contamination(0.0, "none: all images are of one group", {"n": float(n)})
-    effect = design_effect(consensus, groups)
-    generator = np.random.default_rng(0)  # the same scores have the same interval
-    drawn = generator.choice(len(groups), (N_BOOTSTRAP, len(groups)))
-    alone = len(groups) == n
-    samples = (consensus[row if alone else np.concatenate([groups[g] for g in row])] for row in drawn)
-    low, high = np.quantile([_tail_excess(sample, effect) for sample in samples], INTERVAL)
-    evidence = {
-        "location": float(location),
-        "scale": float(scale),
-        "cut": TAIL_CUT,
-        "observed": observed,
-        "expected": EXPECTED_TAIL,
-        "design_effect": effect,
-    }
-    return Contamination(_tail_excess(consensus, effect), "Gumbel tail excess", evidence, (float(low), float(high)))
-
-
-def _gumbel(consensus: Floats) -> tuple[float, float]:
-    """Location and scale of the Gumbel law with the quantiles `FIT_QUANTILES` of the scores."""
-    low, high = np.quantile(consensus, FIT_QUANTILES)
-    gumbel = -np.log(-np.log(np.asarray(FIT_QUANTILES)))
-    scale = (high - low) / (gumbel[1] - gumbel[0])
-    return low - scale * gumbel[0], scale
+    if len(groups) == 1 < n:
+        return Contamination(0.0, "none: all images are of one group", {"n": float(n)}), np.zeros(n)
+    effect = design_effect(consensus, groups) if n >= MIN_FOR_MIXTURE else 1.0
+    mixture = fit_mixture(consensus, ordinary, effect)
+    if mixture is None:
+        return Contamination(0.0, "none: too few or constant scores", {"n": float(n)}), np.zeros(n)
+    evidence = {"probability_of_none": float(mixture.posterior[0]), "design_effect": effect}
+    return Contamination(mixture.share, "mixture of two laws", evidence, mixture.interval), mixture.probability
 
 
 def design_effect(consensus: Floats, groups: Sequence[npt.NDArray[np.int64]]) -> float:
@@ -250,15 +236,5 @@ def design_effect(consensus: Floats, groups: Sequence[npt.NDArray[np.int64]]) ->
     if together <= share**2:
         return 1.0
     correlation = 1.0 if together >= both(share, 1.0) else brentq(lambda r: both(share, r) - together, 0, 1)
-    phi = (both(EXPECTED_TAIL, correlation) - EXPECTED_TAIL**2) / (EXPECTED_TAIL * (1 - EXPECTED_TAIL))
+    phi = (both(TAIL, correlation) - TAIL**2) / (TAIL * (1 - TAIL))
     return float(1 + n_pairs / n * phi)
-
-
-def _tail_excess(consensus: Floats, effect: float) -> float:
-    """The share above the tail's cut beyond expectation; 0 where chance explains it."""
-    location, scale = _gumbel(consensus)
-    if scale <= 0:
-        return 0.0
-    excess = float((consensus > location + scale * TAIL_CUT).mean()) - EXPECTED_TAIL
-    noise = np.sqrt(effect * EXPECTED_TAIL * (1 - EXPECTED_TAIL) / len(consensus))
-    return float(min(excess / (1 - EXPECTED_TAIL), 1 - MIN_KEEP)) if excess > TAIL_SIGMAS * noise else 0.0

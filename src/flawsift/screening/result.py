@@ -11,7 +11,6 @@ import numpy.typing as npt
 from flawsift.data.images import ImageSet
 from flawsift.data.notebook import data_frame, rows_html
 from flawsift.detectors.base import Detector
-from flawsift.detectors.parts.robust import robust_units
 from flawsift.detectors.protocols import Evidence
 from flawsift.errors import ParameterError
 from flawsift.paths import show
@@ -71,6 +70,8 @@ class Screening:
         names: (N,) relative paths.
         consensus: (N,) what is ranked; higher is more anomalous.
         held_out_scores: (N,) raw scores by models that have not seen the image.
+        probability: (N,) that each image is defective, by `flawsift.screening.mixture`; zeros where nothing was
+            estimated.
         kept: (m,) global ids for stage 2, in the order of `ids`.
         keep_share: Share of the images that stage 1 kept, whatever a person has decided since.
         options: Of stage 1, with the screener's name and the `reject_patches` that was used.
@@ -92,6 +93,7 @@ class Screening:
     names: Sequence[str]
     consensus: Floats
     held_out_scores: Floats
+    probability: Floats
     kept: Ids
     keep_share: float
     options: ScreenOptions
@@ -118,7 +120,7 @@ class Screening:
         return rows_html(self.images, self._ranked(), title=repr(self), total=len(self.ids))
 
     def to_pandas(self) -> "pd.DataFrame":
-        """A table of id (the index), name, consensus, held_out_score, is_suspect and kept.
+        """A table of id (the index), name, consensus, held_out_score, defect_probability and kept.
 
         Raises:
             FlawsiftError: pandas is not installed.
@@ -127,7 +129,7 @@ class Screening:
             "name": [show(name) for name in self.names],
             "consensus": self.consensus.tolist(),
             "held_out_score": self.held_out_scores.tolist(),
-            "is_suspect": self.is_suspect.tolist(),
+            "defect_probability": self.probability.tolist(),
             "kept": self.is_kept.tolist(),
         }
         return data_frame(columns, self.ids.tolist())
@@ -153,8 +155,8 @@ class Screening:
 
     @property
     def is_suspect(self) -> npt.NDArray[np.bool_]:
-        """(N,) whether each image stands out by more than `SUSPECT` robust deviations."""
-        suspect: npt.NDArray[np.bool_] = robust_units(self.consensus) > SUSPECT
+        """(N,) whether each image is more probably defective than not."""
+        suspect: npt.NDArray[np.bool_] = self.probability > SUSPECT
         return suspect
 
     @property
@@ -224,6 +226,6 @@ class Screening:
     @property
     def overruled_by_reviewer(self) -> bool:
         """Whether most of the images that evidence of defects had set aside are kept: a person overruled stage 1."""
-        if self.contamination is None or self.contamination.alpha_hat <= 0 or self.rejected is None:
+        if self.contamination is None or not self.contamination.is_evident or self.rejected is None:
             return False
         return bool((self.is_suspect & self.is_kept).sum() > self.is_suspect.sum() / 2)

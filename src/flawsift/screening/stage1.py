@@ -8,7 +8,7 @@ positions.
 """
 
 from dataclasses import fields, replace
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from flawsift.screening.consensus import (
     rejected_patches,
 )
 from flawsift.screening.held_out import rank_by_held_out_scores
+from flawsift.screening.mixture import ordinary_scores
 from flawsift.screening.options import OF_SUBMODELS, ScreenOptions
 from flawsift.screening.result import Ranking, Screening
 from flawsift.screening.submodels import rank_by_submodels
@@ -97,22 +98,20 @@ def screen_and_fit(
     ranker = ranker or ranker_of(detector, options)
     ranking = ranker(train, detector, options, run, wants_fitted=wants_fitted)
     used = _used(options, detector)
-    kept, rejected, estimate = _select(train, ranking.consensus, ranking.patch_maps, used)
+    selection = _select(train, ranking.consensus, ranking.patch_maps, used)
     screening = Screening(
         ids=train.ids,
         names=train.names,
         consensus=ranking.consensus,
         held_out_scores=ranking.held_out_scores,
-        kept=kept,
-        keep_share=len(kept) / len(train),
+        keep_share=len(selection["kept"]) / len(train),
         options=used,
         seed=run.seed,
-        contamination=estimate,
         patch_maps=ranking.patch_maps,
-        rejected=rejected,
         submodels=ranking.submodels,
         images=train,
         evidence=ranking.evidence,
+        **selection,
     )
     return screening, ranking.fitted
 
@@ -126,16 +125,9 @@ def reselected(stage1: Screening, options: ScreenOptions, detector: Detector, tr
     scores = normalize_scores(stage1.submodel_scores.score_matrix, own, options.normalize)
     consensus = combine(scores, own, options.consensus, exclude_own=options.exclude_own)
     used = _used(options, detector)
-    kept, rejected, estimate = _select(train, consensus, stage1.patch_maps, used)
-    return replace(
-        stage1,
-        consensus=consensus,
-        kept=kept,
-        keep_share=len(kept) / len(train),
-        rejected=rejected,
-        contamination=estimate,
-        options=used,
-    )
+    selection = _select(train, consensus, stage1.patch_maps, used)
+    share = len(selection["kept"]) / len(train)
+    return replace(stage1, consensus=consensus, keep_share=share, options=used, **selection)
 
 
 def _used(options: ScreenOptions, detector: Detector) -> ScreenOptions:
@@ -144,16 +136,28 @@ def _used(options: ScreenOptions, detector: Detector) -> ScreenOptions:
     return replace(options, screener=detector.name, reject_patches=z)
 
 
+class _Selection(TypedDict):
+    """What a ranking leads to, as `Screening` has it."""
+
+    kept: Ids
+    rejected: npt.NDArray[np.bool_] | None
+    contamination: Contamination | None
+    probability: Floats
+
+
 def _select(
     train: ImageSet, consensus: Floats, patch_maps: npt.NDArray[np.float16] | None, options: ScreenOptions
-) -> tuple[Ids, npt.NDArray[np.bool_] | None, Contamination | None]:
-    """Kept ids, (N, h, w) rejected patches and the estimate of the contamination."""
+) -> _Selection:
     ids, keep, z = train.ids, options.keep, options.reject_patches or 0.0
-    estimate = estimate_contamination(consensus, list(train.members.values())) if keep == "auto" else None
-    if patch_maps is None or z <= 0:
-        return keep_lowest(ids, consensus, 1 - estimate.alpha_hat if estimate else float(keep)), None, estimate
-    if estimate is not None:
-        is_kept, rejected = choose(consensus, patch_maps, z, estimate)
-        return ids[is_kept], rejected, estimate
-    kept = keep_lowest(ids, consensus, float(keep))
-    return kept, rejected_patches(patch_maps, z) & np.isin(ids, kept)[:, None, None], None
+    ordinary = None if patch_maps is None else ordinary_scores(patch_maps)
+    estimate, probability = estimate_contamination(consensus, ordinary, list(train.members.values()))
+    by_hand = keep != "auto"
+    share = float(keep) if by_hand else 1 - estimate.alpha_hat * estimate.is_evident
+    kept, rejected = keep_lowest(ids, consensus, share), None
+    if patch_maps is not None and z > 0 and by_hand:
+        rejected = rejected_patches(patch_maps, z) & np.isin(ids, kept)[:, None, None]
+    elif patch_maps is not None and z > 0:
+        is_kept, rejected = choose(probability, patch_maps, z, estimate)
+        kept = ids[is_kept]
+    shown = None if by_hand else estimate  # who sets the share does not ask for another one
+    return _Selection(kept=kept, rejected=rejected, contamination=shown, probability=probability)

@@ -80,7 +80,17 @@ def _table(screening: Screening) -> tuple[list[str], list[list[object]]]:
     sub = screening.submodels
     n_models = 0 if sub is None else len(sub.score_matrix)
     columns = ["subset", *(f"score_{m}" for m in range(n_models))] if sub is not None else []
-    header = ["id", "path", *columns, "held_out_score", "divergence", "consensus", "kept", "error"]
+    header = [
+        "id",
+        "path",
+        *columns,
+        "held_out_score",
+        "divergence",
+        "consensus",
+        "defect_probability",
+        "kept",
+        "error",
+    ]
     spread = None if sub is None else sub.divergence
     rows: list[list[object]] = []
     for p, (id_, kept) in enumerate(zip(screening.ids, screening.is_kept, strict=True)):
@@ -88,8 +98,9 @@ def _table(screening: Screening) -> tuple[list[str], list[list[object]]]:
         if sub is not None:
             row += [";".join(map(str, sub.subset_of[:, p])), *(f"{s:.7g}" for s in sub.score_matrix[:, p])]
         row += [f"{screening.held_out_scores[p]:.9g}", "" if spread is None else f"{spread[p]:.9g}"]
-        rows.append([*row, f"{screening.consensus[p]:.9g}", int(kept), ""])
-    blank = [""] * (len(columns) + 3)
+        row += [f"{screening.consensus[p]:.9g}", f"{screening.probability[p]:.4g}"]
+        rows.append([*row, int(kept), ""])
+    blank = [""] * (len(columns) + 4)
     rows += [["", name, *blank, 0, reason] for name, reason in screening.unreadable.items()]
     return header, rows
 
@@ -126,6 +137,8 @@ def _load(folder: Path) -> Screening:
             names=[_safe(row["path"]) for row in rows],
             consensus=consensus,
             held_out_scores=np.array([float(row["held_out_score"]) for row in rows]),
+            # screenings of earlier versions have none
+            probability=np.array([float(row.get("defect_probability") or 0) for row in rows]),
             kept=ids[is_kept],
             keep_share=keep_share,
             options=ScreenOptions(**options),

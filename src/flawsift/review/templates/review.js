@@ -513,7 +513,7 @@
       $("refit-status").textContent = `Running: ${status.stage}${steps}.`;
     } else if (status.state === "done") {
       const threshold = status.threshold === null ? ""
-        : ` Threshold ${Number(status.threshold.toPrecision(4))}: about ${Number(status.per_hundred.toPrecision(2))} false alarms per 100 good parts.`;
+        : ` Threshold ${Number(status.threshold.toPrecision(4))}: ${status.promise}.${status.warning ? ` ${status.warning}` : ""}`;
       $("refit-status").textContent = `Done in ${Math.round(status.seconds)} s: trained on ${count(status.n_kept, "image")}.${threshold} Report: ${status.report}`;
     } else if (status.state === "failed") {
       $("refit-status").textContent = `Failed: ${status.message}`;

@@ -1,0 +1,235 @@
+"""Good and defective images among unlabelled ones: a mixture of two laws of their held-out scores.
+
+    scores of images by models that have not seen them -> share of defects, probability of each image, false alarms
+
+The score of an image is that of its worst patch, and maxima of many values follow a Gumbel law (Fisher & Tippett,
+1928). How high it lies depends on the image: a coarse texture scores higher all over. So the law of a good image is
+given the score of its ordinary patches, which a defect hardly moves as long as it covers less than three quarters:
+
+    log score_i = mu + beta b_i + sigma_i u_i,   sigma_i = exp(lambda + gamma b_i),   u_i ~ Gumbel   if i is good
+                                                                                      u_i ~ N(m, tau^2)   otherwise
+
+with b_i the standardised logarithm of the lower quartile of the patches' scores. Given b the good scores of every set
+that was looked at are close to Gumbel, which without it they are not: half of the sets have several kinds of good
+parts. The share of defects alpha has a prior, the other parameters are those of highest likelihood for each alpha.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flawsift.types import Floats
+
+SHARES = np.array(
+    [0, 0.005, 0.01, 0.02, 0.03, *np.arange(0.05, 0.601, 0.025)]
+)  # alpha: half may be defective, and some
+IS_CLEAN = 0.5  # prior probability that there is no defect
+LIKELY_SHARE = 0.4  # the prior of the other shares is exp(-alpha / 0.4): a fifth is 1.6 times as likely as two fifths
+LOWEST_DEFECTS = 3.0  # m at least, in sigma: 5 % of good images score higher; lower ones cannot be told from these
+SPREAD = np.log(3.0), 0.7  # of log tau: mean and deviation of a normal prior. Defects vary more than good images (1.3)
+SLOPE_OF_SCALE = 0.2  # deviation of the normal prior of gamma, around 0
+ORDINARY = 0.25  # quantile of an image's patch scores that tells how its ordinary patches score
+FARTHEST = 3.0  # robust deviations at which b is cut off: defects that cover much of an image must not set the slopes
+INTERVAL = 0.9
+CANNOT_TELL = 0.3  # width of the interval of the share
+ROOM = 3.0  # robust deviations: a good image scores higher than all of a few hundred by less
+MIN_FOR_MIXTURE = 20  # fewer images have no tail
+STARTS = ((-0.3, -0.4, 0.5, 0.0, 4.0, 1.0), (-0.3, -0.7, 0.1, 0.0, 8.0, 1.0))  # (mu, lambda, beta, gamma, m, log tau)
+BOUNDS = ((-4, 3), (-3, 1.5), (0, 1.5), (-0.6, 0.6), (LOWEST_DEFECTS, 60), (0.25, 3))
+UNKNOWN, GOOD, DEFECTIVE = 0, 1, 2  # what a person says of an image
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """The two laws, for each share of defects.
+
+    Attributes:
+        posterior: (A,) probability of each of `SHARES`.
+        probability: (N,) that each image is defective.
+        parameters: (A, 6) mu, lambda, beta, gamma, m and log tau of highest likelihood for each share.
+        ordinary: (N,) b.
+        weights: (A, N) probability that each image is good, for each share.
+        center: Median of the logarithms of the scores.
+        unit: Robust deviation of these.
+        logarithmic: Whether they are logarithms, or the scores themselves where some are not positive.
+        n_effective: Number of independent images that are worth as much as these.
+    """
+
+    posterior: Floats
+    probability: Floats
+    parameters: Floats
+    ordinary: Floats
+    weights: Floats
+    center: float
+    unit: float
+    logarithmic: bool
+    n_effective: float
+
+    @property
+    def share(self) -> float:
+        """The estimate of the share of defects: the median of the posterior."""
+        return self._quantile(0.5)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The shares between which 90 % of the posterior lie."""
+        return self._quantile((1 - INTERVAL) / 2), self._quantile((1 + INTERVAL) / 2)
+
+    @property
+    def least_good(self) -> Floats:
+        """(N,) probability that each image is good, for the lowest share of the interval."""
+        result: Floats = self.weights[int(np.searchsorted(SHARES, self.interval[0]))]
+        return result
+
+    def _quantile(self, level: float) -> float:
+        return float(SHARES[int((self.posterior.cumsum() >= level - 1e-9).argmax())])
+
+    def spaced(self, scores: Floats, n: int) -> Floats:
+        """(n,) thresholds from the lowest score to `ROOM` robust deviations above the highest, equally spaced."""
+        low, high = self._value(np.array([scores.min(), scores.max()]))
+        values: Floats = np.linspace(low, high + ROOM * self.unit, n)
+        return np.exp(values) if self.logarithmic else values
+
+    def false_alarms(self, thresholds: Floats) -> tuple[Floats, Floats, Floats]:
+        """(T,) shares of good images above each threshold: expected, and at the lowest and highest likely share alpha.
+
+        Of a further good image, whose b is that of one of these images, weighted by how probably that one is good.
+        """
+        low, high = self.interval
+        z = (self._value(thresholds) - self.center) / self.unit
+        expected, ends = np.zeros(len(z)), []
+        for share, p, theta, weight in zip(SHARES, self.posterior, self.parameters, self.weights, strict=True):
+            likely = low <= share <= high
+            location, scale = _law(theta, self.ordinary)
+            above = -np.expm1(-np.exp(-(z[:, None] - location) / scale))  # (T, N)
+            rate = above @ (weight / weight.sum())
+            expected += p * rate
+            ends += [rate] if likely else []
+        return expected, np.min(ends, axis=0), np.max(ends, axis=0)
+
+    def _value(self, scores: Floats) -> Floats:
+        return np.log(np.maximum(scores, 1e-300)) if self.logarithmic else scores
+
+
+def says_little(interval: tuple[float, float]) -> bool:
+    """Whether an interval of the share of defects is so wide that it says next to nothing."""
+    return interval[1] - interval[0] > CANNOT_TELL
+
+
+def ordinary_scores(maps: npt.NDArray[np.floating[Any]]) -> Floats:
+    """(N,) score of the ordinary patches of each image: the lower quartile of its (N, h, w) map."""
+    flat = maps.reshape(len(maps), -1).astype(np.float64)
+    result: Floats = np.quantile(flat, ORDINARY, axis=1)
+    return result
+
+
+def fit_mixture(
+    scores: Floats, ordinary: Floats | None, design_effect: float = 1.0, known: npt.NDArray[np.int64] | None = None
+) -> Mixture | None:
+    """Fit both laws; None where there are too few images, or all score the same.
+
+    Args:
+        scores: (N,) held-out scores.
+        ordinary: (N,) of `ordinary_scores`, of the same detector or another one; None where there are no maps.
+        design_effect: How many times larger groups make variances; the likelihood counts N / design_effect images.
+        known: (N,) `UNKNOWN`, `GOOD` or `DEFECTIVE`: what a person said, of images chosen by their scores or at will.
+    """
+    from scipy.optimize import minimize  # slow to import
+
+    n = len(scores)
+    logarithmic = bool(scores.min(initial=1.0) > 0)
+    x = np.log(scores) if logarithmic else np.asarray(scores, np.float64)
+    center = float(np.median(x)) if n else 0.0
+    unit = 1.4826 * float(np.median(np.abs(x - center))) if n else 0.0
+    if n < MIN_FOR_MIXTURE or not unit > 0:
+        return None
+    z = (x - center) / unit
+    b = np.zeros(n) if ordinary is None else _standardised(ordinary, unit if logarithmic else None)
+    known = np.zeros(n, np.int64) if known is None else known
+    values: list[float] = []
+    fitted: list[Floats] = []
+    for share in SHARES:
+        starts = [*STARTS, *fitted[-1:]]
+        best = min(
+            (
+                minimize(_loss, s, (share, z, b, known, design_effect), "L-BFGS-B", jac=True, bounds=BOUNDS)
+                for s in starts
+            ),
+            key=lambda found: float(found.fun),
+        )
+        values.append(-float(best.fun))
+        fitted.append(best.x)
+    prior = np.gradient(SHARES) * np.exp(-SHARES / LIKELY_SHARE)
+    prior[0] = 0
+    prior *= (1 - IS_CLEAN) / prior.sum()
+    prior[0] = IS_CLEAN
+    posterior = prior * np.exp(np.array(values) - max(values))
+    posterior /= posterior.sum()
+    good = np.array([1 - _defective(theta, share, z, b, known) for share, theta in zip(SHARES, fitted, strict=True)])
+    return Mixture(
+        posterior, 1 - posterior @ good, np.array(fitted), b, good, center, unit, logarithmic, n / design_effect
+    )
+
+
+def _standardised(ordinary: Floats, unit: float | None) -> Floats:
+    """b: on the scale of the logarithms of the scores where both have some, else on its own."""
+    logarithmic = unit is not None and ordinary.min() > 0
+    values = np.log(ordinary) if logarithmic else np.asarray(ordinary, np.float64)
+    values = values - np.median(values)
+    deviation = 1.4826 * float(np.median(np.abs(values)))
+    if not deviation > 0:
+        return np.zeros(len(values))
+    result: Floats = np.clip(values, -FARTHEST * deviation, FARTHEST * deviation)
+    return result / (unit if logarithmic else deviation)
+
+
+def _law(theta: Floats, b: Floats) -> tuple[Floats, Floats]:
+    """(N,) locations and scales of the law of good images."""
+    return theta[0] + theta[2] * b, np.exp(theta[1] + theta[3] * b)
+
+
+def _densities(theta: Floats, z: Floats, b: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """(N,) u, 1 / sigma and the logarithms of both densities of z."""
+    location, scale = _law(theta, b)
+    u = (z - location) / scale
+    good = -u - np.exp(np.minimum(-u, 50)) - np.log(scale)
+    tau = np.exp(theta[5])
+    bad = -0.5 * ((u - theta[4]) / tau) ** 2 - theta[5] - 0.5 * np.log(2 * np.pi) - np.log(scale)
+    return u, 1 / scale, good, bad
+
+
+def _defective(theta: Floats, share: float, z: Floats, b: Floats, known: npt.NDArray[np.int64]) -> Floats:
+    """(N,) probability that each image is defective."""
+    _, _, good, bad = _densities(theta, z, b)
+    odds = np.log1p(-share) + good - (np.log(share) + bad) if share > 0 else np.full(len(z), np.inf)
+    return np.select([known == GOOD, known == DEFECTIVE], [0.0, 1.0], 1 / (1 + np.exp(np.clip(odds, -500, 500))))
+
+
+def _loss(
+    theta: Floats, share: float, z: Floats, b: Floats, known: npt.NDArray[np.int64], design_effect: float
+) -> tuple[float, Floats]:
+    """Minus the logarithm of likelihood and prior, and its gradient."""
+    u, slope, good, bad = _densities(theta, z, b)
+    with np.errstate(divide="ignore"):
+        good, bad = good + np.log1p(-share), bad + np.log(share)
+    good, bad = np.where(known == DEFECTIVE, -np.inf, good), np.where(known == GOOD, -np.inf, bad)
+    total = np.logaddexp(good, bad)
+    p = np.exp(bad - total)
+    tau = np.exp(theta[5])
+    off = (u - theta[4]) / tau
+    by_u = (1 - p) * np.expm1(np.minimum(-u, 50)) - p * off / tau
+    by_scale = -by_u * u - 1
+    gradient = [
+        (-by_u * slope).sum(),
+        by_scale.sum(),
+        (-by_u * slope * b).sum(),
+        (by_scale * b).sum(),
+        (p * off / tau).sum(),
+        (p * (off**2 - 1)).sum(),
+    ]
+    mean, deviation = SPREAD
+    penalty = 0.5 * ((theta[5] - mean) / deviation) ** 2 + 0.5 * (theta[3] / SLOPE_OF_SCALE) ** 2
+    by_penalty = np.array([0, 0, 0, theta[3] / SLOPE_OF_SCALE**2, 0, (theta[5] - mean) / deviation**2])
+    return float(-total.sum() / design_effect + penalty), -np.array(gradient) / design_effect + by_penalty
