@@ -27,6 +27,8 @@ class Threshold:
         expected_rate: Share of good images that are expected above it.
         n_calibration: Number of good images that it rests on.
         interval: Between which shares the true one lies in nine cases of ten; None where that is not known.
+        misses: Share of defective images up to it, of defects like those among the training images: expected, lowest
+            and highest likely; None where there may be none.
         n_suspects: At least so many of the images that it rests on look defective. Nothing is promised then.
     """
 
@@ -35,6 +37,7 @@ class Threshold:
     expected_rate: float
     n_calibration: int
     interval: tuple[float, float] | None = None
+    misses: tuple[float, float, float] | None = None
     n_suspects: int = 0
 
     @property
@@ -53,10 +56,13 @@ class Threshold:
         if self.n_suspects:
             return "provisional, since defective images still count for it"
         text = f"about {self.per_hundred:.2g} false alarms per 100 good parts expected"
-        if self.interval is None:
-            return text
-        low, high = (100 * end for end in self.interval)
-        return f"{text} (between {low:.1g} and {high:.2g})" if low >= 0.05 else f"{text} (at most {high:.2g})"
+        if self.interval is not None:
+            low, high = (100 * end for end in self.interval)
+            text += f" (between {low:.1g} and {high:.2g})" if low >= 0.05 else f" (at most {high:.2g})"
+        if self.misses is not None:
+            expected, low, high = (100 * share for share in self.misses)
+            text += f", and {expected:.0f} of 100 defects missed (between {low:.0f} and {high:.0f})"
+        return text
 
     def __str__(self) -> str:
         return f"threshold {self.value:.4g}: {self.promise}"
@@ -76,6 +82,8 @@ class Calibration:
         n_good: Number of good images that it rests on.
         n_suspects: At least so many of `scores` look defective.
         contamination: 90 % interval of the share of defects among the images; None where it was not estimated.
+        misses: (m, 3) share of defective images up to each threshold: expected, and between which it lies; None where
+            there may be no defect to tell it by.
     """
 
     scores: Floats
@@ -85,6 +93,7 @@ class Calibration:
     n_good: int
     n_suspects: int = 0
     contamination: tuple[float, float] | None = None
+    misses: Floats | None = None
 
     @classmethod
     def of(cls, scores: Sequence[float] | npt.NDArray[np.floating[Any]]) -> Self:
@@ -128,15 +137,17 @@ class Calibration:
             beta.ppf((1 - INTERVAL) / 2, np.maximum(low * n, TINY), n * (1 - low) + 1),
             beta.ppf((1 + INTERVAL) / 2, high * n + 1, np.maximum(n * (1 - high), TINY)),
         )
+        misses = mixture.misses(thresholds).T if mixture.interval[0] > 0 else None
         n_suspects = math.floor((1 - mixture.least_good)[kept & (known == UNKNOWN)].sum())
         return cls(
-            np.sort(scores[kept]),
-            thresholds,
-            rates,
-            np.stack(ends, axis=1),
-            round(n_good),
-            n_suspects,
-            mixture.interval,
+            scores=np.sort(scores[kept]),
+            thresholds=thresholds,
+            rates=rates,
+            intervals=np.stack(ends, axis=1),
+            n_good=round(n_good),
+            n_suspects=n_suspects,
+            contamination=mixture.interval,
+            misses=misses,
         )
 
     @property
@@ -172,7 +183,10 @@ class Calibration:
         at = int(within.argmax()) if within.any() else -1
         low, high = self.intervals[at].tolist()
         rate = float(self.rates[at])
-        return Threshold(float(self.thresholds[at]), false_alarm_rate, rate, self.n_good, (low, high), self.n_suspects)
+        misses = None if self.misses is None else tuple(self.misses[at].tolist())
+        return Threshold(
+            float(self.thresholds[at]), false_alarm_rate, rate, self.n_good, (low, high), misses, self.n_suspects
+        )
 
     def p_values(self, scores: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """How unusual scores are among good images, small for anomalies: the rate of the highest threshold below.
@@ -196,6 +210,7 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """Numbers and lists, with nine digits."""
         arrays = {name: getattr(self, name) for name in ("scores", "thresholds", "rates", "intervals")}
+        arrays["misses"] = np.empty(0) if self.misses is None else self.misses
         rounded = {
             name: np.vectorize(_nine_digits, otypes=[float])(a).tolist() if a.size else [] for name, a in arrays.items()
         }
@@ -214,11 +229,13 @@ class Calibration:
         intervals = np.array(content["intervals"], np.float64).reshape(len(rates), 2)
         if thresholds.shape != rates.shape or (np.diff(thresholds) < 0).any() or (np.diff(rates) > 0).any():
             raise ValueError("the table of thresholds does not fit together")
+        misses = np.array(content["misses"], np.float64).reshape(-1, 3) if content["misses"] else None
+        if misses is not None and len(misses) != len(rates):
+            raise ValueError("the table of misses does not fit")
         ends = content["contamination"]
         contamination = None if ends is None else (float(ends[0]), float(ends[1]))
-        return cls(
-            scores, thresholds, rates, intervals, int(content["n_good"]), int(content["n_suspects"]), contamination
-        )
+        n_good, n_suspects = int(content["n_good"]), int(content["n_suspects"])
+        return cls(scores, thresholds, rates, intervals, n_good, n_suspects, contamination, misses)
 
 
 def _nine_digits(value: float) -> float:

@@ -56,8 +56,6 @@ def selection_text(screening: Screening) -> str:
     """What stage 2 leaves out of the kept images; empty when it is nothing, unless a reviewer has decided so."""
     if screening.rejected is None:
         return ""
-    if screening.overruled_by_reviewer:
-        return "A reviewer keeps most of the images that were set aside, so no patch is left out of training."
     if not screening.rejected.any():
         return ""
     share = 100 * float(screening.rejected[screening.is_kept].mean())

@@ -12,12 +12,13 @@ import numpy.typing as npt
 from scipy.ndimage import binary_dilation
 
 from flawsift.detectors.parts.robust import robust_units
-from flawsift.screening.mixture import MIN_FOR_MIXTURE, fit_mixture, says_little
+from flawsift.screening.mixture import fit_mixture, says_little
 from flawsift.screening.options import Consensus, Normalize
 from flawsift.types import Floats, Ids
 
 MIN_KEEP = 0.4  # the paper's share; keep="auto" never goes below it
 TRIM = 0.25  # share cut off at each end by the trimmed mean: the lowest and highest of four held-out sub-models
+EFFECT = "design_effect"  # its name among the evidence
 TAIL = 0.05  # share of images whose scores count as the tail
 LOW_END = 0.25  # share of the images by which the correlation within groups is told
 DILATION_GRID = 8  # a rejected patch takes its eight neighbours along, unless the grid is so coarse that these are much
@@ -157,8 +158,8 @@ def rejected_patches(grids: npt.NDArray[np.floating[Any]], z: float) -> npt.NDAr
 
 
 def choose(
-    probability: Floats, grids: npt.NDArray[np.floating[Any]], z: float, estimate: "Contamination"
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    probability: Floats, grids: npt.NDArray[np.floating[Any]] | None, z: float, estimate: "Contamination"
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_] | None]:
     """What stage 2 learns from when nobody says how much to keep: (N,) kept images, (N, h, w) rejected patches.
 
     On a clean set the patches that lie farthest from all others are rare good ones, and leaving out even the few of
@@ -169,40 +170,44 @@ def choose(
 
     Args:
         probability: (N,) that each image is defective.
-        grids: (N, h, w) held-out maps.
-        z: Robust deviations above which a patch is rejected.
+        grids: (N, h, w) held-out maps, or None.
+        z: Robust deviations above which a patch is rejected; 0 for none.
         estimate: Of the contamination, by `estimate_contamination`.
+
+    Returns:
+        None in place of the patches without maps, or with z = 0.
     """
+    kept = (probability <= SUSPECT) | (not estimate.is_evident)
+    if grids is None or z <= 0:
+        return kept, None
     if not estimate.is_evident:
-        return np.ones(len(probability), bool), np.zeros(grids.shape, bool)
-    kept = probability <= SUSPECT
+        return kept, np.zeros(grids.shape, bool)
     strict = rejected_patches(grids, min(z, ORDINARY_PATCHES))
     return kept, np.where(kept[:, None, None], rejected_patches(grids, z), strict)
 
 
 def estimate_contamination(
-    consensus: Floats, ordinary: Floats | None = None, members: Sequence[Sequence[int]] | None = None
+    consensus: Floats,
+    ordinary: Floats | None = None,
+    effect: float = 1.0,
+    known: npt.NDArray[np.int64] | None = None,
 ) -> tuple[Contamination, Floats]:
     """The share of anomalies, and the probability of each image, from a mixture of two laws of the scores.
 
     Args:
         consensus: (N,) consensus of the images.
         ordinary: (N,) of `flawsift.screening.mixture.ordinary_scores`, or None without maps.
-        members: Positions of the images of each group. Views of one object score alike, so that chance puts them into
-            the tail together: they count as fewer images, by `design_effect`. None takes the images as independent.
+        effect: Of groups, by `design_effect`: views of one object count as fewer images.
+        known: (N,) what a person said, as for `flawsift.screening.mixture.fit_mixture`.
 
     Returns:
         The estimate, and the (N,) probability that each image is defective: zeros where nothing was estimated.
     """
-    n = len(consensus)
-    groups = [np.asarray(m) for m in members] if members is not None else list(np.arange(n)[:, None])
-    if len(groups) == 1 < n:
-        return Contamination(0.0, "none: all images are of one group", {"n": float(n)}), np.zeros(n)
-    effect = design_effect(consensus, groups) if n >= MIN_FOR_MIXTURE else 1.0
-    mixture = fit_mixture(consensus, ordinary, effect)
+    mixture = fit_mixture(consensus, ordinary, effect, known)
     if mixture is None:
+        n = len(consensus)
         return Contamination(0.0, "none: too few or constant scores", {"n": float(n)}), np.zeros(n)
-    evidence = {"probability_of_none": float(mixture.posterior[0]), "design_effect": effect}
+    evidence = {"probability_of_none": float(mixture.posterior[0]), EFFECT: effect}
     return Contamination(mixture.share, "mixture of two laws", evidence, mixture.interval), mixture.probability
 
 

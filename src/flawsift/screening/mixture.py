@@ -14,6 +14,7 @@ that was looked at are close to Gumbel, which without it they are not: half of t
 parts. The share of defects alpha has a prior, the other parameters are those of highest likelihood for each alpha.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ SLOPE_OF_SCALE = 0.2  # deviation of the normal prior of gamma, around 0
 ORDINARY = 0.25  # quantile of an image's patch scores that tells how its ordinary patches score
 FARTHEST = 3.0  # robust deviations at which b is cut off: defects that cover much of an image must not set the slopes
 INTERVAL = 0.9
+NEGLIGIBLE = 1e-4  # posterior probability of a share
 CANNOT_TELL = 0.3  # width of the interval of the share
 ROOM = 3.0  # robust deviations: a good image scores higher than all of a few hundred by less
 MIN_FOR_MIXTURE = 20  # fewer images have no tail
@@ -92,22 +94,40 @@ class Mixture:
         values: Floats = np.linspace(low, high + ROOM * self.unit, n)
         return np.exp(values) if self.logarithmic else values
 
-    def false_alarms(self, thresholds: Floats) -> tuple[Floats, Floats, Floats]:
-        """(T,) shares of good images above each threshold: expected, and at the lowest and highest likely share alpha.
+    def false_alarms(self, thresholds: Floats) -> Floats:
+        """(3, T) shares of good images above each threshold: expected, and for the lowest and highest likely share.
 
         Of a further good image, whose b is that of one of these images, weighted by how probably that one is good.
         """
+        return self._over_shares(thresholds, self.weights, lambda u, _: -np.expm1(-np.exp(-np.maximum(u, -50))))
+
+    def misses(self, thresholds: Floats) -> Floats:
+        """(3, T) shares of defective images up to each threshold, likewise; nan where no share but 0 is likely.
+
+        Of defects such as there are among these images.
+        """
+        from scipy.special import ndtr  # slow to import
+
+        return self._over_shares(thresholds, 1 - self.weights, lambda u, theta: ndtr((u - theta[4]) / np.exp(theta[5])))
+
+    def _over_shares(self, thresholds: Floats, weights: Floats, rate: Callable[[Floats, Floats], Floats]) -> Floats:
+        """The mean over the posterior, and both ends over the likely shares, of a rate at (T, N) values of u."""
         low, high = self.interval
         z = (self._value(thresholds) - self.center) / self.unit
-        expected, ends = np.zeros(len(z)), []
-        for share, p, theta, weight in zip(SHARES, self.posterior, self.parameters, self.weights, strict=True):
-            likely = low <= share <= high
+        expected, total, ends = np.zeros(len(z)), 0.0, []
+        for share, p, theta, weight in zip(SHARES, self.posterior, self.parameters, weights, strict=True):
+            if not (weight > 0).any() or p < NEGLIGIBLE:  # no image is of this kind
+                continue
             location, scale = _law(theta, self.ordinary)
-            above = -np.expm1(-np.exp(-(z[:, None] - location) / scale))  # (T, N)
-            rate = above @ (weight / weight.sum())
-            expected += p * rate
-            ends += [rate] if likely else []
-        return expected, np.min(ends, axis=0), np.max(ends, axis=0)
+            found = rate((z[:, None] - location) / scale, theta) @ (weight / weight.sum())
+            expected += p * found
+            total += p
+            ends += [found] if low <= share <= high else []
+        if not total:
+            return np.full((3, len(z)), np.nan)
+        ends = ends or [expected / total]
+        result: Floats = np.stack([expected / total, np.min(ends, axis=0), np.max(ends, axis=0)])
+        return result
 
     def _value(self, scores: Floats) -> Floats:
         return np.log(np.maximum(scores, 1e-300)) if self.logarithmic else scores
@@ -150,7 +170,12 @@ def fit_mixture(
     known = np.zeros(n, np.int64) if known is None else known
     values: list[float] = []
     fitted: list[Floats] = []
+    some = bool((known == DEFECTIVE).any())
     for share in SHARES:
+        if some and share == 0:
+            values.append(-np.inf)
+            fitted.append(np.array(STARTS[0]))
+            continue
         starts = [*STARTS, *fitted[-1:]]
         best = min(
             (
@@ -175,14 +200,14 @@ def fit_mixture(
 
 def _standardised(ordinary: Floats, unit: float | None) -> Floats:
     """b: on the scale of the logarithms of the scores where both have some, else on its own."""
-    logarithmic = unit is not None and ordinary.min() > 0
-    values = np.log(ordinary) if logarithmic else np.asarray(ordinary, np.float64)
+    own = unit is None or ordinary.min() <= 0
+    values = np.asarray(ordinary, np.float64) if own else np.log(ordinary)
     values = values - np.median(values)
     deviation = 1.4826 * float(np.median(np.abs(values)))
     if not deviation > 0:
         return np.zeros(len(values))
     result: Floats = np.clip(values, -FARTHEST * deviation, FARTHEST * deviation)
-    return result / (unit if logarithmic else deviation)
+    return result / (deviation if unit is None or own else unit)
 
 
 def _law(theta: Floats, b: Floats) -> tuple[Floats, Floats]:

@@ -14,8 +14,9 @@ from flawsift.detectors.base import Detector
 from flawsift.detectors.protocols import Evidence
 from flawsift.errors import ParameterError
 from flawsift.paths import show
-from flawsift.screening.consensus import SUSPECT, Contamination
+from flawsift.screening.consensus import EFFECT, SUSPECT, Contamination, choose, estimate_contamination, keep_lowest
 from flawsift.screening.decisions import apply_decisions
+from flawsift.screening.mixture import DEFECTIVE, GOOD, UNKNOWN, ordinary_scores
 from flawsift.screening.options import ScreenOptions
 from flawsift.types import Floats, Ids
 
@@ -199,11 +200,18 @@ class Screening:
         masks = zip(self.ids[learned].tolist(), self.rejected[learned], strict=True)
         return train.select(self.ids[learned]).without_patches({i: mask for i, mask in masks if mask.any()})
 
+    @property
+    def kept_by_itself(self) -> Ids:
+        """(m,) ids that stage 1 kept before a person changed anything."""
+        if self.contamination is None:
+            return keep_lowest(self.ids, self.consensus, self.keep_share)
+        return self.ids[~(self.is_suspect & self.contamination.is_evident)]
+
     def with_decisions(self, choices: Mapping[str, str]) -> tuple[Self, dict[str, int]]:
         """The same once a person has decided, and how many decisions of each kind there were.
 
-        An image that a person keeps is good, and so are all its patches. Where most of the images that evidence of
-        defects had set aside are kept after all, so is what stands out in others: no patch is rejected any more.
+        An image that a person keeps is good, and so are all its patches. Where stage 1 chose how many images to keep,
+        the estimate is made anew with what the person said, and what is kept of the other images follows from it.
 
         Args:
             choices: {relative path as shown: "keep", "remove" or "unsure"}; see `screening.decisions.read_decisions`.
@@ -212,20 +220,25 @@ class Screening:
             InputError: None of the decisions is about one of these images, or no image is left.
         """
         is_kept, counts = apply_decisions(self.names, self.is_kept, choices)
-        removed = np.array([choices.get(show(name)) == "remove" for name in self.names])
-        gone = (removed | np.isin(self.ids, self.removed_by_hand)) & ~is_kept  # now or before, such as in the table
+        said = np.array([choices.get(show(name), "") for name in self.names])
+        gone = ((said == "remove") | np.isin(self.ids, self.removed_by_hand)) & ~is_kept
+        # a suspect that is kept in the table was put back there
+        stays = (said == "keep") | (is_kept & ~np.isin(self.ids, self.kept_by_itself))
+        known = np.select([gone, stays], [DEFECTIVE, GOOD], UNKNOWN)
         now = replace(self, kept=self.ids[is_kept], removed_by_hand=self.ids[gone])
-        if self.rejected is None:
+        if self.contamination is None:
+            rejected = None if self.rejected is None else self.rejected & (is_kept & ~stays)[:, None, None]
+            return replace(now, rejected=rejected), counts
+        if not known.any():
             return now, counts
-        by_hand = np.array([choices.get(show(name), "") in ("keep", "remove") for name in self.names])
-        # with evidence of defects, only a person keeps a suspect
-        ordinary = is_kept if self.contamination is None else is_kept & ~self.is_suspect
-        masked = (ordinary | now.is_partly_learned) & ~by_hand & (not now.overruled_by_reviewer)
-        return replace(now, rejected=self.rejected & masked[:, None, None]), counts
-
-    @property
-    def overruled_by_reviewer(self) -> bool:
-        """Whether most of the images that evidence of defects had set aside are kept: a person overruled stage 1."""
-        if self.contamination is None or not self.contamination.is_evident or self.rejected is None:
-            return False
-        return bool((self.is_suspect & self.is_kept).sum() > self.is_suspect.sum() / 2)
+        maps = self.patch_maps
+        ordinary, effect = None if maps is None else ordinary_scores(maps), self.contamination.evidence.get(EFFECT, 1.0)
+        estimate, probability = estimate_contamination(self.consensus, ordinary, effect, known)
+        kept, rejected = choose(probability, maps, self.options.reject_patches or 0.0, estimate)
+        is_kept = (kept | (known == GOOD)) & (known != DEFECTIVE)
+        if rejected is not None:
+            rejected = rejected & ~stays[:, None, None]
+        decided = replace(
+            now, kept=self.ids[is_kept], contamination=estimate, probability=probability, rejected=rejected
+        )
+        return decided, counts

@@ -22,6 +22,7 @@ from flawsift.screening.consensus import (
     Contamination,
     choose,
     combine,
+    design_effect,
     estimate_contamination,
     keep_lowest,
     normalize_scores,
@@ -150,14 +151,13 @@ def _select(
 ) -> _Selection:
     ids, keep, z = train.ids, options.keep, options.reject_patches or 0.0
     ordinary = None if patch_maps is None else ordinary_scores(patch_maps)
-    estimate, probability = estimate_contamination(consensus, ordinary, list(train.members.values()))
-    by_hand = keep != "auto"
-    share = float(keep) if by_hand else 1 - estimate.alpha_hat * estimate.is_evident
-    kept, rejected = keep_lowest(ids, consensus, share), None
-    if patch_maps is not None and z > 0 and by_hand:
-        rejected = rejected_patches(patch_maps, z) & np.isin(ids, kept)[:, None, None]
-    elif patch_maps is not None and z > 0:
+    effect = design_effect(consensus, [np.asarray(m) for m in train.members.values()])
+    estimate, probability = estimate_contamination(consensus, ordinary, effect)
+    if keep == "auto":
         is_kept, rejected = choose(probability, patch_maps, z, estimate)
-        kept = ids[is_kept]
-    shown = None if by_hand else estimate  # who sets the share does not ask for another one
-    return _Selection(kept=kept, rejected=rejected, contamination=shown, probability=probability)
+        return _Selection(kept=ids[is_kept], rejected=rejected, contamination=estimate, probability=probability)
+    kept, rejected = keep_lowest(ids, consensus, float(keep)), None
+    if patch_maps is not None and z > 0:
+        rejected = rejected_patches(patch_maps, z) & np.isin(ids, kept)[:, None, None]
+    # who sets the share does not ask for another one
+    return _Selection(kept=kept, rejected=rejected, contamination=None, probability=probability)

@@ -23,7 +23,7 @@ from flawsift.paths import find_name, name_some, show
 from flawsift.screening.consensus import Contamination, keep_lowest
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Screening, SubModelScores
-from flawsift.types import Ids
+from flawsift.types import Floats, Ids
 
 CSV, JSON = "screening.csv", "screening.json"
 MAPS, REJECTED, DESCRIPTIONS, EVIDENCE = "maps.npy", "rejected.npy", "descriptions.npy", "evidence.npz"
@@ -132,13 +132,13 @@ def _load(folder: Path) -> Screening:
         options = {"screener": content.get("detector", {}).get("name", "own"), **options}
         seed, keep_share = options.pop("seed"), options.pop("keep_share")
         known = {"options", "unreadable", "n_images", "n_kept", "n_unreadable"}
-        return Screening(
+        probability = _probability(rows, keep_lowest(ids, consensus, keep_share), ids)
+        loaded = Screening(
             ids=ids,
             names=[_safe(row["path"]) for row in rows],
             consensus=consensus,
             held_out_scores=np.array([float(row["held_out_score"]) for row in rows]),
-            # screenings of earlier versions have none
-            probability=np.array([float(row.get("defect_probability") or 0) for row in rows]),
+            probability=probability,
             kept=ids[is_kept],
             keep_share=keep_share,
             options=ScreenOptions(**options),
@@ -150,9 +150,16 @@ def _load(folder: Path) -> Screening:
             descriptions=_array(folder / DESCRIPTIONS, len(rows), 2, np.float16),
             unreadable=content["unreadable"],
             evidence=_evidence(folder / EVIDENCE, ids),
-            removed_by_hand=np.setdiff1d(keep_lowest(ids, consensus, keep_share), ids[is_kept]),  # by an edit
             provenance={key: value for key, value in content.items() if key not in known},
         )
+        return replace(loaded, removed_by_hand=np.setdiff1d(loaded.kept_by_itself, loaded.kept))  # by an edit
+
+
+def _probability(rows: list[dict[str, str]], kept: Ids, ids: Ids) -> Floats:
+    """(N,) of defects; screenings of earlier versions have none, and say what was kept only."""
+    if "defect_probability" not in rows[0]:
+        return (~np.isin(ids, kept)).astype(np.float64)
+    return np.array([float(row["defect_probability"]) for row in rows])
 
 
 def _submodels(rows: list[dict[str, str]]) -> SubModelScores | None:
