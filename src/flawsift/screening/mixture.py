@@ -39,7 +39,9 @@ CANNOT_TELL = 0.3  # width of the interval of the share
 ROOM = 3.0  # robust deviations: a good image scores higher than all of a few hundred by less
 MIN_FOR_MIXTURE = 20  # fewer images have no tail
 STARTS = ((-0.3, -0.4, 0.5, 0.0, 4.0, 1.0), (-0.3, -0.7, 0.1, 0.0, 8.0, 1.0))  # (mu, lambda, beta, gamma, m, log tau)
-BOUNDS = ((-4, 3), (-3, 1.5), (0, 1.5), (-0.6, 0.6), (LOWEST_DEFECTS, 60), (0.25, 3))
+# beta: an image that scores twice as high all over does so at its worst patch at most. gamma: it varies no more, or a
+# defect that raises b would explain itself. log tau: defects vary no less than good images
+BOUNDS = ((-4, 3), (-3, 1.5), (0, 1), (-0.6, 0), (LOWEST_DEFECTS, 60), (0.25, 3))
 UNKNOWN, GOOD, DEFECTIVE = 0, 1, 2  # what a person says of an image
 
 
