@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.errors import ParameterError
-from flawsift.screening.mixture import INTERVAL, UNKNOWN, Mixture, says_little
+from flawsift.screening.mixture import INTERVAL, UNKNOWN, Mixture, fit_mixture, says_little
 from flawsift.types import Floats
 
 DEFAULT_RATE = 0.01  # one good part in a hundred stopped
@@ -110,6 +110,30 @@ class Calibration:
         above = np.arange(n - 1, -1, -1)
         ends = [beta.ppf(level, above + 1, n - above) for level in ((1 - INTERVAL) / 2, (1 + INTERVAL) / 2)]
         return cls(ordered, ordered, (above + 1) / (n + 1), np.stack(ends, axis=1), n)
+
+    @classmethod
+    def of_unlabelled(
+        cls,
+        scores: Floats,
+        ordinary: Floats | None,
+        effect: float,
+        kept: npt.NDArray[np.bool_],
+        known: npt.NDArray[np.int64],
+    ) -> Self:
+        """From scores of images some of which may be defective, whatever was set aside.
+
+        By a mixture of good and defective images; with too few images for one, by those that were kept, as if all of
+        them were good.
+
+        Args:
+            scores: (N,) held-out scores.
+            ordinary: (N,) as for `fit_mixture`, and so are the others.
+            effect: Of groups, by `flawsift.screening.consensus.design_effect`.
+            kept: (N,) which images were judged good.
+            known: (N,) what a person said.
+        """
+        mixture = fit_mixture(scores, ordinary, effect, known)
+        return cls.of(scores[kept]) if mixture is None else cls.of_mixture(mixture, scores, kept, known)
 
     @classmethod
     def of_mixture(
