@@ -55,7 +55,8 @@ class Threshold:
         """What is expected of it, in words: "about 1 false alarm per 100 good parts expected (between 0.3 and 2.5)"."""
         if self.n_suspects:
             return "provisional, since defective images still count for it"
-        text = f"about {self.per_hundred:.2g} false alarms per 100 good parts expected"
+        rate = f"{self.per_hundred:.2g}"
+        text = f"about {rate} false {'alarm' if rate == '1' else 'alarms'} per 100 good parts expected"
         if self.interval is not None:
             low, high = (100 * end for end in self.interval)
             text += f" (between {low:.1g} and {high:.2g})" if low >= 0.05 else f" (at most {high:.2g})"

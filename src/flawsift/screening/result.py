@@ -156,7 +156,7 @@ class Screening:
 
     @property
     def is_suspect(self) -> npt.NDArray[np.bool_]:
-        """(N,) whether each image is more probably defective than not."""
+        """(N,) whether each image is defective with a probability above `SUSPECT`."""
         suspect: npt.NDArray[np.bool_] = self.probability > SUSPECT
         return suspect
 
