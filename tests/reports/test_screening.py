@@ -297,10 +297,10 @@ def test_the_report_of_a_fit_names_its_threshold_and_decisions(folder: Path, tmp
         text = words(Page(path.read_text("utf-8")).text["model"])
         assert ("set aside (8)" in text) == shared
         assert ("trained on (32)" in text) != shared
-    assert "Warning." not in text
+    assert "review the" not in text
     doubtful = replace(scored, calibration=replace(scored.calibration, n_suspects=3))
     page = Page(write_fit_report(doubtful, screening, files, tmp_path / "m").read_text("utf-8"))
-    assert "Warning. At least 3 images look defective and still count for the threshold" in words(page.text["model"])
+    assert "At least 3 images look defective and still count for the threshold" in words(page.text["model"])
     assert "provisional" in page.text["model"]
     bare = Page(screening_report(screening, files))
     assert "model" not in bare.text

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.errors import ParameterError
-from flawsift.screening.mixture import INTERVAL, UNKNOWN, Mixture, says_little
+from flawsift.screening.mixture import INTERVAL, UNKNOWN, Mixture, fit_mixture, says_little
 from flawsift.types import Floats
 
 DEFAULT_RATE = 0.01  # one good part in a hundred stopped
@@ -55,7 +55,8 @@ class Threshold:
         """What is expected of it, in words: "about 1 false alarm per 100 good parts expected (between 0.3 and 2.5)"."""
         if self.n_suspects:
             return "provisional, since defective images still count for it"
-        text = f"about {self.per_hundred:.2g} false alarms per 100 good parts expected"
+        rate = f"{self.per_hundred:.2g}"
+        text = f"about {rate} false {'alarm' if rate == '1' else 'alarms'} per 100 good parts expected"
         if self.interval is not None:
             low, high = (100 * end for end in self.interval)
             text += f" (between {low:.1g} and {high:.2g})" if low >= 0.05 else f" (at most {high:.2g})"
@@ -110,6 +111,30 @@ class Calibration:
         above = np.arange(n - 1, -1, -1)
         ends = [beta.ppf(level, above + 1, n - above) for level in ((1 - INTERVAL) / 2, (1 + INTERVAL) / 2)]
         return cls(ordered, ordered, (above + 1) / (n + 1), np.stack(ends, axis=1), n)
+
+    @classmethod
+    def of_unlabelled(
+        cls,
+        scores: Floats,
+        ordinary: Floats | None,
+        effect: float,
+        kept: npt.NDArray[np.bool_],
+        known: npt.NDArray[np.int64],
+    ) -> Self:
+        """From scores of images some of which may be defective, whatever was set aside.
+
+        By a mixture of good and defective images; with too few images for one, by those that were kept, as if all of
+        them were good.
+
+        Args:
+            scores: (N,) held-out scores.
+            ordinary: (N,) as for `fit_mixture`, and so are the others.
+            effect: Of groups, by `flawsift.screening.consensus.design_effect`.
+            kept: (N,) which images were judged good.
+            known: (N,) what a person said.
+        """
+        mixture = fit_mixture(scores, ordinary, effect, known)
+        return cls.of(scores[kept]) if mixture is None else cls.of_mixture(mixture, scores, kept, known)
 
     @classmethod
     def of_mixture(

@@ -14,15 +14,14 @@ from flawsift.models.calibration import Calibration
 from flawsift.models.model import set_digest
 from flawsift.paths import name_some, show
 from flawsift.screening.consensus import design_effect
-from flawsift.screening.decisions import apply_decisions
-from flawsift.screening.mixture import DEFECTIVE, GOOD, UNKNOWN, fit_mixture, ordinary_scores
+from flawsift.screening.decisions import SAID, apply_decisions
+from flawsift.screening.mixture import UNKNOWN, ordinary_scores
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Screening
 from flawsift.screening.stage1 import screen
 from flawsift.screening.storage import matched
 from flawsift.types import Floats, Ids
 
-SAID = {"keep": GOOD, "remove": DEFECTIVE}
 HALVES = 2  # of the kept images, for a threshold where stage 1 had another detector: two trainings must do
 
 
@@ -70,7 +69,7 @@ class TrainingPlan:
         screening: What it follows from, with the decisions, or None where nothing was screened.
         decisions: How many decisions of each kind there were.
         notes: What a person should know of it.
-        known: {id: `GOOD` or `DEFECTIVE`} of images that a person decided on.
+        known: {id: what a person said of it}, as for `flawsift.screening.mixture.fit_mixture`.
     """
 
     images: ImageSet
@@ -110,15 +109,13 @@ def plan_training(
         InputError: Kept images are missing, no image is left, or no decision is about one of these images.
     """
     choices = choices or {}
-    known = {
-        i: SAID[choices[n]]
-        for i, n in zip(train.ids.tolist(), map(show, train.names), strict=True)
-        if choices.get(n) in SAID
-    }
     if screening is None:
         is_kept, counts = apply_decisions(train.names, np.ones(len(train), np.bool_), choices)
         kept = train.ids[is_kept]
-        return TrainingPlan(train.select(kept), kept, train, decisions=counts, known=known)
+        said = {
+            i: SAID.get(choices.get(show(n), ""), UNKNOWN) for i, n in zip(train.ids.tolist(), train.names, strict=True)
+        }
+        return TrainingPlan(train.select(kept), kept, train, decisions=counts, known=said)
     decided, counts = screening.with_decisions(choices)
     here = matched(decided, train)
     learned = here.purified(train, detector)
@@ -127,8 +124,8 @@ def plan_training(
     usable = whole if by_itself else not isinstance(detector, Additive)
     judged = Judged.of(here).select(train.ids) if same_detector and usable else None
     note = _difference(screening, train)
-    removed = dict.fromkeys(here.removed_by_hand.tolist(), DEFECTIVE)
-    return TrainingPlan(learned, here.kept, train, judged, here, counts, (note,) if note else (), {**removed, **known})
+    known = dict(zip(here.ids.tolist(), screening.known(choices).tolist(), strict=True))
+    return TrainingPlan(learned, here.kept, train, judged, here, counts, (note,) if note else (), known)
 
 
 def options_for(detector: Detector, options: ScreenOptions) -> ScreenOptions:
@@ -171,21 +168,14 @@ def judge(plan: TrainingPlan, fitted: Detector, run: Run | None = None) -> Judge
 
 
 def calibrate(plan: TrainingPlan, judged: Judged) -> Calibration:
-    """The table of thresholds and false alarms that follows from held-out scores and from what a person decided.
-
-    By a mixture of good and defective images, since some of the images may be defective whatever was set aside; with
-    too few images for one, by those that were kept, as if all of them were good.
-    """
+    """The table of thresholds and false alarms that follows from held-out scores and from what a person decided."""
     is_kept = np.isin(judged.ids, plan.kept)
-    known = np.array([plan.known.get(i, UNKNOWN) for i in judged.ids.tolist()], np.int64)
     members = list(plan.train.select(judged.ids).members.values())
-    mixture = None
-    if len(members) > 1:
-        effect = design_effect(judged.scores, [np.asarray(m) for m in members])
-        mixture = fit_mixture(judged.scores, judged.ordinary, effect, known)
-    if mixture is None:
+    if len(members) < HALVES:
         return Calibration.of(judged.scores[is_kept])
-    return Calibration.of_mixture(mixture, judged.scores, is_kept, known)
+    known = np.array([plan.known.get(i, UNKNOWN) for i in judged.ids.tolist()], np.int64)
+    effect = design_effect(judged.scores, [np.asarray(m) for m in members])
+    return Calibration.of_unlabelled(judged.scores, judged.ordinary, effect, is_kept, known)
 
 
 def _difference(screening: Screening, train: ImageSet) -> str | None:

@@ -1,6 +1,7 @@
 """The result of a screening in sentences: how many images were set aside, on what estimate, what stage 2 leaves out."""
 
 from flawsift.reports.pages import plural
+from flawsift.screening.consensus import SUSPECT
 from flawsift.screening.result import Screening
 
 LIKE = 0.5  # of an image's score, the mean distance to k groups: what is nearer to its worst place looks like it
@@ -63,7 +64,7 @@ def selection_text(screening: Screening) -> str:
     text += " and left out by detectors that leave out patches. Quorum, the default, is trained on all."
     if screening.contamination is None:
         return text
-    text += " Images that are more probably defective than not were set aside."
+    text += f" Images that are defective with a probability above {SUSPECT:.0%} were set aside."
     if screening.is_partly_learned.any():
         text += " Of these, a detector that leaves out patches is trained on the most ordinary patches only."
     return text

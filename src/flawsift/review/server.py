@@ -45,6 +45,7 @@ def make_app(review: Review, token: str, port: int) -> ASGIApp:
         Route("/content", pages.content),
         Route("/overview", pages.overview),
         Route("/decisions", pages.decisions),
+        Route("/verdict", pages.verdict),
         Route("/picture/{kind}/{id:int}", pages.picture),
         Route("/picture/place/{id:int}/{place:int}", pages.place),
         Route("/alike/{id:int}", pages.alike),
@@ -104,6 +105,9 @@ class _Pages:
         since = request.query_params.get("since", "")
         seen = int(since) if since.isdecimal() and len(since) < MAX_DIGITS else -1
         return JSONResponse(await anyio.to_thread.run_sync(lambda: self.review.changes_since(seen)))
+
+    async def verdict(self, request: Request) -> Response:
+        return JSONResponse(await self._in_thread(self.review.verdict))
 
     async def picture(self, request: Request) -> Response:
         id_, kind = self._id(request), request.path_params["kind"]

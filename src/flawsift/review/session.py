@@ -25,6 +25,8 @@ from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.errors import InputError, ParameterError
 from flawsift.files import ensure_folder
+from flawsift.models.calibration import Calibration
+from flawsift.models.plan import Judged
 from flawsift.paths import show
 from flawsift.reports.evidence import agreement, is_typical, map_scale, smoothed
 from flawsift.reports.overlays import Scale, layer, peak_position, shrink
@@ -33,8 +35,10 @@ from flawsift.reports.places import crop
 from flawsift.reports.screening import consensus_histogram
 from flawsift.reports.wording import explanation, headline, nearest_text
 from flawsift.screening import decisions
+from flawsift.screening.consensus import EFFECT
 from flawsift.screening.decisions import Change, Decision, DecisionStore
 from flawsift.screening.lookalikes import most_alike
+from flawsift.screening.mixture import UNKNOWN
 from flawsift.screening.result import Screening
 from flawsift.screening.storage import images_of, load_screening, screening_folder
 
@@ -122,6 +126,8 @@ class Review:
     images: ImageSet
     store: DecisionStore
     refit: Refit
+    _verdict: dict[str, Any] = field(default_factory=dict)
+    _verdict_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def open(cls, folder: str | Path, *, images: str | Path | None = None, cache: str | Path | None = None) -> "Review":
@@ -154,9 +160,16 @@ class Review:
         """{name as shown: global id}."""
         return {show(n): i for i, n in zip(self.screening.ids.tolist(), self.screening.names, strict=True)}
 
+    def _choices(self) -> tuple[int, dict[str, str]]:
+        """The revision of the decisions, and those that are in force."""
+        revision, rows = self.store.since(-1)
+        return revision, {n: d.choice for n, d in rows.items() if d.choice and n in self.id_of}
+
     def reviewed_screening(self) -> Screening:
         """The screening with the decisions in force."""
-        choices = {n: d.choice for n, d in self.store.since(-1)[1].items() if d.choice and n in self.id_of}
+        return self._reviewed(self._choices()[1])
+
+    def _reviewed(self, choices: Mapping[str, str]) -> Screening:
         try:
             return self.screening.with_decisions(choices)[0]
         except InputError:  # everything was removed: nothing to train on, but something to look at
@@ -166,6 +179,40 @@ class Review:
         """The revision now, the decisions that changed after an older one, by id, and the state of the refit."""
         revision, rows = self.store.since(since)
         return {"revision": revision, "decisions": self._by_id(rows), "refit": self.refit.status}
+
+    def verdict(self) -> dict[str, Any]:
+        """What follows from the decisions so far, by the scores of the screening, and which answers would say most.
+
+        Returns:
+            The revision that it is of; facts, pairs of a name and a text; a warning or None; `kept`, 0 or 1 for each
+            image; and `ask`, the ids that say most first: in turn the highest-ranked undecided image and the one whose
+            probability of a defect is nearest to one half.
+        """
+        revision, choices = self._choices()
+        with self._verdict_lock:
+            if self._verdict.get("revision") != revision:
+                self._verdict = {"revision": revision, **self._judge(choices)}
+            return self._verdict
+
+    def _judge(self, choices: Mapping[str, str]) -> dict[str, Any]:
+        decided, known = self._reviewed(choices), self.screening.known(choices)
+        estimate, facts = decided.contamination, []
+        judged = Judged.of(decided)
+        effect = 1.0 if estimate is None else estimate.evidence.get(EFFECT, 1.0)
+        made = Calibration.of_unlabelled(judged.scores, judged.ordinary, effect, decided.is_kept, known)
+        if estimate is not None and estimate.interval is not None:
+            facts.append(("Defective", estimate.text))
+        if (threshold := made.threshold()) is not None:
+            facts.append(("Threshold", f"{number(threshold.value)}: {threshold.promise}"))
+        undecided = [p for p in np.argsort(-decided.consensus, kind="stable").tolist() if known[p] == UNKNOWN]
+        doubtful = sorted(undecided, key=lambda p: abs(float(decided.probability[p]) - 0.5))
+        in_turn = dict.fromkeys(p for pair in zip(undecided, doubtful, strict=True) for p in pair)
+        return {
+            "facts": facts,
+            "warning": made.warning,
+            "kept": decided.is_kept.astype(int).tolist(),
+            "ask": [int(decided.ids[p]) for p in in_turn],
+        }
 
     def decide(self, changes: list[Any]) -> dict[str, Any]:
         """Write decisions; see `DecisionStore.write`.
@@ -205,6 +252,7 @@ class Review:
             "held_out": [number(v) for v in s.held_out_scores.tolist()],
             "votes": votes.tolist(),
             "kept": s.is_kept.astype(int).tolist(),
+            "probability": [round(v, 3) for v in s.probability.tolist()],
             "peak_positions": [] if s.patch_maps is None else [peak_position(patch_map) for patch_map in s.patch_maps],
             "voters": voters,
             "has_maps": s.patch_maps is not None,

@@ -22,7 +22,7 @@ EFFECT = "design_effect"  # its name among the evidence
 TAIL = 0.05  # share of images whose scores count as the tail
 LOW_END = 0.25  # share of the images by which the correlation within groups is told
 DILATION_GRID = 8  # a rejected patch takes its eight neighbours along, unless the grid is so coarse that these are much
-SUSPECT = 0.5  # probability of a defect above which an image is set aside, where defects are in evidence
+SUSPECT = 0.8  # probability of a defect above which an image is set aside, so that few good ones are
 ORDINARY_PATCHES = 1.0  # robust deviations up to which patches of such an image are ordinary
 
 
@@ -164,7 +164,7 @@ def choose(
 
     On a clean set the patches that lie farthest from all others are rare good ones, and leaving out even the few of
     its most unusual images costs more than can be won. So everything stays unless defects are in evidence: the 90 %
-    interval of their share excludes none. Then images that are more probably defective than not are set aside, and the
+    interval of their share excludes none. Then images that are very probably defective are set aside, and the
     patches of `rejected_patches` are left out of all images, down to `ORDINARY_PATCHES` in those that are set aside:
     a detector that can leave out patches still learns what is ordinary in these. A defective image is mostly good.
 

@@ -19,9 +19,11 @@ import numpy.typing as npt
 from flawsift.errors import InputError, ParameterError
 from flawsift.files import alone, write_csv
 from flawsift.paths import show
+from flawsift.screening.mixture import DEFECTIVE, GOOD
 
 NAME = "decisions.csv"
 CHOICES = ("keep", "remove", "unsure")
+SAID = {"keep": GOOD, "remove": DEFECTIVE}  # what a decision says of an image
 HEADER = ("path", "decision", "version", "time")
 
 

@@ -15,7 +15,7 @@ from flawsift.detectors.protocols import Evidence
 from flawsift.errors import ParameterError
 from flawsift.paths import show
 from flawsift.screening.consensus import EFFECT, SUSPECT, Contamination, choose, estimate_contamination, keep_lowest
-from flawsift.screening.decisions import apply_decisions
+from flawsift.screening.decisions import SAID, apply_decisions
 from flawsift.screening.mixture import DEFECTIVE, GOOD, UNKNOWN, ordinary_scores
 from flawsift.screening.options import ScreenOptions
 from flawsift.types import Floats, Ids
@@ -156,17 +156,18 @@ class Screening:
 
     @property
     def is_suspect(self) -> npt.NDArray[np.bool_]:
-        """(N,) whether each image is more probably defective than not."""
+        """(N,) whether each image is defective with a probability above `SUSPECT`."""
         suspect: npt.NDArray[np.bool_] = self.probability > SUSPECT
         return suspect
 
     @property
     def is_partly_learned(self) -> npt.NDArray[np.bool_]:
-        """(N,) whether an image was set aside, and stage 2 learns its patches that are not rejected, if it can."""
+        """(N,) whether stage 1 set an image aside, and stage 2 learns its patches that are not rejected, if it can."""
         if self.rejected is None or self.contamination is None:
             return np.zeros(len(self.ids), np.bool_)
         some = self.rejected.any((1, 2)) & ~self.rejected.all((1, 2))
-        learned: npt.NDArray[np.bool_] = self.is_suspect & ~self.is_kept & some
+        by_hand = np.isin(self.ids, self.removed_by_hand)  # who removes an image removes all of it
+        learned: npt.NDArray[np.bool_] = self.is_suspect & ~self.is_kept & ~by_hand & some
         return learned
 
     @property
@@ -207,6 +208,19 @@ class Screening:
             return keep_lowest(self.ids, self.consensus, self.keep_share)
         return self.ids[~(self.is_suspect & self.contamination.is_evident)]
 
+    def known(self, choices: Mapping[str, str]) -> npt.NDArray[np.int64]:
+        """(N,) `GOOD`, `DEFECTIVE` or `UNKNOWN`: what a person said, by decisions or in the table.
+
+        Args:
+            choices: {relative path as shown: "keep", "remove" or "unsure"}.
+        """
+        removed = np.isin(self.ids, self.removed_by_hand)
+        # a suspect that is kept in the table was put back there
+        back = self.is_kept & ~np.isin(self.ids, self.kept_by_itself)
+        edited = np.select([removed, back], [DEFECTIVE, GOOD], UNKNOWN)
+        said = np.array([SAID.get(choices.get(show(name), ""), UNKNOWN) for name in self.names], np.int64)
+        return np.where(said == UNKNOWN, edited, said)
+
     def with_decisions(self, choices: Mapping[str, str]) -> tuple[Self, dict[str, int]]:
         """The same once a person has decided, and how many decisions of each kind there were.
 
@@ -220,12 +234,9 @@ class Screening:
             InputError: None of the decisions is about one of these images, or no image is left.
         """
         is_kept, counts = apply_decisions(self.names, self.is_kept, choices)
-        said = np.array([choices.get(show(name), "") for name in self.names])
-        gone = ((said == "remove") | np.isin(self.ids, self.removed_by_hand)) & ~is_kept
-        # a suspect that is kept in the table was put back there
-        stays = (said == "keep") | (is_kept & ~np.isin(self.ids, self.kept_by_itself))
-        known = np.select([gone, stays], [DEFECTIVE, GOOD], UNKNOWN)
-        now = replace(self, kept=self.ids[is_kept], removed_by_hand=self.ids[gone])
+        known = self.known(choices)
+        stays = known == GOOD
+        now = replace(self, kept=self.ids[is_kept], removed_by_hand=self.ids[known == DEFECTIVE])
         if self.contamination is None:
             rejected = None if self.rejected is None else self.rejected & (is_kept & ~stays)[:, None, None]
             return replace(now, rejected=rejected), counts
@@ -235,7 +246,7 @@ class Screening:
         ordinary, effect = None if maps is None else ordinary_scores(maps), self.contamination.evidence.get(EFFECT, 1.0)
         estimate, probability = estimate_contamination(self.consensus, ordinary, effect, known)
         kept, rejected = choose(probability, maps, self.options.reject_patches or 0.0, estimate)
-        is_kept = (kept | (known == GOOD)) & (known != DEFECTIVE)
+        is_kept = (kept | stays) & (known != DEFECTIVE)
         if rejected is not None:
             rejected = rejected & ~stays[:, None, None]
         decided = replace(

@@ -8,7 +8,7 @@
   const FAST = 3; // pixels per millisecond of scrolling; above, pictures wait until it ends
   const REST = 90; // milliseconds without scrolling, after which they are loaded
   const POLL = 2500; // milliseconds between two looks at what other tabs decided
-  const BORDER = 12; // images on each side of the cut that count as borderline
+  const BORDERLINE = 24; // images whose probability of a defect is nearest to one half
   const MAX_UNDO = 500;
   const READING = 8000; // milliseconds that a message stays, however fast the next decisions are saved
 
@@ -26,6 +26,7 @@
   const decisions = new Map(); // id -> choice, as shown: what was just decided may still be on its way
   const known = new Map(); // id -> [choice, version] as the server sent it last
   let revision = -1;
+  let doubt = []; // by position: how many images are more doubtful
   let view = []; // positions that are shown, in order
   let current = 0; // index into the view
   let anchor = 0; // the other end of a selection
@@ -36,6 +37,8 @@
   let waiting = []; // steps on their way, the oldest first
   let queue = Promise.resolve();
   let alikeFor = null;
+  let asked = new Map(); // id -> how soon its answer is wanted
+  let nowKept = null; // by position: what is kept with the decisions, those that follow from them included
 
   // ---- requests -----------------------------------------------------------------------------------------------------
 
@@ -84,7 +87,7 @@
         const changes = await request(`decisions?since=${revision}`);
         if (!waiting.length) {
           takeChanges(changes);
-          if (Object.keys(changes.decisions).length) refresh();
+          if (Object.keys(changes.decisions).length) { refresh(); showVerdict(); }
         }
         if ($("alert").dataset.kind === "lost") { $("alert").dataset.kind = ""; showAlert(""); }
       } catch (error) {
@@ -100,7 +103,7 @@
   const choiceOf = (id) => decisions.get(id) || "";
   const stateOf = (p) => {
     const choice = choiceOf(data.ids[p]);
-    return choice === "keep" ? 1 : choice === "remove" ? 0 : data.kept[p];
+    return choice === "keep" ? 1 : choice === "remove" ? 0 : (nowKept || data.kept)[p];
   };
 
   function decide(wanted, { undoing = false } = {}) {
@@ -143,6 +146,40 @@
       status = "Not saved";
     }
     $("saved").textContent = waiting.length ? "Saving…" : status;
+    refresh();
+    if (!waiting.length) showVerdict();
+  }
+
+  // What follows from the decisions: asked for once the last of them is saved, one request at a time.
+  let judging = false;
+  let judgedAt = -1;
+  async function showVerdict() {
+    if (judging) return;
+    judging = true;
+    try {
+      const verdict = await request("verdict");
+      if (verdict.revision !== judgedAt) takeVerdict(verdict);
+    } catch { /* the poll tells that the server is gone */ }
+    judging = false;
+  }
+
+  function takeVerdict(verdict) {
+    const before = new Map([...$("verdict-facts").children].map((row) => [row.dataset.name, row.dataset.value]));
+    judgedAt = verdict.revision;
+    asked = new Map(verdict.ask.map((id, n) => [id, n]));
+    nowKept = verdict.kept;
+    $("verdict").hidden = !verdict.facts.length;
+    $("verdict-warning").hidden = !verdict.warning;
+    $("verdict-warning").textContent = verdict.warning || "";
+    $("verdict-facts").replaceChildren(...verdict.facts.map(([name, value]) => {
+      const row = make("div");
+      row.dataset.name = name;
+      row.dataset.value = value;
+      const shown = make("dd", "", value);
+      if (before.has(name) && before.get(name) !== value) shown.append(" ", make("del", "small", before.get(name)));
+      row.append(make("dt", "", name), shown);
+      return row;
+    }));
     refresh();
   }
 
@@ -195,13 +232,12 @@
   // ---- what is shown ------------------------------------------------------------------------------------------------
 
   function filterOf(name) {
-    const nRemoved = data.kept.filter((k) => !k).length;
     return {
       all: () => true,
       suspects: (p) => !data.kept[p],
       kept: (p) => data.kept[p],
       todo: (p) => !data.kept[p] && !choiceOf(data.ids[p]),
-      borderline: (p) => nRemoved > 0 && Math.abs(data.rank[p] - nRemoved - 0.5) < BORDER,
+      borderline: (p) => doubt[p] < BORDERLINE,
       decided: (p) => choiceOf(data.ids[p]),
       keep: (p) => choiceOf(data.ids[p]) === "keep",
       remove: (p) => choiceOf(data.ids[p]) === "remove",
@@ -209,8 +245,10 @@
       changed: (p) => stateOf(p) !== data.kept[p],
     }[name];
   }
+  const askedAt = (p) => (asked.has(data.ids[p]) ? asked.get(data.ids[p]) : Infinity);
   const ORDERS = {
     rank: (a, b) => data.rank[a] - data.rank[b],
+    ask: (a, b) => (askedAt(a) === askedAt(b) ? data.rank[a] - data.rank[b] : askedAt(a) - askedAt(b)),
     ordinary: (a, b) => data.rank[b] - data.rank[a],
     votes: (a, b) => data.votes[a] - data.votes[b] || data.rank[a] - data.rank[b],
     name: (a, b) => (data.names[a] < data.names[b] ? -1 : 1),
@@ -376,8 +414,8 @@
     if ($("single").open) showState();
     const kept = data.ids.filter((_, p) => stateOf(p)).length;
     const byHand = (wanted) => [...decisions].filter(([id, choice]) => choice === wanted && at.has(id)).length;
-    $("refit-plan").textContent = `Train on ${count(kept, "image")} of ${data.ids.length.toLocaleString("en")}: what the screening `
-      + `kept, with ${byHand("keep").toLocaleString("en")} kept and ${byHand("remove").toLocaleString("en")} removed by hand.`;
+    $("refit-plan").textContent = `${count(kept, "image")} of ${data.ids.length.toLocaleString("en")} count as good: what `
+      + `follows from the screening, with ${byHand("keep").toLocaleString("en")} kept and ${byHand("remove").toLocaleString("en")} removed by hand.`;
   }
 
   // ---- the large view -----------------------------------------------------------------------------------------------
@@ -407,6 +445,7 @@
     const facts = [
       ["Rank", `${data.rank[p].toLocaleString("en")} of ${data.ids.length.toLocaleString("en")}`],
       ["Consensus", data.consensus[p]],
+      ["Probably defective", `${Math.round(100 * data.probability[p])} %`],
       ["Held-out score", data.held_out[p]],
       ...(data.voters ? [["Sub-models agreeing", `${data.votes[p]} of ${data.voters}`]] : []),
     ];
@@ -576,6 +615,9 @@
       return;
     }
     at = new Map(data.ids.map((id, p) => [id, p]));
+    const doubtful = data.ids.map((_, p) => p).sort((a, b) =>
+      Math.abs(data.probability[a] - 0.5) - Math.abs(data.probability[b] - 0.5) || data.rank[a] - data.rank[b]);
+    doubtful.forEach((p, n) => { doubt[p] = n; });
     try { undoStack = JSON.parse(sessionStorage.getItem(undoKey)) || []; } catch { undoStack = []; }
     store();
     takeChanges(data);
@@ -619,6 +661,7 @@
     addEventListener("scroll", onScroll, { passive: true });
     addEventListener("resize", () => requestAnimationFrame(layOut));
     document.body.dataset.ready = "yes";
+    showVerdict();
     setTimeout(poll, POLL);
   }
   start();
