@@ -7,7 +7,7 @@ import pytest
 
 from flawsift.data.images import ImageSet
 from flawsift.reports.wording import contamination_text, headline, selection_text
-from flawsift.screening.consensus import Contamination
+from flawsift.screening.consensus import SUSPECT, Contamination
 from tests.reports.material import ESTIMATE, N, make_screening, noise
 
 MIXTURE = "mixture of two laws"
@@ -57,7 +57,7 @@ def test_what_is_learned_of_images_that_were_set_aside(images: ImageSet, partly:
     probability = np.where(np.arange(N) < 5, 0.9, 0.1)
     screening = make_screening(images, probability=probability, kept=images.ids[5:], rejected=rejected)
     text = selection_text(screening)
-    assert "Images that are more probably defective than not were set aside." in text
+    assert f"Images that are defective with a probability above {100 * SUSPECT:.0f}% were set aside." in text
     assert ("is trained on the most ordinary patches only" in text) == partly
     by_hand = selection_text(replace(screening, contamination=None))
     assert by_hand.endswith("left out by detectors that leave out patches. Quorum, the default, is trained on all.")

@@ -323,7 +323,6 @@ def test_views_that_score_alike_are_weaker_evidence() -> None:
             assert estimate.evidence["design_effect"] == effect
             found.append(estimate.is_evident)
     unaware, aware = np.reshape(found, (20, 2)).mean(0)
-    print(unaware, aware)
     assert aware <= 0.05 < unaware
 
 
