@@ -205,8 +205,10 @@ class Review:
         if (threshold := made.threshold()) is not None:
             facts.append(("Threshold", f"{number(threshold.value)}: {threshold.promise}"))
         undecided = [p for p in np.argsort(-decided.consensus, kind="stable").tolist() if known[p] == UNKNOWN]
-        doubtful = sorted(undecided, key=lambda p: abs(float(decided.probability[p]) - 0.5))
-        in_turn = dict.fromkeys(p for pair in zip(undecided, doubtful, strict=True) for p in pair)
+        # an image of the lower half is hardly defective, however much it stands out among those of its kind
+        upper, lower = undecided[: len(decided.ids) // 2], undecided[len(decided.ids) // 2 :]
+        doubtful = sorted(upper, key=lambda p: abs(float(decided.probability[p]) - 0.5))
+        in_turn = dict.fromkeys([*(p for pair in zip(upper, doubtful, strict=True) for p in pair), *lower])
         return {
             "facts": facts,
             "warning": made.warning,

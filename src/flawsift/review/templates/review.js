@@ -616,7 +616,8 @@
     }
     at = new Map(data.ids.map((id, p) => [id, p]));
     const doubtful = data.ids.map((_, p) => p).sort((a, b) =>
-      Math.abs(data.probability[a] - 0.5) - Math.abs(data.probability[b] - 0.5) || data.rank[a] - data.rank[b]);
+      (data.rank[a] > data.ids.length / 2) - (data.rank[b] > data.ids.length / 2)
+      || Math.abs(data.probability[a] - 0.5) - Math.abs(data.probability[b] - 0.5) || data.rank[a] - data.rank[b]);
     doubtful.forEach((p, n) => { doubt[p] = n; });
     try { undoStack = JSON.parse(sessionStorage.getItem(undoKey)) || []; } catch { undoStack = []; }
     store();
