@@ -88,6 +88,8 @@ class Screening:
         evidence: The worst patch of each image and the nearest patches of other images, which the pages show beside it;
             None where stage 1 does not look for them, as sub-models do not.
         removed_by_hand: Ids that a person removed, by a decision or in the table, whatever stage 1 says of them.
+        kept_by_hand: Ids that a person keeps by a decision. Once they count as good they are no suspects any more, so
+            that nothing else tells it.
     """
 
     ids: Ids
@@ -109,6 +111,7 @@ class Screening:
     images: ImageSet | None = None
     evidence: Evidence | None = None
     removed_by_hand: Ids = field(default_factory=lambda: np.empty(0, np.int64))
+    kept_by_hand: Ids = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __repr__(self) -> str:
         counts = [f"{len(self.ids)} images", f"{len(self.removed)} set aside", f"{len(self.kept)} kept"]
@@ -216,7 +219,7 @@ class Screening:
         """
         removed = np.isin(self.ids, self.removed_by_hand)
         # a suspect that is kept in the table was put back there
-        back = self.is_kept & ~np.isin(self.ids, self.kept_by_itself)
+        back = np.isin(self.ids, self.kept_by_hand) | (self.is_kept & ~np.isin(self.ids, self.kept_by_itself))
         edited = np.select([removed, back], [DEFECTIVE, GOOD], UNKNOWN)
         said = np.array([SAID.get(choices.get(show(name), ""), UNKNOWN) for name in self.names], np.int64)
         return np.where(said == UNKNOWN, edited, said)
@@ -236,7 +239,8 @@ class Screening:
         is_kept, counts = apply_decisions(self.names, self.is_kept, choices)
         known = self.known(choices)
         stays = known == GOOD
-        now = replace(self, kept=self.ids[is_kept], removed_by_hand=self.ids[known == DEFECTIVE])
+        by_hand = {"removed_by_hand": self.ids[known == DEFECTIVE], "kept_by_hand": self.ids[stays]}
+        now = replace(self, kept=self.ids[is_kept], **by_hand)
         if self.contamination is None:
             rejected = None if self.rejected is None else self.rejected & (is_kept & ~stays)[:, None, None]
             return replace(now, rejected=rejected), counts

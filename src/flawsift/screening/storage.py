@@ -98,7 +98,7 @@ def _table(screening: Screening) -> tuple[list[str], list[list[object]]]:
         if sub is not None:
             row += [";".join(map(str, sub.subset_of[:, p])), *(f"{s:.7g}" for s in sub.score_matrix[:, p])]
         row += [f"{screening.held_out_scores[p]:.9g}", "" if spread is None else f"{spread[p]:.9g}"]
-        row += [f"{screening.consensus[p]:.9g}", f"{screening.probability[p]:.4g}"]
+        row += [f"{screening.consensus[p]:.9g}", f"{screening.probability[p]:.9g}"]
         rows.append([*row, int(kept), ""])
     blank = [""] * (len(columns) + 4)
     rows += [["", name, *blank, 0, reason] for name, reason in screening.unreadable.items()]
@@ -238,9 +238,10 @@ def matched(screening: Screening, images: ImageSet) -> Screening:
     evidence = screening.evidence
     if evidence is not None:
         evidence = evidence.renamed(dict(zip(screening.ids.tolist(), ids.tolist(), strict=True)))
-    by_hand = ids[np.isin(screening.ids, screening.removed_by_hand)]
+    removed, back = (ids[np.isin(screening.ids, s)] for s in (screening.removed_by_hand, screening.kept_by_hand))
     kept = ids[screening.is_kept]
-    return replace(screening, ids=ids, kept=kept, images=shown, evidence=evidence, removed_by_hand=by_hand)
+    by_hand = {"removed_by_hand": removed, "kept_by_hand": back}
+    return replace(screening, ids=ids, kept=kept, images=shown, evidence=evidence, **by_hand)
 
 
 def screening_folder(folder: str | Path) -> Path:
