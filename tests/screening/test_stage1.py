@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from flawsift.executors import Run
 from flawsift.features.readers import MemoryFeatures
 from flawsift.screening.consensus import (
     TAIL,
+    Contamination,
     choose,
     combine,
     design_effect,
@@ -88,6 +90,12 @@ def id_set(ids: Any, groups: Mapping[int, str] | None = None) -> ImageSet:
     return ImageSet(images.ids, images.source, groups or {}, reader)
 
 
+# bookkeeping does not ask how many images are defective, and an estimate takes longer than all the rest
+not_estimated = patch(
+    "flawsift.screening.stage1.estimate_contamination",
+    lambda consensus, *_: (Contamination(0.0, "none: not asked for", {}), np.zeros(len(consensus))),
+)
+
 subsets = st.integers(2, 7)
 seeds = st.integers(0, 2**31)
 
@@ -102,6 +110,7 @@ def id_lists(draw: st.DrawFn) -> list[int]:
 
 @settings(deadline=None, max_examples=60)
 @given(ids=id_lists(), k=subsets, seed=seeds, keep=st.floats(0.05, 1), own=st.booleans())
+@not_estimated
 def test_an_oracle_is_obeyed(ids: list[int], k: int, seed: int, keep: float, own: bool) -> None:
     oracle = Oracle()
     result = screen(
@@ -120,6 +129,7 @@ def test_an_oracle_is_obeyed(ids: list[int], k: int, seed: int, keep: float, own
 
 @settings(deadline=None, max_examples=40)
 @given(ids=id_lists(), k=subsets, seed=seeds)
+@not_estimated
 def test_subsets_partition_and_train_on_their_own(ids: list[int], k: int, seed: int) -> None:
     watched = watching()
     result = screen(id_set(ids), watched, ScreenOptions(n_subsets=k, keep=0.5), Run(seed=seed))
@@ -133,6 +143,7 @@ def test_subsets_partition_and_train_on_their_own(ids: list[int], k: int, seed: 
 
 @settings(deadline=None, max_examples=40)
 @given(ids=id_lists(), k=subsets, seed=seeds, offset=st.integers(1, 10**6))
+@not_estimated
 def test_relabelled_ids_relabel_the_result(ids: list[int], k: int, seed: int, offset: int) -> None:
     moved = [i + offset for i in ids]
     first = screen(id_set(ids), Oracle(modulus=1), ScreenOptions(n_subsets=k, keep=0.4), Run(seed=seed))
@@ -238,8 +249,9 @@ def test_divergence_on_scores_by_hand() -> None:
 
 
 def test_a_clean_set_is_no_evidence_of_defects() -> None:
-    estimates = [estimate_contamination(np.random.default_rng(s).gumbel(10, 2, 300))[0] for s in range(20)]
-    assert sum(e.is_evident for e in estimates) <= 1
+    sets = [np.exp(0.2 * np.random.default_rng(seed).gumbel(size=300)) for seed in range(10)]
+    estimates = [estimate_contamination(scores)[0] for scores in sets]
+    assert not any(e.is_evident for e in estimates)
     assert np.mean([e.alpha_hat for e in estimates]) < 0.03
 
 
@@ -316,14 +328,16 @@ def test_odd_objects_are_not_asked_for_the_design_effect() -> None:
 def test_views_that_score_alike_are_weaker_evidence() -> None:
     members = list(np.arange(200).reshape(40, 5))
     found = []
-    for seed in range(20):
-        clean = -np.log(-np.log(norm.cdf(views(40, 5, 0.8, np.random.default_rng(seed)))))  # Gumbel, correlated
-        for effect in (1.0, design_effect(clean, members)):
-            estimate, _ = estimate_contamination(np.exp(0.3 * clean), effect=effect)
+    for seed in range(5):
+        scores = -np.log(-np.log(norm.cdf(views(40, 5, 0.8, np.random.default_rng(seed)))))  # Gumbel, correlated
+        scores[:20] += 7
+        for effect in (1.0, design_effect(scores, members)):
+            estimate, _ = estimate_contamination(np.exp(0.3 * scores), effect=effect)
             assert estimate.evidence["design_effect"] == effect
-            found.append(estimate.is_evident)
-    unaware, aware = np.reshape(found, (20, 2)).mean(0)
-    assert aware <= 0.05 < unaware
+            assert estimate.interval is not None
+            found.append(np.ptp(estimate.interval))
+    unaware, aware = np.reshape(found, (5, 2)).mean(0)
+    assert aware > 1.3 * unaware
 
 
 def test_the_design_effect_does_not_grow_with_the_defects() -> None:
