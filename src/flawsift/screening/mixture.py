@@ -129,7 +129,7 @@ class Mixture:
             return np.full((3, len(z)), np.nan)
         ends = ends or [expected / total]
         result: Floats = np.stack([expected / total, np.min(ends, axis=0), np.max(ends, axis=0)])
-        return result
+        return np.clip(result, 0, 1)  # rounding apart
 
     def _value(self, scores: Floats) -> Floats:
         return np.log(np.maximum(scores, 1e-300)) if self.logarithmic else scores
@@ -194,9 +194,10 @@ def fit_mixture(
     prior[0] = IS_CLEAN
     posterior = prior * np.exp(np.array(values) - max(values))
     posterior /= posterior.sum()
-    good = np.array([1 - _defective(theta, share, z, b, known) for share, theta in zip(SHARES, fitted, strict=True)])
+    bad = np.array([_defective(theta, share, z, b, known) for share, theta in zip(SHARES, fitted, strict=True)])
+    probability = np.clip(posterior @ bad, 0, 1)  # rounding apart
     return Mixture(
-        posterior, 1 - posterior @ good, np.array(fitted), b, good, center, unit, logarithmic, n / design_effect
+        posterior, probability, np.array(fitted), b, 1 - bad, center, unit, logarithmic, n / design_effect
     )
 
 
@@ -228,8 +229,12 @@ def _densities(theta: Floats, z: Floats, b: Floats) -> tuple[Floats, Floats, Flo
 
 
 def _defective(theta: Floats, share: float, z: Floats, b: Floats, known: npt.NDArray[np.int64]) -> Floats:
-    """(N,) probability that each image is defective."""
-    _, _, good, bad = _densities(theta, z, b)
+    """(N,) probability that each image is defective.
+
+    Below the location of good images it is that at the location: there the normal law has more than the Gumbel law, and
+    an image that scores lower than all others, such as one of which there is a copy, is not defective for it.
+    """
+    _, _, good, bad = _densities(theta, np.maximum(z, _law(theta, b)[0]), b)
     odds = np.log1p(-share) + good - (np.log(share) + bad) if share > 0 else np.full(len(z), np.inf)
     return np.select([known == GOOD, known == DEFECTIVE], [0.0, 1.0], 1 / (1 + np.exp(np.clip(odds, -500, 500))))
 
