@@ -25,6 +25,7 @@ from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.models import model as models
 from flawsift.screening.options import FINAL, ScreenOptions
+from flawsift.screening.stage1 import resolve_screener
 from flawsift.screening.stage1 import screen as screen_features
 from flawsift.screening.storage import load_screening, matched, save_screening
 from flawsift.testing import SIZE
@@ -201,15 +202,15 @@ def test_another_detector_screens_and_the_threshold_is_the_final_ones_own(
 
 def test_the_screener_reads_the_layers_of_the_detector_where_its_own_are_missing(tiny: Backbone) -> None:
     final = make_detector("padim", layers=("stride4", "stride8"), seed=3)
-    assert pipeline.resolve_screener("own", final, tiny, 3) is final
-    assert pipeline.resolve_screener("padim", final, tiny, 3) is final
-    assert pipeline.resolve_screener("patchcore", final, tiny, 3).layers == make_detector("patchcore").layers
-    assert pipeline.resolve_screener("patchcore", final, tiny, 3).seed == 3
+    assert resolve_screener("own", final, tiny, 3) is final
+    assert resolve_screener("padim", final, tiny, 3) is final
+    assert resolve_screener("patchcore", final, tiny, 3).layers == make_detector("patchcore").layers
+    assert resolve_screener("patchcore", final, tiny, 3).seed == 3
     shallow = copy.copy(tiny)
     shallow.layers = tiny.layers[:2]
-    assert pipeline.resolve_screener("patchcore", final, shallow, 3).layers == ("stride4", "stride8")
+    assert resolve_screener("patchcore", final, shallow, 3).layers == ("stride4", "stride8")
     with pytest.raises(ParameterError, match="patchcore"):
-        pipeline.resolve_screener("patchcor", final, tiny, 3)
+        resolve_screener("patchcor", final, tiny, 3)
 
 
 def test_a_screening_of_other_images_is_told(

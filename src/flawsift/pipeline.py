@@ -17,7 +17,7 @@ from flawsift.data.inputs import Images, as_images
 from flawsift.detectors.base import Detector, make_detector
 from flawsift.detectors.parts.training import Watch
 from flawsift.detectors.protocols import Additive
-from flawsift.errors import InputError, ParameterError, unknown_name
+from flawsift.errors import InputError, unknown_name
 from flawsift.executors import Executor, Run
 from flawsift.features.backbones import Backbone, fitting_size, load_backbone
 from flawsift.features.extraction import attach
@@ -34,8 +34,8 @@ from flawsift.screening.decisions import checked_decisions, read_decisions
 from flawsift.screening.lookalikes import describe_images
 from flawsift.screening.options import FINAL, OWN, ScreenOptions
 from flawsift.screening.result import Screening
-from flawsift.screening.stage1 import ranker_of, screen_and_fit
-from flawsift.screening.storage import ROOT, images_of, load_screening, save_screening
+from flawsift.screening.stage1 import ranker_of, resolve_screener, screen_and_fit
+from flawsift.screening.storage import ROOT, grouped, images_of, load_screening, save_screening
 
 
 class Resources(TypedDict, total=False):
@@ -144,7 +144,8 @@ def fit(
         detector: Of stage 2: a registry name or an unfitted detector.
         backbone: A name for `load_backbone`, of a size that fits the images (`fitting_size`), or a backbone.
         screening: Instead of a new stage 1: what `screen` returned, or the folder that it wrote, its `kept` column
-            perhaps edited. Any detector and backbone may have made it.
+            perhaps edited. Any detector and backbone may have made it. Images that come without groups are in its
+            groups; with some of their own, these are used, and a difference is told (`groups_note`).
         no_screen: Train on everything but what `decisions` remove.
         options: Of stage 1, or the name of a preset; see `models.plan.options_for`.
         decisions: What a person decided, from `flawsift review`: a CSV file with the columns path and decision, or
@@ -177,7 +178,8 @@ def fit(
     )
     with as_progress(resources.get("progress")) as tell:
         stage1 = asked.options if asked.is_new else None
-        job = _prepare(images, detector, backbone, stage1, {**resources, "progress": tell})
+        given, asked = _grouped(as_images(images), asked)
+        job = _prepare(given, detector, backbone, stage1, {**resources, "progress": tell})
         return _both_stages(job, asked)
 
 
@@ -208,11 +210,19 @@ class _Asked:
     false_alarm_rate: float
     out: Path | None
     started: float
+    groups_note: str | None = None  # the images have other groups than the screening
 
     @property
     def is_new(self) -> bool:
         """Whether stage 1 is still to be made."""
         return self.screening is None and not self.no_screen
+
+
+def _grouped(images: ImageSet, asked: _Asked) -> tuple[ImageSet, _Asked]:
+    if asked.screening is None:
+        return images, asked
+    images, note = grouped(asked.screening, images)
+    return images, replace(asked, groups_note=note)
 
 
 def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
@@ -223,10 +233,13 @@ def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
         stage1, merged = _stage1(job, options_for(job.detector, asked.options), folder, wants_fitted=wants)
     elif stage1 is not None and not asked.saved and out is not None:
         _write_stage1(stage1, _pictures_of(stage1, job), out / "screening")
-    same = stage1 is not None and _same_scores(stage1, job)
+    # held-out scores were made without the other images of a group: of other groups, they are others
+    same = stage1 is not None and asked.groups_note is None and _same_scores(stage1, job)
     plan = plan_training(job.data, job.detector, stage1, choices=asked.choices, same_detector=same)
     record = {
         "n_images": len(job.data) + len(job.unreadable),
+        "n_groups": plan.images.n_groups,
+        **({"groups_note": asked.groups_note} if asked.groups_note else {}),
         "screened": not asked.no_screen,
         "screener": job.screener.name if asked.is_new else None,
         **({"decisions": dict(plan.decisions)} if asked.choices else {}),
@@ -274,26 +287,6 @@ def _prepare(
     data, failed = attach(given, loaded, layers, views=views, store=store, progress=run.progress)
     unreadable = {given.source.name(i): reason for i, reason in sorted(failed.items())}
     return _Job(given, data, made, first, loaded, unreadable, run)
-
-
-def resolve_screener(screener: str, detector: Detector, backbone: Backbone, seed: int) -> Detector:
-    """The detector of stage 1: `detector` itself for "own" and for its own name, else the one named, unfitted.
-
-    Where the backbone has not the layers that the one named would read, such as strides 8 and 16 of a transformer, it
-    reads those of `detector`.
-
-    Raises:
-        ParameterError: There is no such detector.
-    """
-    if screener in (OWN, detector.name):
-        return detector
-    made = make_detector(screener, seed=seed)
-    try:
-        for layer in made.layers:
-            backbone.resolve(layer)
-    except ParameterError:
-        return make_detector(screener, seed=seed, layers=detector.layers)
-    return made
 
 
 def _stage1(
@@ -379,7 +372,8 @@ def _pictures_of(screening: Screening, job: _Job) -> ImageSet:
 
 def _run_folder(root: Path, job: _Job, *settings: Any) -> Path:
     """Where the unfinished work of one run lies, found by everything that can change its result."""
-    key = json.dumps([_provenance(job, job.detector), set_digest(job.data), *settings], sort_keys=True, default=str)
+    made_of = _provenance(job, job.detector), set_digest(job.data), list(job.data.members.values())
+    key = json.dumps([*made_of, *settings], sort_keys=True, default=str)
     return root / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 

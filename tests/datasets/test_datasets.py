@@ -206,7 +206,7 @@ def test_bad_labelled_folders_say_what_was_expected(tmp_path: Path) -> None:
         load_folder(tmp_path / "3" / "normal", masks=tmp_path / "3" / "mask")
     (tmp_path / "2" / "groups.csv").write_text("file,group\n1.png,a\n")
     make(tmp_path / "2", ["normal/1.png"])
-    with pytest.raises(InputError, match=r"names none of the 2 images: it has 1.png, the folder has normal/1.png"):
+    with pytest.raises(InputError, match=r"name none of the 2 images: one of them is 1.png, an image is normal/1.png"):
         load(tmp_path / "2")
 
 
