@@ -22,10 +22,11 @@ from flawsift.executors import Executor, Run
 from flawsift.features.backbones import Backbone, fitting_size, load_backbone
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
-from flawsift.files import ensure_folder
+from flawsift.files import ensure_folder, move_aside
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
 from flawsift.models.model import Model, set_digest, versions
 from flawsift.models.plan import TrainingPlan, held_out_scores_of, options_for, plan_training
+from flawsift.models.provenance import is_made_by, provenance_of
 from flawsift.paths import show
 from flawsift.progress import ProgressOption, as_progress
 from flawsift.reports.pages import REPORT
@@ -35,7 +36,7 @@ from flawsift.screening.lookalikes import describe_images
 from flawsift.screening.options import FINAL, OWN, ScreenOptions
 from flawsift.screening.result import Screening
 from flawsift.screening.stage1 import ranker_of, resolve_screener, screen_and_fit
-from flawsift.screening.storage import ROOT, grouped, images_of, load_screening, save_screening
+from flawsift.screening.storage import CSV, ROOT, grouped, images_of, load_screening, save_screening
 
 
 class Resources(TypedDict, total=False):
@@ -151,7 +152,8 @@ def fit(
         decisions: What a person decided, from `flawsift review`: a CSV file with the columns path and decision, or
             {relative path: decision}. "keep" and "remove" override the screening; "unsure" leaves it.
         false_alarm_rate: The share of good parts that the threshold may stop.
-        out: The model folder; stage 1 is written to `out/screening`, and a page about both to `out/report.html`.
+        out: The model folder; stage 1 is written to `out/screening`, and a page about both to `out/report.html`. What
+            an earlier run left there and this one does not replace is moved to `out/earlier-1`.
         resources: See `Resources`.
 
     Raises:
@@ -168,7 +170,7 @@ def fit(
     Calibration.of([]).threshold(false_alarm_rate)  # a bad rate is told now, not after the work
     asked = _Asked(
         screening=load_screening(screening) if isinstance(screening, str | Path) else screening,
-        saved=isinstance(screening, str | Path),
+        folder=Path(screening) if isinstance(screening, str | Path) else None,
         no_screen=no_screen,
         options=ScreenOptions.of(options),
         choices=_choices(decisions),
@@ -203,7 +205,7 @@ class _Asked:
     """What `fit` was asked for, checked."""
 
     screening: Screening | None
-    saved: bool  # it lies in a folder of its own
+    folder: Path | None  # where it lies, if it is a saved one
     no_screen: bool
     options: ScreenOptions
     choices: Mapping[str, str]
@@ -231,10 +233,10 @@ def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
         folder = None if out is None else out / "screening"
         wants = job.screener is job.detector and isinstance(job.detector, Additive)
         stage1, merged = _stage1(job, options_for(job.detector, asked.options), folder, wants_fitted=wants)
-    elif stage1 is not None and not asked.saved and out is not None:
+    elif stage1 is not None and asked.folder is None and out is not None:
         _write_stage1(stage1, _pictures_of(stage1, job), out / "screening")
     # held-out scores were made without the other images of a group: of other groups, they are others
-    same = stage1 is not None and asked.groups_note is None and _same_scores(stage1, job)
+    same = stage1 is not None and asked.groups_note is None and is_made_by(stage1, job.detector, job.backbone)
     plan = plan_training(job.data, job.detector, stage1, choices=asked.choices, same_detector=same)
     record = {
         "n_images": len(job.data) + len(job.unreadable),
@@ -249,7 +251,19 @@ def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
     if out is not None and stage1 is not None:
         decided, _ = stage1.with_decisions(asked.choices)
         write_fit_report(model, decided, _pictures_of(decided, job), out)
+    if out is not None:
+        _move_stale(out, asked)
     return FitResult(model, stage1, plan, out)
+
+
+def _move_stale(out: Path, asked: _Asked) -> None:
+    """Move what an earlier run left beside the new model, and is not about it, aside: decisions may be in it."""
+    stale, mine = [], out / "screening"
+    if (mine / CSV).exists() and (asked.no_screen or (asked.folder is not None and not mine.samefile(asked.folder))):
+        stale.append(mine)
+    if asked.no_screen and not (out / CSV).exists():  # else the page is about the screening beside it
+        stale.append(out / REPORT)
+    move_aside(stale, out, "is not about the new model")
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,7 +313,7 @@ def _stage1(
         run = replace(run, checkpoint=_run_folder(ensure_folder(out) / ".resume", job, *settings))
     started = time.monotonic()
     ranked, fitted = screen_and_fit(job.data, job.screener, options, run, wants_fitted=wants_fitted)
-    provenance = _provenance(job, job.screener)
+    provenance = provenance_of(job.screener, job.backbone)
     provenance |= {"seconds": round(time.monotonic() - started, 2), "images_digest": set_digest(job.data)}
     if isinstance(job.data.source, FileSource):
         provenance[ROOT] = os.path.abspath(job.data.source.root)
@@ -372,22 +386,6 @@ def _pictures_of(screening: Screening, job: _Job) -> ImageSet:
 
 def _run_folder(root: Path, job: _Job, *settings: Any) -> Path:
     """Where the unfinished work of one run lies, found by everything that can change its result."""
-    made_of = _provenance(job, job.detector), set_digest(job.data), list(job.data.members.values())
+    made_of = provenance_of(job.detector, job.backbone), set_digest(job.data), list(job.data.members.values())
     key = json.dumps([*made_of, *settings], sort_keys=True, default=str)
     return root / hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-def _provenance(job: _Job, detector: Detector) -> dict[str, Any]:
-    backbone = job.backbone
-    return {
-        "detector": {"name": detector.name, "params": detector.params()},
-        "backbone": {"spec": backbone.spec, "key": backbone.key, "weights_digest": backbone.weights_digest},
-        "versions": versions(),
-    }
-
-
-def _same_scores(screening: Screening, job: _Job) -> bool:
-    """Whether the scores of a screening are this detector's: a threshold from another's would be nonsense."""
-    mine = _provenance(job, job.detector)
-    keys = (("detector", "name"), ("detector", "params"), ("backbone", "key"), ("backbone", "weights_digest"))
-    return all(screening.provenance.get(part, {}).get(key) == mine[part][key] for part, key in keys)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from flawsift.data.images import ImageSet
 from flawsift.detectors.protocols import Evidence
 from flawsift.errors import InputError
-from flawsift.files import ensure_folder, write_bytes, write_csv, write_json
+from flawsift.files import ensure_folder, move_aside, write_bytes, write_csv, write_json
 from flawsift.paths import find_name, name_some, show
 from flawsift.screening.consensus import Contamination, keep_lowest
 from flawsift.screening.options import ScreenOptions
@@ -38,7 +38,8 @@ NO = frozenset({"0", "false", "no", ""})
 def save_screening(screening: Screening, folder: str | Path) -> Path:
     """Write screening.csv, screening.json, maps.npy, rejected.npy, descriptions.npy and evidence.npz.
 
-    Each file is whole or absent; what a screening does not have has no file.
+    Each file is whole or absent; what a screening does not have has no file. An earlier table in which a person has
+    edited what is kept is moved aside, not lost.
 
     Arrays have the images in the order of their ids, so that a table which a person has sorted still fits them.
     """
@@ -53,9 +54,25 @@ def save_screening(screening: Screening, folder: str | Path) -> Path:
             np.save(buffer, values[order], allow_pickle=False)
             write_bytes(folder / name, buffer.getvalue())
     _save_evidence(screening.evidence, order, folder / EVIDENCE)
+    if _is_edited(folder):
+        move_aside([folder / CSV], folder, "was edited by hand, and another screening takes its place")
     write_json(folder / JSON, summary_of(screening))
     write_csv(folder / CSV, *_table(screening))
     return folder
+
+
+def _is_edited(folder: Path) -> bool:
+    """Whether there is a table that a person has worked in: it keeps others than stage 1 did, or cannot be read now."""
+    try:
+        rows, content = _read(folder)
+        ids = np.array([int(row["id"]) for row in rows], np.int64)
+        consensus = np.array([float(row["consensus"]) for row in rows])
+        kept = ids[[_truth(row["kept"]) for row in rows]]
+        return not np.array_equal(kept, np.sort(keep_lowest(ids, consensus, content["options"]["keep_share"])))
+    except OSError:  # there is none
+        return False
+    except DAMAGE:
+        return True
 
 
 def summary_of(screening: Screening) -> dict[str, Any]:
