@@ -227,7 +227,8 @@ def test_every_option_of_stage_1_is_an_option_of_the_commands(capsys: pytest.Cap
     assert all(changed[name] != value for name, value in ScreenOptions().as_json().items())
     options = fit_stage(preset=cli.Preset["default"], **changed).options
     assert options.as_json() == {**changed, "keep": 0.7}
-    assert fit_stage().options == ScreenOptions()
+    assert fit_stage().options is None, "nothing was given"
+    assert fit_stage(preset=cli.Preset["default"]).options == ScreenOptions()
     del changed["screener"]  # of `screen` that is --detector
     assert screening_stage(preset=cli.Preset["paper"], **changed).options == ScreenOptions.of(
         "paper", **{**changed, "keep": 0.7}

@@ -260,6 +260,28 @@ def test_decisions_hold_without_a_screening(name: str, tiny: Backbone, easy_fold
     assert model.training["decisions"] == {"keep": 1, "remove": 1, "unsure": 0, "elsewhere": 0}
 
 
+def test_options_of_a_stage_one_that_is_not_made_are_refused(
+    tiny: Backbone,
+    easy_folder: Path,
+    easy: Dataset,
+    store: FeatureStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    screening = pipeline.screen(easy_folder, None, tiny, store=store, out=tmp_path / "s")
+    monkeypatch.setattr(pipeline, "attach", None)  # told before any work
+    options: list[Any] = [ScreenOptions(keep=0.7), ScreenOptions(), "default", "paper"]
+    for given in options:
+        for stage1 in (screening, tmp_path / "s"):
+            with pytest.raises(ParameterError, match="Stage 1 is the screening that is given, so options of stage 1"):
+                pipeline.fit(easy_folder, backbone=tiny, store=store, screening=stage1, options=given)
+        with pytest.raises(ParameterError, match="Without stage 1"):
+            pipeline.fit(easy_folder, backbone=tiny, store=store, no_screen=True, options=given)
+    with pytest.raises(ParameterError, match=r"\(--keep, --subsets\) would not be read"):
+        changed = ScreenOptions(keep=0.7, n_subsets=3)
+        pipeline.fit(easy_folder, backbone=tiny, store=store, no_screen=True, options=changed)
+
+
 def test_no_screen_trains_on_everything_and_still_has_a_threshold(
     tiny: Backbone, easy: Dataset, store: FeatureStore
 ) -> None:

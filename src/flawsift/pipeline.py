@@ -131,7 +131,7 @@ def fit(
     *,
     screening: Screening | str | Path | None = None,
     no_screen: bool = False,
-    options: ScreenOptions | str = "default",
+    options: ScreenOptions | str | None = None,
     decisions: str | Path | Mapping[str, str] | None = None,
     false_alarm_rate: float = DEFAULT_RATE,
     out: str | Path | None = None,
@@ -148,7 +148,7 @@ def fit(
             perhaps edited. Any detector and backbone may have made it. Images that come without groups are in its
             groups; with some of their own, these are used, and a difference is told (`groups_note`).
         no_screen: Train on everything but what `decisions` remove.
-        options: Of stage 1, or the name of a preset; see `models.plan.options_for`.
+        options: Of a new stage 1, or the name of a preset; None takes the default one. See `models.plan.options_for`.
         decisions: What a person decided, from `flawsift review`: a CSV file with the columns path and decision, or
             {relative path: decision}. "keep" and "remove" override the screening; "unsure" leaves it.
         false_alarm_rate: The share of good parts that the threshold may stop.
@@ -158,6 +158,7 @@ def fit(
 
     Raises:
         InputError: As for `screen`, the screening does not fit the images, or the decisions do not.
+        ParameterError: As for `screen`, or options were set and no stage 1 is made.
         OutputError: `out` or the cache cannot be written.
     """
     _check(resources)
@@ -165,6 +166,8 @@ def fit(
         raise TypeError(f"screening must be a Screening or its folder, got {type(screening).__name__}.")
     if screening is not None and no_screen:
         raise InputError("Give either a screening or no_screen, not both.")
+    if options is not None and (no_screen or screening is not None):
+        ScreenOptions.of(options).refuse(no_screen=no_screen)
     if out is not None:
         ensure_folder(out)
     Calibration.of([]).threshold(false_alarm_rate)  # a bad rate is told now, not after the work
@@ -172,7 +175,7 @@ def fit(
         screening=load_screening(screening) if isinstance(screening, str | Path) else screening,
         folder=Path(screening) if isinstance(screening, str | Path) else None,
         no_screen=no_screen,
-        options=ScreenOptions.of(options),
+        options=ScreenOptions.of("default" if options is None else options),
         choices=_choices(decisions),
         false_alarm_rate=false_alarm_rate,
         out=None if out is None else Path(out),

@@ -51,7 +51,7 @@ def screen(
     from flawsift.reports.pages import REPORT
     from flawsift.screening.storage import summary_of
 
-    options, pictures = stage1.options, images_in(images, groups)
+    options, pictures = stage1.options or ScreenOptions(), images_in(images, groups)
     ensure_folder(out)
     with shown_progress() as progress:
         result = pipeline.screen(
