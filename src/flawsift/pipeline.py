@@ -17,9 +17,10 @@ from flawsift.data.inputs import Images, as_images
 from flawsift.detectors.base import Detector, make_detector
 from flawsift.detectors.parts.training import Watch
 from flawsift.detectors.protocols import Additive
-from flawsift.errors import InputError, unknown_name
-from flawsift.executors import Executor, Run
+from flawsift.errors import InputError, ParameterError, unknown_name
+from flawsift.executors import SERIAL, Executor, Run, make_executor
 from flawsift.features.backbones import Backbone, fitting_size, load_backbone
+from flawsift.features.devices import resolve_device
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.files import ensure_folder, move_aside
@@ -46,14 +47,14 @@ class Resources(TypedDict, total=False):
         store: Where features are cached; the default cache unless given.
         seed: Of the partitions, and of detectors given by name.
         device: Where detectors run; "auto" takes a GPU where there is one.
-        executor: Where sub-models run.
+        executor: Where sub-models run, as text too: see `flawsift.executors.make_executor`.
         progress: True for a bar, in a script or a notebook, or a callable that is told.
     """
 
     store: FeatureStore
     seed: int
     device: str
-    executor: Executor
+    executor: Executor | str
     progress: ProgressOption
 
 
@@ -291,8 +292,11 @@ def _prepare(
 ) -> _Job:
     """Images and features for both stages; `stage1` is None where none is to be made."""
     store = resources.get("store") or FeatureStore()
+    if not isinstance(store, FeatureStore):
+        raise ParameterError(f"store must be a FeatureStore, such as FeatureStore(folder), got {store!r}.")
     given_run: dict[str, Any] = {key: value for key, value in resources.items() if key != "store"}
-    run = Run(**given_run)
+    run = Run(**{**given_run, "executor": make_executor(resources.get("executor", SERIAL))})
+    resolve_device(run.device)  # one that is not there is told now, not after the work
     given = as_images(images)
     made = make_detector(detector, seed=run.seed) if isinstance(detector, str) else detector
     loaded = load_backbone(backbone, size=fitting_size(given)) if isinstance(backbone, str) else backbone
