@@ -116,6 +116,8 @@ class FileSource:
         try:
             return self.path(id_).read_bytes()
         except OSError as error:
+            if self.path(id_).is_symlink() and not self.path(id_).exists():
+                raise UnreadableImage("a link to a file that is not there") from error
             raise UnreadableImage(f"cannot be read: {error.strerror or error}") from error
 
 
@@ -251,7 +253,7 @@ class ImageSet:
         ids = range(len(arrays)) if ids is None else ids
         if len(ids) != len(arrays) or len(set(ids)) != len(ids):
             raise InputError(f"ids must be one distinct id per array, got {len(ids)} ids for {len(arrays)} arrays.")
-        given = [np.asarray(array) for array in arrays]
+        given = [np.asanyarray(array) for array in arrays]  # a masked array stays one, and is refused
         for position, array in enumerate(given):
             check_array(array, f"Image {position}")
         source = ArraySource({int(i): array for i, array in zip(ids, given, strict=True)})

@@ -115,8 +115,11 @@ def _from_list(items: Sequence[OneImage], what: str) -> ImageSet:
     files, memory = _sorted_out(items, what, 0)
     if folders := [str(path) for path in files.values() if os.path.isdir(path)]:
         raise InputError(f"{len(folders)} folders are in a list of images: {name_some(folders)}. Give a folder alone.")
-    if missing := [str(path) for path in files.values() if not os.path.isfile(path)]:
-        raise InputError(f"{len(missing)} of {len(items)} images do not exist: {name_some(missing)}. Check the paths.")
+    # a broken link is there: an image that cannot be read, as in a folder
+    if missing := [str(path) for path in files.values() if not os.path.lexists(path)]:
+        pattern = " Give a pattern alone, not in a list." if any(map(glob.has_magic, missing)) else ""
+        listed = name_some(missing)
+        raise InputError(f"{len(missing)} of {len(items)} images do not exist: {listed}. Check the paths.{pattern}")
     if twice := [path for path, n in Counter(files.values()).items() if n > 1]:
         raise InputError(f"{len(twice)} files come more than once: {name_some(map(str, twice))}. Give each once.")
     if not memory:
