@@ -215,6 +215,22 @@ def test_a_saved_screening_takes_no_options(run: Any, easy_folder: Path, tmp_pat
         assert not (tmp_path / "m").exists()
 
 
+def test_evaluate_takes_good_and_bad_folders_and_says_what_else(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    assert run("fit", easy_folder, "--out", tmp_path / "m", *TINY).code == 0
+    for i, picture in enumerate(sorted(easy_folder.glob("*.png"))[30:]):
+        target = tmp_path / "tree" / ("bad" if i >= 10 else "good") / picture.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, target)
+    measured = run("evaluate", tmp_path / "m", tmp_path / "tree", "--out", tmp_path / "e", "--json")
+    assert measured.code == 0, measured.err
+    assert measured.json["image_auroc"] > 0.8
+    plain = run("evaluate", tmp_path / "m", easy_folder, "--out", tmp_path / "e2")
+    assert plain.code == 2
+    assert "has no labels to measure with" in plain.err
+    assert "Expected normal (or good, ok) and defect (or bad, nok)" in plain.err
+    assert "test/good and test/DEFECT_TYPE" in plain.err
+
+
 def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "images"
     for sub in ("a", "b"):

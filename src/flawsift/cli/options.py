@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 
 import typer
 
-from flawsift.errors import ParameterError
+from flawsift.errors import InputError, ParameterError
 from flawsift.screening.options import FINAL, FLAG, HELP, PRESETS, ScreenOptions
 
 if TYPE_CHECKING:
@@ -278,7 +278,15 @@ def images_in(given: Sequence[str], groups: Path | None) -> "ImageSet":
 
 
 def tested_images(data: "Dataset") -> "ImageSet":
-    """The published test images of a set that has some, else all."""
+    """The published test images of a set that has some, else all.
+
+    Raises:
+        InputError: Nothing is known about the images.
+    """
+    from flawsift.datasets.folder import LAYOUTS
+
+    if not len(data.truth):
+        raise InputError(f"'{data.name}' has no labels to measure with: it is a folder of images. {LAYOUTS}.")
     return data.images.select(data.test_ids) if len(data.test_ids) else data.images
 
 
