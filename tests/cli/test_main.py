@@ -206,6 +206,31 @@ def test_groups_file(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     assert all(rows[i]["subset"] == rows[i - i % 5]["subset"] for i in range(50))
 
 
+def test_a_saved_screening_takes_no_options(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    assert run("screen", easy_folder, "--out", tmp_path / "s", *TINY).code == 0
+    for given in (["--keep", 0.7], ["--keep", "auto"], ["--preset", "default"], ["--screener", "padim"]):
+        found = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, "--screening", tmp_path / "s", *given)
+        assert found.code == 2
+        assert "would not be read. Leave them out, or screen the images again" in found.err
+        assert not (tmp_path / "m").exists()
+
+
+def test_evaluate_takes_good_and_bad_folders_and_says_what_else(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    assert run("fit", easy_folder, "--out", tmp_path / "m", *TINY).code == 0
+    for i, picture in enumerate(sorted(easy_folder.glob("*.png"))[30:]):
+        target = tmp_path / "tree" / ("bad" if i >= 10 else "good") / picture.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, target)
+    measured = run("evaluate", tmp_path / "m", tmp_path / "tree", "--out", tmp_path / "e", "--json")
+    assert measured.code == 0, measured.err
+    assert measured.json["image_auroc"] > 0.8
+    plain = run("evaluate", tmp_path / "m", easy_folder, "--out", tmp_path / "e2")
+    assert plain.code == 2
+    assert "has no labels to measure with" in plain.err
+    assert "Expected normal (or good, ok) and defect (or bad, nok)" in plain.err
+    assert "test/good and test/DEFECT_TYPE" in plain.err
+
+
 def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "images"
     for sub in ("a", "b"):
@@ -253,6 +278,10 @@ def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) ->
         (["screen", "{images}"], "Missing option '--out'"),
         (["fit", "{images}", "--out", "{out}", "--false-alarm-rate", "7"], "false_alarm_rate must be in"),
         (["fit", "{images}", "--out", "{out}", "--detector-preset", "paper"], "Unknown preset of quorum"),
+        (["fit", "{images}", "--out", "{out}", "--no-screen", "--keep", "0.7"], "stage 1 (--keep) would not be read"),
+        (["fit", "{images}", "--out", "{out}", "--no-screen", "--keep", "auto"], "of stage 1 would not be read"),
+        (["fit", "{images}", "--out", "{out}", "--no-screen", "--preset", "default"], "stage 1 would not be read"),
+        (["fit", "{images}", "--out", "{out}", "--no-screen", "--include-own"], "(--exclude-own/--include-own) would"),
         (["predict", "{images}", "{images}", "--out", "{out}"], "is not a model folder"),
         (["fit", "{images}", "--out", "{out}", "--decisions", "{missing}"], "cannot be read"),
         (["review", "{empty}", "--no-browser"], "holds no screening"),

@@ -100,7 +100,9 @@ def _as_json(one: "ImagePrediction") -> dict[str, object]:
 @takes_groups
 def evaluate(
     model: ModelChoice,
-    dataset: Annotated[str, typer.Argument(help="MVTec-style tree, or a named data set.", show_default=False)],
+    dataset: Annotated[
+        str, typer.Argument(help="MVTec-style tree, folder with good and bad, or named set.", show_default=False)
+    ],
     out: Out,
     device: Device = "auto",
     as_json: AsJson = False,

@@ -24,6 +24,7 @@ from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.parts.maps import to_image_grid
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import ModelError, NotFittedError, ParameterError, unknown_name
+from flawsift.features.devices import resolve_device
 from flawsift.files import content_digest, write_bytes, write_json
 from flawsift.types import Ids
 
@@ -383,16 +384,3 @@ def make_detector(name: str, preset: str | None = None, **params: Any) -> Detect
         if key not in known:
             raise ParameterError(unknown_name(f"parameter of {cls.__name__}", key, known))
     return cls(**{**(cls.presets[preset] if preset else {}), **params})
-
-
-def resolve_device(device: str) -> str:
-    """The device behind "auto": a GPU where there is one.
-
-    Raises:
-        ParameterError: A GPU is asked for and there is none.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ParameterError(f"device '{device}' was asked for, but torch sees no GPU. Use 'auto' or 'cpu'.")
-    return device

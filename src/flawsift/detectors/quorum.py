@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.groups import GroupNeighbors
 from flawsift.detectors.parts.maps import embed_batch
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.detectors.protocols import Evidence, HeldOut
 from flawsift.errors import InputError, NotFittedError
+from flawsift.features.devices import resolve_device
 
 AUTO: Literal["auto"] = "auto"
 FEWEST, MOST = 2, 16  # groups that are asked for by "auto": one alone is no quorum, more than 16 gained on no set

@@ -87,6 +87,7 @@ class Screening:
         images: The images, for pictures in a notebook, or None.
         evidence: The worst patch of each image and the nearest patches of other images, which the pages show beside it;
             None where stage 1 does not look for them, as sub-models do not.
+        groups: {id: group name} of the images that belong together, as they were given; see `ImageSet.groups`.
         removed_by_hand: Ids that a person removed, by a decision or in the table, whatever stage 1 says of them.
     """
 
@@ -108,6 +109,7 @@ class Screening:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     images: ImageSet | None = None
     evidence: Evidence | None = None
+    groups: Mapping[int, str] = field(default_factory=dict)
     removed_by_hand: Ids = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __repr__(self) -> str:
@@ -141,6 +143,12 @@ class Screening:
         for p in np.argsort(-self.consensus, kind="stable").tolist():
             row = {"name": show(self.names[p]), "consensus": float(self.consensus[p])}
             yield int(self.ids[p]), {**row, "verdict": "kept" if is_kept[p] else "set aside"}
+
+    @property
+    def n_groups(self) -> int | None:
+        """How many groups the images were in, an image alone being one too; None where no image had a group."""
+        alone = len(self.ids) - len(self.groups)
+        return len(set(self.groups.values())) + alone if self.groups else None
 
     @property
     def submodel_scores(self) -> SubModelScores:

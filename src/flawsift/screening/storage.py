@@ -18,7 +18,7 @@ import numpy.typing as npt
 from flawsift.data.images import ImageSet
 from flawsift.detectors.protocols import Evidence
 from flawsift.errors import InputError
-from flawsift.files import ensure_folder, write_bytes, write_csv, write_json
+from flawsift.files import ensure_folder, move_aside, write_bytes, write_csv, write_json
 from flawsift.paths import find_name, name_some, show
 from flawsift.screening.consensus import Contamination, keep_lowest
 from flawsift.screening.options import ScreenOptions
@@ -38,7 +38,8 @@ NO = frozenset({"0", "false", "no", ""})
 def save_screening(screening: Screening, folder: str | Path) -> Path:
     """Write screening.csv, screening.json, maps.npy, rejected.npy, descriptions.npy and evidence.npz.
 
-    Each file is whole or absent; what a screening does not have has no file.
+    Each file is whole or absent; what a screening does not have has no file. An earlier table in which a person has
+    edited what is kept is moved aside, not lost.
 
     Arrays have the images in the order of their ids, so that a table which a person has sorted still fits them.
     """
@@ -53,9 +54,25 @@ def save_screening(screening: Screening, folder: str | Path) -> Path:
             np.save(buffer, values[order], allow_pickle=False)
             write_bytes(folder / name, buffer.getvalue())
     _save_evidence(screening.evidence, order, folder / EVIDENCE)
+    if _is_edited(folder):
+        move_aside([folder / CSV], folder, "was edited by hand, and another screening takes its place")
     write_json(folder / JSON, summary_of(screening))
     write_csv(folder / CSV, *_table(screening))
     return folder
+
+
+def _is_edited(folder: Path) -> bool:
+    """Whether there is a table that a person has worked in: it keeps others than stage 1 did, or cannot be read now."""
+    try:
+        rows, content = _read(folder)
+        ids = np.array([int(row["id"]) for row in rows], np.int64)
+        consensus = np.array([float(row["consensus"]) for row in rows])
+        kept = ids[[_truth(row["kept"]) for row in rows]]
+        return not np.array_equal(kept, np.sort(keep_lowest(ids, consensus, content["options"]["keep_share"])))
+    except OSError:  # there is none
+        return False
+    except DAMAGE:
+        return True
 
 
 def summary_of(screening: Screening) -> dict[str, Any]:
@@ -65,6 +82,7 @@ def summary_of(screening: Screening) -> dict[str, Any]:
         "n_images": len(screening.ids),
         "n_kept": len(screening.kept),
         "n_unreadable": len(screening.unreadable),
+        "n_groups": screening.n_groups,
         "options": {
             **screening.options.as_json(),
             "seed": screening.seed,
@@ -80,27 +98,20 @@ def _table(screening: Screening) -> tuple[list[str], list[list[object]]]:
     sub = screening.submodels
     n_models = 0 if sub is None else len(sub.score_matrix)
     columns = ["subset", *(f"score_{m}" for m in range(n_models))] if sub is not None else []
-    header = [
-        "id",
-        "path",
-        *columns,
-        "held_out_score",
-        "divergence",
-        "consensus",
-        "defect_probability",
-        "kept",
-        "error",
-    ]
+    grouped = ["group"] if screening.groups else []
+    scores = ["held_out_score", "divergence", "consensus", "defect_probability"]
+    header = ["id", "path", *grouped, *columns, *scores, "kept", "error"]
     spread = None if sub is None else sub.divergence
     rows: list[list[object]] = []
     for p, (id_, kept) in enumerate(zip(screening.ids, screening.is_kept, strict=True)):
         row: list[object] = [int(id_), screening.names[p]]
+        row += [screening.groups.get(int(id_), "")] if grouped else []
         if sub is not None:
             row += [";".join(map(str, sub.subset_of[:, p])), *(f"{s:.7g}" for s in sub.score_matrix[:, p])]
         row += [f"{screening.held_out_scores[p]:.9g}", "" if spread is None else f"{spread[p]:.9g}"]
         row += [f"{screening.consensus[p]:.9g}", f"{screening.probability[p]:.4g}"]
         rows.append([*row, int(kept), ""])
-    blank = [""] * (len(columns) + 4)
+    blank = [""] * (len(grouped) + len(columns) + len(scores))
     rows += [["", name, *blank, 0, reason] for name, reason in screening.unreadable.items()]
     return header, rows
 
@@ -131,7 +142,8 @@ def _load(folder: Path) -> Screening:
         # screenings of earlier versions do not name the screener among the options
         options = {"screener": content.get("detector", {}).get("name", "own"), **options}
         seed, keep_share = options.pop("seed"), options.pop("keep_share")
-        known = {"options", "unreadable", "n_images", "n_kept", "n_unreadable"}
+        known = {"options", "unreadable", "n_images", "n_kept", "n_unreadable", "n_groups"}
+        has_groups = content.get("n_groups") is not None or "group" in rows[0]  # a column that was lost is damage
         probability = _probability(rows, keep_lowest(ids, consensus, keep_share), ids)
         loaded = Screening(
             ids=ids,
@@ -150,6 +162,7 @@ def _load(folder: Path) -> Screening:
             descriptions=_array(folder / DESCRIPTIONS, len(rows), 2, np.float16),
             unreadable=content["unreadable"],
             evidence=_evidence(folder / EVIDENCE, ids),
+            groups={int(row["id"]): row["group"] for row in rows if row["group"]} if has_groups else {},
             provenance={key: value for key, value in content.items() if key not in known},
         )
         return replace(loaded, removed_by_hand=np.setdiff1d(loaded.kept_by_itself, loaded.kept))  # by an edit
@@ -183,7 +196,7 @@ def _estimate(saved: Mapping[str, Any] | None) -> Contamination | None:
 
 
 def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:
-    """The images of a screening read from disk, under its ids.
+    """The images of a screening read from disk, under its ids and in its groups.
 
     Args:
         screening: From `load_screening`.
@@ -210,7 +223,8 @@ def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:
 def _files(screening: Screening, folder: Path) -> ImageSet:
     """The files below a folder that a screening names, under its ids."""
     named = zip(screening.ids.tolist(), screening.names, strict=True)
-    return ImageSet.from_files(folder, {id_: find_name(folder, name) for id_, name in named})
+    files = ImageSet.from_files(folder, {id_: find_name(folder, name) for id_, name in named})
+    return replace(files, groups=screening.groups)
 
 
 def matched(screening: Screening, images: ImageSet) -> Screening:
@@ -223,7 +237,7 @@ def matched(screening: Screening, images: ImageSet) -> Screening:
     Raises:
         InputError: Kept images are missing from the set, or there are none.
     """
-    by_name = {show(name): int(i) for i, name in zip(images.ids, images.names, strict=True)}
+    by_name = _ids_by_name(images)
     names = [show(name) for name in screening.names]
     wanted = [name for name, kept in zip(names, screening.is_kept, strict=True) if kept]
     if missing := [name for name in wanted if name not in by_name]:
@@ -235,12 +249,45 @@ def matched(screening: Screening, images: ImageSet) -> Screening:
         raise InputError("The screening keeps no image.")
     ids = np.array([by_name.get(name, -1 - p) for p, name in enumerate(names)], np.int64)
     shown = images if (ids >= 0).all() else None  # pictures would be of nothing where an image is missing
-    evidence = screening.evidence
+    evidence, new_id = screening.evidence, dict(zip(screening.ids.tolist(), ids.tolist(), strict=True))
     if evidence is not None:
-        evidence = evidence.renamed(dict(zip(screening.ids.tolist(), ids.tolist(), strict=True)))
+        evidence = evidence.renamed(new_id)
+    groups = {new_id[i]: group for i, group in screening.groups.items()}
     by_hand = ids[np.isin(screening.ids, screening.removed_by_hand)]
     kept = ids[screening.is_kept]
-    return replace(screening, ids=ids, kept=kept, images=shown, evidence=evidence, removed_by_hand=by_hand)
+    now = replace(screening, ids=ids, kept=kept, images=shown, evidence=evidence, removed_by_hand=by_hand)
+    return replace(now, groups=groups)
+
+
+def grouped(screening: Screening, images: ImageSet) -> tuple[ImageSet, str | None]:
+    """The images to train on in the groups of their screening, or in their own where they have some.
+
+    Args:
+        screening: Of the same images, from disk or not, which are found by name.
+        images: The set to train on. Its own groups are the newer word of the two, and win.
+
+    Returns:
+        The images; and what a person should know where both have groups and put the images together in other ways.
+    """
+    by_name = _ids_by_name(images)
+    new_id = {i: by_name.get(show(name)) for i, name in zip(screening.ids.tolist(), screening.names, strict=True)}
+    known = {id_: group for i, group in screening.groups.items() if (id_ := new_id[i]) is not None}
+    theirs = replace(images, groups=known)
+    if images.n_groups is None:
+        return theirs, None
+    common = [id_ for id_ in new_id.values() if id_ is not None]
+    ours, before = images.select(common), theirs.select(common)
+    if list(ours.members.values()) == list(before.members.values()):  # whatever the groups are called
+        return images, None
+    those = "which has none" if before.n_groups is None else f"which has {before.n_groups}"
+    return images, (
+        f"The {ours.n_groups} groups that were given are not those of the screening, {those}. The detector and its "
+        "threshold follow those given; which images are kept was judged with the others."
+    )
+
+
+def _ids_by_name(images: ImageSet) -> dict[str, int]:
+    return {show(name): i for i, name in zip(images.ids.tolist(), images.names, strict=True)}
 
 
 def screening_folder(folder: str | Path) -> Path:

@@ -17,13 +17,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import Detector, load_detector, resolve_device, score_together
+from flawsift.detectors.base import Detector, load_detector, score_together
 from flawsift.detectors.parts.maps import as_float16, top_mean
 from flawsift.detectors.parts.robust import robust_units
 from flawsift.detectors.parts.training import Watch
 from flawsift.detectors.protocols import Additive
 from flawsift.errors import InputError
 from flawsift.executors import Executor, Run, Serial
+from flawsift.features.devices import resolve_device
 from flawsift.features.extraction import loaded
 from flawsift.files import write_bytes
 from flawsift.progress import Progress, silent
