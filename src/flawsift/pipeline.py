@@ -26,6 +26,7 @@ from flawsift.files import ensure_folder
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
 from flawsift.models.model import Model, set_digest, versions
 from flawsift.models.plan import TrainingPlan, held_out_scores_of, options_for, plan_training
+from flawsift.models.profile import Profile
 from flawsift.paths import show
 from flawsift.progress import ProgressOption, as_progress
 from flawsift.reports.pages import REPORT
@@ -336,8 +337,7 @@ def _stage2(
     unfinished = None if resume is None else _run_folder(resume, job, set_digest(plan.images), run.seed)
     run.progress("detector", 0, 1)
     checkpoint = None if unfinished is None else unfinished / "training.safetensors"
-    watch = Watch(lambda _, done, of: run.progress("detector", done, of), checkpoint)
-    fitted = _fitted(job, plan.images, merged, watch)
+    fitted = _fitted(job, plan.images, merged, Watch(lambda _, n, of: run.progress("detector", n, of), checkpoint))
     run.progress("detector", 1, 1)
     halves = replace(run, checkpoint=None if unfinished is None else unfinished / "calibration")
     held_out = held_out_scores_of(plan, fitted, halves)
@@ -354,7 +354,8 @@ def _stage2(
         "seconds": round(time.monotonic() - started, 2),
         "versions": versions(),
     }
-    model = Model(fitted, job.backbone, Calibration.of(held_out), training)
+    profile = Profile.of_images(plan.images, held_out.map_median)
+    model = Model(fitted, job.backbone, Calibration.of(held_out.scores), training, profile)
     if resume is not None:
         model.save(resume.parent)
         shutil.rmtree(resume, ignore_errors=True)

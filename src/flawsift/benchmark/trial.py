@@ -142,7 +142,7 @@ class Trial:
         fitted_at = time.perf_counter()
         held_out = held_out_scores_of(plan, fitted, replace(self.run, checkpoint=None))
         calibrated_at = time.perf_counter()
-        model = Model(fitted, self.backbone, Calibration.of(held_out), {})
+        model = Model(fitted, self.backbone, Calibration.of(held_out.scores), {})
         measured, _ = evaluate(model, self.test, self.truth, device=self.run.device, exact_pixels=EXACT_PIXELS)
         figures = {key: measured.get(key) for key in (*METRICS, *RATES)}
         with tempfile.TemporaryDirectory() as folder:

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Detector
-from flawsift.detectors.protocols import Additive
+from flawsift.detectors.protocols import Additive, LeavesOut
 from flawsift.executors import Run
 from flawsift.models.model import set_digest
 from flawsift.paths import name_some, show
@@ -95,8 +97,20 @@ def options_for(detector: Detector, options: ScreenOptions) -> ScreenOptions:
     return options
 
 
-def held_out_scores_of(plan: TrainingPlan, fitted: Detector, run: Run | None = None) -> Floats:
-    """(m,) scores of the kept images, each by a model that has not seen it; empty where there is only one group.
+class HeldOutScores(NamedTuple):
+    """What models say of images that they have not seen.
+
+    Attributes:
+        scores: (m,) of the kept images; empty where there is only one group.
+        map_median: What the median patch of the median kept image scores; None where no maps were made.
+    """
+
+    scores: Floats
+    map_median: float | None = None
+
+
+def held_out_scores_of(plan: TrainingPlan, fitted: Detector, run: Run | None = None) -> HeldOutScores:
+    """Scores of the kept images, each by a model that has not seen it.
 
     Those of the plan where it has some. Else, where the detector's statistics are additive, each image and its group is
     taken out of the fitted model; else two clones are trained on halves, and each scores the other half.
@@ -107,15 +121,29 @@ def held_out_scores_of(plan: TrainingPlan, fitted: Detector, run: Run | None = N
         run: Where clones are trained.
     """
     if plan.held_out_scores is not None:
-        return plan.held_out_scores
+        return HeldOutScores(plan.held_out_scores, None if plan.screening is None else _map_median(plan.screening))
     run = run or Run()
     is_kept = np.isin(plan.images.ids, plan.kept)
     if len(set(plan.images.select(plan.images.ids[is_kept]).group_names)) < HALVES:
-        return np.empty(0)
+        return HeldOutScores(np.empty(0))
+    if isinstance(fitted, LeavesOut):
+        held_out = fitted.held_out(plan.images, device=run.device)
+        medians = held_out.maps[torch.from_numpy(is_kept)].flatten(1).median(1).values
+        return HeldOutScores(held_out.scores[is_kept], float(medians.median()))
     if isinstance(fitted, Additive):
-        return fitted.held_out_scores(plan.images, device=run.device)[is_kept]
+        return HeldOutScores(fitted.held_out_scores(plan.images, device=run.device)[is_kept])
     halves = ScreenOptions(rank_by="submodels", n_subsets=HALVES, keep=1.0, reject_patches=0.0)
-    return screen(plan.images, fitted.clone(), halves, run).held_out_scores[is_kept]
+    judged = screen(plan.images, fitted.clone(), halves, run)
+    return HeldOutScores(judged.held_out_scores[is_kept], _map_median(replace(judged, kept=plan.kept)))
+
+
+def _map_median(screening: Screening) -> float | None:
+    """What the median patch of the median kept image scores."""
+    maps = screening.patch_maps
+    if maps is None:
+        return None
+    kept = maps[screening.is_kept]
+    return float(np.median(np.median(kept.reshape(len(kept), -1).astype(np.float32), axis=1)))
 
 
 def _difference(screening: Screening, train: ImageSet) -> str | None:
