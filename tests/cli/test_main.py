@@ -120,6 +120,30 @@ def test_images_of_another_camera_are_noticed(run: Any, easy_folder: Path, tmp_p
     assert (size["images"]["width"], size["training"]["width"]) == ([40, 40, 40], [64, 64, 64])
 
 
+def test_days_are_compared(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    small = ["--detector", "padim", "--set", "n_features=20"]
+    assert run("fit", easy_folder, "--out", tmp_path / "m", *TINY, *small).code == 0
+    for day, images in (("monday", "part-[0-3]*.png"), ("tuesday", "part-4*.png")):  # good ones, defective ones
+        found = run("predict", tmp_path / "m", easy_folder / images, "--out", tmp_path / day, "--no-maps")
+        assert found.code == 0, found.err
+    days = [tmp_path / "monday", tmp_path / "tuesday" / "predictions.csv"]
+    found = run("drift", tmp_path / "m", *days, "--out", tmp_path / "d")
+    assert found.code == 0, found.err
+    lines = found.out.splitlines()
+    assert lines[0].startswith("tuesday: scores rose by ")
+    assert lines[0].endswith("not explained by chance.")
+    assert [line.split()[0] for line in lines[2:5]] == ["training", "monday", "tuesday"]
+    assert lines[-1] == f"Report: {tmp_path / 'd' / 'report.html'}"
+    result = run("drift", tmp_path / "m", *days, "--json").json
+    assert [(one["label"], one["n"]) for one in result["files"]] == [("monday", 40), ("tuesday", 10)]
+    stopped = [row["is_anomalous"] for row in table(tmp_path / "tuesday" / "predictions.csv")]
+    assert result["files"][1]["share_above"] == stopped.count("1") / 10
+    assert json.loads((tmp_path / "d" / "drift.json").read_text())["files"] == result["files"]
+    found = run("drift", tmp_path / "m", tmp_path / "monday", tmp_path / "monday")
+    assert (found.code, "come more than once" in found.err) == (2, True)
+    assert run("drift", tmp_path / "m").code == 2, "no file"
+
+
 def test_fit_screens_and_reports(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     found = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, "--preset", "paper", "--seed", 3)
     assert found.code == 0, found.err

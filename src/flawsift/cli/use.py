@@ -1,4 +1,4 @@
-"""The commands that use a model: predict and evaluate."""
+"""The commands that use a model: predict, drift and evaluate."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +10,7 @@ from flawsift.cli.options import (
     Device,
     Images,
     ModelChoice,
+    ModelFolder,
     Out,
     Rate,
     images_in,
@@ -102,6 +103,35 @@ def _verdict(one: "ImagePrediction", width: int) -> str:
 def _as_json(one: "ImagePrediction") -> dict[str, object]:
     known = {"score": one.score, "is_anomalous": one.is_anomalous, "p_value": one.p_value}
     return {"path": one.name, **(known if one.error is None else {"error": one.error})}
+
+
+def drift(
+    model: ModelFolder,
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Tables that `flawsift predict --out` wrote, or their folders, in order.", show_default=False
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for report.html and drift.json.")] = None,
+    false_alarm_rate: Rate = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whether scores have shifted: the predictions of several days against training and the first day."""
+    from flawsift.files import ensure_folder
+    from flawsift.models import drift as drifting
+    from flawsift.reports.drift import write_drift_report
+
+    if out is not None:
+        ensure_folder(out)
+    found = drifting.drift(model, files, false_alarm_rate=false_alarm_rate)
+    summary, lines = found.as_json(), str(found).splitlines()
+    lines += threshold_lines(found.threshold)
+    if out is not None:
+        page = write_drift_report(found, out)
+        summary |= {"out": str(out), "report": str(page)}
+        lines.append(f"Report: {page}")
+    say(as_json, summary, lines)
 
 
 @takes_groups
