@@ -27,6 +27,7 @@ from flawsift.files import ensure_folder, move_aside
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
 from flawsift.models.model import Model, set_digest, versions
 from flawsift.models.plan import TrainingPlan, calibrate, judge, options_for, plan_training
+from flawsift.models.profile import Profile
 from flawsift.models.provenance import is_made_by, provenance_of
 from flawsift.paths import show
 from flawsift.progress import ProgressOption, as_progress
@@ -350,11 +351,10 @@ def _stage2(
     unfinished = None if resume is None else _run_folder(resume, job, set_digest(plan.images), run.seed)
     run.progress("detector", 0, 1)
     checkpoint = None if unfinished is None else unfinished / "training.safetensors"
-    watch = Watch(lambda _, done, of: run.progress("detector", done, of), checkpoint)
-    fitted = _fitted(job, plan.images, merged, watch)
+    fitted = _fitted(job, plan.images, merged, Watch(lambda _, n, of: run.progress("detector", n, of), checkpoint))
     run.progress("detector", 1, 1)
     halves = replace(run, checkpoint=None if unfinished is None else unfinished / "calibration")
-    calibration = calibrate(plan, judge(plan, fitted, halves))
+    judged = judge(plan, fitted, halves)
     training = {
         "n_images": record["n_images"],
         "n_kept": len(plan.kept),
@@ -368,7 +368,8 @@ def _stage2(
         "seconds": round(time.monotonic() - started, 2),
         "versions": versions(),
     }
-    model = Model(fitted, job.backbone, calibration, training)
+    profile = Profile.of_images(plan.images, judged.median_patch(plan.kept))
+    model = Model(fitted, job.backbone, calibrate(plan, judged), training, profile)
     if resume is not None:
         model.save(resume.parent)
         shutil.rmtree(resume, ignore_errors=True)

@@ -124,7 +124,7 @@ def test_another_screener_leaves_thresholds_to_halves_of_what_is_kept(easy: Data
     assert (none["screener"], default["screener"]) == (None, "quorum")
     stage1 = screen(train, make_detector("quorum", seed=0), PRESETS["default"], Run(seed=0))
     purified = stage1.purified(train, detector)
-    scores = held_out_scores_of(TrainingPlan(purified, stage1.kept, None), detector)
+    scores = held_out_scores_of(TrainingPlan(purified, stage1.kept, None), detector).scores
     assert len(scores) == len(stage1.kept)
     model = Model(detector.clone().fit(purified), tiny, Calibration.of(scores), {})
     expected, _ = evaluate(model, test, easy.truth)
@@ -167,7 +167,7 @@ def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> N
         {},
     )
     plan = TrainingPlan(stage1.purified(train, detector), stage1.kept, None)
-    scores = held_out_scores_of(plan, model.detector, Run(seed=1))
+    scores = held_out_scores_of(plan, model.detector, Run(seed=1)).scores
     model = replace(model, calibration=Calibration.of(scores))
     expected, _ = evaluate(model, test, easy.truth)
     assert {k: paper[k] for k in ("image_auroc", "aupro", "missed_per_100")} == {

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flawsift.detectors.base import Detector
     from flawsift.features.backbones import Backbone
     from flawsift.features.store import FeatureStore
+    from flawsift.models.calibration import Threshold
     from flawsift.models.model import Model
     from flawsift.pipeline import Resources
     from flawsift.progress import Progress
@@ -258,14 +259,14 @@ def say(as_json: bool, result: dict[str, Any], lines: Sequence[str]) -> None:
     typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
-def threshold_lines(threshold: Any) -> list[str]:
-    """What is said about a threshold."""
+def threshold_lines(threshold: "Threshold | None", *, reservation: str = "") -> list[str]:
+    """What is said about a threshold, with what its rate does not hold for."""
     if threshold is None:
         return ["No threshold: one image or group gives no held-out scores to calibrate with. Scores are still ranked."]
     text = str(threshold).replace("threshold", "Threshold", 1)
     if threshold.limited:
         text += f" ({threshold.n_calibration} images cannot support {100 * threshold.false_alarm_rate:g} per 100)"
-    return [text + "."]
+    return [f"{text}; {reservation}." if reservation else f"{text}."]
 
 
 def images_in(given: Sequence[str], groups: Path | None) -> "ImageSet":

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from flawsift.data.facts import ENCODING, encoding_of
 from flawsift.errors import InputError, one_line
 
 # 16-bit greys are divided by one constant, so that a pixel never depends on the rest of its image.
@@ -120,7 +121,9 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if not all(image.size):
         raise UnreadableImage(f"no pixels ({image.size[0]} x {image.size[1]})")
-    return _to_rgb(ImageOps.exif_transpose(image))
+    upright = _to_rgb(ImageOps.exif_transpose(image))
+    upright.info[ENCODING] = encoding_of(image)  # the conversion forgets it
+    return upright
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

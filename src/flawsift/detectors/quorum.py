@@ -174,13 +174,17 @@ class Quorum(Detector):
     def _maps(self, batch: Batch, device: str) -> Tensor:
         return self._score_batch(batch, device)[0]
 
-    def _scores(self, batch: Batch, device: str) -> Tensor:
-        return self._image_scores(self._to_grid(self._search(device), self._embed(batch)))
+    def _score_roughly(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
+        grids = self._to_grid(self._search(device), self._embed(batch))
+        return grids * self.scale_, self._image_scores(grids)
 
     def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
         search = self._search(device)
         grids = self._to_grid(search, self._embed(batch))
         return self._sharpened(search, embed_batch(batch, self.layers), grids) * self.scale_, self._image_scores(grids)
+
+    def _map_medians(self, maps: Tensor) -> Tensor:
+        return super()._map_medians(maps) / self.scale_  # held-out maps are means of four patches, not scaled
 
     def _sharpened(self, search: GroupNeighbors, fine: Tensor, grids: Tensor, own: Tensor | None = None) -> Tensor:
         """(B, H, W) maps on the grid of (B, C, H, W): of single patches where (B, h, w) scores are high, else those.

@@ -121,7 +121,7 @@ class SubModels:
                 trained = [self._train(m, on_submodel) for m in rows]
                 # larger batches than one model takes: each reads its state once per batch
                 scored = score_together(trained, self.train, self.device, 64, keep_grids=True)
-                stored = [(scores, grids) for scores, grids, _ in scored]
+                stored = [(one.scores, one.grids) for one in scored]
                 for m, (scores, grids) in zip(rows, stored, strict=True):
                     self._store_scores(m, scores, grids)
                 models += trained if keep_models else ()
@@ -229,8 +229,8 @@ class _SubModel:
         """Scores and grids of sub-model m, and the sub-model where it is wanted."""
         runs, device = self.runs, resolve_device(self.runs.device)
         model = runs.detector.clone().fit(runs._subset(m), device=device, watch=runs._watch(m))
-        ((scores, grids, _),) = score_together([model], runs.train, device, 64, keep_grids=True)
-        return scores, grids, model if self.wants_model else None
+        (scored,) = score_together([model], runs.train, device, 64, keep_grids=True)
+        return scored.scores, scored.grids, model if self.wants_model else None
 
 
 def split(train: ImageSet, n_subsets: int, *, seed: int, partition: int = 0) -> npt.NDArray[np.int64]:
