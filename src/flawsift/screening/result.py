@@ -14,7 +14,7 @@ from flawsift.detectors.base import Detector
 from flawsift.detectors.protocols import Evidence
 from flawsift.errors import ParameterError
 from flawsift.paths import show
-from flawsift.screening.consensus import EFFECT, SUSPECT, Contamination, choose, estimate_contamination, keep_lowest
+from flawsift.screening.consensus import EFFECT, SUSPECT, Contamination, choose, estimate_contamination
 from flawsift.screening.decisions import SAID, apply_decisions
 from flawsift.screening.mixture import DEFECTIVE, GOOD, UNKNOWN, ordinary_scores
 from flawsift.screening.options import ScreenOptions
@@ -88,6 +88,7 @@ class Screening:
         evidence: The worst patch of each image and the nearest patches of other images, which the pages show beside it;
             None where stage 1 does not look for them, as sub-models do not.
         groups: {id: group name} of the images that belong together, as they were given; see `ImageSet.groups`.
+        set_aside: Ids that stage 1 set aside before a person changed anything; None where nobody did.
         removed_by_hand: Ids that a person removed, by a decision or in the table, whatever stage 1 says of them.
     """
 
@@ -110,6 +111,7 @@ class Screening:
     images: ImageSet | None = None
     evidence: Evidence | None = None
     groups: Mapping[int, str] = field(default_factory=dict)
+    set_aside: Ids | None = None
     removed_by_hand: Ids = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __repr__(self) -> str:
@@ -211,9 +213,7 @@ class Screening:
     @property
     def kept_by_itself(self) -> Ids:
         """(m,) ids that stage 1 kept before a person changed anything."""
-        if self.contamination is None:
-            return keep_lowest(self.ids, self.consensus, self.keep_share)
-        return self.ids[~(self.is_suspect & self.contamination.is_evident)]
+        return self.kept if self.set_aside is None else self.ids[~np.isin(self.ids, self.set_aside)]
 
     def known(self, choices: Mapping[str, str]) -> npt.NDArray[np.int64]:
         """(N,) `GOOD`, `DEFECTIVE` or `UNKNOWN`: what a person said, by decisions or in the table.
@@ -243,7 +243,8 @@ class Screening:
         is_kept, counts = apply_decisions(self.names, self.is_kept, choices)
         known = self.known(choices)
         stays = known == GOOD
-        now = replace(self, kept=self.ids[is_kept], removed_by_hand=self.ids[known == DEFECTIVE])
+        own = self.ids[~np.isin(self.ids, self.kept_by_itself)]
+        now = replace(self, kept=self.ids[is_kept], removed_by_hand=self.ids[known == DEFECTIVE], set_aside=own)
         if self.contamination is None:
             rejected = None if self.rejected is None else self.rejected & (is_kept & ~stays)[:, None, None]
             return replace(now, rejected=rejected), counts

@@ -66,9 +66,8 @@ def _is_edited(folder: Path) -> bool:
     try:
         rows, content = _read(folder)
         ids = np.array([int(row["id"]) for row in rows], np.int64)
-        consensus = np.array([float(row["consensus"]) for row in rows])
-        kept = ids[[_truth(row["kept"]) for row in rows]]
-        return not np.array_equal(kept, np.sort(keep_lowest(ids, consensus, content["options"]["keep_share"])))
+        removed = ids[[not _truth(row["kept"]) for row in rows]]
+        return not np.array_equal(removed, np.sort(_set_aside(rows, content)))
     except OSError:  # there is none
         return False
     except DAMAGE:
@@ -89,6 +88,7 @@ def summary_of(screening: Screening) -> dict[str, Any]:
             "keep_share": screening.keep_share,
         },
         "contamination": None if estimate is None else {**vars(estimate), "evidence": dict(estimate.evidence)},
+        "set_aside": sorted(set(screening.ids.tolist()) - set(screening.kept_by_itself.tolist())),
         **screening.provenance,
         "unreadable": {show(name): reason for name, reason in screening.unreadable.items()},
     }
@@ -142,15 +142,15 @@ def _load(folder: Path) -> Screening:
         # screenings of earlier versions do not name the screener among the options
         options = {"screener": content.get("detector", {}).get("name", "own"), **options}
         seed, keep_share = options.pop("seed"), options.pop("keep_share")
-        known = {"options", "unreadable", "n_images", "n_kept", "n_unreadable", "n_groups"}
+        known = {"options", "unreadable", "n_images", "n_kept", "n_unreadable", "n_groups", "set_aside"}
         has_groups = content.get("n_groups") is not None or "group" in rows[0]  # a column that was lost is damage
-        probability = _probability(rows, keep_lowest(ids, consensus, keep_share), ids)
+        set_aside = _set_aside(rows, content)
         loaded = Screening(
             ids=ids,
             names=[_safe(row["path"]) for row in rows],
             consensus=consensus,
             held_out_scores=np.array([float(row["held_out_score"]) for row in rows]),
-            probability=probability,
+            probability=_probability(rows, np.isin(ids, set_aside)),
             kept=ids[is_kept],
             keep_share=keep_share,
             options=ScreenOptions(**options),
@@ -162,16 +162,26 @@ def _load(folder: Path) -> Screening:
             descriptions=_array(folder / DESCRIPTIONS, len(rows), 2, np.float16),
             unreadable=content["unreadable"],
             evidence=_evidence(folder / EVIDENCE, ids),
+            set_aside=set_aside,
             groups={int(row["id"]): row["group"] for row in rows if row["group"]} if has_groups else {},
             provenance={key: value for key, value in content.items() if key not in known},
         )
         return replace(loaded, removed_by_hand=np.setdiff1d(loaded.kept_by_itself, loaded.kept))  # by an edit
 
 
-def _probability(rows: list[dict[str, str]], kept: Ids, ids: Ids) -> Floats:
-    """(N,) of defects; screenings of earlier versions have none, and say what was kept only."""
+def _set_aside(rows: list[dict[str, str]], content: Mapping[str, Any]) -> Ids:
+    """Ids that stage 1 set aside; screenings of earlier versions set aside the highest, and do not list them."""
+    if "set_aside" in content:
+        return np.array(content["set_aside"], np.int64)
+    ids = np.array([int(row["id"]) for row in rows], np.int64)
+    consensus = np.array([float(row["consensus"]) for row in rows])
+    return np.setdiff1d(ids, keep_lowest(ids, consensus, content["options"]["keep_share"]))
+
+
+def _probability(rows: list[dict[str, str]], is_set_aside: npt.NDArray[np.bool_]) -> Floats:
+    """(N,) of defects; screenings of earlier versions have none, and say what was set aside only."""
     if "defect_probability" not in rows[0]:
-        return (~np.isin(ids, kept)).astype(np.float64)
+        return is_set_aside.astype(np.float64)
     return np.array([float(row["defect_probability"]) for row in rows])
 
 
@@ -252,11 +262,16 @@ def matched(screening: Screening, images: ImageSet) -> Screening:
     evidence, new_id = screening.evidence, dict(zip(screening.ids.tolist(), ids.tolist(), strict=True))
     if evidence is not None:
         evidence = evidence.renamed(new_id)
-    groups = {new_id[i]: group for i, group in screening.groups.items()}
-    by_hand = ids[np.isin(screening.ids, screening.removed_by_hand)]
-    kept = ids[screening.is_kept]
-    now = replace(screening, ids=ids, kept=kept, images=shown, evidence=evidence, removed_by_hand=by_hand)
-    return replace(now, groups=groups)
+    return replace(
+        screening,
+        ids=ids,
+        kept=ids[screening.is_kept],
+        images=shown,
+        evidence=evidence,
+        groups={new_id[i]: group for i, group in screening.groups.items()},
+        removed_by_hand=ids[np.isin(screening.ids, screening.removed_by_hand)],
+        set_aside=None if screening.set_aside is None else ids[np.isin(screening.ids, screening.set_aside)],
+    )
 
 
 def grouped(screening: Screening, images: ImageSet) -> tuple[ImageSet, str | None]:
