@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.protocols import Evidence
 from flawsift.errors import InputError
 from flawsift.files import ensure_folder, move_aside, write_bytes, write_csv, write_json
 from flawsift.paths import find_name, name_some, show
 from flawsift.screening.consensus import Contamination, keep_lowest
+from flawsift.screening.evidence import load_evidence, save_evidence
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Screening, SubModelScores
 from flawsift.types import Floats, Ids
@@ -53,7 +53,7 @@ def save_screening(screening: Screening, folder: str | Path) -> Path:
             buffer = io.BytesIO()
             np.save(buffer, values[order], allow_pickle=False)
             write_bytes(folder / name, buffer.getvalue())
-    _save_evidence(screening.evidence, order, folder / EVIDENCE)
+    save_evidence(screening.evidence, order, folder / EVIDENCE)
     if _is_edited(folder):
         move_aside([folder / CSV], folder, "was edited by hand, and another screening takes its place")
     write_json(folder / JSON, summary_of(screening))
@@ -161,7 +161,7 @@ def _load(folder: Path) -> Screening:
             submodels=_submodels(rows),
             descriptions=_array(folder / DESCRIPTIONS, len(rows), 2, np.float16),
             unreadable=content["unreadable"],
-            evidence=_evidence(folder / EVIDENCE, ids),
+            evidence=load_evidence(folder / EVIDENCE, ids),
             set_aside=set_aside,
             groups={int(row["id"]): row["group"] for row in rows if row["group"]} if has_groups else {},
             provenance={key: value for key, value in content.items() if key not in known},
@@ -358,42 +358,6 @@ def _array(path: Path, n: int, n_dims: int, kind: type[Kind]) -> npt.NDArray[Kin
     if len(values) != n or values.ndim != n_dims:
         raise ValueError(f"{path.name} has the shape {values.shape}, {n} images are listed")
     return np.asarray(values, kind)
-
-
-def _save_evidence(evidence: Evidence | None, order: npt.NDArray[np.int64], path: Path) -> None:
-    if evidence is None:
-        path.unlink(missing_ok=True)  # of an earlier screening
-        return
-    rows = {name: values[order] for name, values in vars(evidence).items() if name != "grid"}
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, grid=np.array(evidence.grid, np.int64), **rows)
-    write_bytes(path, buffer.getvalue())
-
-
-def _evidence(path: Path, ids: Ids) -> Evidence | None:
-    """From disk, with every id and every place checked: pages look pictures up by them."""
-    if not path.exists():
-        return None
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-        grid, places, n_others = (np.asarray(file[name], np.int64) for name in ("grid", "places", "n_others"))
-        images, image_places = (np.asarray(file[name], np.int64) for name in ("images", "image_places"))
-        distances = np.asarray(file["distances"], np.float32)
-    n, k = len(ids), images.shape[-1] if images.ndim else 0
-    shapes = [values.shape for values in (grid, places, n_others, images, image_places, distances)]
-    if shapes != [(2,), (n,), (n,), (n, k), (n, k), (n, k)]:
-        raise ValueError(f"{path.name} has the shapes {shapes}, {n} images are listed")
-    n_places, is_none = int(grid[0]) * int(grid[1]), images == -1
-    if grid.min() < 1 or not _within(places, 0, n_places) or not _within(image_places[~is_none], 0, n_places):
-        raise ValueError(f"{path.name} names a place off the grid")
-    if not np.isin(images[~is_none], ids).all():
-        raise ValueError(f"{path.name} names an image that is not in the table")
-    if (image_places[is_none] != -1).any() or (np.isfinite(distances) == is_none).any() or n_others.min() < 0:
-        raise ValueError(f"{path.name} does not fit together")
-    return Evidence((int(grid[0]), int(grid[1])), places, images, image_places, distances, n_others)
-
-
-def _within(values: npt.NDArray[np.int64], low: int, end: int) -> bool:
-    return bool(((low <= values) & (values < end)).all())
 
 
 def _truth(cell: str) -> bool:
