@@ -28,7 +28,7 @@ from flawsift.features.extraction import attach
 from flawsift.metrics import ranking
 from flawsift.models.calibration import Calibration
 from flawsift.models.model import Model, evaluate
-from flawsift.models.plan import TrainingPlan, held_out_scores_of
+from flawsift.models.plan import TrainingPlan, calibrate, judge
 from flawsift.screening.options import PRESETS
 from flawsift.screening.stage1 import reselected, screen
 from flawsift.testing import tiny_backbone
@@ -124,9 +124,10 @@ def test_another_screener_leaves_thresholds_to_halves_of_what_is_kept(easy: Data
     assert (none["screener"], default["screener"]) == (None, "quorum")
     stage1 = screen(train, make_detector("quorum", seed=0), PRESETS["default"], Run(seed=0))
     purified = stage1.purified(train, detector)
-    scores = held_out_scores_of(TrainingPlan(purified, stage1.kept, None), detector).scores
-    assert len(scores) == len(stage1.kept)
-    model = Model(detector.clone().fit(purified), tiny, Calibration.of(scores), {})
+    plan = TrainingPlan(purified, stage1.kept, train)
+    judged = judge(plan, detector)
+    assert judged.ids.tolist() == purified.ids.tolist()
+    model = Model(detector.clone().fit(purified), tiny, calibrate(plan, judged), {})
     expected, _ = evaluate(model, test, easy.truth)
     assert {k: default[k] for k in ("image_auroc", "missed_per_100")} == {
         k: expected[k] for k in ("image_auroc", "missed_per_100")
@@ -166,9 +167,8 @@ def test_figures_of_a_row_mean_what_they_say(easy: Dataset, tiny: Backbone) -> N
         Calibration.of([]),
         {},
     )
-    plan = TrainingPlan(stage1.purified(train, detector), stage1.kept, None)
-    scores = held_out_scores_of(plan, model.detector, Run(seed=1)).scores
-    model = replace(model, calibration=Calibration.of(scores))
+    plan = TrainingPlan(stage1.purified(train, detector), stage1.kept, train, screening=stage1)
+    model = replace(model, calibration=calibrate(plan, judge(plan, model.detector, Run(seed=1))))
     expected, _ = evaluate(model, test, easy.truth)
     assert {k: paper[k] for k in ("image_auroc", "aupro", "missed_per_100")} == {
         k: expected[k] for k in ("image_auroc", "aupro", "missed_per_100")

@@ -63,7 +63,7 @@ def test_without_a_calibration_there_is_no_verdict() -> None:
 def test_the_text_is_short() -> None:
     assert repr(predictions()) == (
         "Predictions of 4 images, 1 anomalous, 1 unreadable\n"
-        "threshold 18: about 10 false alarms per 100 good parts expected\n"
+        "threshold 18: about 10 false alarms per 100 good parts expected (between 2 and 23)\n"
         "highest scores: <b>&bad</b>.png 25, caf\\udce9.png 18, good.png 3"
     )
     none = Predictions(np.empty(0, np.int64), (), np.empty(0), {}, None)

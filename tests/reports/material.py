@@ -21,7 +21,7 @@ from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Screening, SubModelScores
 
 N, K = 40, 5
-ESTIMATE = Contamination(0.2, "Gumbel tail excess", {"observed": 0.25}, (0.15, 0.26))
+ESTIMATE = Contamination(0.2, "mixture of two laws", {"probability_of_none": 0.01}, (0.15, 0.26))
 MARKUP = "<img src=x onerror=alert(1)>.png"
 
 
@@ -31,7 +31,10 @@ def noise(n: int, edge: int = 24, seed: int = 0) -> list[npt.NDArray[np.uint8]]:
 
 
 def make_screening(images: ImageSet, n_removed: int = 8, **changes: Any) -> Screening:
-    """Consensus in a shuffled order of the ids; the last sub-models' scores equal it, up to small noise."""
+    """Consensus in a shuffled order of the ids; the last sub-models' scores equal it, up to small noise.
+
+    Who is removed is probably defective, unless `changes` say otherwise.
+    """
     n = len(images)
     generator = np.random.default_rng(1)
     consensus = generator.permutation(n).astype(np.float64) - n / 2
@@ -41,6 +44,7 @@ def make_screening(images: ImageSet, n_removed: int = 8, **changes: Any) -> Scre
         names=images.names,
         consensus=consensus,
         held_out_scores=consensus + 100,
+        probability=np.where(np.isin(images.ids, kept), 0.1, 0.9),
         kept=kept,
         keep_share=(n - n_removed) / n,
         options=ScreenOptions(),

@@ -72,11 +72,11 @@ def test_small_images_are_shown_whole() -> None:
 
 
 def test_that_nothing_is_alike_is_said_only_of_what_stands_out_and_was_set_aside(images: ImageSet) -> None:
-    consensus = np.where(np.arange(N) < 3, 90.0, np.arange(N) % 7)
-    kept = images.ids[[1, *range(4, N)]]  # 0 and 2 stand out and are set aside, 1 is kept, 3 is ordinary
+    probability = np.where(np.arange(N) < 3, 0.9, 0.2)
+    kept = images.ids[[1, *range(4, N)]]  # 0 and 2 are suspects and set aside, 1 is kept, 3 is no suspect
     evidence = make_evidence(images.ids)
     near = evidence.distances[:, 0].astype(float)
-    screening = make_screening(images, consensus=consensus, kept=kept, evidence=evidence)
+    screening = make_screening(images, probability=probability, kept=kept, evidence=evidence)
     repeated = replace(screening, held_out_scores=3 * near)  # something much nearer than k groups are on average
     few = "Few like this in 39 other images. The closest places:"
     assert [nearest_text(repeated, p) for p in (0, 1)] == [few, "The closest places in 39 other images:"]
@@ -124,7 +124,7 @@ def test_the_nearest_places_stand_beside_the_worst(images: ImageSet) -> None:
             assert max(crop_shown.size) == EDGE
     text = words(page.text["suspects"])
     assert "the closest places in other images, each with its distance" in text
-    assert "places in 39 other images:" in text
+    assert "in 39 other images. The closest places:" in text
     assert "sub-model" not in words(" ".join(page.text.values()))
     assert [values["class"] for values in page.tags("details") if "alike" in values.get("class", "")] == ["alike"] * 3
     near = [i for card in page.cards["borderline"] for i in card["images"] if i["alt"].startswith("Place in")]

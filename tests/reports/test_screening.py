@@ -73,23 +73,20 @@ def test_an_edited_selection_has_no_line_between_the_suspects(images: ImageSet) 
 def test_headline_and_estimate(images: ImageSet) -> None:
     text = words(render(make_screening(images), images).text[""])
     assert "Of 40 images, 8 look defective and were set aside; 32 were kept." in text
-    assert "Estimated share of defective images, by the Gumbel tail excess: 20 % (15 to 26 % by chance alone)." in text
+    assert "Estimated share of defective images: 20 % (between 15 and 26 %)." in text
     one = words(render(make_screening(images, 1), images).text[""])
     assert "1 looks defective and was set aside; 39 were kept." in one
 
 
 def test_the_page_says_what_becomes_of_suspect_patches(images: ImageSet) -> None:
-    consensus = np.where(np.arange(len(images)) < 5, 50.0, np.arange(len(images)) % 7)  # five stand out
     rejected = np.zeros((len(images), 4, 6), bool)
     rejected[10, :3] = True
     kept = images.ids[5:]
-    screening = make_screening(images, consensus=consensus, kept=kept, rejected=rejected)
+    screening = make_screening(images, kept=kept, rejected=rejected)
     text = words(render(screening, images).text[""])
     assert "Of the kept images, the 2.1 % of the patches that look least like the others are suspect" in text
-    back, _ = screening.with_decisions({screening.names[i]: "keep" for i in range(3)})
-    text = words(render(back, images).text[""])
-    assert "A reviewer keeps most of the images that were set aside, so no patch" in text
-    assert "are suspect" not in text
+    none = replace(screening, rejected=np.zeros_like(rejected))
+    assert "are suspect" not in words(render(none, images).text[""])
 
 
 def test_a_share_set_by_the_user_is_not_called_an_estimate(images: ImageSet) -> None:
@@ -175,7 +172,7 @@ def test_parameters_and_next_steps_are_there(images: ImageSet) -> None:
 
 
 def test_nothing_removed(images: ImageSet) -> None:
-    screening = make_screening(images, 0, contamination=Contamination(0.0, "Gumbel tail excess", {}))
+    screening = make_screening(images, 0, contamination=Contamination(0.0, "mixture of two laws", {}, (0.0, 0.0)))
     page = render(screening, images, 24)
     assert "Of 40 images, none was set aside; all were kept." in page.text[""]
     assert page.names("suspects") == ranked(screening)[:24]
@@ -273,7 +270,7 @@ def test_details_show_nested_values_as_text(images: ImageSet) -> None:
 
 def test_the_report_of_a_fit_names_its_threshold_and_decisions(folder: Path, tmp_path: Path) -> None:
     files = ImageSet.from_folder(folder)
-    screening = make_screening(files, provenance={"images_root": str(folder)})
+    screening = make_screening(files, contamination=None, provenance={"images_root": str(folder)})
     names = dict(zip(screening.ids.tolist(), screening.names, strict=True))
     back = names[int(screening.removed[0])]
     training = {"n_kept": 33, "decisions": {"keep": 1, "remove": 0, "unsure": 0, "elsewhere": 0}, "seed": 7}
@@ -300,6 +297,11 @@ def test_the_report_of_a_fit_names_its_threshold_and_decisions(folder: Path, tmp
         text = words(Page(path.read_text("utf-8")).text["model"])
         assert ("set aside (8)" in text) == shared
         assert ("trained on (32)" in text) != shared
+    assert "review the" not in text
+    doubtful = replace(scored, calibration=replace(scored.calibration, n_suspects=3))
+    page = Page(write_fit_report(doubtful, screening, files, tmp_path / "m").read_text("utf-8"))
+    assert "At least 3 images look defective and still count for the threshold" in words(page.text["model"])
+    assert "provisional" in page.text["model"]
     bare = Page(screening_report(screening, files))
     assert "model" not in bare.text
     assert "DIR is the folder of this page" in words(bare.text["next"])

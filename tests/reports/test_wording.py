@@ -7,10 +7,10 @@ import pytest
 
 from flawsift.data.images import ImageSet
 from flawsift.reports.wording import contamination_text, headline, selection_text
-from flawsift.screening.consensus import MIN_KEEP, Contamination
+from flawsift.screening.consensus import SUSPECT, Contamination
 from tests.reports.material import ESTIMATE, N, make_screening, noise
 
-LARGEST = 1 - MIN_KEEP
+MIXTURE = "mixture of two laws"
 
 
 @pytest.mark.parametrize(
@@ -36,10 +36,12 @@ def test_headline(n: int, n_removed: int, estimate: Contamination | None, expect
     [(None, 1.0, "To keep all images was set by the user"),
      (None, 0.6, "The share to set aside (40\u00a0%) was set by the user"),
      (Contamination(0.0, "none: too few scores", {}), 1.0, "could not be estimated (too few scores)."),
-     (Contamination(0.0, "Gumbel tail excess", {}), 1.0, "No more images score high"),
-     (Contamination(0.01, "Gumbel tail excess", {}), 1.0, "The estimate is too low where"),
-     (Contamination(LARGEST - 0.01, "Gumbel tail excess", {}), 1.0, "The estimate is too low where"),
-     (Contamination(LARGEST, "Gumbel tail excess", {}), 1.0, "the largest share that the estimate can give")],
+     (Contamination(0.0, MIXTURE, {}, (0.0, 0.0)), 1.0, "No more images score high"),
+     (Contamination(0.0, MIXTURE, {}, (0.0, 0.03)), 1.0, ": 0 % (between 0 and 3 %). Perhaps there is none"),
+     (Contamination(0.05, MIXTURE, {}, (0.0, 0.1)), 1.0, "so nothing was set aside; look at the highest-ranked"),
+     (Contamination(0.2, MIXTURE, {}, (0.0, 0.5)), 1.0, ": between 0 and 50 %: their scores do not tell. Perhaps"),
+     (Contamination(0.2, MIXTURE, {}, (0.1, 0.3)), 0.8, ": 20 % (between 10 and 30 %). Nine of ten such"),
+     (Contamination(0.3, MIXTURE, {}, (0.1, 0.5)), 0.8, ": between 10 and 50 %: their scores do not tell. Nine")],
 )  # fmt: skip
 def test_where_the_share_comes_from(estimate: Contamination | None, keep_share: float, expected: str) -> None:
     images = ImageSet.from_arrays(noise(5, edge=1))
@@ -49,13 +51,13 @@ def test_where_the_share_comes_from(estimate: Contamination | None, keep_share: 
 
 @pytest.mark.parametrize("partly", [False, True])
 def test_what_is_learned_of_images_that_were_set_aside(images: ImageSet, partly: bool) -> None:
-    consensus = np.where(np.arange(N) < 5, 50.0, np.arange(N) % 7)
     rejected = np.zeros((N, 4, 6), bool)
     rejected[10, :3] = True
-    rejected[:5, : 3 if partly else 4] = True  # of the five that stand out, most patches or all
-    screening = make_screening(images, consensus=consensus, kept=images.ids[5:], rejected=rejected)
+    rejected[:5, : 3 if partly else 4] = True  # of the five that are probably defective, most patches or all
+    probability = np.where(np.arange(N) < 5, 0.9, 0.1)
+    screening = make_screening(images, probability=probability, kept=images.ids[5:], rejected=rejected)
     text = selection_text(screening)
-    assert "Images more than 2 robust deviations above the median score were set aside." in text
+    assert f"Images that are defective with a probability above {100 * SUSPECT:.0f}% were set aside." in text
     assert ("is trained on the most ordinary patches only" in text) == partly
     by_hand = selection_text(replace(screening, contamination=None))
     assert by_hand.endswith("left out by detectors that leave out patches. Quorum, the default, is trained on all.")

@@ -76,13 +76,17 @@ def test_refit_trains_with_the_decisions_and_reports(folder: Path, tmp_path: Pat
     out = tmp_path / os.fsdecode(b"mod\xe9l")  # the page is told in UTF-8
     told = refit(folder, out, decisions=tmp_path / "d.csv", progress=lambda stage, done, total: stages.append(stage))
     result = summary_of(told, out)
-    assert result["n_kept"] == len(screening.kept) + 1
+    kept = screening.with_decisions({names[back]: "keep"})[0].kept
+    assert back in kept
+    assert result["n_kept"] == len(kept)
+    assert result["promise"] == str(told.model.threshold()).partition(": ")[2]
+    assert result["warning"] == told.model.calibration.warning
     json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
     assert "detector" in stages
     assert (out / "model.json").exists()
     page = (out / "report.html").read_text("utf-8")
     assert "a person decided to keep 1 and to remove 0" in page
-    assert models.load_model(out).training["n_kept"] == len(screening.kept) + 1
+    assert models.load_model(out).training["n_kept"] == len(kept)
 
 
 def test_a_refit_replaces_a_model_by_one_of_its_kind(folder: Path, screened: Path, tiny: Backbone) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from flawsift.errors import InputError, ParameterError
 from flawsift.executors import Run
 from flawsift.features.readers import MemoryFeatures
 from flawsift.screening.consensus import (
-    EXPECTED_TAIL,
+    TAIL,
+    Contamination,
     choose,
     combine,
     design_effect,
@@ -31,6 +33,7 @@ from flawsift.screening.consensus import (
     own_mask,
     rejected_patches,
 )
+from flawsift.screening.mixture import ordinary_scores
 from flawsift.screening.options import PRESETS, ScreenOptions
 from flawsift.screening.result import Ranking, Screening
 from flawsift.screening.stage1 import screen
@@ -87,6 +90,12 @@ def id_set(ids: Any, groups: Mapping[int, str] | None = None) -> ImageSet:
     return ImageSet(images.ids, images.source, groups or {}, reader)
 
 
+# bookkeeping does not ask how many images are defective, and an estimate takes longer than all the rest
+not_estimated = patch(
+    "flawsift.screening.stage1.estimate_contamination",
+    lambda consensus, *_: (Contamination(0.0, "none: not asked for", {}), np.zeros(len(consensus))),
+)
+
 subsets = st.integers(2, 7)
 seeds = st.integers(0, 2**31)
 
@@ -101,6 +110,7 @@ def id_lists(draw: st.DrawFn) -> list[int]:
 
 @settings(deadline=None, max_examples=60)
 @given(ids=id_lists(), k=subsets, seed=seeds, keep=st.floats(0.05, 1), own=st.booleans())
+@not_estimated
 def test_an_oracle_is_obeyed(ids: list[int], k: int, seed: int, keep: float, own: bool) -> None:
     oracle = Oracle()
     result = screen(
@@ -119,6 +129,7 @@ def test_an_oracle_is_obeyed(ids: list[int], k: int, seed: int, keep: float, own
 
 @settings(deadline=None, max_examples=40)
 @given(ids=id_lists(), k=subsets, seed=seeds)
+@not_estimated
 def test_subsets_partition_and_train_on_their_own(ids: list[int], k: int, seed: int) -> None:
     watched = watching()
     result = screen(id_set(ids), watched, ScreenOptions(n_subsets=k, keep=0.5), Run(seed=seed))
@@ -132,6 +143,7 @@ def test_subsets_partition_and_train_on_their_own(ids: list[int], k: int, seed: 
 
 @settings(deadline=None, max_examples=40)
 @given(ids=id_lists(), k=subsets, seed=seeds, offset=st.integers(1, 10**6))
+@not_estimated
 def test_relabelled_ids_relabel_the_result(ids: list[int], k: int, seed: int, offset: int) -> None:
     moved = [i + offset for i in ids]
     first = screen(id_set(ids), Oracle(modulus=1), ScreenOptions(n_subsets=k, keep=0.4), Run(seed=seed))
@@ -236,10 +248,11 @@ def test_divergence_on_scores_by_hand() -> None:
     np.testing.assert_allclose(result.submodel_scores.divergence, gap)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_clean_set_is_left_nearly_whole(seed: int) -> None:
-    clean = np.random.default_rng(seed).gumbel(10, 2, 300)
-    assert estimate_contamination(clean).alpha_hat < 0.08
+def test_a_clean_set_is_no_evidence_of_defects() -> None:
+    sets = [np.exp(0.2 * np.random.default_rng(seed).gumbel(size=300)) for seed in range(10)]
+    estimates = [estimate_contamination(scores)[0] for scores in sets]
+    assert not any(e.is_evident for e in estimates)
+    assert np.mean([e.alpha_hat for e in estimates]) < 0.03
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.4])
@@ -247,15 +260,21 @@ def test_visible_contamination_is_estimated(alpha: float) -> None:
     generator = np.random.default_rng(1)
     bad = round(400 * alpha)
     scores = np.concatenate([generator.gumbel(10, 1, 400 - bad), generator.gumbel(22, 3, bad)])
-    assert estimate_contamination(scores).alpha_hat == pytest.approx(alpha, abs=0.06)
-    assert estimate_contamination(scores * 7 - 100).alpha_hat == pytest.approx(estimate_contamination(scores).alpha_hat)
+    estimate, probability = estimate_contamination(scores)
+    assert estimate.is_evident
+    assert estimate.alpha_hat == pytest.approx(alpha, abs=0.06)
+    assert (probability[-bad:] > 0.5).mean() > 0.9
+    assert (probability[:-bad] > 0.5).mean() < 0.05
 
 
 def test_the_estimate_never_keeps_less_than_the_paper() -> None:
     scores = np.concatenate([np.random.default_rng(0).gumbel(0, 1, 40), np.full(60, 50.0)])
-    assert estimate_contamination(scores).alpha_hat <= 0.6
-    assert estimate_contamination(np.full(100, 3.0)).alpha_hat == 0
-    assert estimate_contamination(np.arange(5.0)).alpha_hat == 0
+    assert estimate_contamination(scores)[0].alpha_hat <= 0.6
+    for nothing in (np.full(100, 3.0), np.arange(5.0)):
+        estimate, probability = estimate_contamination(nothing)
+        assert (estimate.alpha_hat, estimate.interval) == (0, None)
+        assert estimate.method == "none: too few or constant scores"
+        assert not probability.any()
 
 
 def test_the_interval_holds_the_estimate_and_shrinks_with_the_number_of_images() -> None:
@@ -263,14 +282,13 @@ def test_the_interval_holds_the_estimate_and_shrinks_with_the_number_of_images()
     for n in (100, 1600):
         scores = np.random.default_rng(0).gumbel(0, 1, n)
         scores[: n // 5] += 9
-        found = estimate_contamination(scores)
+        found, _ = estimate_contamination(scores)
         assert found.interval is not None
         low, high = found.interval
         assert low <= found.alpha_hat <= high
-        assert found == estimate_contamination(scores), "no chance between two calls"
+        assert found == estimate_contamination(scores)[0], "no chance between two calls"
         widths.append(high - low)
-    assert widths[1] < 0.4 * widths[0]  # a quarter, were it only for the number
-    assert estimate_contamination(np.zeros(50)).interval is None
+    assert widths[1] <= 0.5 * widths[0]  # a quarter, were shares not on a grid
 
 
 def views(n_objects: int, n_views: int, correlation: float, generator: np.random.Generator) -> np.ndarray:
@@ -285,8 +303,8 @@ def views(n_objects: int, n_views: int, correlation: float, generator: np.random
 def test_the_design_effect_is_the_growth_of_the_variance_of_the_tail(correlation: float) -> None:
     generator = np.random.default_rng(0)
     sets = [views(80, 5, correlation, generator) for _ in range(1500)]
-    shares = [(s > norm.isf(EXPECTED_TAIL)).mean() for s in sets]
-    expected = np.var(shares) / (EXPECTED_TAIL * (1 - EXPECTED_TAIL) / 400)
+    shares = [(s > norm.isf(TAIL)).mean() for s in sets]
+    expected = np.var(shares) / (TAIL * (1 - TAIL) / 400)
     members = np.arange(400).reshape(80, 5)
     found = [design_effect(s, list(members)) for s in sets[:50]]
     assert np.mean(found) == pytest.approx(expected, rel=0.1)
@@ -298,35 +316,28 @@ def test_images_that_are_alone_have_no_design_effect() -> None:
     scores = np.random.default_rng(0).gumbel(size=60)
     alone = [[i] for i in range(60)]
     assert design_effect(scores, [np.array(a) for a in alone]) == 1
-    one = estimate_contamination(np.concatenate([scores, np.full(6, 50.0)]), [list(range(66))])
-    assert (one.alpha_hat, one.interval) == (0, None), "one object tells nothing of others"
-    assert "one group" in one.method
-    assert estimate_contamination(scores, alone) == estimate_contamination(scores)
 
 
-def test_three_odd_objects_are_weaker_evidence_than_fifteen_odd_images() -> None:
+def test_odd_objects_are_not_asked_for_the_design_effect() -> None:
     scores = np.random.default_rng(0).gumbel(0, 1, 200)
     scores[:15] += 9
-    together, apart = np.arange(200).reshape(40, 5), np.arange(200).reshape(5, 40).T
-    alone, spread = estimate_contamination(scores), estimate_contamination(scores, apart.tolist())
-    grouped = estimate_contamination(scores, together.tolist())
-    assert grouped.evidence["design_effect"] == pytest.approx(1, abs=0.15), "the odd objects are not asked"
-    assert grouped.alpha_hat == alone.alpha_hat > 0, "the excess is what it is, wherever it counts"
-    assert spread.evidence["design_effect"] == pytest.approx(1, abs=0.3)
-    assert grouped.interval is not None
-    assert alone.interval is not None
-    assert np.ptp(grouped.interval) > 1.3 * np.ptp(alone.interval)
+    for members in (np.arange(200).reshape(40, 5), np.arange(200).reshape(5, 40).T):  # three odd objects, or fifteen
+        assert design_effect(scores, list(members)) == pytest.approx(1, abs=0.3)
 
 
-def test_views_that_score_alike_are_no_evidence_of_defects(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flawsift.screening.consensus.N_BOOTSTRAP", 2)  # for the interval, which is not looked at
-    members = np.arange(200).reshape(40, 5).tolist()
-    false = []
-    for seed in range(100):
-        clean = -np.log(-np.log(norm.cdf(views(40, 5, 0.8, np.random.default_rng(seed)))))  # Gumbel, correlated
-        false.append([estimate_contamination(clean, m).alpha_hat > 0 for m in (None, members)])
-    unaware, aware = np.mean(false, axis=0)
-    assert aware <= 0.08 < unaware
+def test_views_that_score_alike_are_weaker_evidence() -> None:
+    members = list(np.arange(200).reshape(40, 5))
+    found = []
+    for seed in range(5):
+        scores = -np.log(-np.log(norm.cdf(views(40, 5, 0.8, np.random.default_rng(seed)))))  # Gumbel, correlated
+        scores[:20] += 7
+        for effect in (1.0, design_effect(scores, members)):
+            estimate, _ = estimate_contamination(np.exp(0.3 * scores), effect=effect)
+            assert estimate.evidence["design_effect"] == effect
+            assert estimate.interval is not None
+            found.append(np.ptp(estimate.interval))
+    unaware, aware = np.reshape(found, (5, 2)).mean(0)
+    assert aware > 1.3 * unaware
 
 
 def test_the_design_effect_does_not_grow_with_the_defects() -> None:
@@ -349,8 +360,8 @@ def test_groups_may_differ_in_size() -> None:
     for _ in range(1500):
         shared = np.concatenate([np.full(n, generator.normal()) for n in sizes])
         sets.append(np.sqrt(0.6) * shared + np.sqrt(0.4) * generator.normal(size=240))
-    expected = np.var([(s > norm.isf(EXPECTED_TAIL)).mean() for s in sets])
-    expected /= EXPECTED_TAIL * (1 - EXPECTED_TAIL) / 240
+    expected = np.var([(s > norm.isf(TAIL)).mean() for s in sets])
+    expected /= TAIL * (1 - TAIL) / 240
     assert np.mean([design_effect(s, members) for s in sets[:60]]) == pytest.approx(expected, rel=0.12)
 
 
@@ -406,18 +417,28 @@ def gumbel_set(n: int, n_defective: int, seed: int = 0) -> tuple[np.ndarray, np.
 
 def test_a_clean_set_stays_whole() -> None:
     consensus, grids = gumbel_set(300, 0)
-    estimate = estimate_contamination(consensus)
-    assert estimate.alpha_hat == 0
-    kept, rejected = choose(consensus, grids, 3.0, estimate)
+    estimate, probability = estimate_contamination(consensus, ordinary_scores(grids))
+    assert not estimate.is_evident
+    kept, rejected = choose(probability, grids, 3.0, estimate)
     assert kept.all()
+    assert rejected is not None
+    assert not rejected.any()
+    assert choose(probability, grids, 0.0, estimate)[1] is None
+    assert choose(probability, None, 3.0, estimate)[1] is None
+    doubt = replace(estimate, alpha_hat=0.1, interval=(0.0, 0.2))
+    kept, rejected = choose(np.ones(300), grids, 3.0, doubt)
+    assert kept.all(), "there may be no defect"
+    assert rejected is not None
     assert not rejected.any()
 
 
 def test_a_contaminated_set_loses_images_and_patches() -> None:
     consensus, grids = gumbel_set(300, 30)
-    estimate = estimate_contamination(consensus)
+    estimate, probability = estimate_contamination(consensus, ordinary_scores(grids))
+    assert estimate.is_evident
     assert estimate.alpha_hat > 0.05
-    kept, rejected = choose(consensus, grids, 3.0, estimate)
+    kept, rejected = choose(probability, grids, 3.0, estimate)
+    assert rejected is not None
     assert not kept[270:].any()
     assert kept[:270].mean() > 0.9
     np.testing.assert_array_equal(rejected[kept], rejected_patches(grids, 3.0)[kept])
@@ -436,8 +457,10 @@ def test_the_ordinary_patches_of_images_set_aside_are_learned_by_who_can() -> No
     assert set(found.removed.tolist()) <= set(learned.ids.tolist())
     assert all((learned.rejected[i] == found.rejected[i]).all() for i in found.removed.tolist())
     consensus, grids = gumbel_set(300, 30)
+    estimate, probability = estimate_contamination(consensus, ordinary_scores(grids))
     for z in (2.0, 8.0):
-        kept, rejected = choose(consensus, grids, z, estimate_contamination(consensus))
+        kept, rejected = choose(probability, grids, z, estimate)
+        assert rejected is not None
         assert (rejected[~kept] == rejected_patches(grids, 1.0)[~kept]).all(), "a higher cut does not learn the worst"
     whole = replace(found, rejected=found.rejected | (found.ids == found.removed[2])[:, None, None])
     assert int(found.removed[2]) not in whole.purified(train, banks).ids, "of which nothing is left"
@@ -450,68 +473,87 @@ def test_the_ordinary_patches_of_images_set_aside_are_learned_by_who_can() -> No
 def decided_set(n: int, n_defective: int, seed: int = 0) -> Screening:
     """The default screening of a `gumbel_set`."""
     consensus, grids = gumbel_set(n, n_defective, seed)
-    estimate = estimate_contamination(consensus)
-    kept, rejected = choose(consensus, grids, 2.0, estimate)
+    grids = grids.astype(np.float16)
+    estimate, probability = estimate_contamination(consensus, ordinary_scores(grids))
+    kept, rejected = choose(probability, grids, 2.0, estimate)
     ids = np.arange(n)
     return Screening(
         ids=ids,
         names=[f"{i}.png" for i in ids],
         consensus=consensus,
         held_out_scores=consensus,
+        probability=probability,
         kept=ids[kept],
         keep_share=float(kept.mean()),
         options=ScreenOptions(reject_patches=2.0),
         contamination=estimate,
-        patch_maps=grids.astype(np.float16),
+        patch_maps=grids,
         rejected=rejected,
     )
 
 
-def test_a_person_who_keeps_most_of_what_was_set_aside_acquits_the_patches() -> None:
+def test_a_person_who_keeps_what_was_set_aside_acquits_the_patches() -> None:
     found = decided_set(300, 30)
     assert found.rejected is not None
     assert found.rejected.any()
     removed = [found.names[int(i)] for i in found.removed]
-    half = (len(removed) + 1) // 2
-    few, _ = found.with_decisions(dict.fromkeys(removed[: half - 1], "keep"))
-    assert not few.overruled_by_reviewer
-    undecided = ~np.isin(found.names, removed[: half - 1])
+    assert len(removed) >= 30
+    few, counts = found.with_decisions(dict.fromkeys(removed[:3], "keep"))
+    assert counts["keep"] == 3
+    assert few.contamination is not None
+    assert few.contamination.is_evident
     assert few.rejected is not None
+    undecided = ~np.isin(found.names, removed[:3])
     assert not few.rejected[~undecided].any()
-    np.testing.assert_array_equal(few.rejected[undecided], found.rejected[undecided])
-    most, counts = found.with_decisions(dict.fromkeys(removed[:half], "keep"))
-    assert counts["keep"] == half
-    assert most.overruled_by_reviewer
-    assert most.rejected is not None
-    assert not most.rejected.any()
-    assert len(most.kept) == len(found.kept) + half
-    shares = replace(found, contamination=None)  # the share to keep was given
-    everything, _ = shares.with_decisions(dict.fromkeys(removed, "keep"))
+    assert not few.probability[~undecided].any()
+    assert set(found.removed[3:30].tolist()) <= set(few.removed.tolist())
+    everything, _ = found.with_decisions(dict.fromkeys(removed, "keep"))
+    assert everything.contamination is not None
+    assert not everything.contamination.is_evident, "what a person kept is no evidence"
+    assert len(everything.kept) == 300
     assert everything.rejected is not None
-    np.testing.assert_array_equal(everything.rejected[found.is_kept], found.rejected[found.is_kept])
+    assert not everything.rejected.any()
+    shares = replace(found, contamination=None)  # the share to keep was given
+    back, _ = shares.with_decisions(dict.fromkeys(removed, "keep"))
+    assert back.rejected is not None
+    np.testing.assert_array_equal(back.rejected[found.is_kept], found.rejected[found.is_kept])
     assert found.rejected[found.is_kept].any()
+    assert back.contamination is None
+
+
+def test_a_person_who_finds_defects_is_believed() -> None:
+    """On a set that is no evidence by itself: what was removed counts, and is not learned in part either."""
+    found = decided_set(300, 0)
+    worst = [found.names[int(i)] for i in found.ranking[:6]]
+    now, counts = found.with_decisions(dict.fromkeys(worst, "remove"))
+    assert counts["remove"] == 6
+    assert now.contamination is not None
+    assert now.contamination.is_evident, "there are some"
+    assert (now.probability[np.isin(now.names, worst)] == 1).all()
+    assert not set(now.kept.tolist()) & set(found.ranking[:6].tolist())
+    learned = now.purified(id_set(range(300)), make_detector("patchcore"))
+    assert not set(learned.ids.tolist()) & set(found.ranking[:6].tolist())
 
 
 def test_an_image_that_a_person_keeps_is_learned_whole() -> None:
     found = decided_set(300, 30)
     assert found.rejected is not None
-    one = int(np.flatnonzero(found.rejected.any((1, 2)))[0])
-    out = int(np.flatnonzero(found.rejected.any((1, 2)))[1])
+    one, out = np.flatnonzero(found.rejected.any((1, 2)) & found.is_kept)[:2].tolist()
     now, _ = found.with_decisions(
         {found.names[one]: "keep", found.names[one + 1]: "unsure", found.names[out]: "remove"}
     )
     assert now.rejected is not None
     assert not now.rejected[one].any()
-    assert not now.rejected[out].any(), "nothing is said of the patches of a removed image"
+    assert one in now.kept
+    assert out not in now.kept
     others = np.delete(now.rejected, [one, out], 0)
-    np.testing.assert_array_equal(others, np.delete(found.rejected, [one, out], 0))
+    assert (others == np.delete(found.rejected, [one, out], 0)).mean() > 0.99, "they follow from the estimate alone"
 
 
 def test_a_screening_that_nobody_has_touched_stays_as_it_is() -> None:
     for n_defective in (0, 10, 30):
         found = decided_set(300, n_defective, seed=n_defective)
         same, _ = found.with_decisions({})
-        assert not found.overruled_by_reviewer
         np.testing.assert_array_equal(same.kept, found.kept)
         np.testing.assert_array_equal(same.rejected, found.rejected)
 
@@ -581,17 +623,6 @@ def test_saved_maps_are_means_over_the_submodels_that_did_not_see_the_image() ->
         made = screen(data, oracle, ScreenOptions(n_subsets=k, n_partitions=partitions, keep=1.0))
         assert made.patch_maps is not None
         np.testing.assert_array_equal(made.patch_maps[:, 0, 0], oracle.truth(data.ids))
-
-
-def test_exactly_half_of_the_suspects_kept_overrules_nothing() -> None:
-    """More than half must be kept: with an even number of suspects, half of them are not."""
-    stage1 = next(s for seed in range(9) if not (s := decided_set(300, 30, seed)).is_suspect.sum() % 2)
-    suspects = [stage1.names[int(i)] for i in stage1.ids[stage1.is_suspect]]
-    others = suspects[len(suspects) // 2 :]
-    half, _ = stage1.with_decisions(dict.fromkeys(others, "keep"))
-    assert not half.overruled_by_reviewer
-    more, _ = stage1.with_decisions(dict.fromkeys([*others, suspects[0]], "keep"))
-    assert more.overruled_by_reviewer
 
 
 def test_a_killed_run_goes_on_and_trains_only_what_is_missing(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def _trained_model(model: Model, screening: Screening) -> dict[str, Any]:
     if partly := model.training.get("n_partly"):
         some = "the ordinary patches of " if model.training["rejected_patches"] else ""
         trained += f" and {some}{partly:,} more"
-        trained += "" if some else ", which were set aside: they do not count for the threshold"
+        trained += "" if some else ", which were set aside"
     text = f"{type(model.detector).__name__} was trained on {trained}"
     if counts := model.training.get("decisions"):
         text += f"; a person decided to keep {counts['keep']:,} and to remove {counts['remove']:,}"

@@ -90,6 +90,8 @@ class Screening:
         groups: {id: group name} of the images that belong together, as they were given; see `ImageSet.groups`.
         set_aside: Ids that stage 1 set aside before a person changed anything; None where nobody did.
         removed_by_hand: Ids that a person removed, by a decision or in the table, whatever stage 1 says of them.
+        kept_by_hand: Ids that a person keeps by a decision. Once they count as good they are no suspects any more, so
+            that nothing else tells it.
     """
 
     ids: Ids
@@ -113,6 +115,7 @@ class Screening:
     groups: Mapping[int, str] = field(default_factory=dict)
     set_aside: Ids | None = None
     removed_by_hand: Ids = field(default_factory=lambda: np.empty(0, np.int64))
+    kept_by_hand: Ids = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __repr__(self) -> str:
         counts = [f"{len(self.ids)} images", f"{len(self.removed)} set aside", f"{len(self.kept)} kept"]
@@ -172,11 +175,12 @@ class Screening:
 
     @property
     def is_partly_learned(self) -> npt.NDArray[np.bool_]:
-        """(N,) whether an image was set aside, and stage 2 learns its patches that are not rejected, if it can."""
+        """(N,) whether stage 1 set an image aside, and stage 2 learns its patches that are not rejected, if it can."""
         if self.rejected is None or self.contamination is None:
             return np.zeros(len(self.ids), np.bool_)
         some = self.rejected.any((1, 2)) & ~self.rejected.all((1, 2))
-        learned: npt.NDArray[np.bool_] = self.is_suspect & ~self.is_kept & some
+        by_hand = np.isin(self.ids, self.removed_by_hand)  # who removes an image removes all of it
+        learned: npt.NDArray[np.bool_] = self.is_suspect & ~self.is_kept & ~by_hand & some
         return learned
 
     @property
@@ -223,7 +227,7 @@ class Screening:
         """
         removed = np.isin(self.ids, self.removed_by_hand)
         # a suspect that is kept in the table was put back there
-        back = self.is_kept & ~np.isin(self.ids, self.kept_by_itself)
+        back = np.isin(self.ids, self.kept_by_hand) | (self.is_kept & ~np.isin(self.ids, self.kept_by_itself))
         edited = np.select([removed, back], [DEFECTIVE, GOOD], UNKNOWN)
         said = np.array([SAID.get(choices.get(show(name), ""), UNKNOWN) for name in self.names], np.int64)
         return np.where(said == UNKNOWN, edited, said)
@@ -243,8 +247,13 @@ class Screening:
         is_kept, counts = apply_decisions(self.names, self.is_kept, choices)
         known = self.known(choices)
         stays = known == GOOD
-        own = self.ids[~np.isin(self.ids, self.kept_by_itself)]
-        now = replace(self, kept=self.ids[is_kept], removed_by_hand=self.ids[known == DEFECTIVE], set_aside=own)
+        now = replace(
+            self,
+            kept=self.ids[is_kept],
+            set_aside=self.ids[~np.isin(self.ids, self.kept_by_itself)],
+            removed_by_hand=self.ids[known == DEFECTIVE],
+            kept_by_hand=self.ids[stays],
+        )
         if self.contamination is None:
             rejected = None if self.rejected is None else self.rejected & (is_kept & ~stays)[:, None, None]
             return replace(now, rejected=rejected), counts
@@ -258,6 +267,11 @@ class Screening:
         if rejected is not None:
             rejected = rejected & ~stays[:, None, None]
         decided = replace(
-            now, kept=self.ids[is_kept], contamination=estimate, probability=probability, rejected=rejected
+            now,
+            kept=self.ids[is_kept],
+            set_aside=self.ids[~kept],
+            contamination=estimate,
+            probability=probability,
+            rejected=rejected,
         )
         return decided, counts

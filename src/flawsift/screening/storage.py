@@ -109,7 +109,7 @@ def _table(screening: Screening) -> tuple[list[str], list[list[object]]]:
         if sub is not None:
             row += [";".join(map(str, sub.subset_of[:, p])), *(f"{s:.7g}" for s in sub.score_matrix[:, p])]
         row += [f"{screening.held_out_scores[p]:.9g}", "" if spread is None else f"{spread[p]:.9g}"]
-        row += [f"{screening.consensus[p]:.9g}", f"{screening.probability[p]:.4g}"]
+        row += [f"{screening.consensus[p]:.9g}", f"{screening.probability[p]:.9g}"]
         rows.append([*row, int(kept), ""])
     blank = [""] * (len(grouped) + len(columns) + len(scores))
     rows += [["", name, *blank, 0, reason] for name, reason in screening.unreadable.items()]
@@ -270,6 +270,7 @@ def matched(screening: Screening, images: ImageSet) -> Screening:
         evidence=evidence,
         groups={new_id[i]: group for i, group in screening.groups.items()},
         removed_by_hand=ids[np.isin(screening.ids, screening.removed_by_hand)],
+        kept_by_hand=ids[np.isin(screening.ids, screening.kept_by_hand)],
         set_aside=None if screening.set_aside is None else ids[np.isin(screening.ids, screening.set_aside)],
     )
 
