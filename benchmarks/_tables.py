@@ -321,7 +321,7 @@ def ranked(results: Path, detector: str, sets: Sequence[str]) -> str | None:
 def sizes(results: Path, detector: str) -> str | None:
     """Image AUROC and AUPRO of both stages by default, by the size of the network's input, where there are several."""
     rows = read(results / "accuracy.csv")
-    rows = rows[(rows["detector"] == detector) & (rows["arm"] == "default")]
+    rows = rows[(rows["detector"] == detector) & rows["arm"].isin(["default", "all_data"])]  # Quorum learns the same
     rows = newest(rows.assign(size=rows["backbone"].str.extract(r"-(\d+)-(?:openvino|torch)")[0]), [*CELL, "size"])
     rows = rows[rows.groupby("data")["size"].transform("nunique") > 1]
     if rows.empty:

@@ -167,6 +167,7 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "quorum-aupro-confirmed": lambda r: _tables.quorum(r, "aupro", CONFIRMATION),
     "quorum-stage1": lambda r: _tables.ranked(r, FINAL, DEVELOPMENT),
     "quorum-sizes": lambda r: _tables.sizes(r, FINAL),
+    "patchcore-sizes": lambda r: _tables.sizes(r, "patchcore"),
     "quorum-cost": quorum_cost,
     "quorum-precision": quorum_precision,
     "rivals": lambda r: _tables.rivals(r, "image_auroc"),
