@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy.stats import beta
 
 from _frames import (
     CELL,
@@ -28,6 +31,7 @@ from _frames import (
     with_variants,
     worst,
 )
+from _rows import CONFIRMATION, DEVELOPMENT
 from flawsift.screening.options import FINAL
 
 ARMS = {"all_data": "no screening", "paper": "paper", "default": "default", "oracle_clean": "oracle"}
@@ -45,6 +49,7 @@ DETECTORS = {
     "rd": "RD",
     "dinomaly": "Dinomaly",
 }
+HALF_STEP = 0.005  # half of the finest step between shares that the estimate tells apart
 SET_HEADER = ["set", "defective in training"]
 
 
@@ -78,17 +83,6 @@ def detectors(results: Path, arm: str, metric: str, *, overlap: bool = False) ->
         texts = ["-" if pd.isna(mean) else f"{mean:.3f}" for mean in means]
         body.append(["mean of sets", f"{alpha:.0%}", *bold_best(texts, means)])
     return table([*SET_HEADER, *(DETECTORS[name] for name in names)], body, rows)
-
-
-def threshold(results: Path, detector: str) -> str | None:
-    """What a detector's threshold without labels does on test images, screened by default."""
-    rows = accuracy_rows(results, detector).dropna(subset=["missed_per_100"])
-    rows = rows[rows["arm"] == "default"]
-    if rows.empty:
-        return None
-    digits = {"false_alarms_per_100": 1, "missed_per_100": 1, "keep_share": 2}
-    body = [[*place, *texts_of(some, digits)] for place, some in by_set(rows)]
-    return table([*SET_HEADER, "false alarms per 100 good", "missed per 100 defective", "kept"], body, rows)
 
 
 def trim(results: Path) -> str | None:
@@ -132,21 +126,76 @@ def stage1(results: Path, detector: str) -> str | None:
     return table([*header, "false alarms per 100 good", "missed per 100 defective"], body, rows)
 
 
-def estimates(results: Path) -> str | None:
-    """How far the estimated share of defective images is from the true one, by contamination."""
-    rows = accuracy_rows(results, "patchcore").dropna(subset=["alpha_low"])
-    rows = rows[rows["arm"] == "default"]
+def estimates(results: Path, sets: Sequence[str]) -> str | None:
+    """How far the estimated share of defective images is from the true one, without and with ten decisions."""
+    rows = verdicts(results, FINAL, sets)
+    if rows.empty:
+        return None
+    rows = rows[rows["asked"] == rows["asked"].min()]
+    body = []
+    for (n, alpha), some in rows.groupby(["n_decisions", "alpha"]):
+        errors = (some["alpha_hat"] - some["alpha_reached"]).abs()
+        inside = some["alpha_reached"].between(some["alpha_low"] - HALF_STEP, some["alpha_high"] + HALF_STEP)
+        widths = some["alpha_high"] - some["alpha_low"]
+        shown = [f"{value.mean():.1%}" for value in (some["alpha_hat"], errors.groupby(some["data"]).mean(), widths)]
+        body.append([f"{alpha:.0%}", f"{n:.0f}", *shown, f"{inside.sum()} of {len(some)}"])
+    header = ["defective", "decisions", "estimate, mean", "absolute error, mean", "width of the interval, mean"]
+    return table([*header, "interval holds it"], body, rows)
+
+
+def verdicts(results: Path, detector: str, sets: Sequence[str]) -> Rows:
+    """Newest rows of `verdict.py` of some sets."""
+    rows = read(results / "verdict.csv")
+    if rows.empty:
+        return rows
+    rows = rows[(rows["detector"] == detector) & rows["data"].isin(sets)]
+    rows = rows[rows["backbone"].str.contains("-256-")]
+    return newest(rows, ["data", "detector", "alpha", "n_decisions", "asked"])
+
+
+def verdict(results: Path, detector: str, sets: Sequence[str]) -> str | None:
+    """Promised against measured, mean of the sets: a row per rate, decisions and contamination."""
+    rows = verdicts(results, detector, sets)
     if rows.empty:
         return None
     body = []
-    for alpha, some in rows.groupby("alpha"):
-        errors = some["alpha_hat"] - some["alpha_reached"]
-        shown = [f"{some['alpha_hat'].mean():.1%}", f"{errors.mean():+.1%}", f"{(errors**2).mean() ** 0.5:.1%}"]
-        inside = some["alpha_reached"].between(some["alpha_low"], some["alpha_high"])
-        counts = [f"{(some['alpha_hat'] > 0).sum()} of {len(some)}", f"{inside.sum()} of {len(some)}"]
-        body.append([f"{alpha:.0%}", *shown, *counts])
-    header = ["defective", "estimated, mean", "error, mean", "error, root mean square", "above 0", "interval holds it"]
-    return table(header, body, rows)
+    for (asked, n, alpha), some in rows.groupby(["asked", "n_decisions", "alpha"]):
+        per_set = {
+            key: 100 * (some[f"{key}n_{what}"] / some[f"n_{of}"]).groupby(some["data"]).mean().mean()
+            for key, what, of in (("", "false_alarms", "good"), ("best_", "false_alarms", "good"))
+        }
+        missed = {
+            key: 100 * (some[f"{key}n_missed"] / some["n_defective"]).groupby(some["data"]).mean().mean()
+            for key in ("", "best_")
+        }
+        low, high = _rate_interval(some)
+        holds = ((some["promised_low"] <= high) & (low <= some["promised_high"])).sum()
+        wanted = some["promised"].clip(lower=asked)
+        near = ((low <= 3 * wanted) & (wanted / 3 <= high)).sum()
+        cells = f"of {len(some)}"
+        body.append(
+            [
+                f"{asked:.0%}",
+                f"{n:.0f}",
+                f"{alpha:.0%}",
+                f"{100 * some['promised'].groupby(some['data']).mean().mean():.1f}",
+                f"{per_set['']:.1f}",
+                f"{per_set['best_']:.1f}",
+                f"{missed['']:.1f}",
+                f"{missed['best_']:.1f}",
+                f"{holds} {cells}",
+                f"{near} {cells}",
+                f"{int(some['warned'].sum())} {cells}",
+            ]
+        )
+    header = ["asked", "decisions", "defective", "promised", "false alarms", "best possible", "missed", "best possible"]
+    return table([*header, "interval holds", "within a third to three times", "warned"], body, rows)
+
+
+def _rate_interval(rows: Rows) -> tuple[Any, Any]:
+    """What the counted false alarms say of the true rate: 90 % intervals (Clopper and Pearson)."""
+    k, n = rows["n_false_alarms"], rows["n_good"]
+    return np.nan_to_num(beta.ppf(0.05, k, n - k + 1)), np.nan_to_num(beta.ppf(0.95, k + 1, n - k), nan=1.0)
 
 
 # ---- what screening wins ---------------------------------------------------------------------------------------------
@@ -273,7 +322,7 @@ def ranked(results: Path, detector: str, sets: Sequence[str]) -> str | None:
 def sizes(results: Path, detector: str) -> str | None:
     """Image AUROC and AUPRO of both stages by default, by the size of the network's input, where there are several."""
     rows = read(results / "accuracy.csv")
-    rows = rows[(rows["detector"] == detector) & (rows["arm"] == "default")]
+    rows = rows[(rows["detector"] == detector) & rows["arm"].isin(["default", "all_data"])]  # Quorum learns the same
     rows = newest(rows.assign(size=rows["backbone"].str.extract(r"-(\d+)-(?:openvino|torch)")[0]), [*CELL, "size"])
     rows = rows[rows.groupby("data")["size"].transform("nunique") > 1]
     if rows.empty:
@@ -287,7 +336,7 @@ def sizes(results: Path, detector: str) -> str | None:
 
 
 def headline(results: Path) -> str | None:
-    """Both stages by default, beside PatchCore on everything and the same detector on the good images alone."""
+    """Both stages by default, beside detectors on everything and the same one on the good images: means of the sets."""
     titles = {
         ("patchcore", "all data"): "PatchCore on everything",
         ("softpatch", "all data"): "SoftPatch on everything",
@@ -296,10 +345,26 @@ def headline(results: Path) -> str | None:
     }
     rows = with_titles(accuracy_rows(results, "patchcore", "softpatch", FINAL), titles)
     rows = shared(rows, "title", len(titles))
-    if rows.empty:
+    body = []
+    for name, sets in (
+        ("those that choices were made on", DEVELOPMENT),
+        ("those looked at once, at the end", CONFIRMATION),
+    ):
+        some = rows[rows["data"].isin(sets)]
+        for alpha, part in some.groupby("alpha"):
+            means = part.groupby(["data", "title"], observed=True)["image_auroc"].mean().unstack("title").mean()
+            shown = [f"{means[title]:.3f}" for title in titles.values()]
+            body.append(
+                [
+                    f"{some['data'].nunique()}, {name}",
+                    f"{alpha:.0%}",
+                    *bold_best(shown[:3], means[list(titles.values())[:3]]),
+                    shown[3],
+                ]
+            )
+    if not body:
         return None
-    body = [[*place, *texts_by(some, "title", titles.values())] for place, some in by_set(rows)]
-    return table([*SET_HEADER, *titles.values()], body, rows)
+    return table(["mean of sets", SET_HEADER[1], *titles.values()], body, rows)
 
 
 def rivals(results: Path, metric: str) -> str | None:

@@ -217,7 +217,7 @@ def test_an_option_that_nothing_would_read_is_told_before_the_work(
         with pytest.raises(ParameterError, match=rf"no sub-models, so {name} would not be read.*--rank-by submodels"):
             run(easy.images, backbone=tiny, options=options, store=FeatureStore(tmp_path))
     ranker_of(EXACT, replace(options, rank_by="submodels"))
-    with pytest.raises(AssertionError, match="features were made"):  # nothing is screened, so nothing is wrong
+    with pytest.raises(ParameterError, match=r"Without stage 1 .*, options of stage 1 \(--.*\) would not be read"):
         pipeline.fit(easy.images, backbone=tiny, options=options, no_screen=True, store=FeatureStore(tmp_path))
 
 

@@ -14,7 +14,10 @@ from flawsift.cli.main import main
 from flawsift.datasets import Dataset
 from flawsift.detectors.base import make_detector
 from flawsift.errors import InputError, ParameterError
-from flawsift.features.backbones import Backbone
+from flawsift.executors import Processes, Run
+from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.features.devices import resolve_device
+from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.models.model import set_digest
 from flawsift.screening.options import ScreenOptions
@@ -146,6 +149,60 @@ def test_options_at_the_wrong_place_are_told_where_they_belong(easy: Dataset, ti
             function(easy.images, SMALL, tiny, devise="cpu")  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"executor": "proces:2"}, r"Unknown executor 'proces'. Did you mean 'process'\? Known: process, ray, serial"),
+        ({"executor": 2}, "executor must be a text such as 'process:4', or Serial.*, got 2"),
+        ({"device": "tpu"}, "device 'tpu' cannot be used here: there is auto, cpu"),
+        ({"device": "meta"}, "device 'meta' cannot be used here"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ({"device": None}, "device 'None' cannot be used here"),
+        ({"seed": "x"}, "seed must be a whole number that is not negative, got 'x'"),
+        ({"seed": -1}, "seed must be a whole number that is not negative, got -1"),
+        ({"progress": "yes"}, "progress must be True, False, None or a function, got 'yes'"),
+        ({"store": "cache"}, "store must be a FeatureStore, such as FeatureStore.folder., got 'cache'"),
+    ],
+)
+def test_resources_that_are_not_there_are_told_before_any_work(
+    given: dict[str, Any], text: str, easy: Dataset, tiny: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "attach", None)
+    for function in (pipeline.screen, pipeline.fit):
+        with pytest.raises(ParameterError, match=text):
+            function(easy.images, SMALL, tiny, **given)
+
+
+def test_an_executor_by_its_line(easy: Dataset, tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+
+    def seen(data: Any, screener: Any, options: Any, run: Run, **_: Any) -> Any:
+        runs.append(run)
+        raise InputError("seen")
+
+    monkeypatch.setattr(pipeline, "screen_and_fit", seen)
+    for given in ("process:2", Processes(workers=2)):
+        with pytest.raises(InputError, match="seen"):
+            pipeline.screen(easy.images, SMALL, tiny, executor=given)
+    assert [run.executor for run in runs] == [Processes(workers=2), Processes(workers=2)]
+    with pytest.raises(ParameterError, match="executor must be Serial"):
+        Run(executor="process:2")  # type: ignore[arg-type]
+
+
+def test_a_device_is_one_for_backbones_and_detectors(easy: Dataset, tiny: Backbone, store: FeatureStore) -> None:
+    data = attach(easy.images.select(range(6)), tiny, SMALL.layers, store=store)[0]
+    fitted = SMALL.clone().fit(data, device="cpu")
+    for work in (
+        lambda: SMALL.clone().fit(data, device="tpu"),
+        lambda: fitted.predict(data, device="tpu"),
+        lambda: load_backbone("tiny", device="tpu"),
+        lambda: resolve_device("tpu"),
+    ):
+        with pytest.raises(ParameterError, match="device 'tpu' cannot be used here: there is auto, cpu"):
+            work()
+    assert resolve_device("cpu") == "cpu"
+
+
 def test_decisions_of_a_caller_are_checked_as_those_of_a_file(
     easy: Dataset, tiny: Backbone, store: FeatureStore
 ) -> None:
@@ -227,7 +284,8 @@ def test_every_option_of_stage_1_is_an_option_of_the_commands(capsys: pytest.Cap
     assert all(changed[name] != value for name, value in ScreenOptions().as_json().items())
     options = fit_stage(preset=cli.Preset["default"], **changed).options
     assert options.as_json() == {**changed, "keep": 0.7}
-    assert fit_stage().options == ScreenOptions()
+    assert fit_stage().options is None, "nothing was given"
+    assert fit_stage(preset=cli.Preset["default"]).options == ScreenOptions()
     del changed["screener"]  # of `screen` that is --detector
     assert screening_stage(preset=cli.Preset["paper"], **changed).options == ScreenOptions.of(
         "paper", **{**changed, "keep": 0.7}

@@ -25,6 +25,7 @@ from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.models import model as models
 from flawsift.screening.options import FINAL, ScreenOptions
+from flawsift.screening.stage1 import resolve_screener
 from flawsift.screening.stage1 import screen as screen_features
 from flawsift.screening.storage import load_screening, matched, save_screening
 from flawsift.testing import SIZE
@@ -201,15 +202,15 @@ def test_another_detector_screens_and_the_threshold_is_the_final_ones_own(
 
 def test_the_screener_reads_the_layers_of_the_detector_where_its_own_are_missing(tiny: Backbone) -> None:
     final = make_detector("padim", layers=("stride4", "stride8"), seed=3)
-    assert pipeline.resolve_screener("own", final, tiny, 3) is final
-    assert pipeline.resolve_screener("padim", final, tiny, 3) is final
-    assert pipeline.resolve_screener("patchcore", final, tiny, 3).layers == make_detector("patchcore").layers
-    assert pipeline.resolve_screener("patchcore", final, tiny, 3).seed == 3
+    assert resolve_screener("own", final, tiny, 3) is final
+    assert resolve_screener("padim", final, tiny, 3) is final
+    assert resolve_screener("patchcore", final, tiny, 3).layers == make_detector("patchcore").layers
+    assert resolve_screener("patchcore", final, tiny, 3).seed == 3
     shallow = copy.copy(tiny)
     shallow.layers = tiny.layers[:2]
-    assert pipeline.resolve_screener("patchcore", final, shallow, 3).layers == ("stride4", "stride8")
+    assert resolve_screener("patchcore", final, shallow, 3).layers == ("stride4", "stride8")
     with pytest.raises(ParameterError, match="patchcore"):
-        pipeline.resolve_screener("patchcor", final, tiny, 3)
+        resolve_screener("patchcor", final, tiny, 3)
 
 
 def test_a_screening_of_other_images_is_told(
@@ -257,6 +258,28 @@ def test_decisions_hold_without_a_screening(name: str, tiny: Backbone, easy_fold
     model = pipeline.fit(images, SMALL[name], tiny, store=store, no_screen=True, decisions=choices).model
     assert model.training["n_kept"] == len(images) - 1
     assert model.training["decisions"] == {"keep": 1, "remove": 1, "unsure": 0, "elsewhere": 0}
+
+
+def test_options_of_a_stage_one_that_is_not_made_are_refused(
+    tiny: Backbone,
+    easy_folder: Path,
+    easy: Dataset,
+    store: FeatureStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    screening = pipeline.screen(easy_folder, None, tiny, store=store, out=tmp_path / "s")
+    monkeypatch.setattr(pipeline, "attach", None)  # told before any work
+    options: list[Any] = [ScreenOptions(keep=0.7), ScreenOptions(), "default", "paper"]
+    for given in options:
+        for stage1 in (screening, tmp_path / "s"):
+            with pytest.raises(ParameterError, match="Stage 1 is the screening that is given, so options of stage 1"):
+                pipeline.fit(easy_folder, backbone=tiny, store=store, screening=stage1, options=given)
+        with pytest.raises(ParameterError, match="Without stage 1"):
+            pipeline.fit(easy_folder, backbone=tiny, store=store, no_screen=True, options=given)
+    with pytest.raises(ParameterError, match=r"\(--keep, --subsets\) would not be read"):
+        changed = ScreenOptions(keep=0.7, n_subsets=3)
+        pipeline.fit(easy_folder, backbone=tiny, store=store, no_screen=True, options=changed)
 
 
 def test_no_screen_trains_on_everything_and_still_has_a_threshold(

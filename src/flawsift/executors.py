@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -27,6 +28,8 @@ from flawsift.progress import Progress, silent
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_EXECUTORS = "Serial(), Processes(...) or Ray(...) of flawsift.executors"  # what errors name
 
 RETRIES = 3  # further attempts: enough for lost nodes, few enough that a task that kills its worker soon gives up
 
@@ -107,6 +110,11 @@ class Run:
     executor: Executor = SERIAL
     progress: Progress = silent
     checkpoint: Path | None = None
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool) and self.seed >= 0
+        _require("seed", whole, "be a whole number that is not negative", repr(self.seed))
+        _require("executor", isinstance(self.executor, Executor), f"be {_EXECUTORS}", repr(self.executor))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,15 +336,20 @@ def _require(name: str, holds: bool, constraint: str, got: object) -> None:
 KINDS: dict[str, type[Executor]] = {"serial": Serial, "process": Processes, "ray": Ray}
 
 
-def make_executor(text: str) -> Executor:
+def make_executor(text: Executor | str) -> Executor:
     """An executor from a line: "serial", "process", "process:4", "ray", "ray:host:6379,gpus=0.25,sees_files=false".
 
+    One that is made already is returned as it is.
+
     Raises:
-        ParameterError: Unknown kind or option, or a value that is out of range.
+        ParameterError: Unknown kind or option, or a value that is out of range; or it is neither text nor executor.
 
     >>> make_executor("process:4")
     Processes(workers=4, retries=3)
     """
+    if isinstance(text, Executor):
+        return text
+    _require("executor", isinstance(text, str), f"be a text such as 'process:4', or {_EXECUTORS}", repr(text))
     head, *options = text.split(",")
     kind, _, argument = head.partition(":")
     if kind not in KINDS:

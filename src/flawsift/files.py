@@ -4,7 +4,9 @@ import contextlib
 import csv
 import errno
 import hashlib
+import itertools
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -13,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from flawsift.errors import OutputError
+from flawsift.paths import show
+
+log = logging.getLogger("flawsift")
 
 SPARE_BYTES = 16 * 2**20  # an output folder needs at least this much free space for tables and a report
 # what systems answer for a lock on a drive that knows none
@@ -116,6 +121,35 @@ def new_folder(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_aside(paths: Iterable[Path], folder: Path, why: str) -> Path | None:
+    """Move what would be taken for a part of a new result into a new folder `earlier-N`, and log where it is.
+
+    Args:
+        paths: Files and folders; those that are not there are left out.
+        folder: Where the new folder is made, on the same disk.
+        why: What the log says of them: "belongs to an earlier model".
+
+    Returns:
+        The new folder, or None where there was nothing to move.
+
+    Raises:
+        OutputError: Something cannot be moved.
+    """
+    there = [path for path in paths if os.path.lexists(path)]
+    if not there:
+        return None
+    try:
+        number = next(n for n in itertools.count(1) if not os.path.lexists(folder / f"earlier-{n}"))
+        aside = folder / f"earlier-{number}"
+        aside.mkdir()
+        for path in there:
+            path.replace(aside / path.name)
+            log.warning("'%s' %s. It is now in '%s'.", show(path), why, show(aside))
+    except OSError as error:
+        raise _output_error(folder, error) from error
+    return aside
 
 
 @contextlib.contextmanager

@@ -18,14 +18,17 @@ from flawsift.detectors.base import Detector, make_detector
 from flawsift.detectors.parts.training import Watch
 from flawsift.detectors.protocols import Additive
 from flawsift.errors import InputError, ParameterError, unknown_name
-from flawsift.executors import Executor, Run
+from flawsift.executors import SERIAL, Executor, Run, make_executor
 from flawsift.features.backbones import Backbone, fitting_size, load_backbone
+from flawsift.features.devices import resolve_device
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
-from flawsift.files import ensure_folder
+from flawsift.files import ensure_folder, move_aside
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
 from flawsift.models.model import Model, set_digest, versions
 from flawsift.models.plan import TrainingPlan, calibrate, judge, options_for, plan_training
+from flawsift.models.profile import Profile
+from flawsift.models.provenance import is_made_by, provenance_of
 from flawsift.paths import show
 from flawsift.progress import ProgressOption, as_progress
 from flawsift.reports.pages import REPORT
@@ -34,8 +37,8 @@ from flawsift.screening.decisions import checked_decisions, read_decisions
 from flawsift.screening.lookalikes import describe_images
 from flawsift.screening.options import FINAL, OWN, ScreenOptions
 from flawsift.screening.result import Screening
-from flawsift.screening.stage1 import ranker_of, screen_and_fit
-from flawsift.screening.storage import ROOT, images_of, load_screening, save_screening
+from flawsift.screening.stage1 import ranker_of, resolve_screener, screen_and_fit
+from flawsift.screening.storage import CSV, ROOT, grouped, images_of, load_screening, save_screening
 
 
 class Resources(TypedDict, total=False):
@@ -45,14 +48,14 @@ class Resources(TypedDict, total=False):
         store: Where features are cached; the default cache unless given.
         seed: Of the partitions, and of detectors given by name.
         device: Where detectors run; "auto" takes a GPU where there is one.
-        executor: Where sub-models run.
+        executor: Where sub-models run, as text too: see `flawsift.executors.make_executor`.
         progress: True for a bar, in a script or a notebook, or a callable that is told.
     """
 
     store: FeatureStore
     seed: int
     device: str
-    executor: Executor
+    executor: Executor | str
     progress: ProgressOption
 
 
@@ -130,7 +133,7 @@ def fit(
     *,
     screening: Screening | str | Path | None = None,
     no_screen: bool = False,
-    options: ScreenOptions | str = "default",
+    options: ScreenOptions | str | None = None,
     decisions: str | Path | Mapping[str, str] | None = None,
     false_alarm_rate: float = DEFAULT_RATE,
     out: str | Path | None = None,
@@ -144,17 +147,20 @@ def fit(
         detector: Of stage 2: a registry name or an unfitted detector.
         backbone: A name for `load_backbone`, of a size that fits the images (`fitting_size`), or a backbone.
         screening: Instead of a new stage 1: what `screen` returned, or the folder that it wrote, its `kept` column
-            perhaps edited. Any detector and backbone may have made it.
+            perhaps edited. Any detector and backbone may have made it. Images that come without groups are in its
+            groups; with some of their own, these are used, and a difference is told (`groups_note`).
         no_screen: Train on everything but what `decisions` remove.
-        options: Of stage 1, or the name of a preset; see `models.plan.options_for`.
+        options: Of a new stage 1, or the name of a preset; None takes the default one. See `models.plan.options_for`.
         decisions: What a person decided, from `flawsift review`: a CSV file with the columns path and decision, or
             {relative path: decision}. "keep" and "remove" override the screening; "unsure" leaves it.
         false_alarm_rate: The share of good parts that the threshold may stop.
-        out: The model folder; stage 1 is written to `out/screening`, and a page about both to `out/report.html`.
+        out: The model folder; stage 1 is written to `out/screening`, and a page about both to `out/report.html`. What
+            an earlier run left there and this one does not replace is moved to `out/earlier-1`.
         resources: See `Resources`.
 
     Raises:
         InputError: As for `screen`, the screening does not fit the images, or the decisions do not.
+        ParameterError: As for `screen`, or options were set and no stage 1 is made.
         OutputError: `out` or the cache cannot be written.
     """
     _check(resources)
@@ -162,14 +168,16 @@ def fit(
         raise TypeError(f"screening must be a Screening or its folder, got {type(screening).__name__}.")
     if screening is not None and no_screen:
         raise InputError("Give either a screening or no_screen, not both.")
+    if options is not None and (no_screen or screening is not None):
+        ScreenOptions.of(options).refuse(no_screen=no_screen)
     if out is not None:
         ensure_folder(out)
     Calibration.of([]).threshold(false_alarm_rate)  # a bad rate is told now, not after the work
     asked = _Asked(
         screening=load_screening(screening) if isinstance(screening, str | Path) else screening,
-        saved=isinstance(screening, str | Path),
+        folder=Path(screening) if isinstance(screening, str | Path) else None,
         no_screen=no_screen,
-        options=ScreenOptions.of(options),
+        options=ScreenOptions.of("default" if options is None else options),
         choices=_choices(decisions),
         false_alarm_rate=false_alarm_rate,
         out=None if out is None else Path(out),
@@ -177,7 +185,8 @@ def fit(
     )
     with as_progress(resources.get("progress")) as tell:
         stage1 = asked.options if asked.is_new else None
-        job = _prepare(images, detector, backbone, stage1, {**resources, "progress": tell})
+        given, asked = _grouped(as_images(images), asked)
+        job = _prepare(given, detector, backbone, stage1, {**resources, "progress": tell})
         return _both_stages(job, asked)
 
 
@@ -201,18 +210,26 @@ class _Asked:
     """What `fit` was asked for, checked."""
 
     screening: Screening | None
-    saved: bool  # it lies in a folder of its own
+    folder: Path | None  # where it lies, if it is a saved one
     no_screen: bool
     options: ScreenOptions
     choices: Mapping[str, str]
     false_alarm_rate: float
     out: Path | None
     started: float
+    groups_note: str | None = None  # the images have other groups than the screening
 
     @property
     def is_new(self) -> bool:
         """Whether stage 1 is still to be made."""
         return self.screening is None and not self.no_screen
+
+
+def _grouped(images: ImageSet, asked: _Asked) -> tuple[ImageSet, _Asked]:
+    if asked.screening is None:
+        return images, asked
+    images, note = grouped(asked.screening, images)
+    return images, replace(asked, groups_note=note)
 
 
 def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
@@ -221,12 +238,15 @@ def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
         folder = None if out is None else out / "screening"
         wants = job.screener is job.detector and isinstance(job.detector, Additive)
         stage1, merged = _stage1(job, options_for(job.detector, asked.options), folder, wants_fitted=wants)
-    elif stage1 is not None and not asked.saved and out is not None:
+    elif stage1 is not None and asked.folder is None and out is not None:
         _write_stage1(stage1, _pictures_of(stage1, job), out / "screening")
-    same = stage1 is not None and _same_scores(stage1, job)
+    # held-out scores were made without the other images of a group: of other groups, they are others
+    same = stage1 is not None and asked.groups_note is None and is_made_by(stage1, job.detector, job.backbone)
     plan = plan_training(job.data, job.detector, stage1, choices=asked.choices, same_detector=same)
     record = {
         "n_images": len(job.data) + len(job.unreadable),
+        "n_groups": plan.images.n_groups,
+        **({"groups_note": asked.groups_note} if asked.groups_note else {}),
         "screened": not asked.no_screen,
         "screener": job.screener.name if asked.is_new else None,
         **({"decisions": dict(plan.decisions)} if asked.choices else {}),
@@ -236,7 +256,19 @@ def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
     if out is not None and stage1 is not None:
         decided, _ = stage1.with_decisions(asked.choices)
         write_fit_report(model, decided, _pictures_of(decided, job), out)
+    if out is not None:
+        _move_stale(out, asked)
     return FitResult(model, stage1, plan, out)
+
+
+def _move_stale(out: Path, asked: _Asked) -> None:
+    """Move what an earlier run left beside the new model, and is not about it, aside: decisions may be in it."""
+    stale, mine = [], out / "screening"
+    if (mine / CSV).exists() and (asked.no_screen or (asked.folder is not None and not mine.samefile(asked.folder))):
+        stale.append(mine)
+    if asked.no_screen and not (out / CSV).exists():  # else the page is about the screening beside it
+        stale.append(out / REPORT)
+    move_aside(stale, out, "is not about the new model")
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,8 +293,11 @@ def _prepare(
 ) -> _Job:
     """Images and features for both stages; `stage1` is None where none is to be made."""
     store = resources.get("store") or FeatureStore()
+    if not isinstance(store, FeatureStore):
+        raise ParameterError(f"store must be a FeatureStore, such as FeatureStore(folder), got {store!r}.")
     given_run: dict[str, Any] = {key: value for key, value in resources.items() if key != "store"}
-    run = Run(**given_run)
+    run = Run(**{**given_run, "executor": make_executor(resources.get("executor", SERIAL))})
+    resolve_device(run.device)  # one that is not there is told now, not after the work
     given = as_images(images)
     made = make_detector(detector, seed=run.seed) if isinstance(detector, str) else detector
     loaded = load_backbone(backbone, size=fitting_size(given)) if isinstance(backbone, str) else backbone
@@ -276,26 +311,6 @@ def _prepare(
     return _Job(given, data, made, first, loaded, unreadable, run)
 
 
-def resolve_screener(screener: str, detector: Detector, backbone: Backbone, seed: int) -> Detector:
-    """The detector of stage 1: `detector` itself for "own" and for its own name, else the one named, unfitted.
-
-    Where the backbone has not the layers that the one named would read, such as strides 8 and 16 of a transformer, it
-    reads those of `detector`.
-
-    Raises:
-        ParameterError: There is no such detector.
-    """
-    if screener in (OWN, detector.name):
-        return detector
-    made = make_detector(screener, seed=seed)
-    try:
-        for layer in made.layers:
-            backbone.resolve(layer)
-    except ParameterError:
-        return make_detector(screener, seed=seed, layers=detector.layers)
-    return made
-
-
 def _stage1(
     job: _Job, options: ScreenOptions, out: str | Path | None, *, wants_fitted: bool
 ) -> tuple[Screening, Detector | None]:
@@ -306,7 +321,7 @@ def _stage1(
         run = replace(run, checkpoint=_run_folder(ensure_folder(out) / ".resume", job, *settings))
     started = time.monotonic()
     ranked, fitted = screen_and_fit(job.data, job.screener, options, run, wants_fitted=wants_fitted)
-    provenance = _provenance(job, job.screener)
+    provenance = provenance_of(job.screener, job.backbone)
     provenance |= {"seconds": round(time.monotonic() - started, 2), "images_digest": set_digest(job.data)}
     if isinstance(job.data.source, FileSource):
         provenance[ROOT] = os.path.abspath(job.data.source.root)
@@ -336,11 +351,10 @@ def _stage2(
     unfinished = None if resume is None else _run_folder(resume, job, set_digest(plan.images), run.seed)
     run.progress("detector", 0, 1)
     checkpoint = None if unfinished is None else unfinished / "training.safetensors"
-    watch = Watch(lambda _, done, of: run.progress("detector", done, of), checkpoint)
-    fitted = _fitted(job, plan.images, merged, watch)
+    fitted = _fitted(job, plan.images, merged, Watch(lambda _, n, of: run.progress("detector", n, of), checkpoint))
     run.progress("detector", 1, 1)
     halves = replace(run, checkpoint=None if unfinished is None else unfinished / "calibration")
-    calibration = calibrate(plan, judge(plan, fitted, halves))
+    judged = judge(plan, fitted, halves)
     training = {
         "n_images": record["n_images"],
         "n_kept": len(plan.kept),
@@ -354,7 +368,8 @@ def _stage2(
         "seconds": round(time.monotonic() - started, 2),
         "versions": versions(),
     }
-    model = Model(fitted, job.backbone, calibration, training)
+    profile = Profile.of_images(plan.images, judged.median_patch(plan.kept))
+    model = Model(fitted, job.backbone, calibrate(plan, judged), training, profile)
     if resume is not None:
         model.save(resume.parent)
         shutil.rmtree(resume, ignore_errors=True)
@@ -379,21 +394,6 @@ def _pictures_of(screening: Screening, job: _Job) -> ImageSet:
 
 def _run_folder(root: Path, job: _Job, *settings: Any) -> Path:
     """Where the unfinished work of one run lies, found by everything that can change its result."""
-    key = json.dumps([_provenance(job, job.detector), set_digest(job.data), *settings], sort_keys=True, default=str)
+    made_of = provenance_of(job.detector, job.backbone), set_digest(job.data), list(job.data.members.values())
+    key = json.dumps([*made_of, *settings], sort_keys=True, default=str)
     return root / hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-def _provenance(job: _Job, detector: Detector) -> dict[str, Any]:
-    backbone = job.backbone
-    return {
-        "detector": {"name": detector.name, "params": detector.params()},
-        "backbone": {"spec": backbone.spec, "key": backbone.key, "weights_digest": backbone.weights_digest},
-        "versions": versions(),
-    }
-
-
-def _same_scores(screening: Screening, job: _Job) -> bool:
-    """Whether the scores of a screening are this detector's: a threshold from another's would be nonsense."""
-    mine = _provenance(job, job.detector)
-    keys = (("detector", "name"), ("detector", "params"), ("backbone", "key"), ("backbone", "weights_digest"))
-    return all(screening.provenance.get(part, {}).get(key) == mine[part][key] for part, key in keys)

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
+from flawsift.errors import ParameterError
+
 
 class Progress(Protocol):
     """Called with the name of a stage, the steps done and the steps in all."""
@@ -30,6 +32,8 @@ def as_progress(progress: ProgressOption) -> Iterator[Progress]:
         yield silent
         return
     if progress is not True:
+        if not callable(progress):
+            raise ParameterError(f"progress must be True, False, None or a function, got {progress!r}.")
         yield progress
         return
     from rich.console import Console  # slow to import

@@ -14,7 +14,7 @@ from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.models.model import set_digest
 from flawsift.screening.options import PRESETS, ScreenOptions
-from flawsift.screening.stage1 import ranker_of
+from flawsift.screening.stage1 import ranker_of, resolve_screener
 from flawsift.screening.submodels import rank_by_submodels
 
 # as short as they get: what is learned does not matter here
@@ -47,7 +47,7 @@ def test_both_ways_train_on_the_same_ids_and_masks(
     detector = make_detector(name, **SHORT.get(name, {"coreset_ratio": 0.05}))
     images = easy.images.select(np.r_[0:22, 40:48])  # more than a quarter is defective: the default finds evidence
     store = FeatureStore(tmp_path)
-    first = pipeline.resolve_screener(PRESETS[preset].screener, detector, tiny, 0)
+    first = resolve_screener(PRESETS[preset].screener, detector, tiny, 0)
     few = {"n_subsets": 2} if ranker_of(first, PRESETS[preset]) is rank_by_submodels else {}
     fitted = pipeline.fit(images, detector, tiny, options=ScreenOptions.of(preset, **few), store=store)
     layers = tuple(dict.fromkeys([*detector.layers, *first.layers]))

@@ -94,6 +94,56 @@ def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     assert written == {k: measured.json[k] for k in written}
 
 
+def test_images_of_another_camera_are_noticed(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    fitted = run("fit", easy_folder, "--out", tmp_path / "m", *TINY)
+    assert fitted.code == 0, fitted.err
+    found = run("predict", tmp_path / "m", easy_folder)
+    assert "Notice" not in found.out
+    assert "this rate" not in found.out
+    assert run("predict", tmp_path / "m", easy_folder, "--json").json["notices"] == []
+    (tmp_path / "new").mkdir()
+    for i in range(3):
+        with Image.open(easy_folder / f"part-0{i}.png") as image:
+            image.resize((40, 90)).save(tmp_path / "new" / f"{i}.jpg")
+    found = run("predict", tmp_path / "m", tmp_path / "new")
+    assert found.code == 0, found.err
+    lines = found.out.splitlines()
+    told = [line for line in lines if line.startswith("Notice: 3 of 3 images")]
+    assert any("40 x 90 pixels, in training 64 x 64" in line for line in told)
+    assert any("stored as JPEG colour, the training images as PNG colour" in line for line in told)
+    assert lines[: len(told)] == told, "they come before the verdicts"
+    assert lines[-1].endswith("this rate holds for pictures like the training images, and these differ.")
+    notices = run("predict", tmp_path / "m", tmp_path / "new", "--json").json["notices"]
+    assert [notice["text"] for notice in notices] == [line.removeprefix("Notice: ") for line in told]
+    size = next(notice for notice in notices if notice["kind"] == "size")
+    assert (size["n"], size["n_images"]) == (3, 3)
+    assert (size["images"]["width"], size["training"]["width"]) == ([40, 40, 40], [64, 64, 64])
+
+
+def test_days_are_compared(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    small = ["--detector", "padim", "--set", "n_features=20"]
+    assert run("fit", easy_folder, "--out", tmp_path / "m", *TINY, *small).code == 0
+    for day, images in (("monday", "part-[0-3]*.png"), ("tuesday", "part-4*.png")):  # good ones, defective ones
+        found = run("predict", tmp_path / "m", easy_folder / images, "--out", tmp_path / day, "--no-maps")
+        assert found.code == 0, found.err
+    days = [tmp_path / "monday", tmp_path / "tuesday" / "predictions.csv"]
+    found = run("drift", tmp_path / "m", *days, "--out", tmp_path / "d")
+    assert found.code == 0, found.err
+    lines = found.out.splitlines()
+    assert lines[0].startswith("tuesday: scores rose by ")
+    assert lines[0].endswith("not explained by chance.")
+    assert [line.split()[0] for line in lines[2:5]] == ["training", "monday", "tuesday"]
+    assert lines[-1] == f"Report: {tmp_path / 'd' / 'report.html'}"
+    result = run("drift", tmp_path / "m", *days, "--json").json
+    assert [(one["label"], one["n"]) for one in result["files"]] == [("monday", 40), ("tuesday", 10)]
+    stopped = [row["is_anomalous"] for row in table(tmp_path / "tuesday" / "predictions.csv")]
+    assert result["files"][1]["share_above"] == stopped.count("1") / 10
+    assert json.loads((tmp_path / "d" / "drift.json").read_text())["files"] == result["files"]
+    found = run("drift", tmp_path / "m", tmp_path / "monday", tmp_path / "monday")
+    assert (found.code, "come more than once" in found.err) == (2, True)
+    assert run("drift", tmp_path / "m").code == 2, "no file"
+
+
 def test_fit_screens_and_reports(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     found = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, "--preset", "paper", "--seed", 3)
     assert found.code == 0, found.err
@@ -207,6 +257,31 @@ def test_groups_file(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     assert all(rows[i]["subset"] == rows[i - i % 5]["subset"] for i in range(50))
 
 
+def test_a_saved_screening_takes_no_options(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    assert run("screen", easy_folder, "--out", tmp_path / "s", *TINY).code == 0
+    for given in (["--keep", 0.7], ["--keep", "auto"], ["--preset", "default"], ["--screener", "padim"]):
+        found = run("fit", easy_folder, "--out", tmp_path / "m", *TINY, "--screening", tmp_path / "s", *given)
+        assert found.code == 2
+        assert "would not be read. Leave them out, or screen the images again" in found.err
+        assert not (tmp_path / "m").exists()
+
+
+def test_evaluate_takes_good_and_bad_folders_and_says_what_else(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    assert run("fit", easy_folder, "--out", tmp_path / "m", *TINY).code == 0
+    for i, picture in enumerate(sorted(easy_folder.glob("*.png"))[30:]):
+        target = tmp_path / "tree" / ("bad" if i >= 10 else "good") / picture.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, target)
+    measured = run("evaluate", tmp_path / "m", tmp_path / "tree", "--out", tmp_path / "e", "--json")
+    assert measured.code == 0, measured.err
+    assert measured.json["image_auroc"] > 0.8
+    plain = run("evaluate", tmp_path / "m", easy_folder, "--out", tmp_path / "e2")
+    assert plain.code == 2
+    assert "has no labels to measure with" in plain.err
+    assert "Expected normal (or good, ok) and defect (or bad, nok)" in plain.err
+    assert "test/good and test/DEFECT_TYPE" in plain.err
+
+
 def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "images"
     for sub in ("a", "b"):
@@ -254,6 +329,10 @@ def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) ->
         (["screen", "{images}"], "Missing option '--out'"),
         (["fit", "{images}", "--out", "{out}", "--false-alarm-rate", "7"], "false_alarm_rate must be in"),
         (["fit", "{images}", "--out", "{out}", "--detector-preset", "paper"], "Unknown preset of quorum"),
+        (["fit", "{images}", "--out", "{out}", "--no-screen", "--keep", "0.7"], "stage 1 (--keep) would not be read"),
+        (["fit", "{images}", "--out", "{out}", "--no-screen", "--keep", "auto"], "of stage 1 would not be read"),
+        (["fit", "{images}", "--out", "{out}", "--no-screen", "--preset", "default"], "stage 1 would not be read"),
+        (["fit", "{images}", "--out", "{out}", "--no-screen", "--include-own"], "(--exclude-own/--include-own) would"),
         (["predict", "{images}", "{images}", "--out", "{out}"], "is not a model folder"),
         (["fit", "{images}", "--out", "{out}", "--decisions", "{missing}"], "cannot be read"),
         (["review", "{empty}", "--no-browser"], "holds no screening"),

@@ -194,7 +194,7 @@ def test_folders_side_by_side_share_their_parent_as_root(tmp_path: Path) -> None
 
 
 def test_bad_labelled_folders_say_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no folder defect. Expected normal, defect/DEFECT_TYPE.*Found: mask, normal"):
+    with pytest.raises(InputError, match=r"no folder defect. Expected normal .*DEFECT_TYPE.*Found: mask, normal"):
         load(make(tmp_path / "1", [f for f in TILE if not f.startswith("defect")]))
     with pytest.raises(InputError, match=r"No images in .*normal"):
         load(make(tmp_path / "2", ["normal/", "defect/crack/1.png"]))
@@ -206,7 +206,24 @@ def test_bad_labelled_folders_say_what_was_expected(tmp_path: Path) -> None:
         load_folder(tmp_path / "3" / "normal", masks=tmp_path / "3" / "mask")
     (tmp_path / "2" / "groups.csv").write_text("file,group\n1.png,a\n")
     make(tmp_path / "2", ["normal/1.png"])
-    with pytest.raises(InputError, match=r"names none of the 2 images: it has 1.png, the folder has normal/1.png"):
+    with pytest.raises(InputError, match=r"name none of the 2 images: one of them is 1.png, an image is normal/1.png"):
+        load(tmp_path / "2")
+
+
+@pytest.mark.parametrize(("normal", "defect"), [("good", "bad"), ("OK", "NOK"), ("ok", "defect"), ("normal", "Bad")])
+def test_labelled_folders_may_have_other_usual_names(normal: str, defect: str, tmp_path: Path) -> None:
+    make(tmp_path, [f"{normal}/1.png", f"{normal}/2.png", f"{defect}/crack/3.png", f"{defect}/4.png"])
+    data = load(tmp_path)
+    assert data.images.names == [f"{normal}/1.png", f"{normal}/2.png", f"{defect}/4.png", f"{defect}/crack/3.png"]
+    assert data.truth.labels.tolist() == [0, 0, 1, 1]
+    assert data.truth.defect_types == ("good", "good", "defect", "crack")
+
+
+def test_one_usual_name_alone_is_a_name_like_any_other(tmp_path: Path) -> None:
+    make(tmp_path / "1", ["good/1.png", "station 2/2.png"])
+    assert len(load(tmp_path / "1").truth) == 0
+    make(tmp_path / "2", ["good/1.png", "ok/1.png", "bad/2.png"])
+    with pytest.raises(InputError, match="has more than one folder normal: good, ok. Expected"):
         load(tmp_path / "2")
 
 

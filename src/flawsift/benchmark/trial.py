@@ -19,10 +19,9 @@ from flawsift.features.backbones import Backbone
 from flawsift.metrics.ranking import image_auroc
 from flawsift.models.model import Model, evaluate, set_digest
 from flawsift.models.plan import NOTHING, Judged, TrainingPlan, calibrate, judge, options_for, plan_training
-from flawsift.pipeline import resolve_screener
 from flawsift.screening.consensus import keep_lowest
 from flawsift.screening.result import Screening
-from flawsift.screening.stage1 import ranker_of, reselected, screen
+from flawsift.screening.stage1 import ranker_of, reselected, resolve_screener, screen
 from flawsift.screening.submodels import rank_by_submodels
 from flawsift.types import Ids
 

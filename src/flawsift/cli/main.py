@@ -43,7 +43,7 @@ def _root(
     pass
 
 
-for command in (stages.screen, stages.fit, use.predict, use.evaluate):
+for command in (stages.screen, stages.fit, use.predict, use.drift, use.evaluate):
     app.command()(command)
 for command in (tools.review, tools.export, tools.diagnose, tools.demo, tools.detectors):
     app.command()(command)

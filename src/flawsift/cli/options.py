@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 
 import typer
 
-from flawsift.errors import ParameterError
+from flawsift.errors import InputError, ParameterError
 from flawsift.screening.options import FINAL, FLAG, HELP, PRESETS, ScreenOptions
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flawsift.detectors.base import Detector
     from flawsift.features.backbones import Backbone
     from flawsift.features.store import FeatureStore
+    from flawsift.models.calibration import Threshold
     from flawsift.models.model import Model
     from flawsift.pipeline import Resources
     from flawsift.progress import Progress
@@ -68,7 +69,9 @@ Size = Annotated[
     typer.Option("--size", help="Edge length in pixels to resize images to. [384 if they have as many, else 256]"),
 ]
 RuntimeOption = Annotated[Runtime, typer.Option("--runtime", help="What runs the backbone.")]
-PresetOption = Annotated[Preset, typer.Option("--preset", help="Options of stage 1, where not given one by one.")]
+PresetOption = Annotated[
+    Preset | None, typer.Option("--preset", help="Options of stage 1, where not given one by one. [default]")
+]
 Groups = Annotated[
     Path | None, typer.Option("--groups", help="CSV with columns file, group: images that belong together.")
 ]
@@ -177,21 +180,23 @@ class StageOne:
     Its fields are made of `ScreenOptions`, where each option is declared with its help.
     """
 
-    preset: str
+    preset: str | None
 
     @property
-    def options(self) -> ScreenOptions:
-        """The options."""
+    def options(self) -> ScreenOptions | None:
+        """The options, or None where none was given."""
         given = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(ScreenOptions)}
         changes = {name: value for name, value in given.items() if value is not None}
         if "keep" in changes:
             changes["keep"] = _share(changes["keep"])
-        return ScreenOptions.of(str(self.preset), **changes)
+        if self.preset is None and not changes:
+            return None
+        return ScreenOptions.of(str(self.preset or "default"), **changes)
 
 
 def _stage_one(name: str, *without: str) -> type[StageOne]:
     """`StageOne` with an option for each field of `ScreenOptions`, but for some; None where it is not given."""
-    options: list[tuple[str, Any, Any]] = [("preset", PresetOption, field(default=Preset["default"]))]
+    options: list[tuple[str, Any, Any]] = [("preset", PresetOption, field(default=None))]
     for f in dataclasses.fields(ScreenOptions):
         if f.name not in without:
             flag = f.metadata.get(FLAG) or "--" + f.name.replace("_", "-")
@@ -254,14 +259,14 @@ def say(as_json: bool, result: dict[str, Any], lines: Sequence[str]) -> None:
     typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
-def threshold_lines(threshold: Any) -> list[str]:
-    """What is said about a threshold."""
+def threshold_lines(threshold: "Threshold | None", *, reservation: str = "") -> list[str]:
+    """What is said about a threshold, with what its rate does not hold for."""
     if threshold is None:
         return ["No threshold: one image or group gives no held-out scores to calibrate with. Scores are still ranked."]
     text = str(threshold).replace("threshold", "Threshold", 1)
     if threshold.limited:
         text += f" ({threshold.n_calibration} images cannot support {100 * threshold.false_alarm_rate:g} per 100)"
-    return [text + "."]
+    return [f"{text}; {reservation}." if reservation else f"{text}."]
 
 
 def images_in(given: Sequence[str], groups: Path | None) -> "ImageSet":
@@ -274,7 +279,15 @@ def images_in(given: Sequence[str], groups: Path | None) -> "ImageSet":
 
 
 def tested_images(data: "Dataset") -> "ImageSet":
-    """The published test images of a set that has some, else all."""
+    """The published test images of a set that has some, else all.
+
+    Raises:
+        InputError: Nothing is known about the images.
+    """
+    from flawsift.datasets.folder import LAYOUTS
+
+    if not len(data.truth):
+        raise InputError(f"'{data.name}' has no labels to measure with: it is a folder of images. {LAYOUTS}.")
     return data.images.select(data.test_ids) if len(data.test_ids) else data.images
 
 

@@ -51,7 +51,7 @@ def screen(
     from flawsift.reports.pages import REPORT
     from flawsift.screening.storage import summary_of
 
-    options, pictures = stage1.options, images_in(images, groups)
+    options, pictures = stage1.options or ScreenOptions(), images_in(images, groups)
     ensure_folder(out)
     with shown_progress() as progress:
         result = pipeline.screen(
@@ -82,6 +82,8 @@ def screened_lines(result: "Screening") -> list[str]:
         )
     if size := result.provenance.get("backbone", {}).get("spec", {}).get("size"):
         lines.append(f"Images were resized to {size} x {size} pixels.")
+    if result.n_groups is not None:
+        lines.append(f"They are in {result.n_groups} groups; `flawsift fit --screening` will know them.")
     if result.contamination is not None:
         lines.append(f"Estimated share of defective images: {result.contamination.text}.")
     names = dict(zip(result.ids.tolist(), result.names, strict=True))
@@ -144,10 +146,14 @@ def fitted_lines(result: "FitResult", out: Path) -> list[str]:
     name, kept, total = result.model.detector.name, training["n_kept"], training["n_images"]
     lines = [f"WARNING: {warning}"] if (warning := result.model.calibration.warning) else []
     lines += [f"Trained {name} on {kept} of {total} images{more}: {out}"]
+    if training["n_groups"] is not None:
+        lines.append(f"They are in {training['n_groups']} groups; none was judged by images of its own group.")
     if drawn := result.model.detector.n_drawn:
         lines.append(f"It compares with {drawn} of them, drawn at random (--set max_images=null for all).")
     size = result.model.backbone.size
     lines.append(f"Images are resized to {size} x {size} pixels.")
     if note := training.get("screening_note"):
         lines.append(f"Note: {note} Screen the folder again to have them judged.")
+    if note := training.get("groups_note"):
+        lines.append(f"Note: {note} Screen the folder with --groups to have them judged by these.")
     return [*lines, *threshold_lines(result.model.threshold())]

@@ -1,4 +1,4 @@
-"""The commands that use a model: predict and evaluate."""
+"""The commands that use a model: predict, drift and evaluate."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +10,7 @@ from flawsift.cli.options import (
     Device,
     Images,
     ModelChoice,
+    ModelFolder,
     Out,
     Rate,
     images_in,
@@ -56,6 +57,7 @@ def predict(
         "n_anomalous": None if result.is_anomalous is None else int(result.is_anomalous.sum()),
         "n_unreadable": len(result.errors),
         "threshold": None if threshold is None else vars(threshold),
+        "notices": [notice.as_json() for notice in result.notices],
     }
     if out is None:
         summary["images"] = [_as_json(one) for one in result]
@@ -68,9 +70,10 @@ def predict(
 
 def predicted_lines(result: "Predictions", *, one_by_one: bool) -> list[str]:
     """What is said about new images, the most anomalous by themselves where no table is written."""
+    from flawsift.models.notices import RESERVATION
     from flawsift.paths import show
 
-    flagged, lines = result.is_anomalous, []
+    flagged, lines = result.is_anomalous, notice_lines(result)
     readable = sorted((one for one in result if one.error is None), key=lambda one: -one.score)
     if one_by_one and readable:
         shown = readable[:MAX_SHOWN]
@@ -81,8 +84,13 @@ def predicted_lines(result: "Predictions", *, one_by_one: bool) -> list[str]:
     if len(result) > 1 or not one_by_one:
         counted = f"{int(flagged.sum())} of {len(result)} images are anomalous." if flagged is not None else ""
         lines.append(counted or f"{len(result)} images scored.")
-    lines += threshold_lines(result.threshold)
+    lines += threshold_lines(result.threshold, reservation=RESERVATION if result.notices else "")
     return lines + [f"Not readable: {show(one.name)}: {one.error}" for one in result if one.error is not None]
+
+
+def notice_lines(result: "Predictions") -> list[str]:
+    """How images differ from the training images, a line each."""
+    return [f"Notice: {notice}" for notice in result.notices]
 
 
 def _verdict(one: "ImagePrediction", width: int) -> str:
@@ -97,10 +105,41 @@ def _as_json(one: "ImagePrediction") -> dict[str, object]:
     return {"path": one.name, **(known if one.error is None else {"error": one.error})}
 
 
+def drift(
+    model: ModelFolder,
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Tables that `flawsift predict --out` wrote, or their folders, in order.", show_default=False
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for report.html and drift.json.")] = None,
+    false_alarm_rate: Rate = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whether scores have shifted: the predictions of several days against training and the first day."""
+    from flawsift.files import ensure_folder
+    from flawsift.models import drift as drifting
+    from flawsift.reports.drift import write_drift_report
+
+    if out is not None:
+        ensure_folder(out)
+    found = drifting.drift(model, files, false_alarm_rate=false_alarm_rate)
+    summary, lines = found.as_json(), str(found).splitlines()
+    lines += threshold_lines(found.threshold)
+    if out is not None:
+        page = write_drift_report(found, out)
+        summary |= {"out": str(out), "report": str(page)}
+        lines.append(f"Report: {page}")
+    say(as_json, summary, lines)
+
+
 @takes_groups
 def evaluate(
     model: ModelChoice,
-    dataset: Annotated[str, typer.Argument(help="MVTec-style tree, or a named data set.", show_default=False)],
+    dataset: Annotated[
+        str, typer.Argument(help="MVTec-style tree, folder with good and bad, or named set.", show_default=False)
+    ],
     out: Out,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -121,6 +160,8 @@ def evaluate(
     write_json(out / "metrics.json", result)
     page = write_evaluation_report(loaded, result, predictions, images, data.truth, out, device=device)
     width = max(map(len, result))
-    lines = [f"{key:<{width}}  {'-' if value is None else f'{value:.4g}'}" for key, value in result.items()]
+    lines = notice_lines(predictions)
+    lines += [f"{key:<{width}}  {'-' if value is None else f'{value:.4g}'}" for key, value in result.items()]
     lines += [f"Written: {out / 'metrics.json'}", f"Report:  {page}"]
-    say(as_json, {**result, "out": str(out), "report": str(page)}, lines)
+    notices = [notice.as_json() for notice in predictions.notices]
+    say(as_json, {**result, "notices": notices, "out": str(out), "report": str(page)}, lines)

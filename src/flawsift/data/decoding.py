@@ -12,10 +12,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from flawsift.data.facts import ENCODING, encoding_of
 from flawsift.errors import InputError, one_line
 
 # 16-bit greys are divided by one constant, so that a pixel never depends on the rest of its image.
 SIXTEEN_BIT_WHITE = 65535.0
+# Cubic resampling of floats overshoots black and white by less than a tenth; what lies farther off has another scale.
+OVERSHOOT = 0.1
 ARRAYS = "an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16 or float"
 
 
@@ -32,7 +35,8 @@ def decode(data: bytes) -> Image.Image:
 
     The content decides the format, not the file's ending. EXIF rotation is applied, 16-bit grey is divided by
     65535, CMYK and palettes are converted, transparent pixels are laid on black, of an animation the first frame
-    counts. Of 16-bit colour, Pillow reads the high byte. Floats up to 1 are taken as such, others as 8-bit.
+    counts. Of 16-bit colour, Pillow reads the high byte. Floats are from 0 to 1 or, where one is larger, from 0 to 255;
+    a tenth more or less, as resampling makes it, is cut off.
 
     Raises:
         UnreadableImage: With the reason.
@@ -61,7 +65,7 @@ def from_array(array: npt.NDArray[Any]) -> Image.Image:
 
     Raises:
         NotAnImage: Another shape or type.
-        UnreadableImage: It holds nan or infinity.
+        UnreadableImage: It holds nan or infinity, or floats of another range.
     """
     check_array(array)
     values = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
@@ -89,6 +93,8 @@ def check_array(array: npt.NDArray[Any], what: str = "This") -> None:
     channels = array.shape[2] if array.ndim == 3 else 1
     shaped = array.ndim in (2, 3) and channels in (1, 3, 4) and array.size > 0
     typed = array.dtype.kind == "f" or (array.dtype.kind == "u" and array.dtype.itemsize <= 2)
+    if isinstance(array, np.ma.MaskedArray):
+        raise NotAnImage(f"{what} is a masked array, whose mask would be forgotten. Fill it first: array.filled(0).")
     if not (shaped and typed):
         raise NotAnImage(f"{what} is an array of shape {array.shape} and type {array.dtype}. Give {ARRAYS}.")
 
@@ -113,7 +119,11 @@ def _reasons() -> Iterator[None]:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
+    if not all(image.size):
+        raise UnreadableImage(f"no pixels ({image.size[0]} x {image.size[1]})")
+    upright = _to_rgb(ImageOps.exif_transpose(image))
+    upright.info[ENCODING] = encoding_of(image)  # the conversion forgets it
+    return upright
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -131,7 +141,11 @@ def _float_to_bytes(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     # float images have no stated white; values in [0, 1] are taken as such, others as 8-bit
     if not np.isfinite(values).all():
         raise UnreadableImage("nan or infinite values")
-    return _to_bytes(values, 1.0 if values.max(initial=0) <= 1 else 255.0)
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    white = 1.0 if high <= 1 + OVERSHOOT else 255.0
+    if low < -OVERSHOOT * white or high > (1 + OVERSHOOT) * white:
+        raise UnreadableImage(f"floats from {low:.4g} to {high:.4g}; scale them to 0 to 1, or 0 to 255")
+    return _to_bytes(values, white)
 
 
 def _to_bytes(values: npt.NDArray[Any], white: float) -> npt.NDArray[np.uint8]:

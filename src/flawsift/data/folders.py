@@ -1,11 +1,15 @@
 """What lies in an image folder, and which of its images belong together."""
 
 import csv
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from flawsift.errors import InputError, one_line
-from flawsift.paths import show
+from flawsift.paths import name_some, show
+
+log = logging.getLogger("flawsift")
 
 # What a folder scan takes for an image. Content decides how a file is decoded; the ending only whether it is looked at.
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -47,6 +51,29 @@ def read_groups(path: str | Path) -> dict[str, str]:
         InputError: The file is missing, or lacks a column.
     """
     return {name: group for name, group in read_joined(path, "Groups file", "group") if group}
+
+
+def groups_by_id(names: Mapping[int, str], groups: Mapping[str, str]) -> dict[int, str]:
+    """{global id: group} of the images that groups by name are about; names without an image are logged.
+
+    Args:
+        names: {global id: name} of the images.
+        groups: {name: group}; may be empty.
+
+    Raises:
+        InputError: `groups` names none of the images.
+    """
+    known = {id_: groups[name] for id_, name in names.items() if name in groups}
+    unused = sorted(set(groups) - set(names.values()))
+    if groups and not known:
+        example = next(iter(names.values()), "")
+        raise InputError(
+            f"The groups name none of the {len(names)} images: one of them is {name_some(unused[:1])}, an image is "
+            f"{show(example)}. Write paths relative to the folder."
+        )
+    if unused:
+        log.warning("%d grouped files are not there: %s.", len(unused), name_some(unused))
+    return known
 
 
 def read_joined(path: str | Path, what: str, column: str) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from flawsift.data.decoding import UnreadableImage, check_array, decode, from_array, from_picture, to_pixels
-from flawsift.data.folders import EXTENSIONS, scan_folder
+from flawsift.data.folders import EXTENSIONS, groups_by_id, scan_folder
 from flawsift.data.views import check_view, derive
 from flawsift.errors import InputError
 from flawsift.files import content_digest
@@ -116,6 +116,8 @@ class FileSource:
         try:
             return self.path(id_).read_bytes()
         except OSError as error:
+            if self.path(id_).is_symlink() and not self.path(id_).exists():
+                raise UnreadableImage("a link to a file that is not there") from error
             raise UnreadableImage(f"cannot be read: {error.strerror or error}") from error
 
 
@@ -196,7 +198,7 @@ class ImageSet:
         ids: (N,) global ids in the order of the view.
         source: Where pixels come from.
         groups: {global id: group name} for images that belong together (views of one object, exposures of one
-            part). An id that is not in it is a group of its own.
+            part). An id that is not in it, or in a group without a name, is a group of its own.
         reader: Frozen features, attached by `flawsift.attach`; None for pixels only.
         derived: Name of the derived view that pixels and features are of; "" for the images themselves.
         rejected: {global id: (h, w) bool}, True where a patch is not to be learned from (`without_patches`).
@@ -220,7 +222,7 @@ class ImageSet:
             groups: {relative path: group name}.
 
         Raises:
-            InputError: The folder is missing, not a folder, or has no image.
+            InputError: The folder is missing, not a folder, or has no image, or no group is of one of them.
         """
         root = Path(root)
         names = scan_folder(root)
@@ -228,8 +230,7 @@ class ImageSet:
             kinds = ", ".join(sorted(EXTENSIONS))
             raise InputError(f"No images in '{show(root)}'. Looked in all sub-folders for {kinds}.")
         by_id = dict(enumerate(names))
-        known = {i: groups[name] for i, name in by_id.items() if name in groups} if groups else {}
-        return cls(np.arange(len(names), dtype=np.int64), FileSource(root, by_id), known)
+        return cls(np.arange(len(names), dtype=np.int64), FileSource(root, by_id), groups_by_id(by_id, groups or {}))
 
     @classmethod
     def from_files(cls, root: str | Path, names: Mapping[int, str]) -> Self:
@@ -252,7 +253,7 @@ class ImageSet:
         ids = range(len(arrays)) if ids is None else ids
         if len(ids) != len(arrays) or len(set(ids)) != len(ids):
             raise InputError(f"ids must be one distinct id per array, got {len(ids)} ids for {len(arrays)} arrays.")
-        given = [np.asarray(array) for array in arrays]
+        given = [np.asanyarray(array) for array in arrays]  # a masked array stays one, and is refused
         for position, array in enumerate(given):
             check_array(array, f"Image {position}")
         source = ArraySource({int(i): array for i, array in zip(ids, given, strict=True)})
@@ -265,7 +266,7 @@ class ImageSet:
         where = f" below '{show(self.source.root)}'" if isinstance(self.source, FileSource) else ""
         notes = [f"features of {self.reader.key}"] if self.reader is not None else []
         notes += [f"derived view '{self.derived}'"] if self.derived else []
-        notes += [f"{len(self.members)} groups"] if self.groups else []
+        notes += [f"{self.n_groups} groups"] if self.n_groups is not None else []
         listed = f": {name_some(self.names)}" if len(self) else ""
         return f"ImageSet of {len(self)} images{where}{listed}" + (f"\nwith {', '.join(notes)}" if notes else "")
 
@@ -308,7 +309,7 @@ class ImageSet:
     @property
     def group_names(self) -> list[str]:
         """(N,) group of each image; an image without one is alone in a group that no other id can have."""
-        return [self.groups.get(int(i), f"\0id:{i}") for i in self.ids]
+        return [self.groups.get(int(i)) or f"\0id:{i}" for i in self.ids]
 
     @property
     def members(self) -> dict[str, list[int]]:
@@ -317,6 +318,11 @@ class ImageSet:
         for position, group in enumerate(self.group_names):
             positions.setdefault(group, []).append(position)
         return positions
+
+    @property
+    def n_groups(self) -> int | None:
+        """How many groups there are, an image alone being one too; None where no image has a group."""
+        return len(self.members) if any(self.groups.get(i) for i in self.ids.tolist()) else None
 
     def image(self, id_: int) -> Image.Image:
         """The decoded RGB image in its own size, upright.

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from flawsift.data.decoding import ARRAYS, NotAnImage, check_array
+from flawsift.data.folders import groups_by_id
 from flawsift.data.images import ArraySource, FileSource, ImageSet, MixedSource, Source
 from flawsift.errors import InputError
 from flawsift.paths import name_some, show
@@ -40,7 +41,7 @@ def as_images(images: Images, *, groups: Mapping[str, str] | None = None) -> Ima
         groups: {name: group name} for images that belong together; in place of those of an `ImageSet`.
 
     Raises:
-        InputError: There is no image, a file is missing, or comes twice in a list.
+        InputError: There is no image, a file is missing, or comes twice in a list, or no group is of one of the images.
         NotAnImage: Something else was given, alone or in a list; it is a TypeError too.
     """
     if isinstance(images, ImageSet):
@@ -58,8 +59,7 @@ def as_images(images: Images, *, groups: Mapping[str, str] | None = None) -> Ima
         )
     if groups is None:
         return made
-    known = zip(made.ids.tolist(), made.names, strict=True)
-    return replace(made, groups={id_: groups[name] for id_, name in known if name in groups})
+    return replace(made, groups=groups_by_id(dict(zip(made.ids.tolist(), made.names, strict=True)), groups))
 
 
 def is_stream(images: Images) -> TypeGuard[Iterable[OneImage]]:
@@ -115,8 +115,11 @@ def _from_list(items: Sequence[OneImage], what: str) -> ImageSet:
     files, memory = _sorted_out(items, what, 0)
     if folders := [str(path) for path in files.values() if os.path.isdir(path)]:
         raise InputError(f"{len(folders)} folders are in a list of images: {name_some(folders)}. Give a folder alone.")
-    if missing := [str(path) for path in files.values() if not os.path.isfile(path)]:
-        raise InputError(f"{len(missing)} of {len(items)} images do not exist: {name_some(missing)}. Check the paths.")
+    # a broken link is there: an image that cannot be read, as in a folder
+    if missing := [str(path) for path in files.values() if not os.path.lexists(path)]:
+        pattern = " Give a pattern alone, not in a list." if any(map(glob.has_magic, missing)) else ""
+        listed = name_some(missing)
+        raise InputError(f"{len(missing)} of {len(items)} images do not exist: {listed}. Check the paths.{pattern}")
     if twice := [path for path, n in Counter(files.values()).items() if n > 1]:
         raise InputError(f"{len(twice)} files come more than once: {name_some(map(str, twice))}. Give each once.")
     if not memory:

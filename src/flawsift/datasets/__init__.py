@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flawsift.datasets.dataset import Dataset, sub_folders
+from flawsift.datasets.dataset import Dataset
 from flawsift.datasets.elpv import load_elpv
-from flawsift.datasets.folder import load_folder, load_labelled, load_prepared, load_unlabelled
+from flawsift.datasets.folder import is_labelled, load_folder, load_labelled, load_prepared, load_unlabelled
 from flawsift.datasets.magnetic_tile import load_magnetic_tile
 from flawsift.datasets.mvtec import is_mvtec, load_mvtec
 from flawsift.datasets.piped import load_piped
@@ -98,9 +98,9 @@ _LOADERS: dict[str, Callable[..., Dataset]] = {
 def load(name_or_path: str | Path, **options: Any) -> Dataset:
     """A data set by its name, or from a folder whose layout is recognised.
 
-    A folder with test/TYPE (or with sub-folders that have it) is read in MVTec layout, one with normal/ or defect/
-    as labelled, any other as unlabelled images. A known name wins over a folder of that name: write "./cookie" for the
-    latter.
+    A folder with test/TYPE (or with sub-folders that have it) is read in MVTec layout, one with normal/ or defect/, or
+    with good/ or ok/ beside bad/, defective/ or nok/, as labelled, any other as unlabelled images. A known name wins
+    over a folder of that name: write "./cookie" for the latter.
 
     Args:
         name_or_path: "cookie", "elpv", "magnetic_tile", "screw", "synthetic"; "btad", "mpdd", "mvtec", "piped",
@@ -135,6 +135,6 @@ def _find_loader(name_or_path: str | Path) -> tuple[str, Callable[..., Dataset]]
         raise InputError(f"{unknown_name('data set', name_or_path, _LOADERS)} It is no folder either.")
     if is_mvtec(root):
         return "the MVTec layout", partial(load_mvtec, root)
-    if {"normal", "defect"}.intersection(sub_folders(root)):
+    if is_labelled(root):
         return "the labelled layout", partial(load_labelled, root)
     return "an unlabelled folder", partial(load_unlabelled, root)

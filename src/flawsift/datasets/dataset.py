@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.data.folders import scan_folder
+from flawsift.data.folders import groups_by_id, scan_folder
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.errors import InputError
@@ -103,22 +103,9 @@ def from_entries(name: str, root: Path, entries: Sequence[Entry], groups: Mappin
         defect_types=defect_types,
         masks={i: e.mask for i, e in enumerate(entries) if e.mask is not None},
     )
-    images = ImageSet(truth.ids, FileSource(root, by_id), _groups_by_id(by_id, groups or {}))
+    images = ImageSet(truth.ids, FileSource(root, by_id), groups_by_id(by_id, groups or {}))
     parts = np.array([e.part or "" for e in entries], dtype=np.str_)
     return Dataset(name, images, truth, truth.ids[parts == "train"], truth.ids[parts == "test"])
-
-
-def _groups_by_id(by_id: Mapping[int, str], groups: Mapping[str, str]) -> dict[int, str]:
-    known = {i: groups[file] for i, file in by_id.items() if file in groups}
-    unused = sorted(set(groups) - set(by_id.values()))
-    if groups and not known:
-        raise InputError(
-            f"The groups file names none of the {len(by_id)} images: it has {name_some(unused[:1])}, the folder has "
-            f"{name_some([by_id[0]])}. Write paths relative to the folder."
-        )
-    if unused:
-        log.warning("%d grouped files are not there: %s.", len(unused), name_some(unused))
-    return known
 
 
 def match_masks(files: Sequence[str], masks: Path) -> dict[str, Path]:

@@ -4,9 +4,12 @@ ROOT/normal/*.jpg
 ROOT/defect/DEFECT_TYPE/*.jpg
 ROOT/mask/DEFECT_TYPE/*[_mask].png     optional: same name as the image, any image ending
 ROOT/groups.csv                        optional: columns file (relative to ROOT) and group
+
+The folders may be called good or ok, and bad, defective or nok, in any case of the letters.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,12 @@ from flawsift.errors import InputError
 from flawsift.paths import name_some, show
 
 DATA_VARIABLE = "FLAWSIFT_DATA"  # the environment variable that names the folder with downloaded sets
+NORMAL_NAMES = ("normal", "good", "ok")  # of the two folders of a labelled set
+DEFECT_NAMES = ("defect", "defective", "bad", "nok")
+LAYOUTS = (
+    "Expected normal (or good, ok) and defect (or bad, nok), perhaps with sub-folders DEFECT_TYPE, a folder mask that "
+    "mirrors defect and groups.csv; or the layout of MVTec AD: test/good and test/DEFECT_TYPE"
+)
 FLAT_DEFECT = "defect"  # defect type of images that lie directly in the defect folder
 
 
@@ -78,27 +87,37 @@ def load_labelled(root: str | Path, *, name: str | None = None) -> Dataset:
     """A folder in the layout normal, defect/DEFECT_TYPE and, optionally, mask/DEFECT_TYPE and groups.csv.
 
     Args:
-        root: The folder.
+        root: The folder; normal and defect may have another of their usual names, such as good and bad.
         name: Name of the data set; by default that of the folder.
 
     Raises:
-        InputError: A folder is missing or empty, or masks or groups cannot be matched.
+        InputError: A folder is missing or empty, there are two of one kind, or masks or groups cannot be matched.
     """
     root = require_folder(_absolute(root))
-    missing = [f for f in ("normal", "defect") if not (root / f).is_dir()]
-    if missing:
-        raise InputError(
-            f"'{show(root)}' has no folder {' and no folder '.join(missing)}. Expected normal, defect/DEFECT_TYPE "
-            f"and, optionally, mask/DEFECT_TYPE and groups.csv. Found: {name_some(sub_folders(root)) or 'no folders'}."
-        )
+    normal, defect = _named(root, NORMAL_NAMES), _named(root, DEFECT_NAMES)
+    for kind, there in (("normal", normal), ("defect", defect)):
+        if len(there) != 1:
+            has = f"has more than one folder {kind}: {name_some(there)}" if there else f"has no folder {kind}"
+            listed = name_some(sub_folders(root)) or "no folders"
+            raise InputError(f"'{show(root)}' {has}. {LAYOUTS}. Found: {listed}.")
     masks, groups = root / "mask", root / "groups.csv"
     return load_folder(
-        root / "normal",
-        defect=root / "defect",
+        root / normal[0],
+        defect=root / defect[0],
         masks=masks if masks.is_dir() else None,
         groups=groups if groups.is_file() else None,
         name=name,
     )
+
+
+def is_labelled(root: Path) -> bool:
+    """Whether a folder has the labelled layout, or was meant to."""
+    strict = {"normal", "defect"}.intersection(sub_folders(root))
+    return bool(strict) or bool(_named(root, NORMAL_NAMES) and _named(root, DEFECT_NAMES))
+
+
+def _named(root: Path, names: Sequence[str]) -> list[str]:
+    return [folder for folder in sub_folders(root) if folder.lower() in names]
 
 
 def load_unlabelled(root: str | Path) -> Dataset:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Self, TypeVar, cast, get_args, get_origin
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast, get_args, get_origin
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,10 @@ from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.parts.maps import to_image_grid
+from flawsift.detectors.parts.state import flat, holds_tensors, nested
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import ModelError, NotFittedError, ParameterError, unknown_name
+from flawsift.features.devices import resolve_device
 from flawsift.files import content_digest, write_bytes, write_json
 from flawsift.types import Ids
 
@@ -53,11 +55,30 @@ class Prediction:
         ids: (N,) global ids in the order asked.
         scores: (N,) float32, unbounded, higher is more anomalous.
         maps: (N, H, W) float32 on the network's input grid, or None when not asked for.
+        map_medians: (N,) float32, what the median patch of each image scores: a defect leaves it low, another product
+            does not. None where nobody has looked.
     """
 
     ids: Ids
     scores: npt.NDArray[np.float32]
     maps: npt.NDArray[np.float32] | None
+    map_medians: npt.NDArray[np.float32] | None = None
+
+
+class Scored(NamedTuple):
+    """What one detector says of images, on the patch grid.
+
+    Attributes:
+        scores: (N,) float32.
+        map_medians: (N,) float32, of the patches of each image.
+        grids: (N, h, w) maps; empty where they are not to be kept.
+        size: Of the network's input.
+    """
+
+    scores: npt.NDArray[np.float32]
+    map_medians: npt.NDArray[np.float32]
+    grids: Tensor
+    size: int
 
 
 @dataclass(kw_only=True, eq=False)
@@ -145,28 +166,33 @@ class Detector(ABC):
         Raises:
             NotFittedError: `fit` was not called.
         """
-        ((scores, grids, size),) = score_together([self], data, device, batch_size, keep_grids=maps)
+        (scored,) = score_together([self], data, device, batch_size, keep_grids=maps)
         if not maps:
-            return Prediction(data.ids, scores, None)
+            return Prediction(data.ids, scored.scores, None, scored.map_medians)
         # in pieces: the image grid is many times larger than the patch grid
+        grids, size = scored.grids, scored.size
         starts = range(0, len(grids), batch_size)
         full = [to_image_grid(grids[start : start + batch_size], size) for start in starts]
         stacked = torch.cat(full).numpy() if full else np.empty((0, size, size), np.float32)
-        return Prediction(data.ids, scores, stacked)
+        return Prediction(data.ids, scored.scores, stacked, scored.map_medians)
 
     def predict_patch_maps(self, data: ImageSet, *, device: str = "auto") -> tuple[npt.NDArray[np.float32], Tensor]:
         """(N,) scores and (N, h, w) maps on the patch grid, not upsampled: all that stage 1 needs."""
-        ((scores, grids, _),) = score_together([self], data, device, 32, keep_grids=True)
-        return scores, grids
+        (scored,) = score_together([self], data, device, 32, keep_grids=True)
+        return scored.scores, scored.grids
 
     def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
         """(B, h, w) patch-grid maps and (B,) image scores."""
         maps = self._maps(batch, device)
         return maps, self._image_scores(maps)
 
-    def _scores(self, batch: Batch, device: str) -> Tensor:
-        """(B,) image scores alone: the same, perhaps for less work."""
-        return self._score_batch(batch, device)[1]
+    def _score_roughly(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
+        """`_score_batch` where nobody looks at the maps: the same scores, maps perhaps coarser for less work."""
+        return self._score_batch(batch, device)
+
+    def _map_medians(self, maps: Tensor) -> Tensor:
+        """(B,) the median of each of (B, h, w) maps, on the scale of held-out maps."""
+        return maps.flatten(1).median(1).values
 
     @property
     def n_drawn(self) -> int | None:
@@ -218,11 +244,11 @@ class Detector(ABC):
         if not self.fitted:
             raise NotFittedError(f"This {type(self).__name__} is not fitted yet; call fit(images) first.")
         state = self.state()
-        tensors = save({k: v.contiguous() for k, v in _flat(state).items()})
+        tensors = save({k: v.contiguous() for k, v in flat(state).items()})
         digest = content_digest(tensors)
         file = f"state-{digest[:16]}.safetensors"
         write_bytes(folder / file, tensors)
-        plain = {k: v for k, v in state.items() if not _holds_tensors(v)}
+        plain = {k: v for k, v in state.items() if not holds_tensors(v)}
         content = {"name": self.name, "state_format": self.state_format, "params": self.params(), "state": plain}
         content |= {"file": file, "sha256": digest}
         write_json(folder / "detector.json", content)
@@ -264,11 +290,8 @@ class Detector(ABC):
 
 def score_together(
     models: Sequence[Detector], data: ImageSet, device: str, batch_size: int, *, keep_grids: bool
-) -> list[tuple[npt.NDArray[np.float32], Tensor, int]]:
+) -> list[Scored]:
     """Scores by each of some fitted detectors of one kind, in one pass that shares what they derive from a batch.
-
-    Returns:
-        Per model (N,) scores, (N, h, w) patch-grid maps (empty unless `keep_grids`) and the network's input size.
 
     Raises:
         NotFittedError: One is not fitted.
@@ -278,21 +301,28 @@ def score_together(
             raise NotFittedError(f"This {type(model).__name__} is not fitted yet; call fit(images) first.")
     target, size = resolve_device(device), 0
     scores: list[list[Tensor]] = [[] for _ in models]
+    medians: list[list[Tensor]] = [[] for _ in models]
     grids: list[list[Tensor]] = [[] for _ in models]
     with torch.inference_mode():
         for batch in data.batches(models[0].layers, pixels=models[0].reads_pixels, batch_size=batch_size):
             size = batch.size
             for m, model in enumerate(models):
-                if keep_grids:
-                    batch_maps, batch_scores = model._score_batch(batch, target)
-                    grids[m].append(batch_maps.float().cpu())
-                else:
-                    batch_scores = model._scores(batch, target)
+                score = model._score_batch if keep_grids else model._score_roughly
+                batch_maps, batch_scores = score(batch, target)
                 scores[m].append(batch_scores.float().cpu())
+                medians[m].append(model._map_medians(batch_maps).float().cpu())
+                if keep_grids:
+                    grids[m].append(batch_maps.float().cpu())
     return [
-        (torch.cat(s).numpy() if s else np.empty(0, np.float32), torch.cat(g) if g else torch.empty(0, 1, 1), size)
-        for s, g in zip(scores, grids, strict=True)
+        Scored(_joined(s), _joined(middle), torch.cat(g) if g else torch.empty(0, 1, 1), size)
+        for s, middle, g in zip(scores, medians, grids, strict=True)
     ]
+
+
+def _joined(parts: Sequence[Tensor]) -> npt.NDArray[np.float32]:
+    """(N,) numbers of all batches."""
+    joined: npt.NDArray[np.float32] = torch.cat([torch.empty(0), *parts]).numpy()
+    return joined
 
 
 def load_detector(folder: str | Path, like: Detector | None = None) -> Detector:
@@ -315,40 +345,10 @@ def load_detector(folder: str | Path, like: Detector | None = None) -> Detector:
         tensors = (folder / content["file"]).read_bytes()
         if content_digest(tensors) != content["sha256"]:
             raise ModelError(f"'{folder / content['file']}' does not match detector.json. Fit the model again.")
-        state = {**content["state"], **_nested(load(tensors))}
+        state = {**content["state"], **nested(load(tensors))}
         return detector.with_state(state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"'{folder}' is not a readable detector folder: {error}.") from error
-
-
-_IN = "::"  # joins an attribute and a key in the state's file
-
-
-def _holds_tensors(value: object) -> bool:
-    if isinstance(value, dict):
-        return bool(value) and all(isinstance(v, Tensor) for v in value.values())
-    return isinstance(value, Tensor)
-
-
-def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            tensors[key] = value
-        elif _holds_tensors(value):
-            tensors |= {f"{key}{_IN}{name}": tensor for name, tensor in value.items()}
-    return tensors
-
-
-def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    for key, tensor in tensors.items():
-        attribute, _, name = key.partition(_IN)
-        if name:
-            state.setdefault(attribute, {})[name] = tensor
-        else:
-            state[attribute] = tensor
-    return state
 
 
 def detector_class(name: str) -> type[Detector]:
@@ -383,16 +383,3 @@ def make_detector(name: str, preset: str | None = None, **params: Any) -> Detect
         if key not in known:
             raise ParameterError(unknown_name(f"parameter of {cls.__name__}", key, known))
     return cls(**{**(cls.presets[preset] if preset else {}), **params})
-
-
-def resolve_device(device: str) -> str:
-    """The device behind "auto": a GPU where there is one.
-
-    Raises:
-        ParameterError: A GPU is asked for and there is none.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ParameterError(f"device '{device}' was asked for, but torch sees no GPU. Use 'auto' or 'cpu'.")
-    return device

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.flows import Flow, position_code
 from flawsift.detectors.parts.maps import upsample
 from flawsift.detectors.parts.scaling import whitening
@@ -25,6 +25,7 @@ from flawsift.detectors.parts.training import (
     weights_of,
 )
 from flawsift.errors import InputError
+from flawsift.features.devices import resolve_device
 
 # The published code's schedule.
 WARMUP = 0.08  # of the steps: the first 2 of the paper's 25 meta epochs

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from flawsift.data.corruption import corrupted, photo_views
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.maps import top_mean, upsample
 from flawsift.detectors.parts.networks import MULTIPLE, STRIDES, DenoisingStudent, Levels, Segmenter, on_finest
 from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.errors import InputError
+from flawsift.features.devices import resolve_device
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # section 4.1
 GAMMA = 4.0  # exponent of the focal loss

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.maps import on_one_grid, smooth, top_mean, upsample
 from flawsift.detectors.parts.networks import linear_attention
 from flawsift.detectors.parts.scaling import channel_statistics, scaled
 from flawsift.detectors.parts.training import UNWATCHED, StableAdamW, Watch, warmup_cosine, without_rejected
 from flawsift.errors import InputError
+from flawsift.features.devices import resolve_device
 
 HEAD_DIM = 64  # channels per attention head, as in all ViTs of the paper
 # The published map is smoothed at 256 px by a 5 x 5 cut of a Gaussian of sigma 4: nearly a box.

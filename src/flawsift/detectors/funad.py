@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.coreset import random_projection
 from flawsift.detectors.parts.maps import on_one_grid
@@ -19,6 +19,7 @@ from flawsift.detectors.parts.neighbors import NearestNeighbors, mutual_pairs
 from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
+from flawsift.features.devices import resolve_device
 
 SLOPE = 0.2  # of all LeakyReLUs, as the authors have it
 MEMORY = 0.9  # of running values: about the last ten batches, 320 images

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts import coreset
 from flawsift.detectors.parts.maps import SIGMA_PER_PIXEL, embed_batch, smooth
 from flawsift.detectors.parts.neighbors import NearestNeighbors, mutual_nearest, query_grid
 from flawsift.detectors.parts.robust import MAD_TO_SIGMA, group_medians
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
+from flawsift.features.devices import resolve_device
 from flawsift.types import Ids
 
 # From here on a layout counts: how far the mean map is from its transpose, where two unrelated patches are 1 apart. On

@@ -11,11 +11,12 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.maps import SIGMA_PER_PIXEL, largest_grid, smooth
 from flawsift.detectors.parts.neighbors import in_threads
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError, NotFittedError
+from flawsift.features.devices import resolve_device
 
 CHUNK = 32  # positions that a thread works on at a time: 1.3 MB of 100 x 100 matrices; 16 to 64 are as quick
 LARGE_GROUP = 16  # images: larger groups are taken out of the model one by one, as their products grow with the square

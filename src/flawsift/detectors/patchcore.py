@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts import coreset
 from flawsift.detectors.parts.maps import embed_batch
 from flawsift.detectors.parts.neighbors import NearestNeighbors, query_grid
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
+from flawsift.features.devices import resolve_device
 
 
 @dataclass(kw_only=True, eq=False)

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.groups import GroupNeighbors
 from flawsift.detectors.parts.maps import embed_batch
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.detectors.protocols import Evidence, HeldOut
 from flawsift.errors import InputError, NotFittedError
+from flawsift.features.devices import resolve_device
 
 AUTO: Literal["auto"] = "auto"
 FEWEST, MOST = 2, 16  # groups that are asked for by "auto": one alone is no quorum, more than 16 gained on no set
@@ -173,13 +174,17 @@ class Quorum(Detector):
     def _maps(self, batch: Batch, device: str) -> Tensor:
         return self._score_batch(batch, device)[0]
 
-    def _scores(self, batch: Batch, device: str) -> Tensor:
-        return self._image_scores(self._to_grid(self._search(device), self._embed(batch)))
+    def _score_roughly(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
+        grids = self._to_grid(self._search(device), self._embed(batch))
+        return grids * self.scale_, self._image_scores(grids)
 
     def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
         search = self._search(device)
         grids = self._to_grid(search, self._embed(batch))
         return self._sharpened(search, embed_batch(batch, self.layers), grids) * self.scale_, self._image_scores(grids)
+
+    def _map_medians(self, maps: Tensor) -> Tensor:
+        return super()._map_medians(maps) / self.scale_  # held-out maps are means of four patches, not scaled
 
     def _sharpened(self, search: GroupNeighbors, fine: Tensor, grids: Tensor, own: Tensor | None = None) -> Tensor:
         """(B, H, W) maps on the grid of (B, C, H, W): of single patches where (B, h, w) scores are high, else those.

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.maps import SIGMA_PER_PIXEL, on_one_grid, smooth
 from flawsift.detectors.parts.networks import conv, kaiming_
 from flawsift.detectors.parts.scaling import channel_statistics, scaled
 from flawsift.detectors.parts.training import UNWATCHED, Watch, without_rejected
 from flawsift.errors import InputError
+from flawsift.features.devices import resolve_device
 
 BETAS = (0.5, 0.999)  # of Adam, the authors'
 EXPANSION = 4  # a ResNet's bottleneck block is a quarter as wide inside; twice that in a wide one

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.maps import on_one_grid
 from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.detectors.parts.training import (
@@ -22,6 +22,7 @@ from flawsift.detectors.parts.training import (
     train,
     weights_of,
 )
+from flawsift.features.devices import resolve_device
 
 # The published code's numbers that section 4.2 leaves to it.
 SLOPE = 0.2  # of the leaky ReLU

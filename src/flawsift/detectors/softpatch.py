@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts import coreset
 from flawsift.detectors.parts.maps import embed_batch
 from flawsift.detectors.parts.neighbors import NearestNeighbors, local_outlier_factor, nearest_others, query_grid
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
+from flawsift.features.devices import resolve_device
 
 RIDGE = 0.01  # on the covariances of "gaussian": the authors' constant, here in units of the mean variance
 CHUNK = 64  # covariances at a time: 8 MB of 128 x 128

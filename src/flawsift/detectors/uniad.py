@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, resolve_device
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.maps import upsample
 from flawsift.detectors.parts.networks import AttentionLayer
 from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.errors import InputError
+from flawsift.features.devices import resolve_device
 
 HEADS, WEIGHT_DECAY, CLIP_NORM = 8, 1e-4, 0.1  # section 4.1; weight decay on every parameter, as in the authors' code
 DROP_AT, DROP_TO = 0.8, 0.1  # the paper divides the learning rate by ten at epoch 800 of 1000

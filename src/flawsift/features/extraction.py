@@ -1,7 +1,7 @@
 """Each image through the frozen backbone once: into the feature store, or piece by piece into memory."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flawsift.data.decoding import UnreadableImage
+from flawsift.data.decoding import UnreadableImage, to_pixels
+from flawsift.data.facts import ImageFacts, facts_of
 from flawsift.data.images import ImageSet
 from flawsift.data.inputs import Images, as_images, in_pieces, is_stream
 from flawsift.data.views import derive
@@ -51,7 +52,7 @@ def attach(
         OutputError: The store cannot be written, or its disk is too full.
     """
     if store is None:
-        data, failed = _attach_memory(images, backbone, layers, views)
+        data, failed, _ = _attach_memory(images, backbone, layers, views)
     else:
         data, failed = _attach_stored(images, backbone, layers, store, progress)
         for view in views:
@@ -71,11 +72,13 @@ class Piece(NamedTuple):
         images: All of them.
         data: The readable ones, with features in memory.
         failed: {id: reason} of the others.
+        facts: {id: what is known of the picture} of the readable ones; empty where they were not decoded.
     """
 
     images: ImageSet
     data: ImageSet
     failed: dict[int, str]
+    facts: Mapping[int, ImageFacts]
 
 
 def stream(
@@ -106,7 +109,7 @@ def stream(
     for piece in in_pieces(given, size):
         progress("features", done, total or done + len(piece))
         attached = piece.reader is not None and piece.reader.key == backbone.key
-        yield Piece(piece, piece, {}) if attached else Piece(piece, *_attach_memory(piece, backbone, layers))
+        yield Piece(piece, piece, {}, {}) if attached else Piece(piece, *_attach_memory(piece, backbone, layers))
         done += len(piece)
     progress("features", done, done)
 
@@ -133,14 +136,14 @@ def loaded(images: ImageSet, layers: Sequence[str], views: Sequence[str] = (), *
 
 def _attach_memory(
     images: ImageSet, backbone: Backbone, layers: Sequence[str], views: Sequence[str] = ()
-) -> tuple[ImageSet, dict[int, str]]:
-    pixels, failed = _decode(images, backbone.size)
+) -> tuple[ImageSet, dict[int, str], dict[int, ImageFacts]]:
+    pixels, failed, facts = _decode(images, backbone.size)
     good = images.select([i for i in images.ids if int(i) in pixels])
     pictures = {("", int(i)): pixels[int(i)] for i in good.ids}
     pictures |= {(view, i): derive(pixels[i], view) for view in views for _, i in list(pictures)}
     arrays = _extract(backbone, list(pictures.values()), layers, "float16") if len(good) else {}
     rows = {key: row for row, key in enumerate(pictures)}
-    return replace(good, reader=MemoryFeatures(backbone.size, backbone.key, rows, arrays)), failed
+    return replace(good, reader=MemoryFeatures(backbone.size, backbone.key, rows, arrays)), failed, facts
 
 
 def _attach_stored(
@@ -161,7 +164,7 @@ def _attach_stored(
     for start in range(0, len(missing), SHARD):
         progress("features", start, len(missing))
         part = images.select(missing[start : start + SHARD])
-        pixels, bad = _decode(part, backbone.size)
+        pixels, bad, _ = _decode(part, backbone.size)
         undecodable.update((digests[i], reason) for i, reason in bad.items())
         if pixels:
             arrays = _extract(backbone, list(pixels.values()), sorted(set(names.values())), store.dtype)
@@ -193,20 +196,23 @@ def _digests(images: ImageSet) -> tuple[dict[int, str], dict[int, str]]:
     return digests, failed
 
 
-def _decode(images: ImageSet, size: int) -> tuple[dict[int, Tensor], dict[int, str]]:
-    """{id: (3, size, size) uint8} of the images that can be decoded, {id: reason} of the others."""
+def _decode(images: ImageSet, size: int) -> tuple[dict[int, Tensor], dict[int, str], dict[int, ImageFacts]]:
+    """{id: (3, size, size) uint8} of the images that can be decoded, {id: reason} of the others, and their facts."""
 
-    def one(id_: int) -> Tensor | UnreadableImage:
+    def one(id_: int) -> tuple[Tensor, ImageFacts] | UnreadableImage:
         try:
-            return images.pixels_of(id_, size)
+            image = images.image(id_)
+            pixels = to_pixels(image, size)
         except UnreadableImage as error:
             return error
+        return derive(pixels, images.derived), facts_of(image, pixels)
 
     ids = [int(i) for i in images.ids]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes outside the interpreter lock
         results = dict(zip(ids, pool.map(one, ids), strict=True))
-    pixels = {i: r for i, r in results.items() if isinstance(r, Tensor)}
-    return pixels, {i: str(r) for i, r in results.items() if isinstance(r, UnreadableImage)}
+    decoded = {i: r for i, r in results.items() if isinstance(r, tuple)}
+    failed = {i: str(r) for i, r in results.items() if isinstance(r, UnreadableImage)}
+    return {i: pixels for i, (pixels, _) in decoded.items()}, failed, {i: facts for i, (_, facts) in decoded.items()}
 
 
 def _extract(backbone: Backbone, pixels: Sequence[Tensor], layers: Sequence[str], dtype: str) -> Arrays:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flawsift.errors import ParameterError, unknown_name
+from flawsift.features.devices import AUTO, resolve_device
 from flawsift.features.trunks import Trunk
 
 Runtime = Literal["auto", "torch", "openvino"]
@@ -42,16 +43,11 @@ def device_for(runtime: Runtime, device: str) -> torch.device:
     """
     if runtime not in get_args(Runtime):
         raise ParameterError(unknown_name("runtime", runtime, get_args(Runtime)))
-    if device == "auto":
-        return torch.device("cuda" if runtime != "openvino" and torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise ParameterError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
-    if runtime == "openvino" and place.type != "cpu":
+    if runtime != "openvino":
+        return torch.device(resolve_device(device))
+    if device not in (AUTO, "cpu"):
         raise ParameterError(f"runtime 'openvino' runs on device 'cpu' only, got '{device}'.")
-    return place
+    return torch.device("cpu")
 
 
 def make_engine(trunk: Trunk, name: str, size: int, runtime: Runtime, place: torch.device) -> Engine:

@@ -10,6 +10,7 @@ import itertools
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +31,9 @@ from flawsift.features.readers import StoredFeatures
 from flawsift.files import content_digest, ensure_folder, write_json
 from flawsift.models.calibration import DEFAULT_RATE, Calibration, Threshold
 from flawsift.models.evaluation import MapCollector, measure
+from flawsift.models.notices import Observed
 from flawsift.models.predictions import ImagePrediction, Predictions
+from flawsift.models.profile import Profile
 from flawsift.paths import show
 from flawsift.progress import Progress, ProgressOption, as_progress, silent
 
@@ -47,12 +50,14 @@ class Model:
         backbone: The frozen backbone.
         calibration: Which share of good images scores above which threshold.
         training: What it was trained on, for people: counts, digests, options.
+        profile: What the training images are like, so that others are noticed; None where it is not known.
     """
 
     detector: Detector
     backbone: Backbone
     calibration: Calibration
     training: Mapping[str, Any]
+    profile: Profile | None = None
 
     def threshold(self, false_alarm_rate: float | None = None) -> Threshold | None:
         """The threshold at a false-alarm rate; None takes the rate it was fitted with."""
@@ -71,6 +76,8 @@ class Model:
     ) -> Predictions:
         """Score new images. Memory stays flat: images go through in pieces and nothing but scores is kept.
 
+        Where they are not like the training images, `Predictions.notices` says in what.
+
         Args:
             images: A folder, an image file, a pattern such as "parts/*.png", a PIL image, an array, a list or an
                 iterator of these, or a set; see `flawsift.data.inputs.as_images`. An iterator is read piece by piece
@@ -87,9 +94,12 @@ class Model:
             NotAnImage: Something else was given, alone or in a list; it is a TypeError too.
         """
         given = images if is_stream(images) else as_images(images)
-        threshold = self.threshold(false_alarm_rate)
+        threshold, observed = self.threshold(false_alarm_rate), Observed()
         with as_progress(progress) as tell:
-            parts = list(self._pieces(given, threshold, device, maps=maps, on_maps=on_maps, progress=tell))
+            pieces = self._pieces(
+                given, threshold, device, maps=maps, on_maps=on_maps, progress=tell, observed=observed
+            )
+            parts = list(pieces)
         return Predictions(
             ids=np.concatenate([np.empty(0, np.int64), *(part.ids for part in parts)]),
             names=tuple(name for part in parts for name in part.names),
@@ -99,6 +109,7 @@ class Model:
             calibration=self.calibration,
             maps={id_: one for part in parts for id_, one in (part.maps or {}).items()} if maps else None,
             images=given if isinstance(given, ImageSet) else None,
+            notices=observed.notices(self.profile, self.calibration),
         )
 
     def stream(
@@ -172,6 +183,7 @@ class Model:
         on_maps: Callable[[ImageSet, Prediction], None] | None = None,
         size: int = SHARD,
         progress: Progress = silent,
+        observed: Observed | None = None,
     ) -> Iterator[Predictions]:
         """Predictions of one piece after the other, as they are made."""
         for piece in stream(images, self.backbone, self.detector.layers, size=size, progress=progress):
@@ -184,6 +196,8 @@ class Model:
                     kept.update(zip(prediction.ids.tolist(), prediction.maps, strict=True))
                 if on_maps is not None:
                     on_maps(piece.data, prediction)
+                if observed is not None:
+                    observed.add(piece.facts, prediction)
             ids, names = piece.images.ids, tuple(piece.images.names)
             values = np.array([scores.get(id_, np.nan) for id_ in ids.tolist()], np.float64)
             calibration, all_maps = self.calibration, kept if maps else None
@@ -211,6 +225,7 @@ class Model:
             "threshold": None if threshold is None else {**vars(threshold), "per_hundred": threshold.per_hundred},
             "training": dict(self.training),
             "calibration": self.calibration.to_json(),
+            "profile": None if self.profile is None else self.profile.as_json(),
         }
         content["detector_digest"] = self.detector.save(folder)
         write_json(folder / "model.json", content)
@@ -230,18 +245,13 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
         WeightsError: The backbone's weights are not to be had.
     """
     folder = Path(folder)
-    try:
-        content = json.loads((folder / "model.json").read_text("utf-8"))
-        if content["format"] > FORMAT:
-            raise ModelError(f"'{folder}' was written by flawsift {content['flawsift']}; update flawsift to read it.")
+    with _told_damage(folder):
+        content = _content(folder)
         spec, digest = content["backbone"]["spec"], content["backbone"]["weights_digest"]
         calibration = Calibration.from_json(content["calibration"])
-        training = content["training"]
+        training, told = content["training"], content.get("profile")  # models of before have none
+        profile = None if told is None else Profile.from_json(told)
         torn = content_digest((folder / "detector.json").read_bytes()) != content["detector_digest"]
-    except OSError as error:
-        raise ModelError(f"'{folder}' is not a model folder: {error.strerror} ({error.filename}).") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"'{folder}' holds a damaged model.json: {error!r}. Fit the model again.") from error
     if torn:
         raise ModelError(f"'{folder}' holds parts of two models: a fit was interrupted. Fit the model again.")
     backbone = load_backbone(**{**spec, "runtime": runtime, **({"weights": weights} if weights else {})})
@@ -250,7 +260,37 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
             f"The model in '{folder}' was fitted with other weights of {backbone.name} "
             f"({digest[:12]}, these are {backbone.weights_digest[:12]}). Give them with --weights."
         )
-    return Model(load_detector(folder), backbone, calibration, training)
+    return Model(load_detector(folder), backbone, calibration, training, profile)
+
+
+def load_calibration(folder: str | Path) -> tuple[Calibration, float]:
+    """The held-out scores of a model and the false-alarm rate that it was fitted with, without its networks.
+
+    Raises:
+        ModelError: The folder is missing, damaged or newer than this version.
+    """
+    with _told_damage(Path(folder)):
+        content = _content(Path(folder))
+        rate = content["training"].get("false_alarm_rate", DEFAULT_RATE)
+        return Calibration.of(content["calibration"]), float(rate)
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "model.json").read_text("utf-8"))
+    if content["format"] > FORMAT:
+        raise ModelError(f"'{folder}' was written by flawsift {content['flawsift']}; update flawsift to read it.")
+    return content
+
+
+@contextmanager
+def _told_damage(folder: Path) -> Iterator[None]:
+    """What goes wrong with model.json, as an error that a user understands."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"'{folder}' is not a model folder: {error.strerror} ({error.filename}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"'{folder}' holds a damaged model.json: {error!r}. Fit the model again.") from error
 
 
 def versions() -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Detector
@@ -33,23 +34,37 @@ class Judged:
         ids: (n,) global ids.
         scores: (n,) by models of the detector that have not seen the image.
         ordinary: (n,) of `flawsift.screening.mixture.ordinary_scores`, or None without maps.
+        medians: (n,) what the median patch of each image scores by the same models, or None.
     """
 
     ids: Ids
     scores: Floats
     ordinary: Floats | None = None
+    medians: Floats | None = None
 
     @classmethod
     def of(cls, screening: Screening) -> Self:
         """Those of a screening."""
-        maps = screening.patch_maps
-        return cls(screening.ids, screening.held_out_scores, None if maps is None else ordinary_scores(maps))
+        return cls.of_maps(screening.ids, screening.held_out_scores, screening.patch_maps)
+
+    @classmethod
+    def of_maps(cls, ids: Ids, scores: Floats, maps: npt.NDArray[np.floating[Any]] | None) -> Self:
+        """With (n, h, w) held-out maps."""
+        if maps is None:
+            return cls(ids, scores)
+        medians = np.median(maps.reshape(len(maps), -1).astype(np.float64), axis=1)
+        return cls(ids, scores, ordinary_scores(maps), medians)
 
     def select(self, ids: Ids) -> Self:
         """Those of some images."""
         here = np.isin(self.ids, ids)
-        ordinary = None if self.ordinary is None else self.ordinary[here]
-        return replace(self, ids=self.ids[here], scores=self.scores[here], ordinary=ordinary)
+        parts = (None if part is None else part[here] for part in (self.ordinary, self.medians))
+        return type(self)(self.ids[here], self.scores[here], *parts)
+
+    def median_patch(self, kept: Ids) -> float | None:
+        """What the median patch of the median kept image scores; None without maps."""
+        some = self.select(kept).medians
+        return float(np.median(some)) if some is not None and len(some) else None
 
 
 NOTHING = Judged(np.empty(0, np.int64), np.empty(0))
@@ -156,7 +171,7 @@ def judge(plan: TrainingPlan, fitted: Detector, run: Run | None = None) -> Judge
         return NOTHING
     if isinstance(fitted, LeavesOut):
         held_out = fitted.held_out(plan.train, device=run.device)
-        return Judged(plan.train.ids, held_out.scores, ordinary_scores(held_out.maps.numpy()))
+        return Judged.of_maps(plan.train.ids, held_out.scores, held_out.maps.numpy())
     if isinstance(fitted, Additive):
         judged = Judged(plan.images.ids, fitted.held_out_scores(plan.images, device=run.device))
         if plan.screening is None:

@@ -12,6 +12,7 @@ from flawsift.data.images import ImageSet
 from flawsift.data.notebook import data_frame, rows_html
 from flawsift.errors import InputError
 from flawsift.models.calibration import Calibration, Threshold
+from flawsift.models.notices import RESERVATION, Notice
 from flawsift.paths import show
 from flawsift.types import Ids
 
@@ -63,6 +64,8 @@ class Predictions:
         calibration: What p-values come from.
         maps: {id: (H, W) float32} on the network's input grid, without unreadable images; None if not asked for.
         images: The images, for pictures in a notebook; None if they came from an iterator.
+        notices: How these images differ, as a whole, from those that the model was trained on; empty where they do
+            not. The threshold's rate of false alarms does not hold for images that differ.
     """
 
     ids: Ids
@@ -73,6 +76,7 @@ class Predictions:
     calibration: Calibration = field(default_factory=lambda: Calibration.of([]))
     maps: Mapping[int, npt.NDArray[np.float32]] | None = None
     images: ImageSet | None = None
+    notices: tuple[Notice, ...] = ()
 
     @property
     def is_anomalous(self) -> npt.NDArray[np.bool_] | None:
@@ -143,9 +147,11 @@ class Predictions:
         counts += [] if self.is_anomalous is None else [f"{int(self.is_anomalous.sum())} anomalous"]
         counts += [f"{len(self.errors)} unreadable"] if self.errors else []
         above = "no threshold" if self.threshold is None else str(self.threshold)
+        above += f"; {RESERVATION}" if self.threshold is not None and self.notices else ""
         worst = [f"{show(one.name)} {one.score:.4g}" for one in self._ranked(WORST) if one.error is None]
         highest = f"\nhighest scores: {', '.join(worst)}" if worst else ""
-        return f"Predictions of {', '.join(counts)}\n{above}{highest}"
+        told = "".join(f"\n{notice}" for notice in self.notices)
+        return f"Predictions of {', '.join(counts)}{told}\n{above}{highest}"
 
     def _repr_html_(self) -> str:
         rows = ((one.id, _row(one)) for one in self._ranked(len(self)))

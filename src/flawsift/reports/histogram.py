@@ -63,9 +63,9 @@ class Histogram:
         edges = _bin_edges(scores, cut)
         clipped = np.clip(scores, edges[0], edges[-1])
         counts = np.stack([np.histogram(clipped[side], edges)[0] for side in (is_kept, ~is_kept)], axis=1)  # (bins, 2)
-        step = _nice_step(int(counts.sum(1).max()), 5, least=1)
+        step = nice_step(int(counts.sum(1).max()), 5, least=1)
         y_max = step * max(1, np.ceil(counts.sum(1).max() / step))
-        x_step = _nice_step(edges[-1] - edges[0], 6)
+        x_step = nice_step(edges[-1] - edges[0], 6)
         per_unit = cls.WIDTH / (edges[-1] - edges[0])
         x_values = x_step * np.arange(np.ceil(edges[0] / x_step), np.floor(edges[-1] / x_step) + 1)
         labels = [number(edge) for edge in edges]
@@ -122,7 +122,7 @@ def _bin_edges(scores: npt.NDArray[np.float64], cut: float | None) -> npt.NDArra
     return np.linspace(start, start + count * width, count + 1)
 
 
-def _nice_step(span: float, n_ticks: int, *, least: float = 0.0) -> float:
+def nice_step(span: float, n_ticks: int, *, least: float = 0.0) -> float:
     """1, 2 or 5 times a power of ten, for about `n_ticks` ticks in a span."""
     rough = max(span / n_ticks, least, 1e-12)
     power = 10.0 ** np.floor(np.log10(rough))

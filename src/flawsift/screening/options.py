@@ -1,10 +1,10 @@
 """The options of stage 1, declared once: Python, the presets, the command line and the benchmark use these."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from math import isfinite
 from numbers import Integral, Number, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from flawsift.errors import ParameterError, unknown_name
 
@@ -83,7 +83,7 @@ class ScreenOptions:
                 value = value.item()
                 object.__setattr__(self, name, value)
             if not holds(value):
-                flag = self.__dataclass_fields__[name].metadata.get(FLAG, f"--{name.replace('_', '-')}")
+                flag = _flag(self.__dataclass_fields__[name])
                 raise ParameterError(f"Stage 1: {name} ({flag}) must {constraint}, got {value!r}.")
 
     @classmethod
@@ -106,9 +106,35 @@ class ScreenOptions:
                 raise ParameterError(unknown_name("option of stage 1", name, known))
         return replace(PRESETS[preset] if isinstance(preset, str) else preset, **changes)
 
+    def refuse(self, *, no_screen: bool) -> NoReturn:
+        """Say that these options would not be read, since no stage 1 is made.
+
+        Args:
+            no_screen: There is to be none; else a screening is given.
+
+        Raises:
+            ParameterError: Always.
+        """
+        changed = [_flag(f) for f in fields(self) if getattr(self, f.name) != f.default]
+        named = f" ({', '.join(changed)})" if changed else ""
+        which = f"options of stage 1{named} would not be read"
+        if no_screen:
+            raise ParameterError(
+                f"Without stage 1 (no_screen, --no-screen), {which}. Leave them out, or have the images screened."
+            )
+        raise ParameterError(
+            f"Stage 1 is the screening that is given, so {which}. Leave them out, or screen the images again with them "
+            "(flawsift screen). To keep more or fewer images of this one, edit the column kept of its screening.csv."
+        )
+
     def as_json(self) -> dict[str, Any]:
         """All values by name."""
         return asdict(self)
+
+
+def _flag(option: Field[Any]) -> str:
+    """How the command line calls an option."""
+    return str(option.metadata.get(FLAG, f"--{option.name.replace('_', '-')}"))
 
 
 def _number(value: object) -> bool:

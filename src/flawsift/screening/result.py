@@ -14,7 +14,7 @@ from flawsift.detectors.base import Detector
 from flawsift.detectors.protocols import Evidence
 from flawsift.errors import ParameterError
 from flawsift.paths import show
-from flawsift.screening.consensus import EFFECT, SUSPECT, Contamination, choose, estimate_contamination, keep_lowest
+from flawsift.screening.consensus import EFFECT, SUSPECT, Contamination, choose, estimate_contamination
 from flawsift.screening.decisions import SAID, apply_decisions
 from flawsift.screening.mixture import DEFECTIVE, GOOD, UNKNOWN, ordinary_scores
 from flawsift.screening.options import ScreenOptions
@@ -87,6 +87,8 @@ class Screening:
         images: The images, for pictures in a notebook, or None.
         evidence: The worst patch of each image and the nearest patches of other images, which the pages show beside it;
             None where stage 1 does not look for them, as sub-models do not.
+        groups: {id: group name} of the images that belong together, as they were given; see `ImageSet.groups`.
+        set_aside: Ids that stage 1 set aside before a person changed anything; None where nobody did.
         removed_by_hand: Ids that a person removed, by a decision or in the table, whatever stage 1 says of them.
         kept_by_hand: Ids that a person keeps by a decision. Once they count as good they are no suspects any more, so
             that nothing else tells it.
@@ -110,6 +112,8 @@ class Screening:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     images: ImageSet | None = None
     evidence: Evidence | None = None
+    groups: Mapping[int, str] = field(default_factory=dict)
+    set_aside: Ids | None = None
     removed_by_hand: Ids = field(default_factory=lambda: np.empty(0, np.int64))
     kept_by_hand: Ids = field(default_factory=lambda: np.empty(0, np.int64))
 
@@ -144,6 +148,12 @@ class Screening:
         for p in np.argsort(-self.consensus, kind="stable").tolist():
             row = {"name": show(self.names[p]), "consensus": float(self.consensus[p])}
             yield int(self.ids[p]), {**row, "verdict": "kept" if is_kept[p] else "set aside"}
+
+    @property
+    def n_groups(self) -> int | None:
+        """How many groups the images were in, an image alone being one too; None where no image had a group."""
+        alone = len(self.ids) - len(self.groups)
+        return len(set(self.groups.values())) + alone if self.groups else None
 
     @property
     def submodel_scores(self) -> SubModelScores:
@@ -207,9 +217,7 @@ class Screening:
     @property
     def kept_by_itself(self) -> Ids:
         """(m,) ids that stage 1 kept before a person changed anything."""
-        if self.contamination is None:
-            return keep_lowest(self.ids, self.consensus, self.keep_share)
-        return self.ids[~(self.is_suspect & self.contamination.is_evident)]
+        return self.kept if self.set_aside is None else self.ids[~np.isin(self.ids, self.set_aside)]
 
     def known(self, choices: Mapping[str, str]) -> npt.NDArray[np.int64]:
         """(N,) `GOOD`, `DEFECTIVE` or `UNKNOWN`: what a person said, by decisions or in the table.
@@ -239,8 +247,13 @@ class Screening:
         is_kept, counts = apply_decisions(self.names, self.is_kept, choices)
         known = self.known(choices)
         stays = known == GOOD
-        by_hand = {"removed_by_hand": self.ids[known == DEFECTIVE], "kept_by_hand": self.ids[stays]}
-        now = replace(self, kept=self.ids[is_kept], **by_hand)
+        now = replace(
+            self,
+            kept=self.ids[is_kept],
+            set_aside=self.ids[~np.isin(self.ids, self.kept_by_itself)],
+            removed_by_hand=self.ids[known == DEFECTIVE],
+            kept_by_hand=self.ids[stays],
+        )
         if self.contamination is None:
             rejected = None if self.rejected is None else self.rejected & (is_kept & ~stays)[:, None, None]
             return replace(now, rejected=rejected), counts
@@ -254,6 +267,11 @@ class Screening:
         if rejected is not None:
             rejected = rejected & ~stays[:, None, None]
         decided = replace(
-            now, kept=self.ids[is_kept], contamination=estimate, probability=probability, rejected=rejected
+            now,
+            kept=self.ids[is_kept],
+            set_aside=self.ids[~kept],
+            contamination=estimate,
+            probability=probability,
+            rejected=rejected,
         )
         return decided, counts

@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import Detector
+from flawsift.detectors.base import Detector, make_detector
 from flawsift.detectors.protocols import LeavesOut
 from flawsift.errors import ParameterError
 from flawsift.executors import Run
+from flawsift.features.backbones import Backbone
 from flawsift.screening.consensus import (
     Contamination,
     choose,
@@ -31,7 +32,7 @@ from flawsift.screening.consensus import (
 )
 from flawsift.screening.held_out import rank_by_held_out_scores
 from flawsift.screening.mixture import ordinary_scores
-from flawsift.screening.options import OF_SUBMODELS, ScreenOptions
+from flawsift.screening.options import OF_SUBMODELS, OWN, ScreenOptions
 from flawsift.screening.result import Ranking, Screening
 from flawsift.screening.submodels import rank_by_submodels
 from flawsift.types import Floats, Ids
@@ -86,6 +87,26 @@ def ranker_of(detector: Detector, options: ScreenOptions) -> Ranker:
     return rank_by_held_out_scores
 
 
+def resolve_screener(screener: str, detector: Detector, backbone: Backbone, seed: int) -> Detector:
+    """The detector of stage 1: `detector` itself for "own" and for its own name, else the one named, unfitted.
+
+    Where the backbone has not the layers that the one named would read, such as strides 8 and 16 of a transformer, it
+    reads those of `detector`.
+
+    Raises:
+        ParameterError: There is no such detector.
+    """
+    if screener in (OWN, detector.name):
+        return detector
+    made = make_detector(screener, seed=seed)
+    try:
+        for layer in made.layers:
+            backbone.resolve(layer)
+    except ParameterError:
+        return make_detector(screener, seed=seed, layers=detector.layers)
+    return made
+
+
 def screen_and_fit(
     train: ImageSet,
     detector: Detector,
@@ -112,6 +133,7 @@ def screen_and_fit(
         submodels=ranking.submodels,
         images=train,
         evidence=ranking.evidence,
+        groups={i: train.groups[i] for i in train.ids.tolist() if train.groups.get(i)},
         **selection,
     )
     return screening, ranking.fitted

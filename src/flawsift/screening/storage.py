@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.protocols import Evidence
 from flawsift.errors import InputError
-from flawsift.files import ensure_folder, write_bytes, write_csv, write_json
+from flawsift.files import ensure_folder, move_aside, write_bytes, write_csv, write_json
 from flawsift.paths import find_name, name_some, show
 from flawsift.screening.consensus import Contamination, keep_lowest
+from flawsift.screening.evidence import load_evidence, save_evidence
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Screening, SubModelScores
 from flawsift.types import Floats, Ids
@@ -38,7 +38,8 @@ NO = frozenset({"0", "false", "no", ""})
 def save_screening(screening: Screening, folder: str | Path) -> Path:
     """Write screening.csv, screening.json, maps.npy, rejected.npy, descriptions.npy and evidence.npz.
 
-    Each file is whole or absent; what a screening does not have has no file.
+    Each file is whole or absent; what a screening does not have has no file. An earlier table in which a person has
+    edited what is kept is moved aside, not lost.
 
     Arrays have the images in the order of their ids, so that a table which a person has sorted still fits them.
     """
@@ -52,10 +53,25 @@ def save_screening(screening: Screening, folder: str | Path) -> Path:
             buffer = io.BytesIO()
             np.save(buffer, values[order], allow_pickle=False)
             write_bytes(folder / name, buffer.getvalue())
-    _save_evidence(screening.evidence, order, folder / EVIDENCE)
+    save_evidence(screening.evidence, order, folder / EVIDENCE)
+    if _is_edited(folder):
+        move_aside([folder / CSV], folder, "was edited by hand, and another screening takes its place")
     write_json(folder / JSON, summary_of(screening))
     write_csv(folder / CSV, *_table(screening))
     return folder
+
+
+def _is_edited(folder: Path) -> bool:
+    """Whether there is a table that a person has worked in: it keeps others than stage 1 did, or cannot be read now."""
+    try:
+        rows, content = _read(folder)
+        ids = np.array([int(row["id"]) for row in rows], np.int64)
+        removed = ids[[not _truth(row["kept"]) for row in rows]]
+        return not np.array_equal(removed, np.sort(_set_aside(rows, content)))
+    except OSError:  # there is none
+        return False
+    except DAMAGE:
+        return True
 
 
 def summary_of(screening: Screening) -> dict[str, Any]:
@@ -65,12 +81,14 @@ def summary_of(screening: Screening) -> dict[str, Any]:
         "n_images": len(screening.ids),
         "n_kept": len(screening.kept),
         "n_unreadable": len(screening.unreadable),
+        "n_groups": screening.n_groups,
         "options": {
             **screening.options.as_json(),
             "seed": screening.seed,
             "keep_share": screening.keep_share,
         },
         "contamination": None if estimate is None else {**vars(estimate), "evidence": dict(estimate.evidence)},
+        "set_aside": sorted(set(screening.ids.tolist()) - set(screening.kept_by_itself.tolist())),
         **screening.provenance,
         "unreadable": {show(name): reason for name, reason in screening.unreadable.items()},
     }
@@ -80,27 +98,20 @@ def _table(screening: Screening) -> tuple[list[str], list[list[object]]]:
     sub = screening.submodels
     n_models = 0 if sub is None else len(sub.score_matrix)
     columns = ["subset", *(f"score_{m}" for m in range(n_models))] if sub is not None else []
-    header = [
-        "id",
-        "path",
-        *columns,
-        "held_out_score",
-        "divergence",
-        "consensus",
-        "defect_probability",
-        "kept",
-        "error",
-    ]
+    grouped = ["group"] if screening.groups else []
+    scores = ["held_out_score", "divergence", "consensus", "defect_probability"]
+    header = ["id", "path", *grouped, *columns, *scores, "kept", "error"]
     spread = None if sub is None else sub.divergence
     rows: list[list[object]] = []
     for p, (id_, kept) in enumerate(zip(screening.ids, screening.is_kept, strict=True)):
         row: list[object] = [int(id_), screening.names[p]]
+        row += [screening.groups.get(int(id_), "")] if grouped else []
         if sub is not None:
             row += [";".join(map(str, sub.subset_of[:, p])), *(f"{s:.7g}" for s in sub.score_matrix[:, p])]
         row += [f"{screening.held_out_scores[p]:.9g}", "" if spread is None else f"{spread[p]:.9g}"]
         row += [f"{screening.consensus[p]:.9g}", f"{screening.probability[p]:.9g}"]
         rows.append([*row, int(kept), ""])
-    blank = [""] * (len(columns) + 4)
+    blank = [""] * (len(grouped) + len(columns) + len(scores))
     rows += [["", name, *blank, 0, reason] for name, reason in screening.unreadable.items()]
     return header, rows
 
@@ -131,14 +142,15 @@ def _load(folder: Path) -> Screening:
         # screenings of earlier versions do not name the screener among the options
         options = {"screener": content.get("detector", {}).get("name", "own"), **options}
         seed, keep_share = options.pop("seed"), options.pop("keep_share")
-        known = {"options", "unreadable", "n_images", "n_kept", "n_unreadable"}
-        probability = _probability(rows, keep_lowest(ids, consensus, keep_share), ids)
+        known = {"options", "unreadable", "n_images", "n_kept", "n_unreadable", "n_groups", "set_aside"}
+        has_groups = content.get("n_groups") is not None or "group" in rows[0]  # a column that was lost is damage
+        set_aside = _set_aside(rows, content)
         loaded = Screening(
             ids=ids,
             names=[_safe(row["path"]) for row in rows],
             consensus=consensus,
             held_out_scores=np.array([float(row["held_out_score"]) for row in rows]),
-            probability=probability,
+            probability=_probability(rows, np.isin(ids, set_aside)),
             kept=ids[is_kept],
             keep_share=keep_share,
             options=ScreenOptions(**options),
@@ -149,16 +161,27 @@ def _load(folder: Path) -> Screening:
             submodels=_submodels(rows),
             descriptions=_array(folder / DESCRIPTIONS, len(rows), 2, np.float16),
             unreadable=content["unreadable"],
-            evidence=_evidence(folder / EVIDENCE, ids),
+            evidence=load_evidence(folder / EVIDENCE, ids),
+            set_aside=set_aside,
+            groups={int(row["id"]): row["group"] for row in rows if row["group"]} if has_groups else {},
             provenance={key: value for key, value in content.items() if key not in known},
         )
         return replace(loaded, removed_by_hand=np.setdiff1d(loaded.kept_by_itself, loaded.kept))  # by an edit
 
 
-def _probability(rows: list[dict[str, str]], kept: Ids, ids: Ids) -> Floats:
-    """(N,) of defects; screenings of earlier versions have none, and say what was kept only."""
+def _set_aside(rows: list[dict[str, str]], content: Mapping[str, Any]) -> Ids:
+    """Ids that stage 1 set aside; screenings of earlier versions set aside the highest, and do not list them."""
+    if "set_aside" in content:
+        return np.array(content["set_aside"], np.int64)
+    ids = np.array([int(row["id"]) for row in rows], np.int64)
+    consensus = np.array([float(row["consensus"]) for row in rows])
+    return np.setdiff1d(ids, keep_lowest(ids, consensus, content["options"]["keep_share"]))
+
+
+def _probability(rows: list[dict[str, str]], is_set_aside: npt.NDArray[np.bool_]) -> Floats:
+    """(N,) of defects; screenings of earlier versions have none, and say what was set aside only."""
     if "defect_probability" not in rows[0]:
-        return (~np.isin(ids, kept)).astype(np.float64)
+        return is_set_aside.astype(np.float64)
     return np.array([float(row["defect_probability"]) for row in rows])
 
 
@@ -183,7 +206,7 @@ def _estimate(saved: Mapping[str, Any] | None) -> Contamination | None:
 
 
 def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:
-    """The images of a screening read from disk, under its ids.
+    """The images of a screening read from disk, under its ids and in its groups.
 
     Args:
         screening: From `load_screening`.
@@ -210,7 +233,8 @@ def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:
 def _files(screening: Screening, folder: Path) -> ImageSet:
     """The files below a folder that a screening names, under its ids."""
     named = zip(screening.ids.tolist(), screening.names, strict=True)
-    return ImageSet.from_files(folder, {id_: find_name(folder, name) for id_, name in named})
+    files = ImageSet.from_files(folder, {id_: find_name(folder, name) for id_, name in named})
+    return replace(files, groups=screening.groups)
 
 
 def matched(screening: Screening, images: ImageSet) -> Screening:
@@ -223,7 +247,7 @@ def matched(screening: Screening, images: ImageSet) -> Screening:
     Raises:
         InputError: Kept images are missing from the set, or there are none.
     """
-    by_name = {show(name): int(i) for i, name in zip(images.ids, images.names, strict=True)}
+    by_name = _ids_by_name(images)
     names = [show(name) for name in screening.names]
     wanted = [name for name, kept in zip(names, screening.is_kept, strict=True) if kept]
     if missing := [name for name in wanted if name not in by_name]:
@@ -235,13 +259,51 @@ def matched(screening: Screening, images: ImageSet) -> Screening:
         raise InputError("The screening keeps no image.")
     ids = np.array([by_name.get(name, -1 - p) for p, name in enumerate(names)], np.int64)
     shown = images if (ids >= 0).all() else None  # pictures would be of nothing where an image is missing
-    evidence = screening.evidence
+    evidence, new_id = screening.evidence, dict(zip(screening.ids.tolist(), ids.tolist(), strict=True))
     if evidence is not None:
-        evidence = evidence.renamed(dict(zip(screening.ids.tolist(), ids.tolist(), strict=True)))
-    removed, back = (ids[np.isin(screening.ids, s)] for s in (screening.removed_by_hand, screening.kept_by_hand))
-    kept = ids[screening.is_kept]
-    by_hand = {"removed_by_hand": removed, "kept_by_hand": back}
-    return replace(screening, ids=ids, kept=kept, images=shown, evidence=evidence, **by_hand)
+        evidence = evidence.renamed(new_id)
+    return replace(
+        screening,
+        ids=ids,
+        kept=ids[screening.is_kept],
+        images=shown,
+        evidence=evidence,
+        groups={new_id[i]: group for i, group in screening.groups.items()},
+        removed_by_hand=ids[np.isin(screening.ids, screening.removed_by_hand)],
+        kept_by_hand=ids[np.isin(screening.ids, screening.kept_by_hand)],
+        set_aside=None if screening.set_aside is None else ids[np.isin(screening.ids, screening.set_aside)],
+    )
+
+
+def grouped(screening: Screening, images: ImageSet) -> tuple[ImageSet, str | None]:
+    """The images to train on in the groups of their screening, or in their own where they have some.
+
+    Args:
+        screening: Of the same images, from disk or not, which are found by name.
+        images: The set to train on. Its own groups are the newer word of the two, and win.
+
+    Returns:
+        The images; and what a person should know where both have groups and put the images together in other ways.
+    """
+    by_name = _ids_by_name(images)
+    new_id = {i: by_name.get(show(name)) for i, name in zip(screening.ids.tolist(), screening.names, strict=True)}
+    known = {id_: group for i, group in screening.groups.items() if (id_ := new_id[i]) is not None}
+    theirs = replace(images, groups=known)
+    if images.n_groups is None:
+        return theirs, None
+    common = [id_ for id_ in new_id.values() if id_ is not None]
+    ours, before = images.select(common), theirs.select(common)
+    if list(ours.members.values()) == list(before.members.values()):  # whatever the groups are called
+        return images, None
+    those = "which has none" if before.n_groups is None else f"which has {before.n_groups}"
+    return images, (
+        f"The {ours.n_groups} groups that were given are not those of the screening, {those}. The detector and its "
+        "threshold follow those given; which images are kept was judged with the others."
+    )
+
+
+def _ids_by_name(images: ImageSet) -> dict[str, int]:
+    return {show(name): i for i, name in zip(images.ids.tolist(), images.names, strict=True)}
 
 
 def screening_folder(folder: str | Path) -> Path:
@@ -297,42 +359,6 @@ def _array(path: Path, n: int, n_dims: int, kind: type[Kind]) -> npt.NDArray[Kin
     if len(values) != n or values.ndim != n_dims:
         raise ValueError(f"{path.name} has the shape {values.shape}, {n} images are listed")
     return np.asarray(values, kind)
-
-
-def _save_evidence(evidence: Evidence | None, order: npt.NDArray[np.int64], path: Path) -> None:
-    if evidence is None:
-        path.unlink(missing_ok=True)  # of an earlier screening
-        return
-    rows = {name: values[order] for name, values in vars(evidence).items() if name != "grid"}
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, grid=np.array(evidence.grid, np.int64), **rows)
-    write_bytes(path, buffer.getvalue())
-
-
-def _evidence(path: Path, ids: Ids) -> Evidence | None:
-    """From disk, with every id and every place checked: pages look pictures up by them."""
-    if not path.exists():
-        return None
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-        grid, places, n_others = (np.asarray(file[name], np.int64) for name in ("grid", "places", "n_others"))
-        images, image_places = (np.asarray(file[name], np.int64) for name in ("images", "image_places"))
-        distances = np.asarray(file["distances"], np.float32)
-    n, k = len(ids), images.shape[-1] if images.ndim else 0
-    shapes = [values.shape for values in (grid, places, n_others, images, image_places, distances)]
-    if shapes != [(2,), (n,), (n,), (n, k), (n, k), (n, k)]:
-        raise ValueError(f"{path.name} has the shapes {shapes}, {n} images are listed")
-    n_places, is_none = int(grid[0]) * int(grid[1]), images == -1
-    if grid.min() < 1 or not _within(places, 0, n_places) or not _within(image_places[~is_none], 0, n_places):
-        raise ValueError(f"{path.name} names a place off the grid")
-    if not np.isin(images[~is_none], ids).all():
-        raise ValueError(f"{path.name} names an image that is not in the table")
-    if (image_places[is_none] != -1).any() or (np.isfinite(distances) == is_none).any() or n_others.min() < 0:
-        raise ValueError(f"{path.name} does not fit together")
-    return Evidence((int(grid[0]), int(grid[1])), places, images, image_places, distances, n_others)
-
-
-def _within(values: npt.NDArray[np.int64], low: int, end: int) -> bool:
-    return bool(((low <= values) & (values < end)).all())
 
 
 def _truth(cell: str) -> bool:

@@ -17,13 +17,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import Detector, load_detector, resolve_device, score_together
+from flawsift.detectors.base import Detector, load_detector, score_together
 from flawsift.detectors.parts.maps import as_float16, top_mean
 from flawsift.detectors.parts.robust import robust_units
 from flawsift.detectors.parts.training import Watch
 from flawsift.detectors.protocols import Additive
 from flawsift.errors import InputError
 from flawsift.executors import Executor, Run, Serial
+from flawsift.features.devices import resolve_device
 from flawsift.features.extraction import loaded
 from flawsift.files import write_bytes
 from flawsift.progress import Progress, silent
@@ -120,7 +121,7 @@ class SubModels:
                 trained = [self._train(m, on_submodel) for m in rows]
                 # larger batches than one model takes: each reads its state once per batch
                 scored = score_together(trained, self.train, self.device, 64, keep_grids=True)
-                stored = [(scores, grids) for scores, grids, _ in scored]
+                stored = [(one.scores, one.grids) for one in scored]
                 for m, (scores, grids) in zip(rows, stored, strict=True):
                     self._store_scores(m, scores, grids)
                 models += trained if keep_models else ()
@@ -228,8 +229,8 @@ class _SubModel:
         """Scores and grids of sub-model m, and the sub-model where it is wanted."""
         runs, device = self.runs, resolve_device(self.runs.device)
         model = runs.detector.clone().fit(runs._subset(m), device=device, watch=runs._watch(m))
-        ((scores, grids, _),) = score_together([model], runs.train, device, 64, keep_grids=True)
-        return scores, grids, model if self.wants_model else None
+        (scored,) = score_together([model], runs.train, device, 64, keep_grids=True)
+        return scored.scores, scored.grids, model if self.wants_model else None
 
 
 def split(train: ImageSet, n_subsets: int, *, seed: int, partition: int = 0) -> npt.NDArray[np.int64]:
