@@ -1,12 +1,21 @@
 """The label-free threshold."""
 
+import json
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta
 
 from flawsift.errors import ParameterError
-from flawsift.models.calibration import Calibration
+from flawsift.models.calibration import Calibration, Threshold
+from flawsift.screening.mixture import DEFECTIVE, GOOD, UNKNOWN, Mixture, fit_mixture
+from flawsift.types import Floats
 
 
 def test_by_hand() -> None:
@@ -88,3 +97,221 @@ def test_p_values_of_exchangeable_scores_are_uniform() -> None:
     p_values = np.concatenate([Calibration.of(s[:99]).p_values(s[99:]) for s in generator.gumbel(size=(400, 120))])
     for rate in (0.01, 0.1, 0.5):
         assert (p_values <= rate).mean() == pytest.approx(rate, abs=0.15 * rate + 0.002)
+
+
+# ---- a table that comes from a mixture of good and defective images --------------------------------------------------
+
+
+def unlabelled(share: float = 0.1, seed: int = 0, n: int = 200, at: float = 8.0) -> Floats:
+    """Scores of n images; the first are defective, and lie about so many scales above the others."""
+    generator = np.random.default_rng(seed)
+    u = generator.gumbel(size=n)
+    u[: round(share * n)] = generator.normal(at, 2, round(share * n))
+    return np.exp(0.2 * u)
+
+
+@cache
+def mixed(share: float = 0.1, seed: int = 0) -> tuple[Floats, Mixture]:
+    scores = unlabelled(share, seed)
+    mixture = fit_mixture(scores, None)
+    assert mixture is not None
+    return scores, mixture
+
+
+def made(share: float = 0.1, *, kept: Any = None, known: Any = None) -> Calibration:
+    scores, mixture = mixed(share)
+    is_kept = mixture.probability <= 0.5 if kept is None else kept
+    return Calibration.of_mixture(mixture, scores, is_kept, nothing_said() if known is None else known)
+
+
+def nothing_said(n: int = 200) -> npt.NDArray[np.int64]:
+    return np.full(n, UNKNOWN)
+
+
+def threshold_of(calibration: Calibration, rate: float) -> Threshold:
+    threshold = calibration.threshold(rate)
+    assert threshold is not None
+    return threshold
+
+
+@settings(deadline=None)
+@given(score=st.floats(-1, 1e6), rate=st.floats(0.0005, 0.999), share=st.sampled_from([0.0, 0.1, 0.3]))
+def test_the_threshold_and_the_p_value_agree_in_a_table_of_a_mixture(score: float, rate: float, share: float) -> None:
+    for of in (made(share), Calibration.from_json(made(share).to_json())):
+        threshold = threshold_of(of, rate)
+        for tested in (score, threshold.value, np.nextafter(threshold.value, np.inf), *of.thresholds[::40]):
+            p_value = float(of.p_values(tested))
+            assert (tested > threshold.value) == (p_value <= threshold.expected_rate)
+            if not threshold.limited:
+                assert (tested > threshold.value) == (p_value <= rate * (1 + 1e-9))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3])
+def test_a_table_is_in_order(share: float) -> None:
+    table = made(share)
+    assert (np.diff(table.thresholds) >= 0).all()
+    assert (np.diff(table.rates) <= 0).all()
+    low, high = table.intervals.T
+    assert (low <= table.rates).all()
+    assert (table.rates <= high).all()
+    assert ((table.intervals >= 0) & (table.intervals <= 1)).all()
+    assert (np.diff(table.intervals, axis=0) <= 1e-12).all()
+    assert table.rates[0] > 0.95
+    neighbours = table.rates[1:] / table.rates[:-1]
+    assert neighbours.min() > 0.85, "rates are spaced evenly, on a logarithmic scale"
+    assert (table.misses is None) == (share == 0)
+    if table.misses is not None:
+        expected, lowest, highest = table.misses.T
+        assert ((lowest <= highest) & (lowest >= 0) & (highest <= 1)).all()
+        assert (np.diff(table.misses, axis=0) >= -1e-12).all()
+        assert expected[0] < 0.02
+        assert expected[-1] > 0.05
+
+
+def test_the_rate_holds_on_a_contaminated_set() -> None:
+    """Unlike that of the kept images, of which none lies where defects do."""
+    fresh = np.exp(0.2 * np.random.default_rng(1).gumbel(size=20_000))
+    rates = []
+    for seed in range(8):
+        scores, mixture = mixed(0.2, seed)
+        table = Calibration.of_mixture(mixture, scores, mixture.probability <= 0.5, nothing_said())
+        rates.append((fresh > threshold_of(table, 0.05).value).mean())
+    assert np.median(rates) == pytest.approx(0.05, rel=0.5)
+
+
+def test_rates_that_the_images_do_not_support_are_limited() -> None:
+    table = made(0.1)
+    few = threshold_of(table, 0.0001)
+    assert few.limited
+    assert few.expected_rate == pytest.approx(1 / 181, rel=0.1), "one of the good ones"
+    assert few.value == table.thresholds[-1]
+    assert not threshold_of(table, 0.01).limited
+    assert threshold_of(table, 0.01).expected_rate <= 0.01
+    assert threshold_of(table, 0.01).n_calibration == table.n_good
+    assert table.n_good == pytest.approx(180, abs=8)
+
+
+def test_intervals_hold_what_chance_does_to_few_images() -> None:
+    """Clopper & Pearson's interval of two false alarms among a hundred good images."""
+    table = Calibration.of(np.arange(99.0))
+    threshold = threshold_of(table, 0.02)
+    assert threshold.interval is not None
+    assert threshold.interval == pytest.approx((beta.ppf(0.05, 2, 98), beta.ppf(0.95, 2, 98)))
+    rates = 1 - np.sort(np.random.default_rng(0).uniform(size=(4000, 99)), axis=1)[:, 97]  # true rates of such
+    assert np.mean((threshold.interval[0] <= rates) & (rates <= threshold.interval[1])) == pytest.approx(0.9, abs=0.02)
+
+
+# ---- what a person is told -------------------------------------------------------------------------------------------
+
+
+def test_kept_defects_are_warned_of_until_a_person_has_seen_them() -> None:
+    everything = np.ones(200, bool)
+    defective = np.arange(200) < 20
+
+    def reviewed(kept: npt.NDArray[np.bool_], known: npt.NDArray[np.int64]) -> Calibration:
+        return Calibration.of_unlabelled(unlabelled(at=20.0), None, 1.0, kept, known)
+
+    table = reviewed(everything, nothing_said())
+    assert 10 <= table.n_suspects <= 22
+    assert table.warning is not None
+    assert table.warning.startswith(f"At least {table.n_suspects} images look defective and still count")
+    assert threshold_of(table, 0.01).promise == "provisional, since defective images still count for it"
+    assert "between" not in str(threshold_of(table, 0.01))
+    removed = reviewed(~defective, np.where(defective, DEFECTIVE, UNKNOWN))
+    assert removed.warning is None
+    assert "false alarm" in threshold_of(removed, 0.01).promise
+    assert reviewed(everything, np.where(defective, GOOD, UNKNOWN)).warning is None, "confirmed as good"
+    assert reviewed(everything, np.where(defective, DEFECTIVE, UNKNOWN)).warning is None, "seen, and kept all the same"
+    one = replace(table, n_suspects=1)
+    assert one.warning is not None
+    assert one.warning.startswith("At least 1 image looks defective and")
+
+
+def test_a_share_that_the_scores_do_not_tell_is_warned_of() -> None:
+    table = replace(made(), n_suspects=0, contamination=(0.0, 0.45))
+    assert table.warning is not None
+    assert table.warning.startswith("Between 0 and 45 % of the images may be defective: their scores do not tell.")
+    assert replace(table, contamination=(0.1, 0.3)).warning is None
+    assert replace(table, contamination=None).warning is None
+
+
+def test_a_promise_tells_the_interval_and_the_misses() -> None:
+    plain = Threshold(1.5, 0.01, 0.01, 100)
+    assert plain.promise == "about 1 false alarm per 100 good parts expected"
+    wide = replace(plain, expected_rate=0.02, interval=(0.003, 0.0251))
+    assert wide.promise == "about 2 false alarms per 100 good parts expected (between 0.3 and 2.5)"
+    assert str(wide) == f"threshold 1.5: {wide.promise}"
+    assert replace(wide, interval=(0.0004, 0.0251)).promise.endswith(" (at most 2.5)")
+    missing = replace(wide, misses=(0.123, 0.04, 0.3))
+    assert missing.promise == f"{wide.promise}, and 12 of 100 defects missed (between 4 and 30)"
+    assert "expected" not in replace(missing, n_suspects=1).promise
+
+
+def test_few_images_have_the_table_of_the_kept_ones() -> None:
+    scores = unlabelled(n=19)
+    kept = np.arange(19) >= 2
+    few = Calibration.of_unlabelled(scores, None, 1.0, kept, nothing_said(19))
+    np.testing.assert_array_equal(few.thresholds, np.sort(scores[kept]))
+    assert (few.contamination, few.misses, few.n_suspects) == (None, None, 0)
+    many = unlabelled()
+    of = Calibration.of_unlabelled(many, None, 1.0, np.arange(200) >= 20, nothing_said())
+    assert of.contamination == mixed()[1].interval
+    np.testing.assert_array_equal(of.scores, np.sort(many[20:]))
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "table",
+    [made(0.0), made(0.3), Calibration.of([]), Calibration.of([2.0, 1.0])],
+    ids=["clean", "some", "none", "two"],
+)
+def test_a_table_survives_the_disk(table: Calibration) -> None:
+    read = Calibration.from_json(json.loads(json.dumps(table.to_json(), allow_nan=False)))
+    for name, value in vars(table).items():
+        if isinstance(value, np.ndarray):
+            assert getattr(read, name).shape == value.shape, name
+            np.testing.assert_allclose(getattr(read, name), value, rtol=1e-8, err_msg=name)
+        else:
+            assert getattr(read, name) == value, name
+    again = Calibration.from_json(read.to_json())
+    np.testing.assert_array_equal(again.thresholds, read.thresholds)
+
+
+def test_a_list_of_scores_of_earlier_versions_is_read() -> None:
+    scores = [3.0, 1.0, 2.0]
+    read, of = Calibration.from_json(scores), Calibration.of(scores)
+    assert read.to_json() == of.to_json()
+    assert read.warning is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"thresholds": [2.0, 1.0]},
+        {"rates": [0.1, 0.2]},
+        {"thresholds": [1.0]},
+        {"intervals": [[0.0, 1.0]]},
+        {"misses": [[0.0, 0.0, 0.0]]},
+        {"rates": ["many", "few"]},
+        {"n_good": None},
+        {"contamination": [0.1, "half"]},
+        {"contamination": 0.1},
+        {"scores": None},
+    ],
+    ids=str,
+)
+def test_a_damaged_table_is_refused(change: dict[str, Any]) -> None:
+    whole = Calibration.of([1.0, 2.0]).to_json()
+    Calibration.from_json(whole)
+    with pytest.raises((ValueError, TypeError)):
+        Calibration.from_json({**whole, **change})
+
+
+@pytest.mark.parametrize("name", list(Calibration.of([1.0]).to_json()))
+def test_a_table_with_a_part_missing_is_refused(name: str) -> None:
+    whole = Calibration.of([1.0, 2.0]).to_json()
+    del whole[name]
+    with pytest.raises(KeyError):
+        Calibration.from_json(whole)

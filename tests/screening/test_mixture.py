@@ -188,7 +188,7 @@ def test_false_alarms_fall_and_misses_rise_with_the_threshold(share: float) -> N
                 assert share == 0
                 continue
             expected, low, high = rates
-            assert ((0 <= rates) & (rates <= 1)).all()
+            assert ((rates >= 0) & (rates <= 1)).all()
             assert (sign * np.diff(rates, axis=1) >= -1e-12).all()
             assert (low <= expected + 2e-3).all()  # the posterior has a little outside of the interval
             assert (expected <= high + 2e-3 + 0.1 * expected).all()
@@ -359,7 +359,7 @@ def test_nan_never_comes_out(name: str) -> None:
     fitted = fit_mixture(scores, ordinary)
     assert fitted is not None
     assert fitted.posterior.sum() == pytest.approx(1)
-    assert ((0 <= fitted.probability) & (fitted.probability <= 1)).all()
+    assert ((fitted.probability >= 0) & (fitted.probability <= 1)).all()
     low, high = fitted.interval
     assert 0 <= low <= fitted.share <= high <= SHARES[-1]
     made = Calibration.of_mixture(fitted, scores, fitted.probability <= 0.5, nothing_said(len(scores)))

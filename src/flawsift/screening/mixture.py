@@ -196,9 +196,7 @@ def fit_mixture(
     posterior /= posterior.sum()
     bad = np.array([_defective(theta, share, z, b, known) for share, theta in zip(SHARES, fitted, strict=True)])
     probability = np.clip(posterior @ bad, 0, 1)  # rounding apart
-    return Mixture(
-        posterior, probability, np.array(fitted), b, 1 - bad, center, unit, logarithmic, n / design_effect
-    )
+    return Mixture(posterior, probability, np.array(fitted), b, 1 - bad, center, unit, logarithmic, n / design_effect)
 
 
 def _standardised(ordinary: Floats, unit: float | None) -> Floats:
