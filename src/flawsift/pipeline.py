@@ -24,7 +24,7 @@ from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.files import ensure_folder
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
-from flawsift.models.model import Model, set_digest, versions
+from flawsift.models.model import Model, learned_digests, set_digest, versions
 from flawsift.models.plan import TrainingPlan, calibrate, judge, options_for, plan_training
 from flawsift.paths import show
 from flawsift.progress import ProgressOption, as_progress
@@ -354,7 +354,7 @@ def _stage2(
         "seconds": round(time.monotonic() - started, 2),
         "versions": versions(),
     }
-    model = Model(fitted, job.backbone, calibration, training)
+    model = Model(fitted, job.backbone, calibration, training, learned=learned_digests(plan.images))
     if resume is not None:
         model.save(resume.parent)
         shutil.rmtree(resume, ignore_errors=True)

@@ -122,5 +122,7 @@ def evaluate(
     page = write_evaluation_report(loaded, result, predictions, images, data.truth, out, device=device)
     width = max(map(len, result))
     lines = [f"{key:<{width}}  {'-' if value is None else f'{value:.4g}'}" for key, value in result.items()]
+    if n := result["n_trained_on"]:
+        lines.append(f"Note: the model was trained on {n} of these {len(images)} images. On new ones it is worse.")
     lines += [f"Written: {out / 'metrics.json'}", f"Report:  {page}"]
     say(as_json, {**result, "out": str(out), "report": str(page)}, lines)

@@ -1,6 +1,6 @@
 """Data sets: images under global ids and, apart from them, their labels and masks.
 
-    folder          load_folder, load_labelled (normal, defect/TYPE, mask/TYPE), load_unlabelled
+    folder          load_folder, load_labelled (normal, defect/TYPE, mask/TYPE), load_sorted (good, KIND), load_unlabelled
     mvtec           load_mvtec: any tree in the layout of MVTec AD, BTAD and MPDD
     published       load_mvtec_ad, load_btad, load_mpdd, load_visa: by category, with official splits
     realiad         load_realiad: the four contaminated splits of Real-IAD (FUIAD)
@@ -20,7 +20,14 @@ from typing import Any
 
 from flawsift.datasets.dataset import Dataset, sub_folders
 from flawsift.datasets.elpv import load_elpv
-from flawsift.datasets.folder import load_folder, load_labelled, load_prepared, load_unlabelled
+from flawsift.datasets.folder import (
+    is_sorted,
+    load_folder,
+    load_labelled,
+    load_prepared,
+    load_sorted,
+    load_unlabelled,
+)
 from flawsift.datasets.magnetic_tile import load_magnetic_tile
 from flawsift.datasets.mvtec import is_mvtec, load_mvtec
 from flawsift.datasets.piped import load_piped
@@ -44,6 +51,7 @@ __all__ = [
     "load_mvtec_ad",
     "load_piped",
     "load_realiad",
+    "load_sorted",
     "load_unlabelled",
     "load_visa",
     "write_folder",
@@ -99,7 +107,7 @@ def load(name_or_path: str | Path, **options: Any) -> Dataset:
     """A data set by its name, or from a folder whose layout is recognised.
 
     A folder with test/TYPE (or with sub-folders that have it) is read in MVTec layout, one with normal/ or defect/
-    as labelled, any other as unlabelled images. A known name wins over a folder of that name: write "./cookie" for the
+    as labelled, one with good/ or ok/ as sorted into kinds, any other as unlabelled images. A known name wins over a folder of that name: write "./cookie" for the
     latter.
 
     Args:
@@ -137,4 +145,6 @@ def _find_loader(name_or_path: str | Path) -> tuple[str, Callable[..., Dataset]]
         return "the MVTec layout", partial(load_mvtec, root)
     if {"normal", "defect"}.intersection(sub_folders(root)):
         return "the labelled layout", partial(load_labelled, root)
+    if is_sorted(root):
+        return "the layout of one folder per kind", partial(load_sorted, root)
     return "an unlabelled folder", partial(load_unlabelled, root)
