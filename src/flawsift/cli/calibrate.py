@@ -98,7 +98,7 @@ def labelled_images(labelled: str, images: Path | None) -> tuple["ImageSet", "Gr
     data = datasets.load(labelled)
     if not len(data.truth):
         raise InputError(
-            f"'{path}' says nothing of which images are good. Sort them into good/ and folders of defects such as bad/, "
+            f"'{path}' does not say which images are good. Sort them into good/ and folders of defects, such as bad/, "
             "or give a CSV with the columns path, decision (keep or remove), and --images."
         )
     return tested_images(data), data.truth
@@ -106,13 +106,15 @@ def labelled_images(labelled: str, images: Path | None) -> tuple["ImageSet", "Gr
 
 def calibrated_lines(result: "Recalibration") -> list[str]:
     """What is said about a threshold from labelled images."""
+    from flawsift.models.calibration import of_hundred
+
     lines = [f"{result.threshold}.".replace("threshold", "Threshold", 1)]
     if result.before is not None:
         then = result.at(result.before.value)
         assert then.misses is not None
         lines.append(
-            f"Before: threshold {then.value:.4g}, which gives {then.per_hundred:.2g} false alarms and "
-            f"{100 * then.misses[0]:.2g} misses per 100 here."
+            f"Before: threshold {then.value:.4g}, which gives {of_hundred(then.expected_rate)} false alarms and "
+            f"{of_hundred(then.misses[0])} misses per 100 here."
         )
     return lines + [f"Note: {note}" for note in result.notes]
 

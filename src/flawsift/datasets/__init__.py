@@ -1,6 +1,7 @@
 """Data sets: images under global ids and, apart from them, their labels and masks.
 
-    folder          load_folder, load_labelled (normal, defect/TYPE, mask/TYPE), load_sorted (good, KIND), load_unlabelled
+    folder          load_folder, load_labelled (normal, defect/TYPE, mask/TYPE), load_sorted (good, KIND),
+                    load_unlabelled
     mvtec           load_mvtec: any tree in the layout of MVTec AD, BTAD and MPDD
     published       load_mvtec_ad, load_btad, load_mpdd, load_visa: by category, with official splits
     realiad         load_realiad: the four contaminated splits of Real-IAD (FUIAD)
@@ -107,8 +108,8 @@ def load(name_or_path: str | Path, **options: Any) -> Dataset:
     """A data set by its name, or from a folder whose layout is recognised.
 
     A folder with test/TYPE (or with sub-folders that have it) is read in MVTec layout, one with normal/ or defect/
-    as labelled, one with good/ or ok/ as sorted into kinds, any other as unlabelled images. A known name wins over a folder of that name: write "./cookie" for the
-    latter.
+    as labelled, one with good/ or ok/ as sorted into kinds, any other as unlabelled images. A known name wins over a
+    folder of that name: write "./cookie" for the latter.
 
     Args:
         name_or_path: "cookie", "elpv", "magnetic_tile", "screw", "synthetic"; "btad", "mpdd", "mvtec", "piped",

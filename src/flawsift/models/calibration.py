@@ -58,11 +58,11 @@ class Threshold:
         """What is expected of it, in words: "about 1 false alarm per 100 good parts expected (between 0.3 and 2.5)"."""
         if self.n_suspects:
             return "provisional, since defective images still count for it"
-        text = f"about {self.per_hundred:.2g} false alarms per 100 good parts"
+        text = f"about {of_hundred(self.expected_rate)} false alarms per 100 good parts"
         text += "" if self.n_defective else " expected"
         if self.interval is not None:
-            low, high = (100 * end for end in self.interval)
-            text += f" (between {low:.1g} and {high:.2g})" if low >= 0.05 else f" (at most {high:.2g})"
+            low, high = of_hundred(self.interval[0], digits=1), of_hundred(self.interval[1])
+            text += f" (between {low} and {high})" if self.interval[0] >= 0.0005 else f" (at most {high})"
         if self.misses is not None:
             expected, low, high = (100 * share for share in self.misses)
             text += f", and {expected:.0f} of 100 defects missed (between {low:.0f} and {high:.0f})"
@@ -293,6 +293,16 @@ class Calibration:
         n_good, n_suspects = int(content["n_good"]), int(content["n_suspects"])
         n_defective = int(content.get("n_defective", 0))
         return cls(scores, thresholds, rates, intervals, n_good, n_suspects, contamination, misses, n_defective)
+
+
+def of_hundred(share: float, *, digits: int = 2) -> str:
+    """A share as a number of 100, with so many digits, or those before the point.
+
+    >>> of_hundred(0.0123), of_hundred(0.5812), of_hundred(1.0), of_hundred(0.123, digits=1)
+    ('1.2', '58', '100', '12')
+    """
+    value = 100 * share
+    return f"{value:.{digits}g}" if value < 9.5 else f"{value:.0f}"
 
 
 def missed_shares(defective: Floats, thresholds: npt.ArrayLike) -> Floats:

@@ -12,7 +12,7 @@ from flawsift.data.images import ImageSet
 from flawsift.data.inputs import Images, as_images
 from flawsift.data.truth import GroundTruth
 from flawsift.errors import InputError, ParameterError
-from flawsift.models.calibration import Calibration, Threshold, missed_shares
+from flawsift.models.calibration import Calibration, Threshold, missed_shares, of_hundred
 from flawsift.models.model import LABELLED, Model, content_digests
 from flawsift.models.predictions import Predictions
 from flawsift.paths import name_some, show
@@ -239,16 +239,16 @@ def _notes_on_threshold(made: Model, misses: float | None) -> list[str]:
     missed, _, most = threshold.misses
     if misses is not None and missed > misses:
         return [
-            f"No threshold misses so few: even the score of the lowest good image misses {100 * missed:.2g} of 100."
+            f"No threshold misses so few: even the score of the lowest good image misses {of_hundred(missed)} of 100."
         ]
     if misses is not None and misses * m < 1:
         return [
-            f"{m:,} defective images are too few to tell {100 * misses:.3g} of 100 from none: none of them is missed, "
-            f"and up to {100 * most:.0f} of 100 others may be."
+            f"{m:,} defective images are too few to tell {of_hundred(misses)} of 100 from none: none of them is "
+            f"missed, and up to {of_hundred(most)} of 100 others may be."
         ]
     if threshold.limited:
         return [
-            f"{n:,} good images are too few for a false-alarm rate of {100 * threshold.false_alarm_rate:.3g} per 100, "
+            f"{n:,} good images are too few for a rate of {of_hundred(threshold.false_alarm_rate)} false alarms per 100, "
             f"which needs {n_needed(threshold.false_alarm_rate):,}: the threshold is the highest that these support."
         ]
     return []

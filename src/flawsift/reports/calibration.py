@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from flawsift.files import ensure_folder, write_text
-from flawsift.models.calibration import Threshold
+from flawsift.models.calibration import Threshold, of_hundred
 from flawsift.models.labelled import Recalibration, n_needed
 from flawsift.models.model import LABELLED
 from flawsift.paths import show
@@ -17,6 +17,7 @@ from flawsift.reports.pages import css_ramp, flat, number, template, unreadable_
 from flawsift.types import Floats
 
 PAGE = "calibration.html"
+MAX_TICKS = 9  # that have room for a text each on a phone
 RATES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)  # of the table
 SECTIONS = (
     ("curve", "Curve"),
@@ -52,7 +53,7 @@ class Row:
 
     Attributes:
         name: What was asked for.
-        cells: Threshold, false alarms, their interval, misses, their interval; none where there are too few images.
+        cells: Threshold, false alarms and misses with their intervals; none where there are too few images.
         needs: How many good images there must be for it.
         is_now: Whether the threshold is the one in force.
     """
@@ -93,7 +94,7 @@ class Curve:
         ticks = _ticks(float(rates[0]))
 
         def x(rate: float) -> float:
-            return cls.WIDTH * (1 - np.log(max(rate, ticks[0])) / np.log(ticks[0]))
+            return float(cls.WIDTH * (1 - np.log(max(rate, ticks[0])) / np.log(ticks[0])))
 
         def y(share: float) -> float:
             return cls.HEIGHT * (1 - share)
@@ -115,7 +116,7 @@ class Curve:
         return cls(
             line="M" + " L".join(steps(0)),
             band="M" + " L".join([*steps(2), *reversed(steps(1))]) + " Z",
-            x_ticks=[(x(tick), f"{100 * tick:g}") for tick in ticks],
+            x_ticks=[(x(tick), _tick_text(tick, len(ticks))) for tick in ticks],
             y_ticks=[(y(share / 100), str(share)) for share in range(0, 101, 20)],
             points=points,
         )
@@ -166,8 +167,8 @@ def calibration_page(result: Recalibration) -> str:
 def _headline(threshold: Threshold) -> str:
     assert threshold.misses is not None
     return (
-        f"Threshold {number(threshold.value)}: of 100 good parts about {threshold.per_hundred:.2g} are stopped, of 100 "
-        f"defective ones {100 * threshold.misses[0]:.2g} pass."
+        f"Threshold {number(threshold.value)}: of 100 good parts about {of_hundred(threshold.expected_rate)} are "
+        f"stopped, of 100 defective ones {of_hundred(threshold.misses[0])} pass."
     )
 
 
@@ -187,17 +188,13 @@ def _cells(threshold: Threshold) -> tuple[str, ...]:
     assert threshold.misses is not None
     assert threshold.interval is not None
     missed, *ends = threshold.misses
-    alarms = _percent(threshold.expected_rate), _between(threshold.interval)
-    return number(threshold.value), *alarms, _percent(missed), _between(ends)
+    alarms = _with_interval(threshold.expected_rate, threshold.interval)
+    return number(threshold.value), alarms, _with_interval(missed, ends)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g}" if share < 0.1 else f"{100 * share:.0f}"
-
-
-def _between(ends: Sequence[float]) -> str:
-    low, high = map(_percent, ends)
-    return f"{low} to {high}"
+def _with_interval(share: float, ends: Sequence[float]) -> str:
+    low, high = map(of_hundred, ends)
+    return f"{of_hundred(share)} ({low} to {high})"
 
 
 def _settings(result: Recalibration) -> dict[str, Any]:
@@ -220,6 +217,12 @@ def _steps(x: Floats, y: Floats) -> list[tuple[float, float]]:
     for j in np.flatnonzero(np.diff(y)) + 1:
         corners += [(float(x[j]), corners[-1][1]), (float(x[j]), float(y[j]))]
     return [*corners, (1.0, corners[-1][1])]
+
+
+def _tick_text(tick: float, n_ticks: int) -> str:
+    """Where there are many, only powers of ten have one."""
+    text = f"{100 * tick:g}"
+    return text if n_ticks <= MAX_TICKS or text.strip("0.") == "1" else ""
 
 
 def _ticks(lowest: float) -> list[float]:
