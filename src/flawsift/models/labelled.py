@@ -247,9 +247,10 @@ def _notes_on_threshold(made: Model, misses: float | None) -> list[str]:
             f"missed, and up to {of_hundred(most)} of 100 others may be."
         ]
     if threshold.limited:
+        rate = threshold.false_alarm_rate
         return [
-            f"{n:,} good images are too few for a rate of {of_hundred(threshold.false_alarm_rate)} false alarms per 100, "
-            f"which needs {n_needed(threshold.false_alarm_rate):,}: the threshold is the highest that these support."
+            f"{n:,} good images are too few for a rate of {of_hundred(rate)} false alarms per 100, which needs "
+            f"{n_needed(rate):,}: the threshold is the highest that these support."
         ]
     return []
 
