@@ -117,9 +117,14 @@ def load_labelled(root: str | Path, *, name: str | None = None) -> Dataset:
 
 
 def is_labelled(root: Path) -> bool:
-    """Whether a folder has the labelled layout, or was meant to."""
-    strict = {"normal", "defect"}.intersection(sub_folders(root))
-    return bool(strict) or bool(_named(root, NORMAL_NAMES) and _named(root, DEFECT_NAMES))
+    """Whether a folder has the labelled layout, or was meant to: with other names, nothing else may lie beside them."""
+    folders = sub_folders(root)
+    if {"normal", "defect"}.intersection(folders):
+        return True
+    named = [*_named(root, NORMAL_NAMES), *_named(root, DEFECT_NAMES)]
+    others = [folder for folder in folders if folder not in named and folder.lower() not in MASK_FOLDERS]
+    loose = any("/" not in name for name in scan_folder(root))
+    return bool(_named(root, NORMAL_NAMES) and _named(root, DEFECT_NAMES)) and not others and not loose
 
 
 def _named(root: Path, names: Sequence[str]) -> list[str]:

@@ -321,7 +321,7 @@ class Calibration:
         ends = content["contamination"]
         contamination = None if ends is None else (float(ends[0]), float(ends[1]))
         n_good, n_suspects = int(content["n_good"]), int(content["n_suspects"])
-        n_defective = int(content.get("n_defective", 0))
+        n_defective = int(content["n_defective"])
         return cls(scores, thresholds, rates, intervals, n_good, n_suspects, contamination, misses, n_defective)
 
 
