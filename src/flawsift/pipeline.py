@@ -25,7 +25,7 @@ from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.files import ensure_folder, move_aside
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
-from flawsift.models.model import Model, set_digest, versions
+from flawsift.models.model import Model, learned_digests, set_digest, versions
 from flawsift.models.plan import TrainingPlan, calibrate, judge, options_for, plan_training
 from flawsift.models.profile import Profile
 from flawsift.models.provenance import is_made_by, provenance_of
@@ -369,7 +369,8 @@ def _stage2(
         "versions": versions(),
     }
     profile = Profile.of_images(plan.images, judged.median_patch(plan.kept))
-    model = Model(fitted, job.backbone, calibrate(plan, judged), training, profile)
+    learned = learned_digests(plan.images)
+    model = Model(fitted, job.backbone, calibrate(plan, judged), training, profile, learned)
     if resume is not None:
         model.save(resume.parent)
         shutil.rmtree(resume, ignore_errors=True)

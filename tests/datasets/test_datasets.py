@@ -20,6 +20,7 @@ from flawsift.datasets import (
     load_labelled,
     load_magnetic_tile,
     load_mvtec,
+    load_sorted,
     load_unlabelled,
     write_folder,
     write_mvtec,
@@ -234,6 +235,30 @@ def test_a_plain_folder_is_unlabelled(tmp_path: Path) -> None:
     assert len(data.truth) == 0
     assert data.select([1]).images.names == ["test/b.png"]
     assert load_unlabelled(tmp_path).name == tmp_path.name
+
+
+@pytest.mark.parametrize(("good", "bad"), [("good", "bad"), ("OK", "NOK"), ("ok", "scratch")])
+def test_a_folder_that_is_sorted_into_kinds(tmp_path: Path, good: str, bad: str) -> None:
+    make(tmp_path, [f"{good}/b.png", f"{good}/deep/a.png", f"{bad}/a.png", "zone/x.png", "masks/a.png"])
+    data = load(tmp_path)
+    assert data.images.names == sorted([f"{good}/b.png", f"{good}/deep/a.png", f"{bad}/a.png", "zone/x.png"])
+    known = dict(zip(data.images.names, data.truth.defect_types, strict=True))
+    assert known == {f"{good}/b.png": "good", f"{good}/deep/a.png": "good", f"{bad}/a.png": bad, "zone/x.png": "zone"}
+    assert [t != "good" for t in data.truth.defect_types] == data.truth.labels.tolist()
+    assert not data.truth.masks
+
+
+def test_bad_sorted_folders_say_what_was_expected(tmp_path: Path) -> None:
+    make(tmp_path / "a", ["good/a.png", "bad/a.png", "loose.png"])
+    with pytest.raises(InputError, match=r"1 images lie beside the folders bad, good .*: loose.png. Move each"):
+        load(tmp_path / "a")
+    make(tmp_path / "b", ["good/a.png"])
+    (tmp_path / "b" / "bad").mkdir()
+    with pytest.raises(InputError, match="No images in .*bad"):
+        load(tmp_path / "b")
+    make(tmp_path / "c", ["fine/a.png"])
+    with pytest.raises(InputError, match="has no folder good or ok. Found: fine"):
+        load_sorted(tmp_path / "c")
 
 
 def test_names_keep_the_links_they_were_reached_by(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import typer
 from flawsift import __version__
 from flawsift.cli import stages, tools, use
 from flawsift.cli.benchmark import benchmark, benchmark_report, cache_app
+from flawsift.cli.calibrate import calibrate
 from flawsift.errors import FlawsiftError
 
 # BadParameter < UsageError < ClickException: newer typers carry a click of their own, so it is asked of typer
@@ -43,7 +44,7 @@ def _root(
     pass
 
 
-for command in (stages.screen, stages.fit, use.predict, use.drift, use.evaluate):
+for command in (stages.screen, stages.fit, use.predict, use.drift, use.evaluate, calibrate):
     app.command()(command)
 for command in (tools.review, tools.export, tools.diagnose, tools.demo, tools.detectors):
     app.command()(command)

@@ -162,6 +162,8 @@ def evaluate(
     width = max(map(len, result))
     lines = notice_lines(predictions)
     lines += [f"{key:<{width}}  {'-' if value is None else f'{value:.4g}'}" for key, value in result.items()]
+    if n := result["n_trained_on"]:
+        lines.append(f"Note: the model was trained on {n} of these {len(images)} images. On new ones it is worse.")
     lines += [f"Written: {out / 'metrics.json'}", f"Report:  {page}"]
     notices = [notice.as_json() for notice in predictions.notices]
     say(as_json, {**result, "notices": notices, "out": str(out), "report": str(page)}, lines)

@@ -1,6 +1,7 @@
 """Data sets: images under global ids and, apart from them, their labels and masks.
 
-    folder          load_folder, load_labelled (normal, defect/TYPE, mask/TYPE), load_unlabelled
+    folder          load_folder, load_labelled (normal, defect/TYPE, mask/TYPE), load_sorted (good, KIND),
+                    load_unlabelled
     mvtec           load_mvtec: any tree in the layout of MVTec AD, BTAD and MPDD
     published       load_mvtec_ad, load_btad, load_mpdd, load_visa: by category, with official splits
     realiad         load_realiad: the four contaminated splits of Real-IAD (FUIAD)
@@ -20,7 +21,15 @@ from typing import Any
 
 from flawsift.datasets.dataset import Dataset
 from flawsift.datasets.elpv import load_elpv
-from flawsift.datasets.folder import is_labelled, load_folder, load_labelled, load_prepared, load_unlabelled
+from flawsift.datasets.folder import (
+    is_labelled,
+    is_sorted,
+    load_folder,
+    load_labelled,
+    load_prepared,
+    load_sorted,
+    load_unlabelled,
+)
 from flawsift.datasets.magnetic_tile import load_magnetic_tile
 from flawsift.datasets.mvtec import is_mvtec, load_mvtec
 from flawsift.datasets.piped import load_piped
@@ -44,6 +53,7 @@ __all__ = [
     "load_mvtec_ad",
     "load_piped",
     "load_realiad",
+    "load_sorted",
     "load_unlabelled",
     "load_visa",
     "write_folder",
@@ -99,8 +109,9 @@ def load(name_or_path: str | Path, **options: Any) -> Dataset:
     """A data set by its name, or from a folder whose layout is recognised.
 
     A folder with test/TYPE (or with sub-folders that have it) is read in MVTec layout, one with normal/ or defect/, or
-    with good/ or ok/ beside bad/, defective/ or nok/, as labelled, any other as unlabelled images. A known name wins
-    over a folder of that name: write "./cookie" for the latter.
+    with good/ or ok/ beside bad/, defective/ or nok/, as labelled, one with good/ or ok/ beside other folders as sorted
+    into kinds, any other as unlabelled images. A known name wins over a folder of that name: write "./cookie" for the
+    latter.
 
     Args:
         name_or_path: "cookie", "elpv", "magnetic_tile", "screw", "synthetic"; "btad", "mpdd", "mvtec", "piped",
@@ -137,4 +148,6 @@ def _find_loader(name_or_path: str | Path) -> tuple[str, Callable[..., Dataset]]
         return "the MVTec layout", partial(load_mvtec, root)
     if is_labelled(root):
         return "the labelled layout", partial(load_labelled, root)
+    if is_sorted(root):
+        return "the layout of one folder per kind", partial(load_sorted, root)
     return "an unlabelled folder", partial(load_unlabelled, root)

@@ -6,6 +6,11 @@ ROOT/mask/DEFECT_TYPE/*[_mask].png     optional: same name as the image, any ima
 ROOT/groups.csv                        optional: columns file (relative to ROOT) and group
 
 The folders may be called good or ok, and bad, defective or nok, in any case of the letters.
+
+Or, of any number of kinds:
+
+ROOT/good/*.jpg                        or ok, in upper or lower case
+ROOT/KIND/*.jpg                        such as bad, nok or scratch; mask folders are not looked at
 """
 
 import os
@@ -14,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flawsift.data.folders import read_groups
+from flawsift.data.folders import read_groups, scan_folder
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets.dataset import (
@@ -40,6 +45,7 @@ LAYOUTS = (
     "mirrors defect and groups.csv; or the layout of MVTec AD: test/good and test/DEFECT_TYPE"
 )
 FLAT_DEFECT = "defect"  # defect type of images that lie directly in the defect folder
+MASK_FOLDERS = ("mask", "masks", "ground_truth")  # no kinds of images
 
 
 def load_folder(
@@ -120,6 +126,35 @@ def _named(root: Path, names: Sequence[str]) -> list[str]:
     return [folder for folder in sub_folders(root) if folder.lower() in names]
 
 
+def is_sorted(root: Path) -> bool:
+    """Whether a folder looks sorted into kinds of which one is good."""
+    return any(_is_good(kind) for kind in sub_folders(root))
+
+
+def load_sorted(root: str | Path) -> Dataset:
+    """A folder whose sub-folders are kinds of images: good (or ok), and any kinds of defects; ids are sorted by path.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        InputError: It is missing, none of its folders is called good or ok, one is empty, or images lie beside them.
+    """
+    root = require_folder(_absolute(root))
+    kinds = [kind for kind in sub_folders(root) if kind.lower() not in MASK_FOLDERS]
+    if not is_sorted(root):
+        raise InputError(f"'{show(root)}' has no folder good or ok. Found: {name_some(kinds) or 'no folders'}.")
+    if loose := [name for name in scan_folder(root) if "/" not in name]:  # each may be good or not
+        raise InputError(
+            f"{len(loose)} images lie beside the folders {name_some(kinds)} in '{show(root)}': {name_some(loose)}. "
+            "Move each into the folder of its kind."
+        )
+    kind_of = {
+        f"{kind}/{name}": NORMAL if _is_good(kind) else kind for kind in kinds for name in require_images(root / kind)
+    }
+    return from_entries(root.name, root, [Entry(file, kind_of[file]) for file in sorted(kind_of)])
+
+
 def load_unlabelled(root: str | Path) -> Dataset:
     """All images below a folder, nothing known about them: `truth` has no ids.
 
@@ -180,3 +215,7 @@ def _refuse_normal_types(folder: Path, files: list[str]) -> None:
 
 def _defect_type(file: str) -> str:
     return file.split("/")[0] if "/" in file else FLAT_DEFECT
+
+
+def _is_good(kind: str) -> bool:
+    return kind.lower() in NORMAL_FOLDERS

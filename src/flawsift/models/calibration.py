@@ -1,20 +1,21 @@
-"""A decision threshold without labels: a stated rate of false alarms, from scores of images a model had not seen."""
+"""A decision threshold: a stated rate of false alarms, from scores of images a model had not seen, labelled or not."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.errors import ParameterError
+from flawsift.errors import InputError, ParameterError
 from flawsift.screening.mixture import INTERVAL, UNKNOWN, Mixture, fit_mixture, says_little
 from flawsift.types import Floats
 
 DEFAULT_RATE = 0.01  # one good part in a hundred stopped
 N_RATES = 200  # of the table of a mixture: neighbours differ by 3 % of their rate
 TINY = 1e-9  # parameters of a beta law are positive
+SAVED = 1e-8  # rates are saved with nine digits, and mean the same before and after
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Threshold:
         expected_rate: Share of good images that are expected above it.
         n_calibration: Number of good images that it rests on.
         interval: Between which shares the true one lies in nine cases of ten; None where that is not known.
-        misses: Share of defective images up to it, of defects like those among the training images: expected, lowest
-            and highest likely; None where there may be none.
+        misses: Share of defective images up to it, of defects like those among the training images, or like the
+            labelled ones: expected, lowest and highest likely; None where there may be none.
         n_suspects: At least so many of the images that it rests on look defective. Nothing is promised then.
+        n_defective: Number of labelled defective images; 0 where no image is labelled.
     """
 
     value: float
@@ -39,6 +41,7 @@ class Threshold:
     interval: tuple[float, float] | None = None
     misses: tuple[float, float, float] | None = None
     n_suspects: int = 0
+    n_defective: int = 0
 
     @property
     def per_hundred(self) -> float:
@@ -48,21 +51,24 @@ class Threshold:
     @property
     def limited(self) -> bool:
         """Whether there were too few images for the rate asked for, so that it is the lowest that they support."""
-        return self.expected_rate > self.false_alarm_rate * (1 + 1e-9)
+        return self.expected_rate > self.false_alarm_rate * (1 + SAVED)
 
     @property
     def promise(self) -> str:
         """What is expected of it, in words: "about 1 false alarm per 100 good parts expected (between 0.3 and 2.5)"."""
         if self.n_suspects:
             return "provisional, since defective images still count for it"
-        rate = f"{self.per_hundred:.2g}"
-        text = f"about {rate} false {'alarm' if rate == '1' else 'alarms'} per 100 good parts expected"
+        alarms = of_hundred(self.expected_rate)
+        text = f"about {alarms} false {'alarm' if alarms == '1' else 'alarms'} per 100 good parts"
+        text += "" if self.n_defective else " expected"
         if self.interval is not None:
-            low, high = (100 * end for end in self.interval)
-            text += f" (between {low:.1g} and {high:.2g})" if low >= 0.05 else f" (at most {high:.2g})"
+            low, high = of_hundred(self.interval[0], digits=1), of_hundred(self.interval[1])
+            text += f" (between {low} and {high})" if self.interval[0] >= 0.0005 else f" (at most {high})"
         if self.misses is not None:
-            expected, low, high = (100 * share for share in self.misses)
-            text += f", and {expected:.0f} of 100 defects missed (between {low:.0f} and {high:.0f})"
+            missed, least, most = (100 * share for share in self.misses)
+            text += f", and {missed:.0f} of 100 defects missed (between {least:.0f} and {most:.0f})"
+        if self.n_defective:
+            text += f", measured on {self.n_calibration:,} good and {self.n_defective:,} defective labelled images"
         return text
 
     def __str__(self) -> str:
@@ -85,6 +91,7 @@ class Calibration:
         contamination: 90 % interval of the share of defects among the images; None where it was not estimated.
         misses: (m, 3) share of defective images up to each threshold: expected, and between which it lies; None where
             there may be no defect to tell it by.
+        n_defective: Number of labelled defective images that `misses` rests on; 0 where no image is labelled.
     """
 
     scores: Floats
@@ -95,6 +102,7 @@ class Calibration:
     n_suspects: int = 0
     contamination: tuple[float, float] | None = None
     misses: Floats | None = None
+    n_defective: int = 0
 
     @classmethod
     def of(cls, scores: Sequence[float] | npt.NDArray[np.floating[Any]]) -> Self:
@@ -135,6 +143,25 @@ class Calibration:
         """
         mixture = fit_mixture(scores, ordinary, effect, known)
         return cls.of(scores[kept]) if mixture is None else cls.of_mixture(mixture, scores, kept, known)
+
+    @classmethod
+    def of_labelled(cls, good: npt.ArrayLike, defective: npt.ArrayLike) -> Self:
+        """From scores of labelled images that the model was not trained on: false alarms and misses are measured.
+
+        The table is that of `of` for the good images; the intervals of the misses are Clopper and Pearson's (1934).
+
+        Args:
+            good: (n,) scores, in any order.
+            defective: (m,) scores, in any order.
+
+        Raises:
+            InputError: There is no good image, or no defective one.
+        """
+        scores = np.sort(np.asarray(defective, dtype=np.float64))
+        if not np.size(good) or not len(scores):
+            raise InputError("A threshold from labelled images needs good ones and defective ones.")
+        table = cls.of(np.asarray(good))
+        return replace(table, misses=missed_shares(scores, table.thresholds), n_defective=len(scores))
 
     @classmethod
     def of_mixture(
@@ -204,14 +231,42 @@ class Calibration:
             raise ParameterError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}.")
         if not len(self.thresholds):
             return None
-        within = self.rates <= false_alarm_rate * (1 + 1e-9)
+        within = self.rates <= false_alarm_rate * (1 + SAVED)
         at = int(within.argmax()) if within.any() else -1
         low, high = self.intervals[at].tolist()
         rate = float(self.rates[at])
         misses = None if self.misses is None else tuple(self.misses[at].tolist())
         return Threshold(
-            float(self.thresholds[at]), false_alarm_rate, rate, self.n_good, (low, high), misses, self.n_suspects
+            value=float(self.thresholds[at]),
+            false_alarm_rate=false_alarm_rate,
+            expected_rate=rate,
+            n_calibration=self.n_good,
+            interval=(low, high),
+            misses=misses,
+            n_suspects=self.n_suspects,
+            n_defective=self.n_defective,
         )
+
+    def rate_for_misses(self, misses: float) -> float:
+        """The lowest false-alarm rate of the table at which no more than a share of the defects is missed.
+
+        With k = floor(misses * m) of m labelled defective images missed at most, a further one, exchangeable with
+        these, is missed with a probability of at most (k + 1) / (m + 1).
+
+        Returns:
+            The rate for `threshold`; where even the lowest threshold misses more, that of the lowest threshold.
+
+        Raises:
+            ParameterError: The share is not in (0, 1), or nothing is known of misses.
+        """
+        if not 0 < misses < 1:
+            raise ParameterError(
+                f"misses must be in (0, 1), got {misses}. Nothing shows that no defect is ever missed."
+            )
+        if self.misses is None:
+            raise ParameterError("Nothing is known of misses here: without labels there may be no defect.")
+        few_enough = np.flatnonzero(self.misses[:, 0] <= misses * (1 + SAVED))  # misses rise with the threshold
+        return float(self.rates[few_enough[-1] if len(few_enough) else 0])
 
     def p_values(self, scores: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """How unusual scores are among good images, small for anomalies: the rate of the highest threshold below.
@@ -239,7 +294,8 @@ class Calibration:
         rounded = {
             name: np.vectorize(_nine_digits, otypes=[float])(a).tolist() if a.size else [] for name, a in arrays.items()
         }
-        return {**rounded, "n_good": self.n_good, "n_suspects": self.n_suspects, "contamination": self.contamination}
+        counts = {name: getattr(self, name) for name in ("n_good", "n_suspects", "n_defective")}
+        return {**rounded, **counts, "contamination": self.contamination}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any] | Sequence[float]) -> Self:
@@ -261,7 +317,34 @@ class Calibration:
         ends = content["contamination"]
         contamination = None if ends is None else (float(ends[0]), float(ends[1]))
         n_good, n_suspects = int(content["n_good"]), int(content["n_suspects"])
-        return cls(scores, thresholds, rates, intervals, n_good, n_suspects, contamination, misses)
+        n_defective = int(content.get("n_defective", 0))
+        return cls(scores, thresholds, rates, intervals, n_good, n_suspects, contamination, misses, n_defective)
+
+
+def of_hundred(share: float, *, digits: int = 2) -> str:
+    """A share as a number of 100, with so many digits, or those before the point.
+
+    >>> of_hundred(0.0123), of_hundred(0.5812), of_hundred(1.0), of_hundred(0.123, digits=1)
+    ('1.2', '58', '100', '12')
+    """
+    value = 100 * share
+    return f"{value:.{digits}g}" if value < 9.5 else f"{value:.0f}"
+
+
+def missed_shares(defective: Floats, thresholds: npt.ArrayLike) -> Floats:
+    """(m, 3) share of defective images up to each of m thresholds, and its interval by Clopper and Pearson.
+
+    Args:
+        defective: (n,) ascending scores, n > 0.
+        thresholds: (m,).
+    """
+    from scipy.stats import beta  # slow to import
+
+    n = len(defective)
+    missed = np.searchsorted(defective, np.asarray(thresholds, np.float64), side="right")
+    low = np.where(missed > 0, beta.ppf((1 - INTERVAL) / 2, np.maximum(missed, 1), n - missed + 1), 0.0)
+    high = np.where(missed < n, beta.ppf((1 + INTERVAL) / 2, missed + 1, np.maximum(n - missed, 1)), 1.0)
+    return np.stack([missed / n, low, high], axis=1)
 
 
 def _nine_digits(value: float) -> float:

@@ -5,6 +5,7 @@
 `flawsift.pipeline.fit` makes one.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 import flawsift
+from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import ImageSet
 from flawsift.data.inputs import Images, as_images, is_stream
 from flawsift.data.truth import GroundTruth
@@ -36,8 +38,12 @@ from flawsift.models.predictions import ImagePrediction, Predictions
 from flawsift.models.profile import Profile
 from flawsift.paths import show
 from flawsift.progress import Progress, ProgressOption, as_progress, silent
+from flawsift.types import Ids
 
 FORMAT = 1  # of the model folder
+LEARNED_DIGITS = 16  # of a digest: 64 bits tell ten million images apart, in a quarter of the room
+LABELLED = "labelled"  # in the record of a training: which labelled images the threshold comes from
+THRESHOLD_KEYS = ("false_alarm_rate", LABELLED)  # of that record: what a later threshold changes
 VERSIONED = ("torch", "timm", "openvino", "numpy", "pillow")  # packages whose version can change a score
 
 
@@ -51,6 +57,8 @@ class Model:
         calibration: Which share of good images scores above which threshold.
         training: What it was trained on, for people: counts, digests, options.
         profile: What the training images are like, so that others are noticed; None where it is not known.
+        learned: Beginnings of the content digests of the images that it was trained on, see `learned_digests`; None
+            where they are not known.
     """
 
     detector: Detector
@@ -58,11 +66,16 @@ class Model:
     calibration: Calibration
     training: Mapping[str, Any]
     profile: Profile | None = None
+    learned: frozenset[str] | None = None
+
+    @property
+    def rate(self) -> float:
+        """The false-alarm rate that it was fitted or calibrated with."""
+        return float(self.training.get("false_alarm_rate", DEFAULT_RATE))
 
     def threshold(self, false_alarm_rate: float | None = None) -> Threshold | None:
-        """The threshold at a false-alarm rate; None takes the rate it was fitted with."""
-        rate = self.training.get("false_alarm_rate", DEFAULT_RATE) if false_alarm_rate is None else false_alarm_rate
-        return self.calibration.threshold(rate)
+        """The threshold at a false-alarm rate; None takes the model's."""
+        return self.calibration.threshold(self.rate if false_alarm_rate is None else false_alarm_rate)
 
     def predict(
         self,
@@ -163,7 +176,8 @@ class Model:
 
         Returns:
             As `flawsift.metrics.ranking.evaluate`, with false_alarms_per_100 and missed_per_100 at the model's
-            threshold; and the predictions.
+            threshold, and n_trained_on, the number of images that the model was trained on, which flatter it; and the
+            predictions.
 
         Raises:
             InputError: No image can be read, or an image has no label.
@@ -171,7 +185,17 @@ class Model:
         chosen = as_images(images)
         maps = MapCollector(truth, exact_pixels, len(chosen)) if truth.select(chosen.ids).has_masks else None
         predictions = self.predict(chosen, device=device, on_maps=maps, progress=progress)
-        return measure(predictions, truth, maps), predictions
+        n_trained_on = None if self.learned is None else len(self.trained_on(content_digests(chosen)))
+        return {**measure(predictions, truth, maps), "n_trained_on": n_trained_on}, predictions
+
+    def trained_on(self, digests: Mapping[int, str]) -> Ids:
+        """(K,) ids of images that the model was trained on, as far as it knows: to it they are not new.
+
+        Args:
+            digests: {id: content digest} of images, from `content_digests`.
+        """
+        learned = self.learned or frozenset()
+        return np.array([i for i, digest in digests.items() if digest[:LEARNED_DIGITS] in learned], np.int64)
 
     def _pieces(
         self,
@@ -216,20 +240,43 @@ class Model:
             OutputError: It cannot be written.
         """
         folder = ensure_folder(folder)
-        backbone = {"spec": self.backbone.spec, "weights_digest": self.backbone.weights_digest}
-        threshold = self.threshold()
         content = {
             "format": FORMAT,
             "flawsift": flawsift.__version__,
-            "backbone": backbone,
-            "threshold": None if threshold is None else {**vars(threshold), "per_hundred": threshold.per_hundred},
-            "training": dict(self.training),
-            "calibration": self.calibration.to_json(),
+            "backbone": {"spec": self.backbone.spec, "weights_digest": self.backbone.weights_digest},
+            **self._threshold_content(),
             "profile": None if self.profile is None else self.profile.as_json(),
+            "learned": None if self.learned is None else sorted(self.learned),
         }
         content["detector_digest"] = self.detector.save(folder)
         write_json(folder / "model.json", content)
         return folder
+
+    def save_threshold(self, folder: str | Path) -> Path:
+        """Give a saved model the threshold of this one, which was made of it: one file is replaced, in one step.
+
+        Raises:
+            ModelError: The folder holds no model, or another one by now.
+            OutputError: It cannot be written.
+        """
+        path = Path(folder) / "model.json"
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            same = _fit_record(content["training"]) == _fit_record(self.training)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"'{folder}' is not a model folder: {error}.") from error
+        if not same:
+            raise ModelError(f"'{folder}' holds another model by now, which was left as it is. Calibrate it anew.")
+        write_json(path, {**content, **self._threshold_content()})
+        return Path(folder)
+
+    def _threshold_content(self) -> dict[str, Any]:
+        threshold = self.threshold()
+        return {
+            "threshold": None if threshold is None else {**vars(threshold), "per_hundred": threshold.per_hundred},
+            "training": dict(self.training),
+            "calibration": self.calibration.to_json(),
+        }
 
 
 def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime: str = "auto") -> Model:
@@ -251,6 +298,8 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
         calibration = Calibration.from_json(content["calibration"])
         training, told = content["training"], content.get("profile")  # models of before have none
         profile = None if told is None else Profile.from_json(told)
+        known = content.get("learned")
+        learned = None if known is None else frozenset(map(str, known))
         torn = content_digest((folder / "detector.json").read_bytes()) != content["detector_digest"]
     if torn:
         raise ModelError(f"'{folder}' holds parts of two models: a fit was interrupted. Fit the model again.")
@@ -260,7 +309,7 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
             f"The model in '{folder}' was fitted with other weights of {backbone.name} "
             f"({digest[:12]}, these are {backbone.weights_digest[:12]}). Give them with --weights."
         )
-    return Model(load_detector(folder), backbone, calibration, training, profile)
+    return Model(load_detector(folder), backbone, calibration, training, profile, learned)
 
 
 def load_calibration(folder: str | Path) -> tuple[Calibration, float]:
@@ -272,7 +321,7 @@ def load_calibration(folder: str | Path) -> tuple[Calibration, float]:
     with _told_damage(Path(folder)):
         content = _content(Path(folder))
         rate = content["training"].get("false_alarm_rate", DEFAULT_RATE)
-        return Calibration.of(content["calibration"]), float(rate)
+        return Calibration.from_json(content["calibration"]), float(rate)
 
 
 def _content(folder: Path) -> dict[str, Any]:
@@ -313,6 +362,28 @@ def set_digest(images: ImageSet) -> str:
     for i, mask in sorted(images.rejected.items()):
         sha256.update(f"{i} {mask.shape} ".encode() + np.packbits(mask).tobytes())
     return sha256.hexdigest()
+
+
+def content_digests(images: ImageSet) -> dict[int, str]:
+    """{id: SHA-256 of the content} of the images that can be read."""
+    if isinstance(images.reader, StoredFeatures):
+        return {i: images.reader.digests[i] for i in images.ids.tolist()}
+    digests = {}
+    for i in images.ids.tolist():
+        with contextlib.suppress(UnreadableImage):
+            digests[i] = images.source.digest(i)
+    return digests
+
+
+def learned_digests(images: ImageSet) -> frozenset[str]:
+    """Of training images, the beginnings of their content digests, by which they are known again."""
+    return frozenset(digest[:LEARNED_DIGITS] for digest in content_digests(images).values())
+
+
+def _fit_record(training: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of a training, less what a later threshold changes, as it is after a save."""
+    record: dict[str, Any] = json.loads(json.dumps(dict(training)))
+    return {key: value for key, value in record.items() if key not in THRESHOLD_KEYS}
 
 
 # The methods of `Model` as functions, whose first argument is the model.

@@ -97,7 +97,7 @@ def write_evaluation_report(
     page = template("evaluation.html").render(
         title="Evaluation report",
         headline=_headline(metrics),
-        explanation="Labels were used for these metrics only, not for training.",
+        explanation="Labels were used for these metrics only, not for training." + _overlap(metrics),
         sections=SECTIONS,
         metrics=[(label, "-" if metrics.get(key) is None else f"{metrics[key]:.4g}") for key, label in METRICS.items()],
         histogram=Histogram.of(scores, ~defective, cut=cut, sides=("good", "defective")),
@@ -143,6 +143,12 @@ def _headline(metrics: Mapping[str, Any]) -> str:
             f" At the model's threshold {alarms:.3g} of 100 good parts are stopped, {missed:.3g} of 100 defective pass."
         )
     return text
+
+
+def _overlap(metrics: Mapping[str, Any]) -> str:
+    """What is said where test images were trained on."""
+    n = metrics.get("n_trained_on")
+    return f" The model was trained on {n:,} of these images: on new ones it is worse." if n else ""
 
 
 def _types(truth: GroundTruth, scores: Floats, cut: float | None) -> list[tuple[str, int, str, str]]:
