@@ -1,6 +1,7 @@
 """The label-free threshold."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -157,6 +158,9 @@ def test_a_table_is_in_order(share: float) -> None:
     assert (table.rates <= high).all()
     assert ((table.intervals >= 0) & (table.intervals <= 1)).all()
     assert (np.diff(table.intervals, axis=0) <= 1e-12).all()
+    _, lowest, highest = mixed(share)[1].false_alarms(table.thresholds)
+    assert (low < lowest).all(), "chance, on top of what the share of defects leaves open"
+    assert (highest <= high).all()
     assert table.rates[0] > 0.95
     neighbours = table.rates[1:] / table.rates[:-1]
     assert neighbours.min() > 0.85, "rates are spaced evenly, on a logarithmic scale"
@@ -264,11 +268,12 @@ def test_few_images_have_the_table_of_the_kept_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "table",
-    [made(0.0), made(0.3), Calibration.of([]), Calibration.of([2.0, 1.0])],
+    "make",
+    [lambda: made(0.0), lambda: made(0.3), lambda: Calibration.of([]), lambda: Calibration.of([2.0, 1.0])],
     ids=["clean", "some", "none", "two"],
 )
-def test_a_table_survives_the_disk(table: Calibration) -> None:
+def test_a_table_survives_the_disk(make: Callable[[], Calibration]) -> None:
+    table = make()
     read = Calibration.from_json(json.loads(json.dumps(table.to_json(), allow_nan=False)))
     for name, value in vars(table).items():
         if isinstance(value, np.ndarray):

@@ -248,6 +248,18 @@ def test_ordinary_patches_explain_scores() -> None:
     assert (blind.probability[20:] > 0.8).mean() > 0.2
 
 
+def test_a_defect_that_covers_an_image_explains_itself_to_a_limit_alone() -> None:
+    drawn = draw(0.1, 15)
+    ordinary = drawn.ordinary.copy()
+    fitted = []
+    for far in (1e3, 1e12):
+        ordinary[0] = far
+        fitted.append(mixture_of(Draw(drawn.scores, ordinary, drawn.defective)))
+    np.testing.assert_array_equal(fitted[0].posterior, fitted[1].posterior)
+    np.testing.assert_array_equal(fitted[0].probability, fitted[1].probability)
+    assert fitted[0].ordinary[0] == fitted[0].ordinary.max() < 5
+
+
 def test_groups_widen_the_interval() -> None:
     """What counts as fewer images tells less."""
     widths = [[np.ptp(mixture_of(d, effect).interval) for d, _ in fits(0.2)[:5]] for effect in (1.0, 4.0)]

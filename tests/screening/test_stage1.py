@@ -507,6 +507,8 @@ def test_a_person_who_keeps_what_was_set_aside_acquits_the_patches() -> None:
     assert not few.rejected[~undecided].any()
     assert not few.probability[~undecided].any()
     assert set(found.removed[3:30].tolist()) <= set(few.removed.tolist())
+    later, _ = few.with_decisions({found.names[int(found.kept[0])]: "keep"})
+    assert not later.probability[~undecided].any(), "what was said before still counts"
     everything, _ = found.with_decisions(dict.fromkeys(removed, "keep"))
     assert everything.contamination is not None
     assert not everything.contamination.is_evident, "what a person kept is no evidence"

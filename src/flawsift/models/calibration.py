@@ -308,12 +308,8 @@ class Calibration:
             return cls.of(content)
         scores, thresholds, rates = (np.array(content[name], np.float64) for name in ("scores", "thresholds", "rates"))
         intervals = np.array(content["intervals"], np.float64).reshape(len(rates), 2)
-        if (
-            scores.ndim != 1
-            or thresholds.shape != rates.shape
-            or (np.diff(thresholds) < 0).any()
-            or (np.diff(rates) > 0).any()
-        ):
+        in_order = (np.diff(thresholds) >= 0).all() and (np.diff(rates) <= 0).all()
+        if scores.ndim != 1 or thresholds.shape != rates.shape or not in_order:
             raise ValueError("the table of thresholds does not fit together")
         misses = np.array(content["misses"], np.float64).reshape(-1, 3) if content["misses"] else None
         if misses is not None and len(misses) != len(rates):
