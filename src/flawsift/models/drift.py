@@ -1,6 +1,6 @@
 """Whether scores stay what they were: the predictions of several days against the training scores and each other.
 
-    print(drift("model", ["monday/predictions.csv", "tuesday/predictions.csv"]))
+print(drift("model", ["monday/predictions.csv", "tuesday/predictions.csv"]))
 """
 
 import csv
