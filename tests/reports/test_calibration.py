@@ -40,6 +40,7 @@ def test_the_curve_is_what_the_model_would_do() -> None:
     corners = np.array(re.findall(r"([\d.]+) ([\d.]+)", curve.line), np.float64)
     assert (np.diff(corners[:, 0]) >= 0).all()
     assert (np.diff(corners[:, 1]) >= 0).all(), "downwards is less: misses fall as false alarms rise"
+    assert (np.diff(corners, axis=0) == 0).any(axis=1).all(), "level or upright: between two images nothing changes"
     low, high = curve.x_ticks[0], curve.x_ticks[-1]
     assert (low, high) == ((0.0, "1"), (Curve.WIDTH, "100"))
     for rate in (1.01 / 61, 0.02, 0.05, 0.1, 0.3, 0.7, 0.98):

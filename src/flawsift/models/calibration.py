@@ -62,8 +62,8 @@ class Threshold:
         text = f"about {alarms} false {'alarm' if alarms == '1' else 'alarms'} per 100 good parts"
         text += "" if self.n_defective else " expected"
         if self.interval is not None:
-            low, high = of_hundred(self.interval[0], digits=1), of_hundred(self.interval[1])
-            text += f" (between {low} and {high})" if self.interval[0] >= 0.0005 else f" (at most {high})"
+            least, most = of_hundred(self.interval[0], digits=1), of_hundred(self.interval[1])
+            text += f" (between {least} and {most})" if self.interval[0] >= 0.0005 else f" (at most {most})"
         if self.misses is not None:
             missed, least, most = (100 * share for share in self.misses)
             text += f", and {missed:.0f} of 100 defects missed (between {least:.0f} and {most:.0f})"
