@@ -65,8 +65,8 @@ class Threshold:
             least, most = of_hundred(self.interval[0], digits=1), of_hundred(self.interval[1])
             text += f" (between {least} and {most})" if self.interval[0] >= 0.0005 else f" (at most {most})"
         if self.misses is not None:
-            missed, least, most = (100 * share for share in self.misses)
-            text += f", and {missed:.0f} of 100 defects missed (between {least:.0f} and {most:.0f})"
+            missed, fewest, highest = (100 * share for share in self.misses)
+            text += f", and {missed:.0f} of 100 defects missed (between {fewest:.0f} and {highest:.0f})"
         if self.n_defective:
             text += f", measured on {self.n_calibration:,} good and {self.n_defective:,} defective labelled images"
         return text

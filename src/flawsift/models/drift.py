@@ -1,7 +1,4 @@
-"""Whether scores stay what they were: the predictions of several days against the training scores and each other.
-
-print(drift("model", ["monday/predictions.csv", "tuesday/predictions.csv"]))
-"""
+"""Whether scores stay what they were: the predictions of several days against the training scores and each other."""
 
 import csv
 import io
