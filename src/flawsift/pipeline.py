@@ -31,6 +31,7 @@ from flawsift.models.profile import Profile
 from flawsift.models.provenance import is_made_by, provenance_of
 from flawsift.paths import show
 from flawsift.progress import ProgressOption, as_progress
+from flawsift.reports import calibration
 from flawsift.reports.pages import REPORT
 from flawsift.reports.screening import write_fit_report, write_screening_report
 from flawsift.screening.decisions import checked_decisions, read_decisions
@@ -263,7 +264,7 @@ def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
 
 def _move_stale(out: Path, asked: _Asked) -> None:
     """Move what an earlier run left beside the new model, and is not about it, aside: decisions may be in it."""
-    stale, mine = [], out / "screening"
+    stale, mine = [out / calibration.PAGE], out / "screening"
     if (mine / CSV).exists() and (asked.no_screen or (asked.folder is not None and not mine.samefile(asked.folder))):
         stale.append(mine)
     if asked.no_screen and not (out / CSV).exists():  # else the page is about the screening beside it
@@ -369,8 +370,7 @@ def _stage2(
         "versions": versions(),
     }
     profile = Profile.of_images(plan.images, judged.median_patch(plan.kept))
-    learned = learned_digests(plan.images)
-    model = Model(fitted, job.backbone, calibrate(plan, judged), training, profile, learned)
+    model = Model(fitted, job.backbone, calibrate(plan, judged), training, profile, learned_digests(plan.images))
     if resume is not None:
         model.save(resume.parent)
         shutil.rmtree(resume, ignore_errors=True)
