@@ -129,7 +129,9 @@ def test_quorum_is_compared_on_the_sets_and_seeds_that_all_have(rows: Any, table
     assert "| worst cell, points to PatchCore |  | +0.0 | +10.0 | +15.0 | +16.0 | +20.0 |" in text
     assert "InReaCh" not in text
     assert tables.quorum(tmp_path, "image_auroc", ["screw"]) is None
-    assert "| elpv | 20% | 0.700 ± 0.000 | 0.800 ± 0.000 | 0.860 ± 0.000 | 0.900 ± 0.000 |" in tables.headline(tmp_path)
+    assert "| 1, those that choices were made on | 20% | 0.700 | 0.800 | **0.860** | 0.900 |" in tables.headline(
+        tmp_path
+    )
 
 
 def test_sizes_of_the_input_stand_beside_each_other(rows: Any, tables: Any, tmp_path: Path) -> None:

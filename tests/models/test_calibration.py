@@ -315,7 +315,9 @@ def test_a_damaged_table_is_refused(change: dict[str, Any]) -> None:
         Calibration.from_json({**whole, **change})
 
 
-@pytest.mark.parametrize("name", list(Calibration.of([1.0]).to_json()))
+@pytest.mark.parametrize(
+    "name", sorted({*Calibration.of([1.0]).to_json()} - {"n_defective"})
+)  # which earlier ones lack
 def test_a_table_with_a_part_missing_is_refused(name: str) -> None:
     whole = Calibration.of([1.0, 2.0]).to_json()
     del whole[name]
