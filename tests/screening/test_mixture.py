@@ -414,3 +414,29 @@ def test_a_wide_interval_says_little() -> None:
     assert not says_little((0.0, 0.3))
     assert says_little((0.0, 0.325))
     assert INTERVAL == 0.9
+
+
+def test_clean_sets_of_a_normal_law_are_no_evidence() -> None:
+    """Good scores need not follow the law that the mixture has for them."""
+    evident = []
+    for seed in range(12):
+        mixture = fit_mixture(np.exp(0.2 * np.random.default_rng(seed).normal(size=200)), None)
+        assert mixture is not None
+        evident.append(mixture.interval[0] > 0)
+    assert sum(evident) <= 1
+
+
+def test_an_exact_copy_changes_next_to_nothing() -> None:
+    scores = np.exp(0.2 * np.random.default_rng(0).gumbel(size=200))
+    copied = np.where(np.arange(200) == 7, 0.0, scores)
+    with_copy, without = fit_mixture(copied, None), fit_mixture(scores, None)
+    assert with_copy is not None
+    assert without is not None
+    assert with_copy.logarithmic
+    assert with_copy.share == pytest.approx(without.share, abs=0.03)
+    thresholds = with_copy.spaced(copied, 50)
+    assert thresholds[0] == pytest.approx(np.sort(scores)[:2].min(), rel=0.2)
+
+
+def test_scores_that_are_no_numbers_have_no_mixture() -> None:
+    assert fit_mixture(np.array([*range(1, 40), np.inf], float), None) is None

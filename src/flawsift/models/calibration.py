@@ -1,6 +1,5 @@
 """A decision threshold: a stated rate of false alarms, from scores of images a model had not seen, labelled or not."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -190,7 +189,8 @@ class Calibration:
             beta.ppf((1 + INTERVAL) / 2, high * n + 1, np.maximum(n * (1 - high), TINY)),
         )
         misses = mixture.misses(thresholds).T if mixture.interval[0] > 0 else None
-        n_suspects = math.floor((1 - mixture.least_good)[kept & (known == UNKNOWN)].sum())
+        looks = (1 - mixture.least_good) > 0.5  # defective, even if there are as few as the interval allows
+        n_suspects = int((looks & kept & (known == UNKNOWN)).sum())
         return cls(
             scores=np.sort(scores[kept]),
             thresholds=thresholds,

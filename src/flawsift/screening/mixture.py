@@ -92,7 +92,8 @@ class Mixture:
 
     def spaced(self, scores: Floats, n: int) -> Floats:
         """(n,) thresholds from the lowest score to `ROOM` robust deviations above the highest, equally spaced."""
-        low, high = self._value(np.array([scores.min(), scores.max()]))
+        shown = scores[scores > 0] if self.logarithmic else scores
+        low, high = self._value(np.array([shown.min(), shown.max()]))
         values: Floats = np.linspace(low, high + ROOM * self.unit, n)
         return np.exp(values) if self.logarithmic else values
 
@@ -161,11 +162,12 @@ def fit_mixture(
     from scipy.optimize import minimize  # slow to import
 
     n = len(scores)
-    logarithmic = bool(scores.min(initial=1.0) > 0)
-    x = np.log(scores) if logarithmic else np.asarray(scores, np.float64)
+    logarithmic = n > 0 and bool(scores.min() >= 0 and scores.max() > 0)
+    # an exact copy scores 0: it counts as the lowest of the others
+    x = np.log(np.maximum(scores, scores[scores > 0].min())) if logarithmic else np.asarray(scores, np.float64)
     center = float(np.median(x)) if n else 0.0
     unit = 1.4826 * float(np.median(np.abs(x - center))) if n else 0.0
-    if n < MIN_FOR_MIXTURE or not unit > 0:
+    if n < MIN_FOR_MIXTURE or not unit > 0 or not np.isfinite(x).all():
         return None
     z = (x - center) / unit
     b = np.zeros(n) if ordinary is None else _standardised(ordinary, unit if logarithmic else None)
@@ -186,7 +188,9 @@ def fit_mixture(
             ),
             key=lambda found: float(found.fun),
         )
-        values.append(-float(best.fun))
+        alone = -float(best.fun)
+        # without a defect the scores may as well be normal: maxima of few or of dependent patches are
+        values.append(np.logaddexp(alone, _normal(z, b) / design_effect) - np.log(2) if share == 0 else alone)
         fitted.append(best.x)
     prior = np.gradient(SHARES) * np.exp(-SHARES / LIKELY_SHARE)
     prior[0] = 0
@@ -224,6 +228,15 @@ def _densities(theta: Floats, z: Floats, b: Floats) -> tuple[Floats, Floats, Flo
     tau = np.exp(theta[5])
     bad = -0.5 * ((u - theta[4]) / tau) ** 2 - theta[5] - 0.5 * np.log(2 * np.pi) - np.log(scale)
     return u, 1 / scale, good, bad
+
+
+def _normal(z: Floats, b: Floats) -> float:
+    """The highest log likelihood of a normal law around a line in b, whose slope has the bounds of beta."""
+    off = b - b.mean()
+    spread = float(off @ off)
+    slope = np.clip(off @ z / spread, *BOUNDS[2]) if spread > 0 else 0.0
+    variance = float(np.var(z - slope * b))
+    return float(-0.5 * len(z) * (np.log(2 * np.pi * max(variance, NEGLIGIBLE)) + 1))
 
 
 def _defective(theta: Floats, share: float, z: Floats, b: Floats, known: npt.NDArray[np.int64]) -> Floats:
