@@ -116,7 +116,7 @@ def test_unreadable_images_are_named_and_the_rest_goes_on(tiny: Backbone, easy_f
         reasons = {images.source.name(i): reason for i, reason in failed.items()}
         assert set(reasons) == {"empty.png", "text.jpg", "gone.png", "cut.png"}
         assert "empty file" in reasons["empty.png"]
-        assert "cannot be read" in reasons["gone.png"]
+        assert "not there" in reasons["gone.png"]
     only_bad = images.select([i for i in images.ids if images.source.name(int(i)) == "empty.png"])
     with pytest.raises(InputError, match="None of the 1 images can be read"):
         attach(only_bad, tiny, LAYERS, store=FeatureStore(tmp_path / "cache"))

@@ -282,7 +282,7 @@ def test_refit(browser: Any, errors: Errors, server: Server) -> None:
     press(page, "k")
     saved(page)
     page.click("#open-refit")
-    expect(page.locator("#refit-plan")).to_contain_text("Train on 41 images of 50")
+    expect(page.locator("#refit-plan")).to_contain_text("41 images of 50 count as good")
     page.click("#start-refit")
     expect(page.locator("#refit-status")).to_contain_text("Running")
     expect(page.locator("#refit-status")).to_contain_text("trained on 41 images", timeout=60_000)
