@@ -4,9 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy.stats import beta
 
 from _frames import (
     CELL,
@@ -32,6 +30,7 @@ from _frames import (
     worst,
 )
 from _rows import CONFIRMATION, DEVELOPMENT
+from flawsift.metrics.shares import share_interval
 from flawsift.screening.options import FINAL
 
 ARMS = {"all_data": "no screening", "paper": "paper", "default": "default", "oracle_clean": "oracle"}
@@ -194,8 +193,7 @@ def verdict(results: Path, detector: str, sets: Sequence[str]) -> str | None:
 
 def _rate_interval(rows: Rows) -> tuple[Any, Any]:
     """What the counted false alarms say of the true rate: 90 % intervals (Clopper and Pearson)."""
-    k, n = rows["n_false_alarms"], rows["n_good"]
-    return np.nan_to_num(beta.ppf(0.05, k, n - k + 1)), np.nan_to_num(beta.ppf(0.95, k + 1, n - k), nan=1.0)
+    return share_interval(rows["n_false_alarms"], rows["n_good"])
 
 
 # ---- what screening wins ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +72,18 @@ def load_set(name: str) -> Dataset | None:
         return data
     usable = (data.truth.labels == 0) | np.isin(data.truth.ids, list(data.truth.masks))
     return data.select(data.truth.ids[usable])
+
+
+def loaded_sets(
+    names: Sequence[str], backbone: Backbone, cache: Path | None
+) -> Iterator[tuple[str, Dataset, ImageSet]]:
+    """Each set that is on this machine, with its name and its images' features; None caches them for this run only."""
+    with contextlib.ExitStack() as stack:
+        scratch = cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flawsift-bench-")))
+        for name in names:
+            data = load_set(name)
+            if data is not None:
+                yield name, data, attach(data.images, backbone, LAYERS, store=FeatureStore(scratch))[0]
 
 
 def cell_of(

@@ -8,8 +8,6 @@ Finished cells are rows already and are skipped, so a killed run goes on where i
 """
 
 import argparse
-import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import _rows
-from accuracy import ALPHAS, LAYERS, SIZES, cell_of, load_set, protocol_of
+from accuracy import ALPHAS, SIZES, cell_of, loaded_sets, protocol_of
 from decisions import right_choices
 from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
@@ -25,8 +23,6 @@ from flawsift.datasets import Dataset
 from flawsift.detectors.base import make_detector
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
-from flawsift.features.extraction import attach
-from flawsift.features.store import FeatureStore
 from flawsift.models.calibration import Calibration
 from flawsift.models.plan import calibrate, judge, plan_training
 from flawsift.screening.options import FINAL, PRESETS
@@ -96,23 +92,17 @@ def main() -> None:
     args = parser.parse_args()
     path, commit = args.results / "verdict.csv", _rows.commit()
     done = {tuple(row[k] for k in KEY) for row in _rows.read_rows(path)}
-    with contextlib.ExitStack() as stack:
-        scratch = args.cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flawsift-bench-")))
-        backbone = load_backbone(size=args.size)
-        for name in args.sets:
-            data = load_set(name)
-            if data is None:
+    backbone = load_backbone(size=args.size)
+    for name, data, images in loaded_sets(args.sets, backbone, args.cache):
+        for detector, alpha, seed in ((d, a, s) for d in args.detectors for a in args.alphas for s in args.seeds):
+            if (commit, name, detector, f"{alpha:.6g}", str(seed), backbone.key) in done:
                 continue
-            images, _ = attach(data.images, backbone, LAYERS, store=FeatureStore(scratch))
-            for detector, alpha, seed in ((d, a, s) for d in args.detectors for a in args.alphas for s in args.seeds):
-                if (commit, name, detector, f"{alpha:.6g}", str(seed), backbone.key) in done:
-                    continue
-                rows = list(run_cell(data, images, backbone, detector, alpha, seed))
-                _rows.append_rows(path, rows)
-                shown = "  ".join(
-                    f"{row['n_false_alarms']}/{row['n_good']} {row['n_missed']}/{row['n_defective']}" for row in rows
-                )
-                _rows.say(f"{name} {detector} alpha {alpha:g} seed {seed}: {shown}")
+            rows = list(run_cell(data, images, backbone, detector, alpha, seed))
+            _rows.append_rows(path, rows)
+            shown = "  ".join(
+                f"{row['n_false_alarms']}/{row['n_good']} {row['n_missed']}/{row['n_defective']}" for row in rows
+            )
+            _rows.say(f"{name} {detector} alpha {alpha:g} seed {seed}: {shown}")
     mine = [row for row in _rows.read_rows(path) if row["commit"] == commit]
     _rows.finish("verdict", figures(mine), args)
 

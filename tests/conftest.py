@@ -79,3 +79,17 @@ def check_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
             assert torch.equal(found.weights_[name], value), name
 
     return check
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: exit code, what was printed, errors."""
+    from flawsift.cli.main import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in arguments])
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out, printed.err
+
+    return call

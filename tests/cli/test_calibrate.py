@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from flawsift.cli.main import main
 from flawsift.datasets import write_mvtec
 from flawsift.testing import easy_set
 
@@ -16,26 +15,13 @@ TRAINED = [*range(25), 48, 49]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a command in this process: exit code, what was printed, errors."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main([str(a) for a in arguments])
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out, printed.err
-
-    return call
-
-
-@pytest.fixture
-def model(run: Any, easy_folder: Path, tmp_path: Path) -> Path:
+def model(cli: Any, easy_folder: Path, tmp_path: Path) -> Path:
     """A model of the first 25 good images and two defective ones."""
     (tmp_path / "parts").mkdir()
     for i in TRAINED:
         shutil.copy(easy_folder / f"part-{i:02d}.png", tmp_path / "parts")
     bank = ["--detector", "padim", "--set", "n_features=10", "--no-screen", "--false-alarm-rate", 0.1]
-    code, _, err = run("fit", tmp_path / "parts", "--out", tmp_path / "model", *TINY, *bank)
+    code, _, err = cli("fit", tmp_path / "parts", "--out", tmp_path / "model", *TINY, *bank)
     assert code == 0, err
     return tmp_path / "model"
 
@@ -50,9 +36,9 @@ def labelled(easy_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "labelled"
 
 
-def test_a_model_is_calibrated(run: Any, model: Path, labelled: Path, tmp_path: Path) -> None:
+def test_a_model_is_calibrated(cli: Any, model: Path, labelled: Path, tmp_path: Path) -> None:
     old = json.loads((model / "model.json").read_text())
-    code, out, err = run("calibrate", model, labelled, "--json")
+    code, out, err = cli("calibrate", model, labelled, "--json")
     assert code == 0, err
     said = json.loads(out)
     assert (said["n_good"], said["n_defective"], said["n_trained_on"]) == (15, 8, 27)
@@ -66,14 +52,14 @@ def test_a_model_is_calibrated(run: Any, model: Path, labelled: Path, tmp_path: 
     assert new["training"]["labelled"]["n_defective"] == 8
     same = {"backbone", "detector_digest", "learned", "format", "flawsift"}
     assert {key: new[key] for key in same} == {key: old[key] for key in same}
-    code, out, err = run("predict", model, labelled / "nok" / "scratch" / "part-45.png")
+    code, out, err = cli("predict", model, labelled / "nok" / "scratch" / "part-45.png")
     assert code == 0, err
     assert "measured on 15 good and 8 defective labelled images" in out
 
 
-def test_in_words_and_without_writing(run: Any, model: Path, labelled: Path) -> None:
+def test_in_words_and_without_writing(cli: Any, model: Path, labelled: Path) -> None:
     before = {p.name: p.read_bytes() for p in model.iterdir() if p.is_file()}
-    code, out, err = run("calibrate", model, labelled, "--misses", 0.3, "--dry-run")
+    code, out, err = cli("calibrate", model, labelled, "--misses", 0.3, "--dry-run")
     assert code == 0, err
     assert "measured on 15 good and 8 defective labelled images" in out
     assert "Before: threshold " in out
@@ -81,32 +67,32 @@ def test_in_words_and_without_writing(run: Any, model: Path, labelled: Path) -> 
     assert {p.name: p.read_bytes() for p in model.iterdir() if p.is_file()} == before
 
 
-def test_a_copy_is_calibrated(run: Any, model: Path, tmp_path: Path) -> None:
+def test_a_copy_is_calibrated(cli: Any, model: Path, tmp_path: Path) -> None:
     write_mvtec(easy_set(), tmp_path / "tree")
     before = {p.name: p.read_bytes() for p in model.iterdir() if p.is_file()}
-    code, _, err = run("calibrate", model, tmp_path / "tree", "--false-alarm-rate", 0.2, "--out", tmp_path / "copy")
+    code, _, err = cli("calibrate", model, tmp_path / "tree", "--false-alarm-rate", 0.2, "--out", tmp_path / "copy")
     assert code == 0, err
     assert {p.name: p.read_bytes() for p in model.iterdir() if p.is_file()} == before
     copy = json.loads((tmp_path / "copy" / "model.json").read_text())
     assert copy["training"]["false_alarm_rate"] == 0.2
     assert (tmp_path / "copy" / "calibration.html").exists()
-    code, _, err = run("predict", tmp_path / "copy", tmp_path / "tree" / "test" / "good")
+    code, _, err = cli("predict", tmp_path / "copy", tmp_path / "tree" / "test" / "good")
     assert code == 0, err
 
 
-def test_reviewed_images(run: Any, model: Path, easy_folder: Path, tmp_path: Path) -> None:
+def test_reviewed_images(cli: Any, model: Path, easy_folder: Path, tmp_path: Path) -> None:
     rows = [f"part-{i}.png,{'keep' if i < 40 else 'remove'}" for i in range(25, 48)]
     (tmp_path / "d.csv").write_text("\n".join(["path,decision", *rows, "part-00.png,unsure"]) + "\n")
-    code, out, err = run("calibrate", model, tmp_path / "d.csv", "--images", easy_folder, "--json")
+    code, out, err = cli("calibrate", model, tmp_path / "d.csv", "--images", easy_folder, "--json")
     assert code == 0, err
     said = json.loads(out)
     assert (said["n_good"], said["n_defective"], said["n_trained_on"]) == (15, 8, 0)
     assert said["notes"] == ["27 images have no label, and were left out."]
-    code, _, err = run("calibrate", model, tmp_path / "d.csv")
+    code, _, err = cli("calibrate", model, tmp_path / "d.csv")
     assert code == 2
     assert "Where are the images" in err
     (tmp_path / "e.csv").write_text("path,decision\nother/part-25.png,keep\n")
-    code, _, err = run("calibrate", model, tmp_path / "e.csv", "--images", easy_folder)
+    code, _, err = cli("calibrate", model, tmp_path / "e.csv", "--images", easy_folder)
     assert code == 2
     assert "1 of 1 decisions are about no image here" in err
 
@@ -130,7 +116,7 @@ def test_reviewed_images(run: Any, model: Path, easy_folder: Path, tmp_path: Pat
     ],
 )
 def test_errors_leave_the_model_as_it_is(
-    run: Any, model: Path, labelled: Path, easy_folder: Path, tmp_path: Path, arguments: list[str], text: str
+    cli: Any, model: Path, labelled: Path, easy_folder: Path, tmp_path: Path, arguments: list[str], text: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     for kind in ("good", "bad"):
@@ -140,15 +126,15 @@ def test_errors_leave_the_model_as_it_is(
     before = {p.name: p.read_bytes() for p in model.iterdir() if p.is_file()}
     names = {n: str(tmp_path / n) for n in ("missing", "empty", "parts", "damaged")}
     names |= {"model": str(model), "labelled": str(labelled), "good": str(tmp_path / "only")}
-    code, out, err = run("calibrate", *[a.format(**names) for a in arguments])
+    code, out, err = cli("calibrate", *[a.format(**names) for a in arguments])
     assert (code, out) == (2, "")
     assert text in err
     assert err.count("\n") == 1
     assert {p.name: p.read_bytes() for p in model.iterdir() if p.is_file()} == before
 
 
-def test_an_evaluation_says_what_was_trained_on(run: Any, model: Path, labelled: Path, tmp_path: Path) -> None:
-    code, out, err = run("evaluate", model, labelled, "--out", tmp_path / "e")
+def test_an_evaluation_says_what_was_trained_on(cli: Any, model: Path, labelled: Path, tmp_path: Path) -> None:
+    code, out, err = cli("evaluate", model, labelled, "--out", tmp_path / "e")
     assert code == 0, err
     assert "Note: the model was trained on 27 of these 50 images" in out
     assert "trained on 27 of these images" in (tmp_path / "e" / "report.html").read_text("utf-8")

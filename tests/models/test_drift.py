@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from flawsift.errors import InputError, ModelError, ParameterError
+from flawsift.metrics.shares import CONFIDENCE, share_interval
 from flawsift.models.calibration import Calibration
-from flawsift.models.drift import CONFIDENCE, LEVELS, DayScores, compare_days, drift, read_days, share_interval
+from flawsift.models.drift import LEVELS, DayScores, compare_days, drift, read_days
 
 CALIBRATION = Calibration.of(np.random.default_rng(0).normal(20, 1.5, 150).round(6))
 THRESHOLD = CALIBRATION.threshold(0.05)

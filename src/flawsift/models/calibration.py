@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.errors import InputError, ParameterError
+from flawsift.metrics.shares import share_interval
 from flawsift.screening.mixture import INTERVAL, UNKNOWN, Mixture, fit_mixture, says_little
 from flawsift.types import Floats
 
 DEFAULT_RATE = 0.01  # one good part in a hundred stopped
 N_RATES = 200  # of the table of a mixture: neighbours differ by 3 % of their rate
-TINY = 1e-9  # parameters of a beta law are positive
 SAVED = 1e-8  # rates are saved with nine digits, and mean the same before and after
 
 
@@ -174,8 +174,6 @@ class Calibration:
             kept: (N,) which of them were judged good.
             known: (N,) as for `fit_mixture`: what a person has seen is no suspect any more.
         """
-        from scipy.stats import beta  # slow to import
-
         n_good = float((1 - mixture.probability).sum())
         tried = mixture.spaced(scores, N_RATES)
         rough, _, _ = mixture.false_alarms(tried)
@@ -184,10 +182,7 @@ class Calibration:
         rates, low, high = mixture.false_alarms(thresholds)
         # chance, on top of what the share of defects leaves open: Clopper & Pearson at both ends
         n = n_good * mixture.n_effective / len(scores)
-        ends = (
-            beta.ppf((1 - INTERVAL) / 2, np.maximum(low * n, TINY), n * (1 - low) + 1),
-            beta.ppf((1 + INTERVAL) / 2, high * n + 1, np.maximum(n * (1 - high), TINY)),
-        )
+        ends = share_interval(low * n, n, INTERVAL)[0], share_interval(high * n, n, INTERVAL)[1]
         misses = mixture.misses(thresholds).T if mixture.interval[0] > 0 else None
         looks = (1 - mixture.least_good) > 0.5  # defective, even if there are as few as the interval allows
         n_suspects = int((looks & kept & (known == UNKNOWN)).sum())
@@ -338,13 +333,9 @@ def missed_shares(defective: Floats, thresholds: npt.ArrayLike) -> Floats:
         defective: (n,) ascending scores, n > 0.
         thresholds: (m,).
     """
-    from scipy.stats import beta  # slow to import
-
     n = len(defective)
     missed = np.searchsorted(defective, np.asarray(thresholds, np.float64), side="right")
-    low = np.where(missed > 0, beta.ppf((1 - INTERVAL) / 2, np.maximum(missed, 1), n - missed + 1), 0.0)
-    high = np.where(missed < n, beta.ppf((1 + INTERVAL) / 2, missed + 1, np.maximum(n - missed, 1)), 1.0)
-    return np.stack([missed / n, low, high], axis=1)
+    return np.stack([missed / n, *share_interval(missed, n, INTERVAL)], axis=1)
 
 
 def _nine_digits(value: float) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from flawsift.errors import InputError, one_line
+from flawsift.metrics.shares import CONFIDENCE, share_interval
 from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.model import load_calibration
 from flawsift.paths import name_some, show
@@ -18,7 +19,6 @@ from flawsift.types import Floats
 
 PREDICTIONS = "predictions.csv"  # what `flawsift predict --out` writes
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)  # quantiles that are told
-CONFIDENCE = 0.9  # of the interval of a share
 LEAST_CHANGE = 0.001  # of a median, below which no figure is told
 SIGNIFICANCE = 0.05  # a difference at most this likely, for all comparisons together, is not explained by chance
 
@@ -306,22 +306,15 @@ def _row(
         quantiles=tuple(float(q) for q in np.quantile(day.scores, LEVELS)),
         n_above=n_above,
         share_above=None if n_above is None else n_above / n,
-        interval=None if n_above is None else share_interval(n_above, n),
+        interval=None if n_above is None else _ends(n_above, n),
         versus_training=versus_training,
         versus_first=versus_first,
     )
 
 
-def share_interval(count: int, n: int) -> tuple[float, float]:
-    """The Clopper-Pearson interval of a share of count in n, at `CONFIDENCE`.
-
-    From quantiles of beta distributions (Clopper and Pearson, "The use of confidence or fiducial limits illustrated in
-    the case of the binomial", Biometrika 26, 1934).
-    """
-    tail = (1 - CONFIDENCE) / 2
-    low = 0.0 if count == 0 else float(stats.beta.ppf(tail, count, n - count + 1))
-    high = 1.0 if count == n else float(stats.beta.ppf(1 - tail, count + 1, n - count))
-    return low, high
+def _ends(count: int, n: int) -> tuple[float, float]:
+    low, high = share_interval(count, n)
+    return float(low), float(high)
 
 
 def _compare(day: DayScores, earlier: DayScores, n_comparisons: int) -> Comparison:

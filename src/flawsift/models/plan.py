@@ -189,7 +189,7 @@ def calibrate(plan: TrainingPlan, judged: Judged) -> Calibration:
     if len(members) < HALVES:
         return Calibration.of(judged.scores[is_kept])
     known = np.array([plan.known.get(i, UNKNOWN) for i in judged.ids.tolist()], np.int64)
-    effect = design_effect(judged.scores, [np.asarray(m) for m in members])
+    effect = design_effect(judged.scores, members)
     return Calibration.of_unlabelled(judged.scores, judged.ordinary, effect, is_kept, known)
 
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from flawsift.files import ensure_folder, write_json, write_text
-from flawsift.models.drift import CONFIDENCE, LEVELS, SIGNIFICANCE, Comparison, DayRow, Drift, interval_text, percent
+from flawsift.metrics.shares import CONFIDENCE
+from flawsift.models.drift import LEVELS, SIGNIFICANCE, Comparison, DayRow, Drift, interval_text, percent
 from flawsift.reports.histogram import nice_step
 from flawsift.reports.pages import REPORT, number, plural, template
 

@@ -16,7 +16,6 @@ from flawsift.screening.mixture import fit_mixture, says_little
 from flawsift.screening.options import Consensus, Normalize
 from flawsift.types import Floats, Ids
 
-MIN_KEEP = 0.4  # the paper's share; keep="auto" never goes below it
 TRIM = 0.25  # share cut off at each end by the trimmed mean: the lowest and highest of four held-out sub-models
 EFFECT = "design_effect"  # its name among the evidence
 TAIL = 0.05  # share of images whose scores count as the tail
@@ -31,7 +30,7 @@ class Contamination:
     """An estimate of the share of anomalies.
 
     Attributes:
-        alpha_hat: The estimate in [0, 1 - MIN_KEEP].
+        alpha_hat: The estimate, one of `flawsift.screening.mixture.SHARES`.
         method: How it was made.
         interval: 90 % interval; None where nothing was estimated.
         evidence: What it rests on, for the report.
@@ -211,7 +210,7 @@ def estimate_contamination(
     return Contamination(mixture.share, "mixture of two laws", evidence, mixture.interval), mixture.probability
 
 
-def design_effect(consensus: Floats, groups: Sequence[npt.NDArray[np.int64]]) -> float:
+def design_effect(consensus: Floats, groups: Sequence[Sequence[int] | npt.NDArray[np.int64]]) -> float:
     """How many times larger groups make the variance of the tail's share than independent images would (Kish, 1965).
 
     1 + (k - 1) phi, with k the mean group size that an image sees, and phi the correlation between two images of a
@@ -228,7 +227,7 @@ def design_effect(consensus: Floats, groups: Sequence[npt.NDArray[np.int64]]) ->
     if not n_pairs:
         return 1.0
     low = consensus <= np.quantile(consensus, LOW_END)
-    counts = np.array([low[g].sum() for g in groups], float)
+    counts = np.array([low[np.asarray(g)].sum() for g in groups], float)
     together = (counts * (counts - 1)).sum() / n_pairs
 
     def both(share: float, correlation: float) -> float:

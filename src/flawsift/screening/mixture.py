@@ -9,9 +9,9 @@ given the score of its ordinary patches, which a defect hardly moves as long as 
     log score_i = mu + beta b_i + sigma_i u_i,   sigma_i = exp(lambda + gamma b_i),   u_i ~ Gumbel   if i is good
                                                                                       u_i ~ N(m, tau^2)   otherwise
 
-with b_i the standardised logarithm of the lower quartile of the patches' scores. Given b the good scores of every set
-that was looked at are close to Gumbel, which without it they are not: half of the sets have several kinds of good
-parts. The share of defects alpha has a prior, the other parameters are those of highest likelihood for each alpha.
+with b_i the standardised logarithm of the lower quartile of the patches' scores. Without b, good scores are far from
+Gumbel where there are several kinds of good parts. The share of defects alpha has a prior, the other parameters are
+those of highest likelihood for each alpha.
 """
 
 from collections.abc import Callable

@@ -173,7 +173,7 @@ def _select(
 ) -> _Selection:
     ids, keep, z = train.ids, options.keep, options.reject_patches or 0.0
     ordinary = None if patch_maps is None else ordinary_scores(patch_maps)
-    effect = design_effect(consensus, [np.asarray(m) for m in train.members.values()])
+    effect = design_effect(consensus, list(train.members.values()))
     estimate, probability = estimate_contamination(consensus, ordinary, effect)
     if keep == "auto":
         is_kept, rejected = choose(probability, patch_maps, z, estimate)
