@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flawsift.errors import OutputError
-from flawsift.files import alone, ensure_folder, new_folder, write_bytes, write_csv, write_json
+from flawsift.files import alone, ensure_folder, new_folder, temporary_beside, write_bytes, write_csv, write_json
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +45,44 @@ def test_a_failed_folder_keeps_the_old_one(tmp_path: Path) -> None:
         (folder / "b").write_text("third")
     assert os.listdir(target) == ["b"]
     assert os.listdir(tmp_path) == ["result"]
+
+
+def test_a_folder_that_is_there_by_then_may_stay(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "result", keep=True) as slower:
+        (slower / "a").write_text("slower")
+        with new_folder(tmp_path / "result", keep=True) as faster:
+            (faster / "a").write_text("faster")
+    assert (tmp_path / "result" / "a").read_text() == "faster"
+    assert os.listdir(tmp_path) == ["result"]
+
+
+def test_content_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def logged_sync(handle: int) -> None:
+        steps.append("sync " + Path(os.readlink(f"/proc/self/fd/{handle}")).name.split("-")[0])
+        sync(handle)
+
+    def logged_replace(old: Any, new: Any) -> None:
+        steps.append(f"rename to {Path(new).name}")
+        replace(old, new)
+
+    monkeypatch.setattr("os.fsync", logged_sync)
+    monkeypatch.setattr("os.replace", logged_replace)
+    write_bytes(tmp_path / "file", b"x")
+    assert steps == ["sync .flawsift", "rename to file"]
+    steps.clear()
+    with new_folder(tmp_path / "result") as folder:
+        (folder / "a").write_text("x")
+    assert steps == ["sync a", "sync .flawsift", "rename to result", f"sync {tmp_path.name.split('-')[0]}"]
+
+
+def test_two_writers_never_share_a_temporary_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getpid", lambda: 7)  # as two machines may have it
+    assert temporary_beside(tmp_path / "a") != temporary_beside(tmp_path / "a")
+    assert len(temporary_beside(tmp_path / ("a" * 255)).name) < 64, "the longest name can be written too"
+    write_bytes(tmp_path / ("a" * 255), b"x")
 
 
 @pytest.mark.parametrize("cell", ["a\rb", "a\nb", "a\r\nb", "\r\n", 'a"b', "a,b", " a ", ""])

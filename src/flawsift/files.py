@@ -10,6 +10,8 @@ import logging
 import os
 import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ from flawsift.paths import show
 log = logging.getLogger("flawsift")
 
 SPARE_BYTES = 16 * 2**20  # an output folder needs at least this much free space for tables and a report
+TEMPORARY = ".flawsift-"  # begins the names of what is not complete; hidden files are no results and no images
+STALE_SECONDS = 24 * 3600  # what is older and not complete is a dead run's: writing takes seconds
+# what systems answer where a file or folder cannot be flushed
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 # what systems answer for a lock on a drive that knows none
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
@@ -52,9 +58,10 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         OutputError: It cannot be written; nothing half-written is left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         temporary.write_bytes(data)
+        sync(temporary)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -97,30 +104,80 @@ def content_digest(data: bytes) -> str:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when the block ends well; an older one is replaced.
+def new_folder(path: Path, *, keep: bool = False) -> Iterator[Path]:
+    """A folder that appears under its name only when the block ends well, with all that is in it on the disk.
+
+    Args:
+        path: Its name.
+        keep: Where there is one by then, it stays, and the new one is dropped; else it is replaced.
 
     Raises:
         OutputError: It cannot be written; nothing half-written is left.
     """
-    temporary: Path | None = None
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        temporary.chmod(0o755)  # mkdtemp makes it private; a result should be readable like any other folder
+        temporary.mkdir()
         yield temporary
-        if path.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            path.replace(retired / "old")
+        sync_tree(temporary)
+        if not keep and path.exists():
+            path.replace(retired := temporary_beside(path))
             temporary.replace(path)
             shutil.rmtree(retired, ignore_errors=True)
         else:
-            temporary.replace(path)
+            _rename_unless_there(temporary, path)
+        sync(path.parent)
     except OSError as error:
         raise _output_error(path, error) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_unless_there(temporary: Path, path: Path) -> None:
+    try:
+        temporary.replace(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder that no other process takes, on this machine or another that shares the disk."""
+    return path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}.tmp")
+
+
+def sweep(folder: Path, pattern: str = f"{TEMPORARY}*.tmp") -> None:
+    """Remove what killed runs left half-written in a folder more than a day ago."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - left.lstat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; some drives cannot say so of folders."""
+    flags = os.O_RDONLY if os.name == "posix" else os.O_RDWR  # Windows flushes only what may be written
+    try:
+        handle = os.open(path, flags)
+    except OSError:
+        if path.is_dir():  # Windows opens no folders
+            return
+        raise
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until a folder with all that is in it is on the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(place) / name)
+        sync(Path(place))
 
 
 def move_aside(paths: Iterable[Path], folder: Path, why: str) -> Path | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flawsift.data.decoding import UnreadableImage, to_pixels
 from flawsift.data.facts import ImageFacts, facts_of
-from flawsift.data.images import ImageSet
+from flawsift.data.images import FeatureReader, ImageSet
 from flawsift.data.inputs import Images, as_images, in_pieces, is_stream
 from flawsift.data.views import derive
 from flawsift.errors import InputError, OutputError
@@ -56,9 +56,8 @@ def attach(
     else:
         data, failed = _attach_stored(images, backbone, layers, store, progress)
         for view in views:
-            _attach_stored(data.view(view), backbone, layers, store, progress)
-        if views and isinstance(data.reader, StoredFeatures):
-            data = replace(data, reader=_reopened(data.reader, backbone, store))
+            derived, _ = _attach_stored(data.view(view), backbone, layers, store, progress)
+            data = replace(data, reader=_joined(data.reader, derived.reader))
     if not len(data) and len(images):
         reason = next(iter(failed.values()))
         raise InputError(f"None of the {len(images)} images can be read; the first one: {reason}.")
@@ -150,10 +149,10 @@ def _attach_stored(
     images: ImageSet, backbone: Backbone, layers: Sequence[str], store: FeatureStore, progress: Progress
 ) -> tuple[ImageSet, dict[int, str]]:
     names = {layer: backbone.resolve(layer).name for layer in layers}
+    exact = sorted(set(names.values()))
     digests, failed = _digests(images)
-    index = store.index(store.space(backbone))
-    have = [set(index.get(name, {})) for name in set(names.values())]
-    complete = set.intersection(*have) if have else set()
+    index = store.index(store.space(backbone), exact, set(digests.values()))
+    complete = set.intersection(*(set(entries) for entries in index.values())) if index else set()
     # the first id of each content stands for all its copies
     first_of = {digest: id_ for id_, digest in reversed(digests.items()) if digest not in complete}
     missing = sorted(first_of.values())
@@ -167,22 +166,28 @@ def _attach_stored(
         pixels, bad, _ = _decode(part, backbone.size)
         undecodable.update((digests[i], reason) for i, reason in bad.items())
         if pixels:
-            arrays = _extract(backbone, list(pixels.values()), sorted(set(names.values())), store.dtype)
+            arrays = _extract(backbone, list(pixels.values()), exact, store.dtype)
             store.write(backbone, [digests[i] for i in pixels], arrays)
     if missing:
         progress("features", len(missing), len(missing))
-        index = store.index(store.space(backbone))
+        index = store.index(store.space(backbone), exact, set(digests.values()))
     failed |= {i: undecodable[d] for i, d in digests.items() if d in undecodable}
     good = images.select([i for i in images.ids if int(i) not in failed])
-    entries = {layer: index.get(name, {}) for layer, name in names.items()}
+    entries = {layer: index[name] for layer, name in names.items()}
     files = {layer: f"{name}.npy" for layer, name in names.items()}
+    if any(digests[int(i)] not in rows for rows in entries.values() for i in good.ids):
+        raise OutputError(
+            f"The feature cache '{store.root}' does not give back what was just written to it. Its disk is damaged, "
+            "or another program clears it; move it with FLAWSIFT_CACHE or --cache."
+        )
     return replace(good, reader=StoredFeatures(backbone.size, backbone.key, digests, entries, files)), failed
 
 
-def _reopened(reader: StoredFeatures, backbone: Backbone, store: FeatureStore) -> StoredFeatures:
-    """The same reader, with what was stored since."""
-    index = store.index(store.space(backbone))
-    return replace(reader, entries={layer: index.get(backbone.resolve(layer).name, {}) for layer in reader.entries})
+def _joined(reader: FeatureReader | None, other: FeatureReader | None) -> FeatureReader | None:
+    """A reader of the same images that knows what another one knows too."""
+    if not isinstance(reader, StoredFeatures) or not isinstance(other, StoredFeatures):
+        return reader
+    return replace(reader, entries={layer: {**rows, **other.entries[layer]} for layer, rows in reader.entries.items()})
 
 
 def _digests(images: ImageSet) -> tuple[dict[int, str], dict[int, str]]:

@@ -1,4 +1,4 @@
-"""Frozen features of an `ImageSet`, read by id: from a store's memory maps, or from memory."""
+"""Frozen features of an `ImageSet`, read by id: from a store's files, or from memory."""
 
 import hashlib
 import itertools
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from flawsift.data.images import ImageSet
 from flawsift.errors import InputError
-from flawsift.features.store import Entry
+from flawsift.features.store import ArrayHeader, Entry
 
 
 @dataclass(frozen=True, eq=False)
 class StoredFeatures:
-    """Features of known images, read from a store's memory maps. Workers reopen it by path when it is pickled.
+    """Features of known images, read from a store. No file stays open, however many shards there are.
 
     Attributes:
         size: Edge length of the network input.
@@ -34,10 +34,7 @@ class StoredFeatures:
     digests: Mapping[int, str]
     entries: Mapping[str, Mapping[str, Entry]]
     files: Mapping[str, str]
-    _open: dict[Path, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+    _headers: dict[Path, ArrayHeader] = field(default_factory=dict, repr=False)
 
     def read(self, images: ImageSet, layers: Sequence[str]) -> dict[str, Tensor]:
         """{layer: (N, C, h, w)} float32 of the view, in its order."""
@@ -64,24 +61,38 @@ class StoredFeatures:
     def _gather(self, entries: Sequence[Entry], layer: str, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
         """(n, C, h, w) of some entries, in their order; as the numbers are stored unless a type is given."""
         file = self.files[layer]
-        first = self._map(entries[0].shard / file)
-        out = np.empty((len(entries), *first.shape[1:]), dtype or first.dtype)
+        out = np.empty((0,), dtype)
         start = 0
         for shard, run in itertools.groupby(entries, key=lambda e: e.shard):
-            rows = [e.row for e in run]
-            out[start : start + len(rows)] = self._map(shard / file)[rows]
-            start += len(rows)
+            values = self._rows(shard / file, [e.row for e in run])
+            if not start:
+                out = np.empty((len(entries), *values.shape[1:]), dtype or values.dtype)
+            out[start : start + len(values)] = values
+            start += len(values)
         return out
 
-    def _map(self, path: Path) -> npt.NDArray[Any]:
-        if path not in self._open:
-            try:
-                self._open[path] = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"Cached features '{path}' cannot be read ({error}). Run `flawsift cache verify --repair`."
-                ) from error
-        return self._open[path]
+    def _rows(self, path: Path, rows: Sequence[int]) -> npt.NDArray[Any]:
+        """(n, C, h, w) some rows of a file, each run of neighbours in one piece."""
+        try:
+            with path.open("rb") as file:
+                if path not in self._headers:
+                    self._headers[path] = ArrayHeader(file)
+                header = self._headers[path]
+                values = np.empty((len(rows), *header.shape[1:]), header.dtype)
+                start = 0
+                for _, run in itertools.groupby(enumerate(rows), key=lambda at: at[1] - at[0]):
+                    neighbours = [row for _, row in run]
+                    part = values[start : start + len(neighbours)]
+                    file.seek(header.offset + neighbours[0] * values[0].nbytes)
+                    if file.readinto(part.data.cast("B")) != part.nbytes:
+                        raise ValueError("it ends early")
+                    start += len(neighbours)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"Cached features '{path}' cannot be read any more ({error}). Run the same command again: it computes "
+                "what is damaged anew."
+            ) from error
+        return values
 
 
 @dataclass(frozen=True, eq=False)
