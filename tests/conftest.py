@@ -1,6 +1,8 @@
 """Shared by all tests: one thread, no test touches the user's cache, and images are made once."""
 
+import itertools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ def pytest_configure() -> None:
     of tests, for minutes. And sums are taken in one order, whatever the machine.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.fsync = lambda _: (
+        None
+    )  # tens of milliseconds each; what a killed process wrote stays without it, in a test as ever
     torch.set_num_threads(1)
     threadpool_limits(1)
 
@@ -79,6 +84,37 @@ def check_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
             assert torch.equal(found.weights_[name], value), name
 
     return check
+
+
+@pytest.fixture
+def killed_at() -> Callable[[int, Callable[[], object]], bool]:
+    """Runs something in a process that is killed before its nth step on the disk, and says whether it came so far."""
+
+    def run(n: int, work: Callable[[], object]) -> bool:
+        child = os.fork()
+        if not child:
+            steps = itertools.count()
+
+            def stepping(step: Callable[..., Any]) -> Callable[..., Any]:
+                def counted(*args: Any, **kwargs: Any) -> Any:
+                    if next(steps) == n:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return step(*args, **kwargs)
+
+                return counted
+
+            for name in ("replace", "fsync", "unlink", "mkdir", "rmdir"):
+                setattr(os, name, stepping(getattr(os, name)))
+            try:
+                work()
+            except BaseException:  # noqa: BLE001  # nothing may go on as a second process of tests
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the work failed"
+        return os.WIFSIGNALED(status)
+
+    return run
 
 
 @pytest.fixture

@@ -3,17 +3,35 @@
 import csv
 import errno
 import io
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flawsift.errors import OutputError
-from flawsift.files import alone, ensure_folder, new_folder, temporary_beside, write_bytes, write_csv, write_json
+from flawsift.files import (
+    MANIFEST,
+    PENDING,
+    DamagedPart,
+    Parts,
+    alone,
+    ensure_folder,
+    new_folder,
+    new_result,
+    settle,
+    temporary_beside,
+    write_bytes,
+    write_csv,
+    write_json,
+)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +101,122 @@ def test_two_writers_never_share_a_temporary_name(tmp_path: Path, monkeypatch: p
     assert temporary_beside(tmp_path / "a") != temporary_beside(tmp_path / "a")
     assert len(temporary_beside(tmp_path / ("a" * 255)).name) < 64, "the longest name can be written too"
     write_bytes(tmp_path / ("a" * 255), b"x")
+
+
+Killed = Callable[[int, Callable[[], object]], bool]
+# what a result is made of, by name; "c" is a part of the second one only, and "b" of the first
+FIRST = {"a": "first a", "b": "first b", "sub/d": "first d"}
+SECOND = {"a": "second a", "c": "second c", "sub/d": "second d"}
+
+
+def write_result(folder: Path, files: Mapping[str, str]) -> None:
+    moved = {"page": "is of another result", "sub/edited": "was edited"}
+    with new_result(folder, old=("[abc]", "sub/d"), aside=moved) as new:
+        for name, text in files.items():
+            (new / name).parent.mkdir(exist_ok=True)
+            (new / name).write_text(text)
+
+
+def read_result(folder: Path) -> dict[str, str]:
+    parts, sub = Parts.of(folder), Parts.of(folder / "sub")
+    assert parts.digests is not None
+    return {**{name: parts.read(name).decode() for name in parts.digests}, "sub/d": sub.read("d").decode()}
+
+
+def old_result(folder: Path) -> Path:
+    write_result(folder, FIRST)
+    (folder / "page").write_text("of the first")
+    (folder / "sub" / "edited").write_text("by a person")
+    (folder / "mine").write_text("of nobody's result")
+    return folder
+
+
+def test_a_result_is_old_or_new_wherever_a_run_is_killed(tmp_path: Path, killed_at: Killed) -> None:
+    seen = []
+    for n in itertools.count():
+        folder = old_result(tmp_path / f"{n}")
+        if not killed_at(n, lambda folder=folder: write_result(folder, SECOND)):
+            break
+        copy = Path(shutil.copytree(folder, tmp_path / f"{n}-read"))
+        read = read_result(copy)  # a reader finishes it
+        assert read in (FIRST, SECOND)
+        seen.append(read == SECOND)
+        moved = {"page": "earlier-1/page", "sub/edited": "sub/earlier-1/edited"}
+        for old, new in moved.items():
+            assert ((copy / old).exists(), (copy / new).exists()) == ((False, True) if seen[-1] else (True, False))
+        assert (copy / "b").exists() == (not seen[-1]), "no file of another result stays"
+        write_result(folder, SECOND)  # and so does the next writer
+        assert read_result(folder) == SECOND
+        assert (folder / "mine").read_text() == "of nobody's result"
+    assert seen == sorted(seen), "once it is new it stays so"
+    assert 10 < sum(seen) < len(seen) - 10
+
+
+def test_a_reader_that_is_killed_while_it_finishes_a_result(tmp_path: Path, killed_at: Killed) -> None:
+    """From just before the commit on, at any step, and then at any step of who goes on."""
+    for n in itertools.count():
+        ready = old_result(tmp_path / f"{n}")
+        if not killed_at(n, lambda folder=ready: write_result(folder, SECOND)):
+            break
+        if not (ready / PENDING).is_dir():
+            continue
+        for m in itertools.count():
+            folder = Path(shutil.copytree(ready, tmp_path / f"{n}-{m}"))
+            if not killed_at(m, lambda folder=folder: settle(folder)):
+                break
+            assert read_result(folder) == SECOND
+            assert (folder / "earlier-1" / "page").read_text() == "of the first"
+            assert (folder / "sub" / "earlier-1" / "edited").read_text() == "by a person"
+
+
+def test_a_result_that_fails_keeps_the_old_one(tmp_path: Path) -> None:
+    folder = old_result(tmp_path / "r")
+    before = sorted(p.name for p in folder.rglob("*"))
+    with pytest.raises(RuntimeError), new_result(folder, old=("[abc]",)) as new:
+        (new / "a").write_text("half")
+        raise RuntimeError
+    assert read_result(folder) == FIRST
+    assert sorted(p.name for p in folder.rglob("*")) == before
+
+
+def test_a_part_that_was_changed_is_named(tmp_path: Path) -> None:
+    folder = old_result(tmp_path)
+    (folder / "a").write_text("first A")
+    with pytest.raises(DamagedPart, match="a is not what was written with the others"):
+        Parts.of(folder).read("a")
+    (folder / "b").unlink()
+    with pytest.raises(DamagedPart, match="b is missing"):
+        Parts.of(folder).read("b")
+    parts = Parts.of(folder)
+    write_result(folder, SECOND)
+    with pytest.raises(DamagedPart, match="a is replaced while it was read; try again"):
+        parts.read("a")
+    for content in ("", "[]", '{"files": 3}'):
+        (folder / MANIFEST).write_text(content)
+        with pytest.raises(DamagedPart, match="manifest.json cannot be read"):
+            Parts.of(folder)
+    (folder / MANIFEST).unlink()
+    assert Parts.of(folder).read("a") == b"second a", "results of earlier versions have none"
+
+
+def test_a_part_that_is_replaced_alone(tmp_path: Path) -> None:
+    folder = old_result(tmp_path)
+    with new_result(folder, adds=True) as new:
+        (new / "a").write_text("other a")
+    assert read_result(folder) == {**FIRST, "a": "other a"}
+    (folder / MANIFEST).unlink()
+    with new_result(folder, adds=True) as new:
+        (new / "a").write_text("last a")
+    assert Parts.of(folder).read("b") == b"first b", "of an earlier version"
+
+
+def test_left_over_files_go_when_old(tmp_path: Path) -> None:
+    for name, age in ((".flawsift-1.tmp", 48), (".flawsift-2.tmp", 1), (".mine.tmp", 48), ("flawsift-1.tmp", 48)):
+        (tmp_path / name).mkdir()
+        stamp = time.time() - age * 3600
+        os.utime(tmp_path / name, (stamp, stamp))
+    ensure_folder(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".flawsift-2.tmp", ".mine.tmp", "flawsift-1.tmp"]
 
 
 @pytest.mark.parametrize("cell", ["a\rb", "a\nb", "a\r\nb", "\r\n", 'a"b', "a,b", " a ", ""])

@@ -11,7 +11,7 @@ from flawsift import pipeline
 from flawsift.errors import InputError, OutputError
 from flawsift.features.backbones import Backbone
 from flawsift.features.store import FeatureStore
-from flawsift.files import move_aside
+from flawsift.files import MANIFEST
 from flawsift.models.model import load_model
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.storage import load_screening, save_screening, screening_folder
@@ -50,10 +50,10 @@ def fit(images: Path, tiny: Backbone, store: FeatureStore, out: Path, **options:
 
 
 def visible(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir()} - {p.name for p in folder.glob("state-*.safetensors")}
+    return {p.name for p in folder.iterdir() if not p.match("state-*.safetensors") and not p.match(".*.lock")}
 
 
-BARE = {"model.json", "detector.json"}
+BARE = {"model.json", "detector.json", MANIFEST}
 
 
 def test_without_a_screening_no_earlier_one_stays(
@@ -146,15 +146,3 @@ def test_a_table_that_was_edited_is_not_written_over(
     assert (other / "earlier-1" / "screening.csv").read_bytes() == edited
     assert load_screening(other).kept.tolist() == screening.kept.tolist()
     assert "was edited by hand, and another screening takes its place" in caplog.text
-
-
-def test_moving_aside(tmp_path: Path) -> None:
-    assert move_aside([tmp_path / "a"], tmp_path, "is old") is None
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "earlier-1").write_text("a file of that name")
-    (tmp_path / "a").symlink_to(tmp_path / "gone")
-    (tmp_path / "b").mkdir()
-    assert move_aside([tmp_path / "a", tmp_path / "b"], tmp_path, "is old") == tmp_path / "earlier-2"
-    assert {p.name for p in (tmp_path / "earlier-2").iterdir()} == {"a", "b"}
-    with pytest.raises(OutputError, match="Cannot write"):
-        move_aside([tmp_path / "earlier-2"], tmp_path / "earlier-1", "is old")

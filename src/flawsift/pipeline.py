@@ -23,9 +23,9 @@ from flawsift.features.backbones import Backbone, fitting_size, load_backbone
 from flawsift.features.devices import resolve_device
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
-from flawsift.files import ensure_folder, move_aside
+from flawsift.files import ensure_folder, new_result
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
-from flawsift.models.model import Model, learned_digests, set_digest, versions
+from flawsift.models.model import FILES, Model, learned_digests, set_digest, versions
 from flawsift.models.plan import TrainingPlan, calibrate, judge, options_for, plan_training
 from flawsift.models.profile import Profile
 from flawsift.models.provenance import is_made_by, provenance_of
@@ -34,12 +34,16 @@ from flawsift.progress import ProgressOption, as_progress
 from flawsift.reports import calibration
 from flawsift.reports.pages import REPORT
 from flawsift.reports.screening import write_fit_report, write_screening_report
+from flawsift.screening import storage
 from flawsift.screening.decisions import checked_decisions, read_decisions
 from flawsift.screening.lookalikes import describe_images
 from flawsift.screening.options import FINAL, OWN, ScreenOptions
 from flawsift.screening.result import Screening
 from flawsift.screening.stage1 import ranker_of, resolve_screener, screen_and_fit
-from flawsift.screening.storage import CSV, ROOT, grouped, images_of, load_screening, save_screening
+from flawsift.screening.storage import CSV, ROOT, edited_table, grouped, images_of, load_screening, write_files
+
+RESUME = ".resume"  # in the folder that is written: unfinished work of a run, until it is complete
+SCREENING = "screening"  # in a model folder: its stage 1
 
 
 class Resources(TypedDict, total=False):
@@ -123,7 +127,13 @@ def screen(
     with as_progress(resources.get("progress")) as tell:
         given, own = named if detector is None else detector, replace(chosen, screener=OWN)
         job = _prepare(images, given, backbone, own, {**resources, "progress": tell})
-        return _stage1(job, chosen, out, wants_fitted=False)[0]
+        screening, _ = _stage1(job, chosen, out, wants_fitted=False)
+        if out is not None:
+            with new_result(Path(out), old=storage.FILES, aside=edited_table(Path(out))) as new:
+                write_files(screening, new)
+                write_screening_report(screening, job.images, new)
+            shutil.rmtree(Path(out) / RESUME, ignore_errors=True)
+        return screening
 
 
 # long: stage 1 is given, made or left out, and each of the other parameters is one decision of the user
@@ -185,9 +195,12 @@ def fit(
         started=time.monotonic(),
     )
     with as_progress(resources.get("progress")) as tell:
-        stage1 = asked.options if asked.is_new else None
-        given, asked = _grouped(as_images(images), asked)
-        job = _prepare(given, detector, backbone, stage1, {**resources, "progress": tell})
+        given = as_images(images)
+        if asked.screening is not None:
+            given, note = grouped(asked.screening, given)
+            asked = replace(asked, groups_note=note)
+        wanted = asked.options if asked.is_new else None
+        job = _prepare(given, detector, backbone, wanted, {**resources, "progress": tell})
         return _both_stages(job, asked)
 
 
@@ -226,21 +239,11 @@ class _Asked:
         return self.screening is None and not self.no_screen
 
 
-def _grouped(images: ImageSet, asked: _Asked) -> tuple[ImageSet, _Asked]:
-    if asked.screening is None:
-        return images, asked
-    images, note = grouped(asked.screening, images)
-    return images, replace(asked, groups_note=note)
-
-
 def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
     out, stage1, merged = asked.out, asked.screening, None
     if asked.is_new:
-        folder = None if out is None else out / "screening"
         wants = job.screener is job.detector and isinstance(job.detector, Additive)
-        stage1, merged = _stage1(job, options_for(job.detector, asked.options), folder, wants_fitted=wants)
-    elif stage1 is not None and asked.folder is None and out is not None:
-        _write_stage1(stage1, _pictures_of(stage1, job), out / "screening")
+        stage1, merged = _stage1(job, options_for(job.detector, asked.options), out, wants_fitted=wants)
     # held-out scores were made without the other images of a group: of other groups, they are others
     same = stage1 is not None and asked.groups_note is None and is_made_by(stage1, job.detector, job.backbone)
     plan = plan_training(job.data, job.detector, stage1, choices=asked.choices, same_detector=same)
@@ -254,22 +257,37 @@ def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
         "false_alarm_rate": asked.false_alarm_rate,
     }
     model = _stage2(job, plan, merged, out, record, asked.started)
-    if out is not None and stage1 is not None:
-        decided, _ = stage1.with_decisions(asked.choices)
-        write_fit_report(model, decided, _pictures_of(decided, job), out)
     if out is not None:
-        _move_stale(out, asked)
+        _write(job, asked, model, stage1, out)
     return FitResult(model, stage1, plan, out)
 
 
-def _move_stale(out: Path, asked: _Asked) -> None:
-    """Move what an earlier run left beside the new model, and is not about it, aside: decisions may be in it."""
-    stale, mine = [out / calibration.PAGE], out / "screening"
+def _write(job: "_Job", asked: _Asked, model: Model, stage1: Screening | None, out: Path) -> None:
+    """Model, screening and page in one step, so that no two runs mix."""
+    unsaved = None if asked.folder is not None else stage1
+    aside, old = dict.fromkeys(_stale(out, asked), "is not about the new model"), list(FILES)
+    if unsaved is not None:
+        aside |= {f"{SCREENING}/{name}": why for name, why in edited_table(out / SCREENING).items()}
+        old += [f"{SCREENING}/{name}" for name in storage.FILES]
+    with new_result(out, old=old, aside=aside) as new:
+        model.write_files(new)
+        if unsaved is not None:
+            write_files(unsaved, ensure_folder(new / SCREENING))
+            write_screening_report(unsaved, _pictures_of(unsaved, job), new / SCREENING)
+        if stage1 is not None:
+            decided, _ = stage1.with_decisions(asked.choices)
+            write_fit_report(model, decided, _pictures_of(decided, job), new)
+    shutil.rmtree(out / RESUME, ignore_errors=True)
+
+
+def _stale(out: Path, asked: _Asked) -> list[str]:
+    """What an earlier run left beside the new model, and is not about it: decisions may be in it."""
+    stale, mine = [calibration.PAGE], out / SCREENING
     if (mine / CSV).exists() and (asked.no_screen or (asked.folder is not None and not mine.samefile(asked.folder))):
-        stale.append(mine)
+        stale.append(SCREENING)
     if asked.no_screen and not (out / CSV).exists():  # else the page is about the screening beside it
-        stale.append(out / REPORT)
-    move_aside(stale, out, "is not about the new model")
+        stale.append(REPORT)
+    return stale
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,11 +333,11 @@ def _prepare(
 def _stage1(
     job: _Job, options: ScreenOptions, out: str | Path | None, *, wants_fitted: bool
 ) -> tuple[Screening, Detector | None]:
-    """Stage 1, written to `out`, and the detector of all images where it was made by the way."""
+    """Stage 1, whose finished sub-models stay in `out`, and the detector of all images where it was made by the way."""
     run = job.run
     if out is not None:
         settings = job.screener.name, job.screener.params(), options.as_json(), run.seed
-        run = replace(run, checkpoint=_run_folder(ensure_folder(out) / ".resume", job, *settings))
+        run = replace(run, checkpoint=_run_folder(ensure_folder(out) / RESUME, job, *settings))
     started = time.monotonic()
     ranked, fitted = screen_and_fit(job.data, job.screener, options, run, wants_fitted=wants_fitted)
     provenance = provenance_of(job.screener, job.backbone)
@@ -327,29 +345,15 @@ def _stage1(
     if isinstance(job.data.source, FileSource):
         provenance[ROOT] = os.path.abspath(job.data.source.root)
     descriptions = describe_images(job.data, job.screener.layers)
-    screening = replace(ranked, descriptions=descriptions, unreadable=job.unreadable, provenance=provenance)
-    if out is not None:
-        _write_stage1(screening, job.images, out)
-        shutil.rmtree(Path(out) / ".resume", ignore_errors=True)
-    return screening, fitted
-
-
-def _write_stage1(screening: Screening, images: ImageSet, folder: str | Path) -> None:
-    save_screening(screening, folder)
-    write_screening_report(screening, images, folder)
+    return replace(ranked, descriptions=descriptions, unreadable=job.unreadable, provenance=provenance), fitted
 
 
 def _stage2(
-    job: _Job,
-    plan: TrainingPlan,
-    merged: Detector | None,
-    out: str | Path | None,
-    record: Mapping[str, Any],
-    started: float,
+    job: _Job, plan: TrainingPlan, merged: Detector | None, out: Path | None, record: Mapping[str, Any], started: float
 ) -> Model:
-    """Train, calibrate and save; `merged` is an additive detector of all images, where stage 1 made one."""
-    run, resume = job.run, None if out is None else Path(out) / ".resume"
-    unfinished = None if resume is None else _run_folder(resume, job, set_digest(plan.images), run.seed)
+    """Train and calibrate; `merged` is an additive detector of all images, where stage 1 made one."""
+    run = job.run
+    unfinished = None if out is None else _run_folder(out / RESUME, job, set_digest(plan.images), run.seed)
     run.progress("detector", 0, 1)
     checkpoint = None if unfinished is None else unfinished / "training.safetensors"
     fitted = _fitted(job, plan.images, merged, Watch(lambda _, n, of: run.progress("detector", n, of), checkpoint))
@@ -370,11 +374,7 @@ def _stage2(
         "versions": versions(),
     }
     profile = Profile.of_images(plan.images, judged.median_patch(plan.kept))
-    model = Model(fitted, job.backbone, calibrate(plan, judged), training, profile, learned_digests(plan.images))
-    if resume is not None:
-        model.save(resume.parent)
-        shutil.rmtree(resume, ignore_errors=True)
-    return model
+    return Model(fitted, job.backbone, calibrate(plan, judged), training, profile, learned_digests(plan.images))
 
 
 def _fitted(job: _Job, images: ImageSet, merged: Detector | None, watch: Watch) -> Detector:

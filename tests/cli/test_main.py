@@ -61,8 +61,10 @@ def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     screened = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, "--json")
     assert screened.code == 0, screened.err
     assert screened.json["n_images"] == 50
-    assert {p.name for p in (tmp_path / "s").iterdir()} == {
+    assert {p.name for p in (tmp_path / "s").iterdir() if not p.match(".*.lock")} == {
+        "manifest.json",
         "screening.csv",
+        "screening-original.csv",
         "screening.json",
         "maps.npy",
         "rejected.npy",

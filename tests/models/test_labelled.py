@@ -200,7 +200,7 @@ def test_a_saved_model_gets_the_threshold_in_one_step(
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     found.model.save_threshold(folder)
     after = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert {name for name in after if after[name] != before.get(name)} == {"model.json"}
+    assert {name for name in after if after[name] != before.get(name)} == {"model.json", "manifest.json"}
     loaded = load_model(folder)
     assert repr(loaded) == repr(found.model)
     assert loaded.training == found.model.training

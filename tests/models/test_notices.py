@@ -230,6 +230,7 @@ def test_a_model_folder_keeps_the_profile(model_folder: Path, model: Model, tmp_
     copy = tmp_path / "copy"
     model.save(copy)
     assert load_model(copy).profile == model.profile
+    (copy / "manifest.json").unlink()
     for old in ({"profile": None}, {}):  # of before there were profiles
         kept = {key: value for key, value in content.items() if key != "profile"}
         (copy / "model.json").write_text(json.dumps({**kept, **old}))
@@ -262,6 +263,7 @@ def test_a_damaged_profile_is_told(damage: Any, model_folder: Path, tmp_path: Pa
     if isinstance(broken, dict):
         broken = {key: value for key, value in broken.items() if value is not ...}
     (tmp_path / "model.json").write_text(json.dumps({**content, "profile": broken}))
+    (tmp_path / "manifest.json").unlink()
     with pytest.raises(ModelError, match="damaged model.json"):
         load_model(tmp_path)
 

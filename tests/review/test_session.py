@@ -31,6 +31,7 @@ def test_where_the_images_are(folder: Path, screened: Path, tmp_path: Path) -> N
     content = json.loads((folder / "screening.json").read_text())
     assert content.pop("images_root") == str(screened / "parts")
     (folder / "screening.json").write_text(json.dumps(content))
+    (folder / "manifest.json").unlink()
     with pytest.raises(InputError, match="does not say where its images are"):
         Review.open(folder)
     assert len(Review.open(folder, images=screened / "parts").images) == 50

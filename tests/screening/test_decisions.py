@@ -247,5 +247,8 @@ def test_a_screening_that_leads_out_of_its_folder_is_refused(
     pipeline.screen(easy_folder, "padim", tiny, out=tmp_path / "s")
     table = tmp_path / "s" / "screening.csv"
     table.write_text(table.read_text().replace("part-03.png", name))
+    with pytest.raises(InputError, match=r"screening\.csv lists other images than were screened"):
+        load_screening(tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").unlink()  # as in a screening of an earlier version
     with pytest.raises(InputError, match="leads out of the image folder"):
         load_screening(tmp_path / "s")

@@ -148,6 +148,9 @@ def test_files_that_do_not_fit_are_told(screening: Screening, tmp_path: Path) ->
     np.savez(other, **{**arrays, "grid": np.array([-4, -6])})
     contents = [flat, fewer, objects, other]
     (tmp_path / EVIDENCE).write_bytes(flat.getvalue())
+    with pytest.raises(InputError, match="evidence.npz is not what was written with the others"):
+        load_screening(tmp_path)
+    (tmp_path / "manifest.json").unlink()  # as in a screening of an earlier version
     with pytest.raises(InputError, match="has the shapes .* 6 images are listed"):
         load_screening(tmp_path)
     damaged = bytearray(whole)

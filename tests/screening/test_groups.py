@@ -80,6 +80,7 @@ def test_an_image_without_a_group_is_alone(
 
 
 def test_screenings_of_earlier_versions_are_read(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
     edit(folder, lambda row: {key: cell for key, cell in row.items() if key != "group"})
     with pytest.raises(InputError, match="damaged: KeyError\\('group'\\)"):
         load_screening(folder)
@@ -90,6 +91,13 @@ def test_screenings_of_earlier_versions_are_read(folder: Path) -> None:
     assert (read.groups, read.n_groups) == ({}, None)
     edit(folder, lambda row: {**row, "group": f"g{int(row['id']) // 10}"})  # a person knows better
     assert load_screening(folder).n_groups == 5
+
+
+def test_groups_that_were_edited_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit(folder, lambda row: {**row, "group": "one", "kept": "1"})
+    read = load_screening(folder)
+    assert (read.n_groups, len(read.kept)) == (25, 50)
+    assert "Groups that were edited in" in caplog.text
 
 
 @pytest.mark.parametrize("detector", ["quorum", "padim", "patchcore"])

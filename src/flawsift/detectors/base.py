@@ -325,20 +325,25 @@ def _joined(parts: Sequence[Tensor]) -> npt.NDArray[np.float32]:
     return joined
 
 
-def load_detector(folder: str | Path, like: Detector | None = None) -> Detector:
+def load_detector(folder: str | Path, like: Detector | None = None, *, digest: str | None = None) -> Detector:
     """Read what `Detector.save` wrote.
 
     Args:
         folder: The folder.
         like: An unfitted detector of the same class and parameters, for classes that are not registered; else the
             detector is made by its registry name.
+        digest: What `Detector.save` returned, where it is known.
 
     Raises:
-        ModelError: The folder is missing or damaged, names an unknown detector, or holds another `state_format`.
+        ModelError: The folder is missing or damaged, holds another detector than `digest` says or another
+            `state_format`, or names an unknown detector.
     """
     folder = Path(folder)
     try:
-        content = json.loads((folder / "detector.json").read_text("utf-8"))
+        told = (folder / "detector.json").read_bytes()
+        if digest is not None and content_digest(told) != digest:
+            raise ModelError(f"'{folder}' holds parts of two models, or a damaged detector.json. Fit the model again.")
+        content = json.loads(told)
         detector = like if like else make_detector(content["name"], **content["params"])
         if content.get("state_format", 1) != detector.state_format:
             raise ModelError(f"'{folder}' was written by another version of flawsift; fit the model again.")

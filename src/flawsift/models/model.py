@@ -30,7 +30,7 @@ from flawsift.errors import ModelError, ParameterError
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import SHARD, stream
 from flawsift.features.readers import StoredFeatures
-from flawsift.files import content_digest, ensure_folder, write_json
+from flawsift.files import DamagedPart, Parts, new_result, write_json
 from flawsift.models.calibration import DEFAULT_RATE, Calibration, Threshold
 from flawsift.models.evaluation import MapCollector, measure
 from flawsift.models.notices import Observed
@@ -41,6 +41,8 @@ from flawsift.progress import Progress, ProgressOption, as_progress, silent
 from flawsift.types import Ids
 
 FORMAT = 1  # of the model folder
+JSON = "model.json"
+FILES = (JSON, "detector.json", "state-*.safetensors")  # patterns of what a model folder holds
 LEARNED_DIGITS = 16  # of a digest: 64 bits tell ten million images apart, in a quarter of the room
 LABELLED = "labelled"  # in the record of a training: which labelled images the threshold comes from
 THRESHOLD_KEYS = ("false_alarm_rate", LABELLED)  # of that record: what a later threshold changes
@@ -239,7 +241,12 @@ class Model:
         Raises:
             OutputError: It cannot be written.
         """
-        folder = ensure_folder(folder)
+        with new_result(Path(folder), old=FILES) as new:
+            self.write_files(new)
+        return Path(folder)
+
+    def write_files(self, folder: Path) -> None:
+        """Write what a model folder holds into an empty folder, of `flawsift.files.new_result`."""
         content = {
             "format": FORMAT,
             "flawsift": flawsift.__version__,
@@ -249,26 +256,24 @@ class Model:
             "learned": None if self.learned is None else sorted(self.learned),
         }
         content["detector_digest"] = self.detector.save(folder)
-        write_json(folder / "model.json", content)
-        return folder
+        write_json(folder / JSON, content)
 
     def save_threshold(self, folder: str | Path) -> Path:
-        """Give a saved model the threshold of this one, which was made of it: one file is replaced, in one step.
+        """Give a saved model the threshold of this one, which was made of it, in one step.
 
         Raises:
             ModelError: The folder holds no model, or another one by now.
             OutputError: It cannot be written.
         """
-        path = Path(folder) / "model.json"
-        try:
-            content = json.loads(path.read_text("utf-8"))
+        folder = Path(folder)
+        with _told_damage(folder):
+            content = _content(folder)
             same = _fit_record(content["training"]) == _fit_record(self.training)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"'{folder}' is not a model folder: {error}.") from error
         if not same:
             raise ModelError(f"'{folder}' holds another model by now, which was left as it is. Calibrate it anew.")
-        write_json(path, {**content, **self._threshold_content()})
-        return Path(folder)
+        with new_result(folder, adds=True) as new:
+            write_json(new / JSON, {**content, **self._threshold_content()})
+        return folder
 
     def _threshold_content(self) -> dict[str, Any]:
         threshold = self.threshold()
@@ -300,16 +305,15 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
         profile = None if told is None else Profile.from_json(told)
         known = content.get("learned")
         learned = None if known is None else frozenset(map(str, known))
-        torn = content_digest((folder / "detector.json").read_bytes()) != content["detector_digest"]
-    if torn:
-        raise ModelError(f"'{folder}' holds parts of two models: a fit was interrupted. Fit the model again.")
+        of_detector = content["detector_digest"]
+    detector = load_detector(folder, digest=of_detector)
     backbone = load_backbone(**{**spec, "runtime": runtime, **({"weights": weights} if weights else {})})
     if backbone.weights_digest != digest:
         raise ModelError(
             f"The model in '{folder}' was fitted with other weights of {backbone.name} "
             f"({digest[:12]}, these are {backbone.weights_digest[:12]}). Give them with --weights."
         )
-    return Model(load_detector(folder), backbone, calibration, training, profile, learned)
+    return Model(detector, backbone, calibration, training, profile, learned)
 
 
 def load_calibration(folder: str | Path) -> tuple[Calibration, float]:
@@ -325,7 +329,7 @@ def load_calibration(folder: str | Path) -> tuple[Calibration, float]:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "model.json").read_text("utf-8"))
+    content: dict[str, Any] = json.loads(Parts.of(folder).read(JSON))
     if content["format"] > FORMAT:
         raise ModelError(f"'{folder}' was written by flawsift {content['flawsift']}; update flawsift to read it.")
     return content
@@ -338,6 +342,8 @@ def _told_damage(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ModelError(f"'{folder}' is not a model folder: {error.strerror} ({error.filename}).") from error
+    except DamagedPart as error:
+        raise ModelError(f"'{folder}' is damaged: {error}. Take a copy of it, or fit the model again.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"'{folder}' holds a damaged model.json: {error!r}. Fit the model again.") from error
 

@@ -136,7 +136,7 @@ def save_overlay(path: Path, image: Image.Image, map: npt.NDArray[Any] | Tensor,
     overlay(image, map, scale).save(buffer, "PNG")
     if not path.parent.is_dir():
         ensure_folder(path.parent)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue(), durable=False)  # pictures are many, and made again from the same command
 
 
 def _stretch(map: npt.NDArray[Any] | Tensor, size: tuple[int, int], scale: Scale) -> npt.NDArray[np.float32]:

@@ -12,9 +12,8 @@ from flawsift.types import Ids
 
 
 def save_evidence(evidence: Evidence | None, order: npt.NDArray[np.int64], path: Path) -> None:
-    """Write the file, with the images in the order of `order`, or remove it where there is no evidence."""
+    """Write the file, with the images in the order of `order`, where there is evidence."""
     if evidence is None:
-        path.unlink(missing_ok=True)  # of an earlier screening
         return
     rows = {name: values[order] for name, values in vars(evidence).items() if name != "grid"}
     buffer = io.BytesIO()
@@ -22,25 +21,23 @@ def save_evidence(evidence: Evidence | None, order: npt.NDArray[np.int64], path:
     write_bytes(path, buffer.getvalue())
 
 
-def load_evidence(path: Path, ids: Ids) -> Evidence | None:
-    """From disk, with every id and every place checked: pages look pictures up by them."""
-    if not path.exists():
-        return None
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-        grid, places, n_others = (np.asarray(file[name], np.int64) for name in ("grid", "places", "n_others"))
-        images, image_places = (np.asarray(file[name], np.int64) for name in ("images", "image_places"))
+def load_evidence(data: bytes, name: str, ids: Ids) -> Evidence:
+    """From the content of a file, with every id and every place checked: pages look pictures up by them."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        grid, places, n_others = (np.asarray(file[key], np.int64) for key in ("grid", "places", "n_others"))
+        images, image_places = (np.asarray(file[key], np.int64) for key in ("images", "image_places"))
         distances = np.asarray(file["distances"], np.float32)
     n, k = len(ids), images.shape[-1] if images.ndim else 0
     shapes = [values.shape for values in (grid, places, n_others, images, image_places, distances)]
     if shapes != [(2,), (n,), (n,), (n, k), (n, k), (n, k)]:
-        raise ValueError(f"{path.name} has the shapes {shapes}, {n} images are listed")
+        raise ValueError(f"{name} has the shapes {shapes}, {n} images are listed")
     n_places, is_none = int(grid[0]) * int(grid[1]), images == -1
     if grid.min() < 1 or not _within(places, 0, n_places) or not _within(image_places[~is_none], 0, n_places):
-        raise ValueError(f"{path.name} names a place off the grid")
+        raise ValueError(f"{name} names a place off the grid")
     if not np.isin(images[~is_none], ids).all():
-        raise ValueError(f"{path.name} names an image that is not in the table")
+        raise ValueError(f"{name} names an image that is not in the table")
     if (image_places[is_none] != -1).any() or (np.isfinite(distances) == is_none).any() or n_others.min() < 0:
-        raise ValueError(f"{path.name} does not fit together")
+        raise ValueError(f"{name} does not fit together")
     return Evidence((int(grid[0]), int(grid[1])), places, images, image_places, distances, n_others)
 
 

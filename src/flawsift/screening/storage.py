@@ -1,15 +1,14 @@
 """Screenings on disk: a table that a person can read and edit, arrays, and everything needed to repeat them."""
 
-import csv
 import io
-import itertools
 import json
+import logging
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,56 +16,70 @@ import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
 from flawsift.errors import InputError
-from flawsift.files import ensure_folder, move_aside, write_bytes, write_csv, write_json
+from flawsift.files import DamagedPart, Parts, new_result, settle, write_bytes, write_csv, write_json
 from flawsift.paths import find_name, name_some, show
 from flawsift.screening.consensus import Contamination, keep_lowest
 from flawsift.screening.evidence import load_evidence, save_evidence
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Screening, SubModelScores
+from flawsift.screening.table import is_yes, rows_of, safe_path, table_of
 from flawsift.types import Floats, Ids
 
 CSV, JSON = "screening.csv", "screening.json"
 MAPS, REJECTED, DESCRIPTIONS, EVIDENCE = "maps.npy", "rejected.npy", "descriptions.npy", "evidence.npz"
+ORIGINAL = "screening-original.csv"  # the table as it was written, for that of `CSV` may be edited
+FILES = (CSV, JSON, ORIGINAL, MAPS, REJECTED, DESCRIPTIONS, EVIDENCE)
 ROOT = "images_root"  # in screening.json: the folder that the paths are relative to
 # what the readers raise; an archive whose bits have changed may seem encrypted, which is a RuntimeError
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+log = logging.getLogger("flawsift")
 Kind = TypeVar("Kind", bound=np.generic)
-YES = frozenset({"1", "true", "yes"})  # what counts as kept in an edited table
-NO = frozenset({"0", "false", "no", ""})
 
 
 def save_screening(screening: Screening, folder: str | Path) -> Path:
-    """Write screening.csv, screening.json, maps.npy, rejected.npy, descriptions.npy and evidence.npz.
+    """Write a screening folder: all of its files are new together, or none is.
 
-    Each file is whole or absent; what a screening does not have has no file. An earlier table in which a person has
-    edited what is kept is moved aside, not lost.
+    What a screening does not have has no file. An earlier table in which a person has edited what is kept is moved
+    aside, not lost.
+
+    Raises:
+        OutputError: It cannot be written; the earlier screening is whole.
+    """
+    folder = Path(folder)
+    with new_result(folder, old=FILES, aside=edited_table(folder)) as new:
+        write_files(screening, new)
+    return folder
+
+
+def write_files(screening: Screening, folder: Path) -> None:
+    """Write what a screening folder holds into an empty folder, of `flawsift.files.new_result`.
 
     Arrays have the images in the order of their ids, so that a table which a person has sorted still fits them.
     """
-    folder = ensure_folder(folder)
     order = np.argsort(screening.ids)
     arrays = {MAPS: screening.patch_maps, REJECTED: screening.rejected, DESCRIPTIONS: screening.descriptions}
     for name, values in arrays.items():
-        if values is None:
-            (folder / name).unlink(missing_ok=True)  # of an earlier screening
-        else:
+        if values is not None:
             buffer = io.BytesIO()
             np.save(buffer, values[order], allow_pickle=False)
             write_bytes(folder / name, buffer.getvalue())
     save_evidence(screening.evidence, order, folder / EVIDENCE)
-    if _is_edited(folder):
-        move_aside([folder / CSV], folder, "was edited by hand, and another screening takes its place")
     write_json(folder / JSON, summary_of(screening))
-    write_csv(folder / CSV, *_table(screening))
-    return folder
+    for name in (CSV, ORIGINAL):
+        write_csv(folder / name, *table_of(screening))
+
+
+def edited_table(folder: Path) -> dict[str, str]:
+    """Of a folder where another screening is to be written, what a person has worked in; for `new_result`."""
+    return {CSV: "was edited by hand, and another screening takes its place"} if _is_edited(folder) else {}
 
 
 def _is_edited(folder: Path) -> bool:
     """Whether there is a table that a person has worked in: it keeps others than stage 1 did, or cannot be read now."""
     try:
-        rows, content = _read(folder)
+        rows, content = _read(Parts.of(folder))
         ids = np.array([int(row["id"]) for row in rows], np.int64)
-        removed = ids[[not _truth(row["kept"]) for row in rows]]
+        removed = ids[[not is_yes(row["kept"]) for row in rows]]
         return not np.array_equal(removed, np.sort(_set_aside(rows, content)))
     except OSError:  # there is none
         return False
@@ -94,28 +107,6 @@ def summary_of(screening: Screening) -> dict[str, Any]:
     }
 
 
-def _table(screening: Screening) -> tuple[list[str], list[list[object]]]:
-    sub = screening.submodels
-    n_models = 0 if sub is None else len(sub.score_matrix)
-    columns = ["subset", *(f"score_{m}" for m in range(n_models))] if sub is not None else []
-    grouped = ["group"] if screening.groups else []
-    scores = ["held_out_score", "divergence", "consensus", "defect_probability"]
-    header = ["id", "path", *grouped, *columns, *scores, "kept", "error"]
-    spread = None if sub is None else sub.divergence
-    rows: list[list[object]] = []
-    for p, (id_, kept) in enumerate(zip(screening.ids, screening.is_kept, strict=True)):
-        row: list[object] = [int(id_), screening.names[p]]
-        row += [screening.groups.get(int(id_), "")] if grouped else []
-        if sub is not None:
-            row += [";".join(map(str, sub.subset_of[:, p])), *(f"{s:.7g}" for s in sub.score_matrix[:, p])]
-        row += [f"{screening.held_out_scores[p]:.9g}", "" if spread is None else f"{spread[p]:.9g}"]
-        row += [f"{screening.consensus[p]:.9g}", f"{screening.probability[p]:.9g}"]
-        rows.append([*row, int(kept), ""])
-    blank = [""] * (len(grouped) + len(columns) + len(scores))
-    rows += [["", name, *blank, 0, reason] for name, reason in screening.unreadable.items()]
-    return header, rows
-
-
 def load_screening(folder: str | Path) -> Screening:
     """All of a screening from its folder, with the `kept` column as a person may have edited it, by ascending id.
 
@@ -132,11 +123,12 @@ def load_screening(folder: str | Path) -> Screening:
 
 def _load(folder: Path) -> Screening:
     with _damage_told(folder):
-        rows, content = _read(folder)
+        parts = Parts.of(folder)
+        rows, content = _read(parts)
         if not rows:
             raise ValueError("no scored image")
         ids = np.array([int(row["id"]) for row in rows], np.int64)
-        is_kept = np.array([_truth(row["kept"]) for row in rows])
+        is_kept = np.array([is_yes(row["kept"]) for row in rows])
         consensus = np.array([float(row["consensus"]) for row in rows])
         estimate, options = content.pop("contamination"), content["options"]
         # screenings of earlier versions do not name the screener among the options
@@ -147,7 +139,7 @@ def _load(folder: Path) -> Screening:
         set_aside = _set_aside(rows, content)
         loaded = Screening(
             ids=ids,
-            names=[_safe(row["path"]) for row in rows],
+            names=[safe_path(row["path"]) for row in rows],
             consensus=consensus,
             held_out_scores=np.array([float(row["held_out_score"]) for row in rows]),
             probability=_probability(rows, np.isin(ids, set_aside)),
@@ -156,12 +148,12 @@ def _load(folder: Path) -> Screening:
             options=ScreenOptions(**options),
             seed=seed,
             contamination=_estimate(estimate),
-            patch_maps=_array(folder / MAPS, len(rows), 3, np.float16),
-            rejected=_array(folder / REJECTED, len(rows), 3, np.bool_),
+            patch_maps=_array(parts, MAPS, len(rows), 3, np.float16),
+            rejected=_array(parts, REJECTED, len(rows), 3, np.bool_),
             submodels=_submodels(rows),
-            descriptions=_array(folder / DESCRIPTIONS, len(rows), 2, np.float16),
+            descriptions=_array(parts, DESCRIPTIONS, len(rows), 2, np.float16),
             unreadable=content["unreadable"],
-            evidence=load_evidence(folder / EVIDENCE, ids),
+            evidence=load_evidence(parts.read(EVIDENCE), EVIDENCE, ids) if EVIDENCE in parts else None,
             set_aside=set_aside,
             groups={int(row["id"]): row["group"] for row in rows if row["group"]} if has_groups else {},
             provenance={key: value for key, value in content.items() if key not in known},
@@ -314,6 +306,7 @@ def screening_folder(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     for place in (folder, folder / "screening"):
+        settle(place)
         if (place / CSV).is_file():
             return place
     raise InputError(
@@ -322,14 +315,21 @@ def screening_folder(folder: str | Path) -> Path:
     )
 
 
-def _read(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
-    """Rows of the images that could be read, by id, and screening.json."""
-    # decoded by hand: a text file's line ends are unified, and a name may hold a carriage return
-    rows = list(csv.DictReader(io.StringIO((folder / CSV).read_bytes().decode("utf-8-sig"), newline="")))
-    usable = sorted((row for row in rows if not row["error"]), key=lambda row: int(row["id"]))
-    if twice := [a["path"] for a, b in itertools.pairwise(usable) if a["id"] == b["id"]]:
-        raise ValueError(f"'{twice[0]}' is there twice")
-    return usable, json.loads((folder / JSON).read_text("utf-8"))
+def _read(parts: Parts) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """Rows of the images that could be read, by id, and screening.json.
+
+    Of a table that was edited only the column `kept` counts; numbers, which a spreadsheet may have rounded, are those
+    that were written.
+    """
+    content = json.loads(parts.read(JSON))
+    if parts.digests is None or parts.is_unchanged(CSV):
+        return rows_of((parts.folder / CSV).read_bytes()), content
+    edited, rows = rows_of((parts.folder / CSV).read_bytes()), rows_of(parts.read(ORIGINAL))
+    if [(row["id"], row["path"]) for row in edited] != [(row["id"], row["path"]) for row in rows]:
+        raise DamagedPart(f"{CSV} lists other images than were screened; only its column kept may be edited")
+    if [row.get("group") for row in edited] != [row.get("group") for row in rows]:
+        log.warning("Groups that were edited in '%s' are not used. Give them with --groups.", show(parts.folder / CSV))
+    return [{**row, "kept": other["kept"]} for row, other in zip(rows, edited, strict=True)], content
 
 
 @contextmanager
@@ -338,31 +338,20 @@ def _damage_told(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"'{show(folder)}' is not a screening folder: {error.strerror} ({error.filename}).") from error
+    except DamagedPart as error:
+        raise InputError(
+            f"The screening in '{show(folder)}' is damaged: {error}. Take a copy of it, or screen the folder again."
+        ) from error
     except DAMAGE as error:
         raise InputError(
             f"The screening in '{show(folder)}' is damaged: {error!r}. Screen the folder again."
         ) from error
 
 
-def _safe(name: str) -> str:
-    """A path that stays below its root."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
-        raise ValueError(f"'{name}' leads out of the image folder")
-    return name
-
-
-def _array(path: Path, n: int, n_dims: int, kind: type[Kind]) -> npt.NDArray[Kind] | None:
-    if not path.exists():
+def _array(parts: Parts, name: str, n: int, n_dims: int, kind: type[Kind]) -> npt.NDArray[Kind] | None:
+    if name not in parts:
         return None
-    values = np.load(path, allow_pickle=False)
+    values = np.load(io.BytesIO(parts.read(name)), allow_pickle=False)
     if len(values) != n or values.ndim != n_dims:
-        raise ValueError(f"{path.name} has the shape {values.shape}, {n} images are listed")
+        raise ValueError(f"{name} has the shape {values.shape}, {n} images are listed")
     return np.asarray(values, kind)
-
-
-def _truth(cell: str) -> bool:
-    lowered = cell.strip().lower()
-    if lowered not in YES | NO:
-        raise ValueError(f"kept must be 1 or 0, got '{cell}'")
-    return lowered in YES
