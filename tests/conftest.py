@@ -26,9 +26,7 @@ def pytest_configure() -> None:
     of tests, for minutes. And sums are taken in one order, whatever the machine.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.fsync = lambda _: (
-        None
-    )  # tens of milliseconds each; what a killed process wrote stays without it, in a test as ever
+    os.fsync = lambda _: None  # milliseconds each; what a killed process wrote stays without it
     torch.set_num_threads(1)
     threadpool_limits(1)
 

@@ -153,20 +153,21 @@ def test_a_result_is_old_or_new_wherever_a_run_is_killed(tmp_path: Path, killed_
 
 
 def test_a_reader_that_is_killed_while_it_finishes_a_result(tmp_path: Path, killed_at: Killed) -> None:
-    """From just before the commit on, at any step, and then at any step of who goes on."""
+    """At any step from the commit on, again where the next one comes as far, and then one comes to the end."""
+    ready = tmp_path
     for n in itertools.count():
         ready = old_result(tmp_path / f"{n}")
-        if not killed_at(n, lambda folder=ready: write_result(folder, SECOND)):
+        assert killed_at(n, lambda folder=ready: write_result(folder, SECOND))
+        if (ready / PENDING).is_dir():
             break
-        if not (ready / PENDING).is_dir():
-            continue
-        for m in itertools.count():
-            folder = Path(shutil.copytree(ready, tmp_path / f"{n}-{m}"))
-            if not killed_at(m, lambda folder=folder: settle(folder)):
-                break
-            assert read_result(folder) == SECOND
-            assert (folder / "earlier-1" / "page").read_text() == "of the first"
-            assert (folder / "sub" / "earlier-1" / "edited").read_text() == "by a person"
+    for n in itertools.count():
+        folder = Path(shutil.copytree(ready, tmp_path / f"ready-{n}"))
+        if not killed_at(n, lambda folder=folder: settle(folder)):
+            break
+        killed_at(n, lambda folder=folder: settle(folder))
+        assert read_result(folder) == SECOND
+        assert (folder / "earlier-1" / "page").read_text() == "of the first"
+        assert (folder / "sub" / "earlier-1" / "edited").read_text() == "by a person"
 
 
 def test_a_result_that_fails_keeps_the_old_one(tmp_path: Path) -> None:
