@@ -19,6 +19,10 @@ from flawsift.features.backbones import Backbone
 from flawsift.testing import easy_set, tiny_backbone
 
 
+def _no_sync(fd: object) -> None:
+    """Instead of milliseconds each: what a killed process wrote stays without it, only a power cut would take it."""
+
+
 def pytest_configure() -> None:
     """One thread for torch and BLAS, and for the processes that tests start.
 
@@ -26,7 +30,7 @@ def pytest_configure() -> None:
     of tests, for minutes. And sums are taken in one order, whatever the machine.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.fsync = lambda _: None  # milliseconds each; what a killed process wrote stays without it
+    os.fsync = _no_sync
     torch.set_num_threads(1)
     threadpool_limits(1)
 

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import functools
 import io
 import itertools
 import json
@@ -135,7 +136,7 @@ def test_a_result_is_old_or_new_wherever_a_run_is_killed(tmp_path: Path, killed_
     seen = []
     for n in itertools.count():
         folder = old_result(tmp_path / f"{n}")
-        if not killed_at(n, lambda folder=folder: write_result(folder, SECOND)):
+        if not killed_at(n, functools.partial(write_result, folder, SECOND)):
             break
         copy = Path(shutil.copytree(folder, tmp_path / f"{n}-read"))
         read = read_result(copy)  # a reader finishes it
@@ -157,14 +158,14 @@ def test_a_reader_that_is_killed_while_it_finishes_a_result(tmp_path: Path, kill
     ready = tmp_path
     for n in itertools.count():
         ready = old_result(tmp_path / f"{n}")
-        assert killed_at(n, lambda folder=ready: write_result(folder, SECOND))
+        assert killed_at(n, functools.partial(write_result, ready, SECOND))
         if (ready / PENDING).is_dir():
             break
     for n in itertools.count():
         folder = Path(shutil.copytree(ready, tmp_path / f"ready-{n}"))
-        if not killed_at(n, lambda folder=folder: settle(folder)):
+        if not killed_at(n, functools.partial(settle, folder)):
             break
-        killed_at(n, lambda folder=folder: settle(folder))
+        killed_at(n, functools.partial(settle, folder))
         assert read_result(folder) == SECOND
         assert (folder / "earlier-1" / "page").read_text() == "of the first"
         assert (folder / "sub" / "earlier-1" / "edited").read_text() == "by a person"

@@ -1,10 +1,14 @@
 """A model folder that was used before: nothing passes for a part of the new model, nothing of a person is lost."""
 
 import csv
+import functools
+import itertools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flawsift import pipeline
@@ -14,7 +18,7 @@ from flawsift.features.store import FeatureStore
 from flawsift.files import MANIFEST
 from flawsift.models.model import load_model
 from flawsift.screening.options import ScreenOptions
-from flawsift.screening.storage import load_screening, save_screening, screening_folder
+from flawsift.screening.storage import FILES, load_screening, save_screening, screening_folder
 
 DECIDED = "path,decision,version,time\npart-03.png,remove,1,2024-05-01T10:00:00\n"
 
@@ -124,6 +128,76 @@ def test_a_fit_that_fails_moves_nothing(
     shutil.rmtree(model / ".resume", ignore_errors=True)
     assert visible(model) == before
     assert load_model(model).training["n_kept"] == 40
+
+
+def test_no_two_runs_mix_wherever_a_fit_is_killed(
+    model: Path,
+    easy_folder: Path,
+    tiny: Backbone,
+    store: FeatureStore,
+    killed_at: Callable[[int, Callable[[], object]], bool],
+) -> None:
+    """Model, screening and page are all of the first run or all of the second."""
+
+    def kept_of(folder: Path) -> set[str]:
+        of_model = load_model(folder).training["n_kept"]  # whoever reads first finishes what was ready
+        page = (folder / "report.html").read_text("utf-8")
+        of_page = next(str(n) for n in (40, 35) if f"was trained on {n} of 50" in page)
+        return {of_page, str(of_model), str(len(load_screening(folder / "screening").kept))}
+
+    assert kept_of(model) == {"40"}
+    seen: list[str] = []
+    for n in itertools.count(0, 17):  # of about 120 steps; tests/test_files.py takes every one of a small result
+        folder = Path(shutil.copytree(model, model.with_name(f"m{n}")))
+        again = functools.partial(fit, easy_folder, tiny, store, folder, options=ScreenOptions(keep=0.7))
+        if not killed_at(n, again):
+            break
+        kept = kept_of(folder)
+        assert len(kept) == 1
+        seen += kept
+        assert (folder / "screening" / "decisions.csv").read_text() == DECIDED
+    assert seen == sorted(seen, reverse=True)
+    assert {*seen} == {"40", "35"}
+
+
+def test_a_screening_is_checked_when_it_is_read(other: Path) -> None:
+    for name in sorted(FILES):
+        path = other / name
+        whole = path.read_bytes()
+        at = len(whole) // 2
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        if name == "screening-original.csv":
+            load_screening(other)  # nobody needs it as long as the table is not edited
+            table = other / "screening.csv"
+            table.write_bytes(table.read_bytes().replace(b",1,\n", b",0,\n", 1))
+        if name != "screening.csv":  # see the next test
+            with pytest.raises(InputError, match=f"is damaged: {name}"):
+                load_screening(other)
+        path.write_bytes(whole)
+    (other / "maps.npy").unlink()
+    with pytest.raises(InputError, match=r"maps\.npy is missing"):
+        load_screening(other)
+    (other / MANIFEST).unlink()
+    assert load_screening(other).patch_maps is None, "screenings of earlier versions have no manifest"
+
+
+def test_of_an_edited_table_only_the_kept_column_counts(other: Path) -> None:
+    before = load_screening(other)
+    with (other / "screening.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:  # as a spreadsheet may round them
+        row |= {"consensus": f"{float(row['consensus']):.2f}", "held_out_score": "1", "kept": "yes"}
+    with (other / "screening.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(reversed(rows))
+    after = load_screening(other)
+    assert len(before.kept) < len(after.kept) == 50
+    np.testing.assert_array_equal(after.consensus, before.consensus)
+    np.testing.assert_array_equal(after.held_out_scores, before.held_out_scores)
+    (other / "screening.csv").write_text((other / "screening.csv").read_text().replace("part-03", "part-77"))
+    with pytest.raises(InputError, match=r"screening\.csv lists other images than were screened"):
+        load_screening(other)
 
 
 def test_a_table_that_was_edited_is_not_written_over(

@@ -25,10 +25,10 @@ from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.files import ensure_folder, new_result
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
-from flawsift.models.model import FILES, Model, learned_digests, set_digest, versions
+from flawsift.models.model import FILES, Model, learned_digests, set_digest
 from flawsift.models.plan import TrainingPlan, calibrate, judge, options_for, plan_training
 from flawsift.models.profile import Profile
-from flawsift.models.provenance import is_made_by, provenance_of
+from flawsift.models.provenance import is_made_by, provenance_of, versions
 from flawsift.paths import show
 from flawsift.progress import ProgressOption, as_progress
 from flawsift.reports import calibration

@@ -252,7 +252,12 @@ def test_a_process_compares_each_file_once(
     store, compared = FeatureStore(tmp_path), []
     attach(easy.images, tiny, LAYERS, store=store)
     real = hashlib.file_digest
-    monkeypatch.setattr("hashlib.file_digest", lambda file, kind: compared.append(file.name) or real(file, kind))
+
+    def counted(file: Any, kind: str) -> Any:
+        compared.append(file.name)
+        return real(file, kind)
+
+    monkeypatch.setattr("hashlib.file_digest", counted)
     attach(easy.images, tiny, LAYERS, store=store)
     assert compared == []
     os.utime(next(tmp_path.rglob("stage2.npy")))

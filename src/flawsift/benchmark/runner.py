@@ -37,7 +37,8 @@ from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.files import ensure_folder, write_bytes
-from flawsift.models.model import Model, set_digest, versions
+from flawsift.models.model import Model, set_digest
+from flawsift.models.provenance import versions
 from flawsift.progress import Progress, silent
 from flawsift.types import Ids
 

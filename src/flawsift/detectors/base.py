@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.parts.maps import to_image_grid
-from flawsift.detectors.parts.state import flat, holds_tensors, nested
+from flawsift.detectors.parts.state import check, flat, holds_tensors, nested, shapes_of
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import ModelError, NotFittedError, ParameterError, unknown_name
 from flawsift.features.devices import resolve_device
@@ -86,8 +86,9 @@ class Detector(ABC):
     """Learns normality from unlabelled images. Higher scores are more anomalous.
 
     A score never depends on which other images are scored. All fields are hyper-parameters and survive JSON; the
-    learned state is every attribute whose name ends in an underscore: tensors (on the CPU), {name: tensor}, numbers,
-    texts, lists. Attributes that begin with one are caches (`_cached`): not saved, not pickled, forgotten by a new fit.
+    learned state is every attribute whose name ends in an underscore: tensors (on the CPU, of finite numbers),
+    {name: tensor}, numbers, texts, lists. Attributes that begin with one are caches (`_cached`): not saved, not
+    pickled, forgotten by a new fit.
 
     Attributes:
         layers: Backbone layers to read: exact names, or aliases such as "stride8".
@@ -244,13 +245,14 @@ class Detector(ABC):
         if not self.fitted:
             raise NotFittedError(f"This {type(self).__name__} is not fitted yet; call fit(images) first.")
         state = self.state()
-        tensors = save({k: v.contiguous() for k, v in flat(state).items()})
+        by_name = {k: v.contiguous() for k, v in flat(state).items()}
+        tensors = save(by_name)
         digest = content_digest(tensors)
         file = f"state-{digest[:16]}.safetensors"
         write_bytes(folder / file, tensors)
         plain = {k: v for k, v in state.items() if not holds_tensors(v)}
         content = {"name": self.name, "state_format": self.state_format, "params": self.params(), "state": plain}
-        content |= {"file": file, "sha256": digest}
+        content |= {"file": file, "sha256": digest, "tensors": shapes_of(by_name)}
         write_json(folder / "detector.json", content)
         for old in folder.glob("state-*.safetensors"):
             if old.name != file:
@@ -350,7 +352,9 @@ def load_detector(folder: str | Path, like: Detector | None = None, *, digest: s
         tensors = (folder / content["file"]).read_bytes()
         if content_digest(tensors) != content["sha256"]:
             raise ModelError(f"'{folder / content['file']}' does not match detector.json. Fit the model again.")
-        state = {**content["state"], **nested(load(tensors))}
+        by_name = load(tensors)
+        check(by_name, content.get("tensors"))  # of earlier versions, only that they are numbers
+        state = {**content["state"], **nested(by_name)}
         return detector.with_state(state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"'{folder}' is not a readable detector folder: {error}.") from error

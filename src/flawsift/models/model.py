@@ -7,13 +7,12 @@
 
 import contextlib
 import hashlib
+import inspect
 import itertools
 import json
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from flawsift.files import DamagedPart, Parts, new_result, write_json
 from flawsift.models.calibration import DEFAULT_RATE, Calibration, Threshold
 from flawsift.models.evaluation import MapCollector, measure
 from flawsift.models.notices import Observed
-from flawsift.models.predictions import ImagePrediction, Predictions
+from flawsift.models.predictions import ImagePrediction, Predictions, with_scores
 from flawsift.models.profile import Profile
 from flawsift.paths import show
 from flawsift.progress import Progress, ProgressOption, as_progress, silent
@@ -46,7 +45,6 @@ FILES = (JSON, "detector.json", "state-*.safetensors")  # patterns of what a mod
 LEARNED_DIGITS = 16  # of a digest: 64 bits tell ten million images apart, in a quarter of the room
 LABELLED = "labelled"  # in the record of a training: which labelled images the threshold comes from
 THRESHOLD_KEYS = ("false_alarm_rate", LABELLED)  # of that record: what a later threshold changes
-VERSIONED = ("torch", "timm", "openvino", "numpy", "pillow")  # packages whose version can change a score
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -215,19 +213,22 @@ class Model:
         for piece in stream(images, self.backbone, self.detector.layers, size=size, progress=progress):
             scores: dict[int, float] = {}
             kept: dict[int, npt.NDArray[np.float32]] = {}
+            failed = piece.failed
             if len(piece.data):
-                prediction = self.detector.predict(piece.data, device=device, maps=maps or on_maps is not None)
+                predicted = self.detector.predict(piece.data, device=device, maps=maps or on_maps is not None)
+                prediction, without = with_scores(predicted)
+                failed = {**failed, **without}
                 scores.update(zip(prediction.ids.tolist(), prediction.scores.tolist(), strict=True))
                 if maps and prediction.maps is not None:
                     kept.update(zip(prediction.ids.tolist(), prediction.maps, strict=True))
                 if on_maps is not None:
-                    on_maps(piece.data, prediction)
+                    on_maps(piece.data.select(prediction.ids), prediction)
                 if observed is not None:
                     observed.add(piece.facts, prediction)
             ids, names = piece.images.ids, tuple(piece.images.names)
             values = np.array([scores.get(id_, np.nan) for id_ in ids.tolist()], np.float64)
             calibration, all_maps = self.calibration, kept if maps else None
-            yield Predictions(ids, names, values, piece.failed, threshold, calibration, all_maps)
+            yield Predictions(ids, names, values, failed, threshold, calibration, all_maps)
 
     def __repr__(self) -> str:
         n_kept, n_images = (self.training.get(key, "?") for key in ("n_kept", "n_images"))
@@ -299,15 +300,16 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
     folder = Path(folder)
     with _told_damage(folder):
         content = _content(folder)
-        spec, digest = content["backbone"]["spec"], content["backbone"]["weights_digest"]
-        calibration = Calibration.from_json(content["calibration"])
-        training, told = content["training"], content.get("profile")  # models of before have none
+        spec, digest = content["backbone"]["spec"], str(content["backbone"]["weights_digest"])
+        training, told = dict(content["training"]), content.get("profile")  # models of before have none
+        calibration = _calibration(content)
         profile = None if told is None else Profile.from_json(told)
         known = content.get("learned")
         learned = None if known is None else frozenset(map(str, known))
-        of_detector = content["detector_digest"]
-    detector = load_detector(folder, digest=of_detector)
-    backbone = load_backbone(**{**spec, "runtime": runtime, **({"weights": weights} if weights else {})})
+        detector = load_detector(folder, digest=str(content["detector_digest"]))
+        of_backbone = {**spec, "runtime": runtime, **({"weights": weights} if weights else {})}
+        inspect.signature(load_backbone).bind(**of_backbone)
+    backbone = load_backbone(**of_backbone)
     if backbone.weights_digest != digest:
         raise ModelError(
             f"The model in '{folder}' was fitted with other weights of {backbone.name} "
@@ -324,12 +326,22 @@ def load_calibration(folder: str | Path) -> tuple[Calibration, float]:
     """
     with _told_damage(Path(folder)):
         content = _content(Path(folder))
-        rate = content["training"].get("false_alarm_rate", DEFAULT_RATE)
-        return Calibration.from_json(content["calibration"]), float(rate)
+        return _calibration(content), float(content["training"].get("false_alarm_rate", DEFAULT_RATE))
+
+
+def _calibration(content: Mapping[str, Any]) -> Calibration:
+    """That of model.json, with its rate tried; a score that is no number would put every image below it."""
+    calibration = Calibration.from_json(content["calibration"])
+    if not np.isfinite(calibration.scores).all():
+        raise ValueError("a score of its calibration is no number")
+    calibration.threshold(float(content["training"].get("false_alarm_rate", DEFAULT_RATE)))
+    return calibration
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(Parts.of(folder).read(JSON))
+    content = json.loads(Parts.of(folder).read(JSON))
+    if not isinstance(content, dict) or not isinstance(content["format"], int):
+        raise TypeError("it holds no table with a format")
     if content["format"] > FORMAT:
         raise ModelError(f"'{folder}' was written by flawsift {content['flawsift']}; update flawsift to read it.")
     return content
@@ -346,17 +358,6 @@ def _told_damage(folder: Path) -> Iterator[None]:
         raise ModelError(f"'{folder}' is damaged: {error}. Take a copy of it, or fit the model again.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"'{folder}' holds a damaged model.json: {error!r}. Fit the model again.") from error
-
-
-def versions() -> dict[str, str]:
-    """Versions of what can change a score."""
-    known = {"flawsift": flawsift.__version__, "python": platform.python_version()}
-    for package in VERSIONED:
-        try:
-            known[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            known[package] = "absent"
-    return known
 
 
 def set_digest(images: ImageSet) -> str:

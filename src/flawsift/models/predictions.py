@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
 from flawsift.data.notebook import data_frame, rows_html
+from flawsift.detectors.base import Prediction
 from flawsift.errors import InputError
 from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.notices import RESERVATION, Notice
@@ -59,7 +60,7 @@ class Predictions:
         ids: (N,) global ids of all images.
         names: (N,) relative paths.
         scores: (N,) raw scores, nan for unreadable images.
-        errors: {id: reason} of unreadable images.
+        errors: {id: reason} of unreadable images, and of those that got no number for a score.
         threshold: In force, or None where the model has no calibration.
         calibration: What p-values come from.
         maps: {id: (H, W) float32} on the network's input grid, without unreadable images; None if not asked for.
@@ -160,6 +161,24 @@ class Predictions:
     def _ranked(self, n: int) -> Iterator[ImagePrediction]:
         """The n most anomalous images, unreadable ones last."""
         return (self[position] for position in np.argsort(-self.scores, kind="stable")[:n])
+
+
+def with_scores(prediction: Prediction) -> tuple[Prediction, dict[int, str]]:
+    """The images that got a number for a score, and {id: reason} of the others: below no threshold, they are not good.
+
+    Weights or features that are damaged give such scores.
+    """
+    has_score = np.isfinite(prediction.scores)
+    if has_score.all():
+        return prediction, {}
+    reasons = {
+        int(id_): f"the model gives it the score {score}: its weights, or the image's features, are damaged"
+        for id_, score in zip(prediction.ids[~has_score], prediction.scores[~has_score], strict=True)
+    }
+    maps, medians = (
+        None if values is None else values[has_score] for values in (prediction.maps, prediction.map_medians)
+    )
+    return Prediction(prediction.ids[has_score], prediction.scores[has_score], maps, medians), reasons
 
 
 def _row(one: ImagePrediction) -> dict[str, object]:

@@ -1,11 +1,15 @@
 """What made the scores of a screening or of a model: written down with them, and compared."""
 
+import platform
+from importlib import metadata
 from typing import Any
 
+import flawsift
 from flawsift.detectors.base import Detector
 from flawsift.features.backbones import Backbone
-from flawsift.models.model import versions
 from flawsift.screening.result import Screening
+
+VERSIONED = ("torch", "timm", "openvino", "numpy", "pillow")  # packages whose version can change a score
 
 
 def provenance_of(detector: Detector, backbone: Backbone) -> dict[str, Any]:
@@ -22,3 +26,14 @@ def is_made_by(screening: Screening, detector: Detector, backbone: Backbone) -> 
     mine = provenance_of(detector, backbone)
     keys = (("detector", "name"), ("detector", "params"), ("backbone", "key"), ("backbone", "weights_digest"))
     return all(screening.provenance.get(part, {}).get(key) == mine[part][key] for part, key in keys)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a score."""
+    known = {"flawsift": flawsift.__version__, "python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            known[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            known[package] = "absent"
+    return known
