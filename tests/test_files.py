@@ -95,6 +95,11 @@ def test_content_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pyt
     with new_folder(tmp_path / "result") as folder:
         (folder / "a").write_text("x")
     assert steps == ["sync a", "sync .flawsift", "rename to result", f"sync {tmp_path.name.split('-')[0]}"]
+    steps.clear()
+    write_result(tmp_path / "r", {"a": "x"})
+    ready = steps.index(f"rename to {PENDING}")
+    assert {"sync a", "sync manifest.json", "sync plan.json", "sync new", "sync .flawsift"} <= {*steps[:ready]}
+    assert steps[ready + 1] == "sync r"
 
 
 def test_two_writers_never_share_a_temporary_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +110,10 @@ def test_two_writers_never_share_a_temporary_name(tmp_path: Path, monkeypatch: p
 
 
 Killed = Callable[[int, Callable[[], object]], bool]
-# what a result is made of, by name; "c" is a part of the second one only, and "b" of the first
+# what a result is made of, by name; "c" is a part of the second one only and "b" of the first; where the second one has
+# its page another one lies that is not the first one's
 FIRST = {"a": "first a", "b": "first b", "sub/d": "first d"}
-SECOND = {"a": "second a", "c": "second c", "sub/d": "second d"}
+SECOND = {"a": "second a", "c": "second c", "page": "second page", "sub/d": "second d"}
 
 
 def write_result(folder: Path, files: Mapping[str, str]) -> None:
@@ -142,9 +148,9 @@ def test_a_result_is_old_or_new_wherever_a_run_is_killed(tmp_path: Path, killed_
         read = read_result(copy)  # a reader finishes it
         assert read in (FIRST, SECOND)
         seen.append(read == SECOND)
-        moved = {"page": "earlier-1/page", "sub/edited": "sub/earlier-1/edited"}
-        for old, new in moved.items():
-            assert ((copy / old).exists(), (copy / new).exists()) == ((False, True) if seen[-1] else (True, False))
+        places = [copy / "sub" / "earlier-1" / "edited", copy / "sub" / "edited"]
+        assert [place.exists() for place in places] == [seen[-1], not seen[-1]]
+        assert (copy / "earlier-1" / "page" if seen[-1] else copy / "page").read_text() == "of the first"
         assert (copy / "b").exists() == (not seen[-1]), "no file of another result stays"
         write_result(folder, SECOND)  # and so does the next writer
         assert read_result(folder) == SECOND
