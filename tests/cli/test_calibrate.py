@@ -54,14 +54,14 @@ def test_a_model_is_calibrated(cli: Any, model: Path, labelled: Path, tmp_path: 
     assert {key: new[key] for key in same} == {key: old[key] for key in same}
     code, out, err = cli("predict", model, labelled / "nok" / "scratch" / "part-45.png")
     assert code == 0, err
-    assert "measured on 15 good and 8 defective labelled images" in out
+    assert "by 15 good and 8 defective labelled images" in out
 
 
 def test_in_words_and_without_writing(cli: Any, model: Path, labelled: Path) -> None:
     before = {p.name: p.read_bytes() for p in model.iterdir() if p.is_file()}
     code, out, err = cli("calibrate", model, labelled, "--misses", 0.3, "--dry-run")
     assert code == 0, err
-    assert "measured on 15 good and 8 defective labelled images" in out
+    assert "by 15 good and 8 defective labelled images" in out
     assert "Before: threshold " in out
     assert "Nothing was written." in out
     assert {p.name: p.read_bytes() for p in model.iterdir() if p.is_file()} == before

@@ -235,7 +235,11 @@ def test_kept_defects_are_warned_of_until_a_person_has_seen_them() -> None:
 def test_a_share_that_the_scores_do_not_tell_is_warned_of() -> None:
     table = replace(made(), n_suspects=0, contamination=(0.0, 0.45))
     assert table.warning is not None
-    assert table.warning.startswith("Between 0 and 45 % of the images may be defective: their scores do not tell.")
+    assert table.warning.startswith("Between 0 and 45 % of the training images may be defective: their scores do not")
+    threshold = table.threshold()
+    assert threshold is not None
+    assert threshold.warning == table.warning
+    assert "per 100" not in threshold.promise
     assert replace(table, contamination=(0.1, 0.3)).warning is None
     assert replace(table, contamination=None).warning is None
 
@@ -279,6 +283,8 @@ def test_a_table_survives_the_disk(make: Callable[[], Calibration]) -> None:
         if isinstance(value, np.ndarray):
             assert getattr(read, name).shape == value.shape, name
             np.testing.assert_allclose(getattr(read, name), value, rtol=1e-8, err_msg=name)
+        elif name == "contamination" and value is not None:
+            assert read.contamination == pytest.approx(value, abs=1e-9)
         else:
             assert getattr(read, name) == value, name
     again = Calibration.from_json(read.to_json())
@@ -392,7 +398,7 @@ def test_what_is_measured_is_said_to_be() -> None:
     assert measured is not None
     assert str(measured) == (
         "threshold 28: about 29 false alarms per 100 good parts (between 18 and 41), and 8 of 100 defects missed "
-        "(between 0 and 34), measured on 40 good and 12 defective labelled images"
+        "(between 0 and 34), by 40 good and 12 defective labelled images"
     )
     expected = Calibration.of(range(40)).threshold(0.3)
     assert str(expected).endswith("about 29 false alarms per 100 good parts expected (between 18 and 41)")

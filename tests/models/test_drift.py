@@ -17,6 +17,7 @@ from flawsift.errors import InputError, ModelError, ParameterError
 from flawsift.metrics.shares import CONFIDENCE, share_interval
 from flawsift.models.calibration import Calibration
 from flawsift.models.drift import LEVELS, DayScores, compare_days, drift, read_days
+from flawsift.models.model import model_id
 
 CALIBRATION = Calibration.of(np.random.default_rng(0).normal(20, 1.5, 150).round(6))
 THRESHOLD = CALIBRATION.threshold(0.05)
@@ -87,10 +88,12 @@ def test_a_shift_is_told_in_words() -> None:
     same, high, low = (DayScores(name, scores_of(100, f)) for name, f in (("mon", 1), ("tue", 1.2), ("wed", 0.8)))
     found = compare_days(CALIBRATION, THRESHOLD, [same, high])
     assert re.fullmatch(
-        r"tue: scores rose by \d\d % since training and by 20 % since mon; not explained by chance\.", found.headline
+        r"tue: scores rose by \d\d % since training and by 20 % since mon; not explained by chance\.",
+        found.headline,
     )
     assert re.search(
-        r"fell by \d\d % since training and by 20 % since mon", str(compare_days(CALIBRATION, THRESHOLD, [same, low]))
+        r"fell by \d\d % since training and by 20 % since mon",
+        str(compare_days(CALIBRATION, THRESHOLD, [same, low])),
     )
     assert "rose by 50 % since tue" not in found.headline
     both = compare_days(CALIBRATION, THRESHOLD, [low, same])
@@ -178,8 +181,8 @@ def test_a_bad_table_is_refused(content: bytes, text: str, model: Path, tmp_path
 def test_what_is_no_comparison_is_refused(model: Path, tmp_path: Path) -> None:
     good = write_scores(tmp_path / "day" / "predictions.csv", scores_of(9))
     with pytest.raises(InputError, match="There is no table"):
-        read_days([], CALIBRATION)
-    with pytest.raises(InputError, match="1 files come more than once"):
+        read_days([], CALIBRATION, "")
+    with pytest.raises(InputError, match="1 file comes more than once"):
         drift(model, [good, good.parent])
     with pytest.raises(InputError, match="cannot be read: .*No such file"):
         drift(model, [tmp_path / "missing.csv"])
@@ -201,3 +204,17 @@ def test_tables_of_the_model_itself_are_never_refused(model: Path, tmp_path: Pat
     rows = [[f"{s:.9g}", f"{p:.6g}"] for s, p in zip(at_training, other, strict=True)]
     with pytest.raises(InputError, match="Scores of different models cannot be compared"):
         drift(model, [write(tmp_path / "b.csv", rows, ("score", "p_value"))])
+
+
+def test_tables_name_their_model_whatever_its_threshold(model: Path, tmp_path: Path) -> None:
+    training = json.loads((model / "model.json").read_text("utf-8"))["training"]
+    own = model_id(training)
+    assert model_id({**training, "false_alarm_rate": 0.3, "labelled": {}}) == own
+    scores = [["a.png", "20.5", "0.5", own], ["b.png", "19", "0.9", own]]  # p-values of an earlier calibration
+    named = write(tmp_path / "named.csv", scores, ["path", "score", "p_value", "model"])
+    assert drift(model, [named]).notes == ()
+    other = write(tmp_path / "other.csv", [["a.png", "20.5", "x" * 12]], ["path", "score", "model"])
+    with pytest.raises(InputError, match="of another model, xxxxxxxxxxxx"):
+        drift(model, [named, other])
+    unknown = write(tmp_path / "unknown.csv", [["a.png", "20.5"]])
+    assert drift(model, [unknown, named]).notes == ("unknown does not say which model made it.",)

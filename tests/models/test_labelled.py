@@ -44,7 +44,7 @@ def test_the_threshold_is_that_of_the_labelled_scores(model: Model, easy: Datase
     assert threshold.misses is not None
     assert threshold.misses[0] == (defective <= threshold.value).mean()
     assert (threshold.n_calibration, threshold.n_defective) == (15, 8)
-    assert "measured on 15 good and 8 defective labelled images" in repr(found.model)
+    assert "by 15 good and 8 defective labelled images" in repr(found.model)
     assert found.predictions.threshold == threshold
     assert found.predictions.p_values.min() == 1 / 16
     record = found.model.training["labelled"]
@@ -145,7 +145,7 @@ def test_copies_count_once_and_contradictions_are_refused(model: Model, easy: Da
     found = recalibrate(model, images, truth_of([*labels, 0]))
     assert found.threshold == recalibrate(model, first, truth_of(labels)).threshold
     assert found.notes == ("1 labelled images are copies of others, and count once.",)
-    with pytest.raises(InputError, match=r"1 images are both good and defective: x.png is 30.png"):
+    with pytest.raises(InputError, match=r"1 image is both good and defective: x.png is 30.png"):
         recalibrate(model, images, truth_of([*labels, 1]))
 
 

@@ -106,15 +106,13 @@ def labelled_images(labelled: str, images: Path | None) -> tuple["ImageSet", "Gr
 
 def calibrated_lines(result: "Recalibration") -> list[str]:
     """What is said about a threshold from labelled images."""
-    from flawsift.models.calibration import of_hundred
-
     lines = [f"{result.threshold}.".replace("threshold", "Threshold", 1)]
     if result.before is not None:
-        then = result.at(result.before.value)
-        assert then.misses is not None
+        value, defective = result.before.value, result.truth.labels == 1
+        good, bad = result.scores[~defective], result.scores[defective]
         lines.append(
-            f"Before: threshold {then.value:.4g}, which gives {of_hundred(then.expected_rate)} false alarms and "
-            f"{of_hundred(then.misses[0])} misses per 100 here."
+            f"Before: threshold {value:.4g}, which calls {int((good > value).sum()):,} of these {len(good):,} good "
+            f"images anomalous and misses {int((bad <= value).sum()):,} of the {len(bad):,} defective ones."
         )
     return lines + [f"Note: {note}" for note in result.notes]
 

@@ -259,6 +259,11 @@ def say(as_json: bool, result: dict[str, Any], lines: Sequence[str]) -> None:
     typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
+def warning_lines(threshold: "Threshold | None") -> list[str]:
+    """What a person must know before a threshold is trusted: above everything else."""
+    return [f"WARNING: {threshold.warning}"] if threshold is not None and threshold.warning is not None else []
+
+
 def threshold_lines(threshold: "Threshold | None", *, reservation: str = "") -> list[str]:
     """What is said about a threshold, with what its rate does not hold for."""
     if threshold is None:

@@ -22,6 +22,7 @@ from flawsift.cli.options import (
     shown_progress,
     takes_groups,
     threshold_lines,
+    warning_lines,
 )
 from flawsift.screening.options import ScreenOptions
 
@@ -131,7 +132,7 @@ def fit(
         lines += [f"Report: {result.report}", f"Decide image by image: flawsift review {screening or out}"]
     summary: dict[str, Any] = {"out": str(out), **result.model.training}
     summary |= {"threshold": None if threshold is None else vars(threshold)}
-    summary |= {"warning": result.model.calibration.warning}
+    summary |= {"warning": None if threshold is None else threshold.warning}
     say(as_json, {**summary, "report": None if result.report is None else str(result.report)}, lines)
 
 
@@ -144,8 +145,11 @@ def fitted_lines(result: "FitResult", out: Path) -> list[str]:
     )
     more = f", and {which}" if partly else ""
     name, kept, total = result.model.detector.name, training["n_kept"], training["n_images"]
-    lines = [f"WARNING: {warning}"] if (warning := result.model.calibration.warning) else []
-    lines += [f"Trained {name} on {kept} of {total} images{more}: {out}"]
+    threshold = result.model.threshold()
+    lines = [*warning_lines(threshold), f"Trained {name} on {kept} of {total} images{more}: {out}"]
+    if result.model.calibration.contamination is not None and threshold is not None and threshold.warning is None:
+        low, high = (100 * end for end in result.model.calibration.contamination)
+        lines.append(f"Between {low:.0f} and {high:.0f} % of the images may be defective (9 in 10 likely).")
     if training["n_groups"] is not None:
         lines.append(f"They are in {training['n_groups']} groups; none was judged by images of its own group.")
     if drawn := result.model.detector.n_drawn:
@@ -156,4 +160,4 @@ def fitted_lines(result: "FitResult", out: Path) -> list[str]:
         lines.append(f"Note: {note} Screen the folder again to have them judged.")
     if note := training.get("groups_note"):
         lines.append(f"Note: {note} Screen the folder with --groups to have them judged by these.")
-    return [*lines, *threshold_lines(result.model.threshold())]
+    return [*lines, *threshold_lines(threshold)]

@@ -19,6 +19,7 @@ from flawsift.cli.options import (
     takes_groups,
     tested_images,
     threshold_lines,
+    warning_lines,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def predict(
         "n_anomalous": None if result.is_anomalous is None else int(result.is_anomalous.sum()),
         "n_unreadable": len(result.errors),
         "threshold": None if threshold is None else vars(threshold),
+        "warning": None if threshold is None else threshold.warning,
         "notices": [notice.as_json() for notice in result.notices],
     }
     if out is None:
@@ -73,7 +75,7 @@ def predicted_lines(result: "Predictions", *, one_by_one: bool) -> list[str]:
     from flawsift.models.notices import RESERVATION
     from flawsift.paths import show
 
-    flagged, lines = result.is_anomalous, notice_lines(result)
+    flagged, lines = result.is_anomalous, [*warning_lines(result.threshold), *notice_lines(result)]
     readable = sorted((one for one in result if one.error is None), key=lambda one: -one.score)
     if one_by_one and readable:
         shown = readable[:MAX_SHOWN]
@@ -82,7 +84,9 @@ def predicted_lines(result: "Predictions", *, one_by_one: bool) -> list[str]:
         if more := len(readable) - len(shown):
             lines.append(f"and {more} more, which score lower. Give --out for a table of all.")
     if len(result) > 1 or not one_by_one:
-        counted = f"{int(flagged.sum())} of {len(result)} images are anomalous." if flagged is not None else ""
+        n_flagged = 0 if flagged is None else int(flagged.sum())
+        verb = "is" if n_flagged == 1 else "are"
+        counted = f"{n_flagged} of {len(result)} images {verb} anomalous." if flagged is not None else ""
         lines.append(counted or f"{len(result)} images scored.")
     lines += threshold_lines(result.threshold, reservation=RESERVATION if result.notices else "")
     return lines + [f"Not readable: {show(one.name)}: {one.error}" for one in result if one.error is not None]
@@ -126,7 +130,8 @@ def drift(
         ensure_folder(out)
     found = drifting.drift(model, files, false_alarm_rate=false_alarm_rate)
     summary, lines = found.as_json(), str(found).splitlines()
-    lines += threshold_lines(found.threshold)
+    lines = [*warning_lines(found.threshold), *lines, *threshold_lines(found.threshold)]
+    lines += [f"Note: {note}" for note in found.notes]
     if out is not None:
         page = write_drift_report(found, out)
         summary |= {"out": str(out), "report": str(page)}
@@ -160,7 +165,7 @@ def evaluate(
     write_json(out / "metrics.json", result)
     page = write_evaluation_report(loaded, result, predictions, images, data.truth, out, device=device)
     width = max(map(len, result))
-    lines = notice_lines(predictions)
+    lines = [*warning_lines(predictions.threshold), *notice_lines(predictions)]
     lines += [f"{key:<{width}}  {'-' if value is None else f'{value:.4g}'}" for key, value in result.items()]
     if n := result["n_trained_on"]:
         lines.append(f"Note: the model was trained on {n} of these {len(images)} images. On new ones it is worse.")

@@ -31,6 +31,7 @@ class Threshold:
             labelled ones: expected, lowest and highest likely; None where there may be none.
         n_suspects: At least so many of the images that it rests on look defective. Nothing is promised then.
         n_defective: Number of labelled defective images; 0 where no image is labelled.
+        contamination: As in `Calibration`. Nothing is promised where it says little.
     """
 
     value: float
@@ -41,6 +42,29 @@ class Threshold:
     misses: tuple[float, float, float] | None = None
     n_suspects: int = 0
     n_defective: int = 0
+    contamination: tuple[float, float] | None = None
+
+    @property
+    def warning(self) -> str | None:
+        """What a person must know before the threshold is trusted, or None."""
+        if self.n_suspects:
+            which = "1 image looks" if self.n_suspects == 1 else f"{self.n_suspects:,} images look"
+            return (
+                f"At least {which} defective and still count for the threshold, which may be too high: review the "
+                "highest-ranked ones. Until then no rate of false alarms is promised."
+            )
+        if self._unknown and self.contamination is not None:
+            low, high = (100 * end for end in self.contamination)
+            return (
+                f"Between {low:.0f} and {high:.0f} % of the training images may be defective: their scores do not "
+                "tell. If many are, the threshold is too high and misses defects: review the highest-ranked ones. "
+                "Until then no rate of false alarms is promised."
+            )
+        return None
+
+    @property
+    def _unknown(self) -> bool:
+        return not self.n_defective and self.contamination is not None and says_little(self.contamination)
 
     @property
     def per_hundred(self) -> float:
@@ -57,6 +81,8 @@ class Threshold:
         """What is expected of it, in words: "about 1 false alarm per 100 good parts expected (between 0.3 and 2.5)"."""
         if self.n_suspects:
             return "provisional, since defective images still count for it"
+        if self._unknown:
+            return "provisional, since nothing tells how many of the images that it rests on are defective"
         alarms = of_hundred(self.expected_rate)
         text = f"about {alarms} false {'alarm' if alarms == '1' else 'alarms'} per 100 good parts"
         text += "" if self.n_defective else " expected"
@@ -67,7 +93,7 @@ class Threshold:
             missed, fewest, highest = (100 * share for share in self.misses)
             text += f", and {missed:.0f} of 100 defects missed (between {fewest:.0f} and {highest:.0f})"
         if self.n_defective:
-            text += f", measured on {self.n_calibration:,} good and {self.n_defective:,} defective labelled images"
+            text += f", by {self.n_calibration:,} good and {self.n_defective:,} defective labelled images"
         return text
 
     def __str__(self) -> str:
@@ -183,14 +209,18 @@ class Calibration:
         # chance, on top of what the share of defects leaves open: Clopper & Pearson at both ends
         n = n_good * mixture.n_effective / len(scores)
         ends = share_interval(low * n, n, INTERVAL)[0], share_interval(high * n, n, INTERVAL)[1]
-        misses = mixture.misses(thresholds).T if mixture.interval[0] > 0 else None
+        misses = None
+        if mixture.interval[0] > 0:
+            expected, fewest, most = mixture.misses(thresholds)
+            m = (len(scores) - n_good) * mixture.n_effective / len(scores)
+            misses = np.stack([expected, share_interval(fewest * m, m)[0], share_interval(most * m, m)[1]], axis=1)
         looks = (1 - mixture.least_good) > 0.5  # defective, even if there are as few as the interval allows
         n_suspects = int((looks & kept & (known == UNKNOWN)).sum())
         return cls(
             scores=np.sort(scores[kept]),
             thresholds=thresholds,
             rates=rates,
-            intervals=np.stack(ends, axis=1),
+            intervals=np.stack(ends, axis=1).round(9),
             n_good=round(n_good),
             n_suspects=n_suspects,
             contamination=mixture.interval,
@@ -199,20 +229,9 @@ class Calibration:
 
     @property
     def warning(self) -> str | None:
-        """What a person must know before the threshold is trusted, or None."""
-        if self.n_suspects:
-            which = "1 image looks" if self.n_suspects == 1 else f"{self.n_suspects:,} images look"
-            return (
-                f"At least {which} defective and still count for the threshold, which may be too high: review the "
-                "highest-ranked ones. Until then no rate of false alarms is promised."
-            )
-        if self.contamination is not None and says_little(self.contamination):
-            low, high = (100 * end for end in self.contamination)
-            return (
-                f"Between {low:.0f} and {high:.0f} % of the images may be defective: their scores do not tell. Review "
-                "the highest-ranked ones; the threshold may be too high if many of them are."
-            )
-        return None
+        """`Threshold.warning`, which is the same at any rate."""
+        threshold = self.threshold()
+        return None if threshold is None else threshold.warning
 
     def threshold(self, false_alarm_rate: float = DEFAULT_RATE) -> Threshold | None:
         """The lowest threshold of the table that keeps within the rate, or None without any score.
@@ -240,6 +259,7 @@ class Calibration:
             misses=misses,
             n_suspects=self.n_suspects,
             n_defective=self.n_defective,
+            contamination=self.contamination,
         )
 
     def rate_for_misses(self, misses: float) -> float:
@@ -290,7 +310,8 @@ class Calibration:
             name: np.vectorize(_nine_digits, otypes=[float])(a).tolist() if a.size else [] for name, a in arrays.items()
         }
         counts = {name: getattr(self, name) for name in ("n_good", "n_suspects", "n_defective")}
-        return {**rounded, **counts, "contamination": self.contamination}
+        ends = None if self.contamination is None else [_nine_digits(end) for end in self.contamination]
+        return {**rounded, **counts, "contamination": ends}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any] | Sequence[float]) -> Self:

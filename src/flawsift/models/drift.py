@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from flawsift.types import Floats
 
 PREDICTIONS = "predictions.csv"  # what `flawsift predict --out` writes
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)  # quantiles that are told
+TRAINING = "training"  # its scores are those of the images judged good
 LEAST_CHANGE = 0.001  # of a median, below which no figure is told
 SIGNIFICANCE = 0.05  # a difference at most this likely, for all comparisons together, is not explained by chance
 
@@ -43,7 +44,7 @@ class Comparison:
     """How scores lie to those of earlier images, by the Mann-Whitney test.
 
     Attributes:
-        to: What they are compared with: "training", or the label of the first file.
+        to: What they are compared with: `TRAINING`, or the label of the first file.
         p_value: Probability of a difference so large by chance, times the number of comparisons; at most 1.
         superiority: Chance that a score of these is higher than one of those, ties counted half.
         change: Of the median, as a share of the earlier one; None where one of them is not positive.
@@ -69,9 +70,8 @@ class Comparison:
             return f"no shift since {self.to} that chance does not explain"
         rose = self.superiority > 0.5
         moved = self.change is not None and (self.change > 0) == rose and abs(self.change) >= LEAST_CHANGE
-        return (
-            f"{'rose' if rose else 'fell'}{f' by {100 * abs(self.change or 0):.2g} %' if moved else ''} since {self.to}"
-        )
+        by = f" by {100 * abs(self.change or 0):.2g} %" if moved else ""
+        return f"{'rose' if rose else 'fell'}{by} since {self.to}"
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,16 @@ class Drift:
     """Scores of several files against the training scores and the first file.
 
     Attributes:
-        training: The held-out scores that the threshold comes from.
+        training: The held-out scores that the threshold comes from: those of images judged good.
         days: The files, in the order given.
         threshold: That shares are counted above, or None.
+        notes: What a reader should know besides.
     """
 
     training: DayRow
     days: tuple[DayRow, ...]
     threshold: Threshold | None
+    notes: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
@@ -139,7 +141,7 @@ class Drift:
         last = self.days[-1]
         if not any(day.shifts for day in self.days):
             many = "the file" if len(self.days) == 1 else f"all {len(self.days)} files"
-            return f"The scores of {many} are like those of training, as far as chance can tell."
+            return f"The scores of {many} are like those of {TRAINING}, as far as chance can tell."
         if last.shifts:
             return f"{last.label}: scores {last.shift_text}; not explained by chance."
         shifted = [day.label for day in self.days if day.shifts]
@@ -150,7 +152,7 @@ class Drift:
         days = [{**asdict(day), "shifts": [str(one) for one in day.shifts]} for day in self.days]
         known = {"levels": LEVELS, "confidence": CONFIDENCE, "significance": SIGNIFICANCE, "headline": self.headline}
         threshold = None if self.threshold is None else vars(self.threshold)
-        return {**known, "threshold": threshold, "training": asdict(self.training), "files": days}
+        return {**known, "threshold": threshold, "training": asdict(self.training), "files": days, "notes": self.notes}
 
     def __str__(self) -> str:
         return "\n".join([self.headline, *_lines((self.training, *self.days))])
@@ -159,9 +161,11 @@ class Drift:
 def drift(model: str | Path, files: Sequence[str | Path], *, false_alarm_rate: float | None = None) -> Drift:
     """Compare the scores of several days with the training scores of a model, and with those of the first day.
 
-    Each file is compared with the held-out training scores and with the first file by the Mann-Whitney test, which few
-    defects do not move; p-values are multiplied by the number of comparisons (Bonferroni). Held-out scores of a model
-    that was calibrated by halves lie somewhat above those of new images.
+    The training scores are those of images judged good: a day with as many defects as the training set had lies
+    somewhat above them, and like the first day. Each file is compared with the held-out training scores and with the
+    first file by the Mann-Whitney test, which few defects do not move; p-values are multiplied by the number of
+    comparisons (Bonferroni). Held-out scores of a model that was calibrated by halves lie somewhat above those of new
+    images.
 
     Args:
         model: The folder of the model that scored the images. Only its scores are read.
@@ -174,13 +178,14 @@ def drift(model: str | Path, files: Sequence[str | Path], *, false_alarm_rate: f
             another model.
         ParameterError: The rate is not in (0, 1).
     """
-    calibration, rate = load_calibration(model)
+    calibration, rate, model_id = load_calibration(model)
     threshold = calibration.threshold(rate if false_alarm_rate is None else false_alarm_rate)
     if threshold is None:
         raise InputError(
             f"The model '{show(model)}' has no training scores to compare with: it is of one image or group."
         )
-    return compare_days(calibration, threshold, read_days(files, calibration))
+    days, notes = read_days(files, calibration, model_id)
+    return replace(compare_days(calibration, threshold, days), notes=tuple(notes))
 
 
 def compare_days(calibration: Calibration, threshold: Threshold | None, days: Sequence[DayScores]) -> Drift:
@@ -192,7 +197,7 @@ def compare_days(calibration: Calibration, threshold: Threshold | None, days: Se
         days: In order; one at least.
     """
     n_comparisons = 2 * len(days) - 1
-    training, first = DayScores("training", calibration.scores), days[0]
+    training, first = DayScores(TRAINING, calibration.scores), days[0]
     rows = [
         _row(
             day,
@@ -205,12 +210,15 @@ def compare_days(calibration: Calibration, threshold: Threshold | None, days: Se
     return Drift(_row(training, threshold), tuple(rows), threshold)
 
 
-def read_days(files: Sequence[str | Path], calibration: Calibration) -> list[DayScores]:
-    """The scores of some tables of predictions, labelled by their names or folders.
+def read_days(
+    files: Sequence[str | Path], calibration: Calibration, model_id: str
+) -> tuple[list[DayScores], list[str]]:
+    """The scores of some tables of predictions, labelled by their names or folders, and notes on them.
 
     Args:
         files: Tables, or folders that hold predictions.csv.
-        calibration: Of the model that made them: where a table has p-values, they must be those of its scores.
+        calibration: Of the model that made them: p-values of a table that names no model must be those of its scores.
+        model_id: Of that model, which must be the one that a table names.
 
     Raises:
         InputError: There is none, or one is no such table, is there twice, has no score, or is of another model.
@@ -220,8 +228,17 @@ def read_days(files: Sequence[str | Path], calibration: Calibration) -> list[Day
     paths = [Path(file) / PREDICTIONS if Path(file).is_dir() else Path(file) for file in files]
     real = [path.resolve() for path in paths]
     if twice := [str(path) for k, path in enumerate(paths) if real[k] in real[:k]]:
-        raise InputError(f"{len(twice)} files come more than once: {name_some(twice)}. Give each once.")
-    return [DayScores(label, *_read(path, calibration)) for path, label in zip(paths, labels_of(real), strict=True)]
+        which = "1 file comes" if len(twice) == 1 else f"{len(twice)} files come"
+        raise InputError(f"{which} more than once: {name_some(twice)}. Give each once.")
+    days, unnamed = [], []
+    for path, label in zip(paths, labels_of(real), strict=True):
+        scores, n_unreadable, named = _read(path, calibration, model_id)
+        days.append(DayScores(label, scores, n_unreadable))
+        unnamed += [] if named else [label]
+    if not unnamed:
+        return days, []
+    one = len(unnamed) == 1
+    return days, [f"{name_some(unnamed)} {'does' if one else 'do'} not say which model made {'it' if one else 'them'}."]
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
@@ -241,8 +258,8 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     return [show(path) if labels.count(label) > 1 else label for path, label in zip(paths, labels, strict=True)]
 
 
-def _read(path: Path, calibration: Calibration) -> tuple[Floats, int]:
-    """(n,) scores of one table, and how many images have none."""
+def _read(path: Path, calibration: Calibration, model_id: str) -> tuple[Floats, int, bool]:
+    """(n,) scores of one table, how many images have none, and whether it names the model."""
     where = f"Table of predictions '{show(path)}'"
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -258,9 +275,15 @@ def _read(path: Path, calibration: Calibration) -> tuple[Floats, int]:
     scores = np.array([_number(row, "score", line, where) for line, row in scored])
     if not scored:
         raise InputError(f"{where} has no score: none of its {len(rows)} images could be read. Leave it out.")
-    if "p_value" in rows[0]:
+    models = {(row.get("model") or "").strip() for _, row in scored} - {""}
+    if others := sorted(models - {model_id}):
+        raise InputError(
+            f"{where} is of another model, {show(others[0])}; this one is {model_id}. Scores of different models "
+            "cannot be compared."
+        )
+    if not models and "p_value" in rows[0]:
         _check_model(scored, scores, calibration, where)
-    return scores, len(rows) - len(scored)
+    return scores, len(rows) - len(scored), bool(models)
 
 
 def _number(row: Mapping[str, str | None], column: str, line: int, where: str) -> float:
@@ -338,6 +361,7 @@ def _lines(rows: Sequence[DayRow]) -> Iterator[str]:
         if row.share_above is not None and row.interval is not None:
             text += f"  {percent(row.share_above)} % ({interval_text(row.interval)})"
         text += f"; {row.n_unreadable:,} unreadable" if row.n_unreadable else ""
+        text += "; of the images judged good" if row.versus_training is None else ""
         yield text + (f"; {row.shift_text}" if row.shifts else "")
 
 

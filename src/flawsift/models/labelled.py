@@ -107,6 +107,8 @@ def recalibrate(
     trial.rate_for_misses(0.5 if misses is None else misses)
     given = as_images(images)
     labelled = given.select(given.ids[np.isin(given.ids, truth.ids)])
+    if not len(truth):
+        raise InputError("No image is labelled: nothing says of any whether it is good or defective.")
     if not len(labelled):
         raise InputError(
             f"None of the {len(truth):,} labels is of one of these {len(given):,} images. "
@@ -176,7 +178,8 @@ def _copies(labelled: ImageSet, truth: GroundTruth, digests: Mapping[int, str]) 
     copies = [i for i, digest in digests.items() if first_of.setdefault(digest, i) != i]
     if wrong := [i for i in copies if label_of[i] != label_of[first_of[digests[i]]]]:
         named = (f"{labelled.source.name(i)} is {labelled.source.name(first_of[digests[i]])}" for i in wrong)
-        raise InputError(f"{len(wrong):,} images are both good and defective: {name_some(named)}. Decide which.")
+        which = "1 image is" if len(wrong) == 1 else f"{len(wrong):,} images are"
+        raise InputError(f"{which} both good and defective: {name_some(named)}. Decide which.")
     return copies
 
 
@@ -201,7 +204,8 @@ def _require_both_kinds(truth: GroundTruth, *, n_learned: int, n_unreadable: int
             "of misses. Add defective images, or keep the threshold that `flawsift fit` sets without labels."
         )
     raise InputError(
-        f"None of the {n_defective:,} labelled images{left} is good: false alarms are counted on good images. Add some."
+        f"None of the {n_defective:,} labelled images{left} is good: false alarms are counted on good images. Add "
+        "some, in a folder good/ where these are in folders."
     )
 
 

@@ -69,6 +69,11 @@ class Model:
     learned: frozenset[str] | None = None
 
     @property
+    def id(self) -> str:
+        """Twelve letters that tell it from other models, whatever its threshold."""
+        return model_id(self.training)
+
+    @property
     def rate(self) -> float:
         """The false-alarm rate that it was fitted or calibrated with."""
         return float(self.training.get("false_alarm_rate", DEFAULT_RATE))
@@ -123,6 +128,7 @@ class Model:
             maps={id_: one for part in parts for id_, one in (part.maps or {}).items()} if maps else None,
             images=given if isinstance(given, ImageSet) else None,
             notices=observed.notices(self.profile, self.calibration),
+            model_id=self.id,
         )
 
     def stream(
@@ -318,15 +324,16 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
     return Model(detector, backbone, calibration, training, profile, learned)
 
 
-def load_calibration(folder: str | Path) -> tuple[Calibration, float]:
-    """The held-out scores of a model and the false-alarm rate that it was fitted with, without its networks.
+def load_calibration(folder: str | Path) -> tuple[Calibration, float, str]:
+    """Calibration of a model, the false-alarm rate that it was fitted with, and its `Model.id`, without its networks.
 
     Raises:
         ModelError: The folder is missing, damaged or newer than this version.
     """
     with _told_damage(Path(folder)):
         content = _content(Path(folder))
-        return _calibration(content), float(content["training"].get("false_alarm_rate", DEFAULT_RATE))
+        rate = float(content["training"].get("false_alarm_rate", DEFAULT_RATE))
+        return _calibration(content), rate, model_id(content["training"])
 
 
 def _calibration(content: Mapping[str, Any]) -> Calibration:
@@ -391,6 +398,11 @@ def _fit_record(training: Mapping[str, Any]) -> dict[str, Any]:
     """What is told of a training, less what a later threshold changes, as it is after a save."""
     record: dict[str, Any] = json.loads(json.dumps(dict(training)))
     return {key: value for key, value in record.items() if key not in THRESHOLD_KEYS}
+
+
+def model_id(training: Mapping[str, Any]) -> str:
+    """`Model.id` by what is told of its training."""
+    return content_digest(json.dumps(_fit_record(training), sort_keys=True).encode())[:12]
 
 
 # The methods of `Model` as functions, whose first argument is the model.

@@ -67,6 +67,7 @@ class Predictions:
         images: The images, for pictures in a notebook; None if they came from an iterator.
         notices: How these images differ, as a whole, from those that the model was trained on; empty where they do
             not. The threshold's rate of false alarms does not hold for images that differ.
+        model_id: `Model.id` of the model; "" where it is not known.
     """
 
     ids: Ids
@@ -78,6 +79,7 @@ class Predictions:
     maps: Mapping[int, npt.NDArray[np.float32]] | None = None
     images: ImageSet | None = None
     notices: tuple[Notice, ...] = ()
+    model_id: str = ""
 
     @property
     def is_anomalous(self) -> npt.NDArray[np.bool_] | None:

@@ -115,7 +115,7 @@ def drift_page(drift: Drift) -> str:
         title="Drift report",
         headline=drift.headline,
         explanation=f"{n:,} {plural(n, 'score')} of {len(drift.days)} {plural(len(drift.days), 'file')}, compared with "
-        f"the {drift.training.n:,} held-out scores of the training images.",
+        f"the {drift.training.n:,} held-out scores of the training images that were judged good.",
         sections=SECTIONS,
         ramp="none",  # of heatmaps, which this page has none of
         chart=BandChart.of(drift),

@@ -16,7 +16,7 @@ from flawsift.reports.overlays import Scale, save_overlay
 
 
 def write_predictions(predictions: Predictions, folder: str | Path, truth: GroundTruth | None = None) -> Path:
-    """Write predictions.csv: path, score, is_anomalous, p_value, error; label and defect_type where they are known."""
+    """Write predictions.csv: path, score, is_anomalous, p_value, error, model; label and defect_type where known."""
     flagged, p_values = predictions.is_anomalous, predictions.p_values
     known = {} if truth is None else dict(zip(truth.ids.tolist(), truth.labels.tolist(), strict=True))
     types = {} if truth is None else dict(zip(truth.ids.tolist(), truth.defect_types, strict=True))
@@ -26,6 +26,7 @@ def write_predictions(predictions: Predictions, folder: str | Path, truth: Groun
         "is_anomalous",
         "p_value",
         "error",
+        "model",
         *(["label", "defect_type"] if truth is not None else []),
     ]
     rows: list[list[object]] = []
@@ -34,7 +35,8 @@ def write_predictions(predictions: Predictions, folder: str | Path, truth: Groun
         score = "" if error else f"{predictions.scores[p]:.9g}"
         verdict: object = "" if error or flagged is None else int(flagged[p])
         p_value = "" if error or np.isnan(p_values[p]) else f"{p_values[p]:.6g}"
-        rows.append([name, score, verdict, p_value, error, *([known[id_], types[id_]] if truth is not None else [])])
+        labels = [known[id_], types[id_]] if truth is not None else []
+        rows.append([name, score, verdict, p_value, error, predictions.model_id, *labels])
     path = ensure_folder(folder) / "predictions.csv"
     write_csv(path, header, rows)
     return path
