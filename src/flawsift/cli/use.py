@@ -84,6 +84,7 @@ def predicted_lines(result: "Predictions", *, one_by_one: bool) -> list[str]:
     if len(result) > 1 or not one_by_one:
         counted = f"{int(flagged.sum())} of {len(result)} images are anomalous." if flagged is not None else ""
         lines.append(counted or f"{len(result)} images scored.")
+    lines += [] if result.images is None or result.images.value_range is None else [result.images.value_range.line]
     lines += threshold_lines(result.threshold, reservation=RESERVATION if result.notices else "")
     return lines + [f"Not readable: {show(one.name)}: {one.error}" for one in result if one.error is not None]
 

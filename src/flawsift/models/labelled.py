@@ -112,7 +112,7 @@ def recalibrate(
             f"None of the {len(truth):,} labels is of one of these {len(given):,} images. "
             "Give labelled images, and the labels of these."
         )
-    digests = content_digests(labelled)
+    digests = content_digests(labelled.within(model.value_range))
     learned = model.trained_on(digests)
     copies = _copies(labelled, truth, digests)
     new = labelled.select(labelled.ids[~np.isin(labelled.ids, [*learned.tolist(), *copies])])

@@ -25,6 +25,7 @@ from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import ImageSet
 from flawsift.data.inputs import Images, as_images, is_stream
 from flawsift.data.truth import GroundTruth
+from flawsift.data.values import VALUE_RANGE, ValueRange
 from flawsift.detectors.base import Detector, Prediction, load_detector
 from flawsift.errors import ModelError, ParameterError
 from flawsift.features.backbones import Backbone, load_backbone
@@ -73,6 +74,11 @@ class Model:
         """The false-alarm rate that it was fitted or calibrated with."""
         return float(self.training.get("false_alarm_rate", DEFAULT_RATE))
 
+    @property
+    def value_range(self) -> ValueRange | None:
+        """By which it reads images of more than 8 bits; None where it was trained on none."""
+        return ValueRange.from_json(self.training.get(VALUE_RANGE))
+
     def threshold(self, false_alarm_rate: float | None = None) -> Threshold | None:
         """The threshold at a false-alarm rate; None takes the model's."""
         return self.calibration.threshold(self.rate if false_alarm_rate is None else false_alarm_rate)
@@ -106,7 +112,7 @@ class Model:
             InputError: There are no images, or one is missing.
             NotAnImage: Something else was given, alone or in a list; it is a TypeError too.
         """
-        given = images if is_stream(images) else as_images(images)
+        given = images if is_stream(images) else as_images(images).within(self.value_range)
         threshold, observed = self.threshold(false_alarm_rate), Observed()
         with as_progress(progress) as tell:
             pieces = self._pieces(
@@ -182,7 +188,7 @@ class Model:
         Raises:
             InputError: No image can be read, or an image has no label.
         """
-        chosen = as_images(images)
+        chosen = as_images(images).within(self.value_range)
         maps = MapCollector(truth, exact_pixels, len(chosen)) if truth.select(chosen.ids).has_masks else None
         predictions = self.predict(chosen, device=device, on_maps=maps, progress=progress)
         n_trained_on = None if self.learned is None else len(self.trained_on(content_digests(chosen)))
@@ -210,7 +216,8 @@ class Model:
         observed: Observed | None = None,
     ) -> Iterator[Predictions]:
         """Predictions of one piece after the other, as they are made."""
-        for piece in stream(images, self.backbone, self.detector.layers, size=size, progress=progress):
+        layers, ranged = self.detector.layers, self.value_range
+        for piece in stream(images, self.backbone, layers, size=size, progress=progress, value_range=ranged):
             scores: dict[int, float] = {}
             kept: dict[int, npt.NDArray[np.float32]] = {}
             if len(piece.data):
