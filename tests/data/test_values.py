@@ -41,6 +41,10 @@ def tiff(array: Array, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def png16(array: Array) -> bytes:
+    return bytes(imagecodecs.png_encode(array.astype(np.uint16)))
+
+
 def learned(*arrays: Array) -> ValueRange:
     found = learn_range([Sample.of(array) for array in arrays])
     assert found is not None
@@ -239,7 +243,7 @@ COMPRESSIONS = (None, "zlib", "lzw", "packbits", "zstd")
 @pytest.mark.parametrize("factor", [1, 257])
 def test_tiff_of_either_byte_order_and_any_packing(order: Any, compression: Any, factor: int) -> None:
     options: dict[str, Any] = {"byteorder": order, "compression": compression}
-    dtype = np.uint8 if factor == 1 else np.uint16
+    dtype: Any = np.uint8 if factor == 1 else np.uint16
     one = decode(tiff(grey().astype(dtype) * dtype(factor), photometric="minisblack", **options))
     np.testing.assert_array_equal(np.asarray(one)[..., 0], grey())
     planes = np.moveaxis(colour(), -1, 0).astype(dtype) * dtype(factor)
@@ -259,8 +263,8 @@ def test_white_is_zero_and_ten_bits_of_colour() -> None:
     found = decode(tiff(65535 - grey().astype(np.uint16) * 257, photometric="miniswhite"))
     np.testing.assert_array_equal(np.asarray(found)[..., 0], grey())
     ten = np.rint(colour() / 255 * 1023).astype(np.uint16)
-    for data in (tiff(ten, photometric="rgb"), imagecodecs.png_encode(ten)):
-        np.testing.assert_array_equal(np.asarray(decode(data, ValueRange(0, 1023))), colour())
+    for data in (tiff(ten, photometric="rgb"), png16(ten)):
+        np.testing.assert_array_equal(np.asarray(decode(bytes(data), ValueRange(0, 1023))), colour())
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -287,7 +291,7 @@ FIVE = np.dstack([colour(), colour()])[..., :5].astype(np.uint16)
         (tiff(grey().astype(np.uint16))[:100], "damaged or truncated"),
         (tiff(grey().astype(np.uint16))[:-10], "damaged or truncated: .* bytes, the pixels end at"),
         (tiff(colour().astype(np.uint16), compression="lzw", photometric="rgb")[:2000], "damaged or truncated"),
-        (imagecodecs.png_encode(colour().astype(np.uint16))[:900], "damaged or truncated"),
+        (png16(colour().astype(np.uint16))[:900], "damaged or truncated"),
         (tiff(FIVE, photometric="minisblack", planarconfig="contig"), "5 channels"),
         (tiff(FIVE.astype(np.uint8), photometric="minisblack", planarconfig="contig"), "5 channels"),
         (
@@ -307,7 +311,7 @@ def test_what_cannot_be_read_has_a_reason(data: bytes, reason: str) -> None:
 
 def test_bombs_of_many_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     deep = np.zeros((1200, 2000), np.uint16)
-    files = [tiff(deep), imagecodecs.png_encode(np.dstack([deep] * 3))]
+    files = [tiff(deep), png16(np.dstack([deep] * 3))]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
     for data in files:
         with pytest.raises(UnreadableImage, match="more than 2 megapixels"):
@@ -332,7 +336,7 @@ def with_opacity(opacity: int) -> Image.Image:
         lambda p: pillow(p, "TIFF"),
         lambda p: pillow(p, "WEBP", lossless=True, exact=True),
         lambda p: tiff(np.asarray(p).astype(np.uint16) * 257, photometric="rgb", extrasamples=["unassalpha"]),
-        lambda p: imagecodecs.png_encode(np.asarray(p).astype(np.uint16) * 257),
+        lambda p: png16(np.asarray(p).astype(np.uint16) * 257),
     ],
 )
 def test_an_opacity_that_says_nothing_is_left_out(write: Callable[[Image.Image], bytes], opacity: int) -> None:
@@ -354,7 +358,7 @@ def test_opacity_that_differs_is_laid_on_black_whatever_the_bits() -> None:
     expected = np.where(opacity[..., None] > 0, colour(), 0)
     for data in (
         tiff(array.astype(np.uint16) * 257, photometric="rgb", extrasamples=["unassalpha"]),
-        imagecodecs.png_encode(array.astype(np.uint16) * 257),
+        png16(array.astype(np.uint16) * 257),
         pillow(Image.fromarray(array), "PNG"),
     ):
         np.testing.assert_array_equal(np.asarray(decode(data)), expected)

@@ -156,8 +156,10 @@ def _pages(items: Sequence[OneImage]) -> list[OneImage]:
     """The items, with each page of a TIFF of several in its place."""
     paged: list[OneImage] = []
     for item in items:
-        is_file = isinstance(item, str | os.PathLike)
-        paged += with_pages(Path(), [os.fspath(_absolute(item))]) if is_file else [item]
+        if isinstance(item, str | os.PathLike):
+            paged += with_pages(Path(), [os.fspath(_absolute(item))])
+        else:
+            paged.append(item)
     return paged
 
 

@@ -84,7 +84,7 @@ def read(data: bytes, page: int | None) -> tuple[int, npt.NDArray[Any] | None, s
     """
     with _opened(io.BytesIO(data)) as opened:
         at = _pictures(opened)[0] if page is None else page
-        chosen = opened.pages[at]
+        chosen: Any = opened.pages[at]
         kind, is_deep = chosen.photometric, chosen.bitspersample > 8 or chosen.dtype not in (np.uint8, np.bool_)
         if kind in SENSOR or DNG_VERSION in opened.pages[0].tags:
             raise UnreadableImage(RAW)
@@ -112,7 +112,7 @@ def read(data: bytes, page: int | None) -> tuple[int, npt.NDArray[Any] | None, s
 def size_of(data: bytes, page: int | None) -> tuple[int, int]:
     """(width, height) of a page upright."""
     with _opened(io.BytesIO(data)) as opened:
-        chosen = opened.pages[_pictures(opened)[0] if page is None else page]
+        chosen: Any = opened.pages[_pictures(opened)[0] if page is None else page]
         width, height = int(chosen.imagewidth), int(chosen.imagelength)
         return (height, width) if _orientation(chosen) in range(5, 9) else (width, height)
 
@@ -129,7 +129,7 @@ def _opened(file: BinaryIO) -> Iterator["tifffile.TiffFile"]:
 
 
 def _pictures(opened: "tifffile.TiffFile") -> list[int]:
-    pages = [opened.pages[at] for at in range(len(opened.pages))]
+    pages: list[Any] = [opened.pages[at] for at in range(len(opened.pages))]
     wanted = [at for at, page in enumerate(pages) if not int(page.subfiletype) & (REDUCED | MASK)]
     return wanted or [0]
 

@@ -24,6 +24,7 @@ import flawsift
 from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import ImageSet
 from flawsift.data.inputs import Images, as_images, is_stream
+from flawsift.data.mask_checks import usable_masks
 from flawsift.data.truth import GroundTruth
 from flawsift.data.values import VALUE_RANGE, ValueRange
 from flawsift.detectors.base import Detector, Prediction, load_detector
@@ -189,7 +190,8 @@ class Model:
             InputError: No image can be read, or an image has no label.
         """
         chosen = as_images(images).within(self.value_range)
-        maps = MapCollector(truth, exact_pixels, len(chosen)) if truth.select(chosen.ids).has_masks else None
+        truth = usable_masks(truth.select(chosen.ids), chosen)
+        maps = MapCollector(truth, exact_pixels, len(chosen)) if truth.has_masks else None
         predictions = self.predict(chosen, device=device, on_maps=maps, progress=progress)
         n_trained_on = None if self.learned is None else len(self.trained_on(content_digests(chosen)))
         return {**measure(predictions, truth, maps), "n_trained_on": n_trained_on}, predictions
