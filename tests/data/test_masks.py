@@ -1,5 +1,6 @@
 """Masks are read as images are, and one that is bad or missing is told and hides nothing of the others."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -149,7 +150,7 @@ def test_one_bad_mask_is_named_and_hides_nothing(kind: str, tmp_path: Path, capl
     usable = usable_masks(truth, images)
     assert sorted(usable.masks) == [1, 3]
     assert "1 of 3 defective images are left out of the pixel metrics" in caplog.text
-    assert __import__("re").search(text, caplog.text)
+    assert re.search(text, caplog.text)
     maps = [np.random.default_rng(i).random(SHAPE) + spot() for i in range(4)]
     result = evaluate(usable.ids, [0.0, 1, 2, 3], usable, maps)
     without = [0, 1, 3]

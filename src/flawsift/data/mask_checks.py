@@ -1,7 +1,7 @@
 """Masks against the images that they belong to: brought to how an image is read, or left out with a reason."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +24,10 @@ SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 class _Seen(NamedTuple):
     """What one mask is like."""
 
-    size: tuple[int, int]  # (width, height)
-    covered: float
+    covered: float  # share of the image
+    orientation: int  # of the image, by EXIF
+    fits_upright: bool
+    fits_stored: bool  # has the shape of the pixels before they are turned
 
 
 def usable_masks(truth: GroundTruth, images: ImageSet) -> GroundTruth:
@@ -42,61 +44,58 @@ def usable_masks(truth: GroundTruth, images: ImageSet) -> GroundTruth:
     anomalous = truth.ids[(truth.labels == 1) & np.isin(truth.ids, images.ids)].tolist()
     if not any(i in truth.masks for i in anomalous):
         return truth
-    problems = {i: "no mask" for i in anomalous if i not in truth.masks}
-    stored, upright, large = [], [], []
-    unsure: dict[int, int] = {}
+    problems: dict[int, str] = {}
+    seen: dict[int, _Seen] = {}
     for id_ in anomalous:
-        if id_ in problems:
-            continue
         try:
-            seen, size = _look(truth, id_), images.source.size(id_)
+            seen[id_] = _look(truth, images, id_)
         except UnreadableImage:
             continue  # the image counts as unreadable
         except InputError as error:
             problems[id_] = str(error)
-            continue
-        orientation = 1 if isinstance(truth.masks[id_], np.ndarray) else _orientation(images, id_)
-        turned = size[::-1] if orientation in SIDEWAYS else size
-        fits, fits_stored = _fit(seen.size, size), _fit(seen.size, turned)
-        if not seen.covered:
-            problems[id_] = f"{_name(truth, id_)} is blank"
-        elif not fits and not fits_stored:
-            problems[id_] = f"{_name(truth, id_)} is {_text(seen.size)}, the image {_text(size)}"
-        elif orientation != 1:
-            (unsure.update({id_: orientation}) if fits and fits_stored else (upright if fits else stored).append(id_))
-        if seen.covered > MOST and id_ not in problems:
-            large.append(f"{_name(truth, id_)} ({100 * seen.covered:.0f} %)")
-    turns = {i: _orientation(images, i) for i in stored}
-    if stored and not upright:  # whoever drew these masks drew the others the same way
-        turns |= unsure
-    elif unsure and not upright:
-        names = name_some(images.source.name(i) for i in unsure)
-        log.warning(
-            "%d images are turned by EXIF, and their masks would fit either way: %s. They are taken as drawn on the "
-            "upright image.",
-            len(unsure),
-            names,
-        )
     if problems:
-        told = name_some(f"{images.source.name(i)} ({reason})" for i, reason in sorted(problems.items()))
-        log.warning(
-            "%d of %d defective images are left out of the pixel metrics, for want of a usable mask: %s.",
-            len(problems),
-            len(anomalous),
-            told,
-        )
-    if large:
+        told = name_some(f"{images.source.name(i)} ({reason})" for i, reason in problems.items())
+        what = "%d of %d defective images are left out of the pixel metrics, for want of a usable mask: %s."
+        log.warning(what, len(problems), len(anomalous), told)
+    if large := [f"{_name(truth, i)} ({100 * one.covered:.0f} %)" for i, one in seen.items() if one.covered > MOST]:
         log.warning("%d masks cover most of their image; are they inverted? %s.", len(large), name_some(large))
     masks = {i: mask for i, mask in truth.masks.items() if i not in problems}
-    return replace(truth, masks=masks, turned={**truth.turned, **turns})
+    return replace(truth, masks=masks, turned={**truth.turned, **_turns(seen, images)})
 
 
-def _look(truth: GroundTruth, id_: int) -> _Seen:
-    source = truth.masks[id_]
+def _turns(seen: Mapping[int, _Seen], images: ImageSet) -> dict[int, int]:
+    """By which orientation masks are turned with their images."""
+    of_turned = {i: one for i, one in seen.items() if one.orientation != 1}
+    stored = {i: one.orientation for i, one in of_turned.items() if not one.fits_upright}
+    unsure = {i: one.orientation for i, one in of_turned.items() if one.fits_upright and one.fits_stored}
+    if len(stored) + len(unsure) < len(of_turned):  # some are upright for sure: whoever drew them drew the others so
+        return stored
+    if unsure and not stored:
+        names = name_some(images.source.name(i) for i in unsure)
+        what = "%d images are turned by EXIF, and their masks would fit either way: %s. They are taken as upright."
+        log.warning(what, len(unsure), names)
+        return {}
+    return stored | unsure
+
+
+def _look(truth: GroundTruth, images: ImageSet, id_: int) -> _Seen:
+    """Raises InputError, with a reason, where the mask cannot be used."""
+    source = truth.masks.get(id_)
+    if source is None:
+        raise InputError("no mask")
+    in_memory = isinstance(source, np.ndarray)
     mask = np.asarray(source) != 0 if isinstance(source, np.ndarray) else read_mask(_files(source))
     if mask.ndim != 2 or not mask.size:
         raise InputError(f"its mask has the shape {mask.shape}")
-    return _Seen((mask.shape[1], mask.shape[0]), float(mask.mean()))
+    if not mask.any():
+        raise InputError(f"{_name(truth, id_)} is blank")
+    size, of_mask = images.source.size(id_), (mask.shape[1], mask.shape[0])
+    orientation = 1 if in_memory else _orientation(images, id_)
+    stored = size[::-1] if orientation in SIDEWAYS else size
+    seen = _Seen(float(mask.mean()), orientation, _fit(of_mask, size), _fit(of_mask, stored))
+    if not (seen.fits_upright or seen.fits_stored):
+        raise InputError(f"{_name(truth, id_)} is {_text(of_mask)}, the image {_text(size)}")
+    return seen
 
 
 def _files(source: Path | Sequence[Path]) -> Sequence[Path]:
