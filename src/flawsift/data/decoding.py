@@ -161,7 +161,7 @@ def orientation_of(data: bytes) -> int:
     """How a file says that it is to be turned, from 1 (not at all) to 8; 1 where that cannot be read."""
     try:
         with _reasons(), Image.open(io.BytesIO(data)) as opened:
-            return int(opened.getexif().get(ORIENTATION, 1))
+            return _orientation(opened)
     except UnreadableImage:
         return 1
 
@@ -299,7 +299,7 @@ def _deep_png(data: bytes) -> Deep:
         opened.verify()  # checksums, which the other reader does not look at
     with Image.open(io.BytesIO(data)) as opened:
         Image._decompression_bomb_check(opened.size)
-        orientation, mode = int(opened.getexif().get(ORIENTATION, 1)), opened.mode
+        orientation, mode = _orientation(opened), opened.mode
     array = tiff.turned(imagecodecs.png_decode(data), orientation)
     kind = "16-bit grey" if array.ndim == 2 or array.shape[2] < 3 else "16-bit colour"
     kind += " with opacity" if mode in WITH_OPACITY else ""
@@ -320,9 +320,13 @@ def _heic(data: bytes) -> Image.Image:
     return image
 
 
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(ORIENTATION)
+    return value if isinstance(value, int) else 1  # damaged EXIF may hold anything
+
+
 def _size(image: Image.Image) -> tuple[int, int]:
-    is_turned = image.getexif().get(ORIENTATION) in range(5, 9)
-    return (image.height, image.width) if is_turned else image.size
+    return (image.height, image.width) if _orientation(image) in range(5, 9) else image.size
 
 
 def to_pixels(image: Image.Image, size: int) -> Tensor:

@@ -1,9 +1,8 @@
 """Masks against the images that they belong to: brought to how an image is read, or left out with a reason."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from flawsift.data.decoding import UnreadableImage, orientation_of
 from flawsift.data.images import FileSource, ImageSet, MixedSource
 from flawsift.data.masks import read_mask
-from flawsift.data.truth import GroundTruth
+from flawsift.data.truth import GroundTruth, files_of
 from flawsift.errors import InputError
 from flawsift.paths import name_some, show
 
@@ -84,7 +83,7 @@ def _look(truth: GroundTruth, images: ImageSet, id_: int) -> _Seen:
     if source is None:
         raise InputError("no mask")
     in_memory = isinstance(source, np.ndarray)
-    mask = np.asarray(source) != 0 if isinstance(source, np.ndarray) else read_mask(_files(source))
+    mask = np.asarray(source) != 0 if isinstance(source, np.ndarray) else read_mask(files_of(source))
     if mask.ndim != 2 or not mask.size:
         raise InputError(f"its mask has the shape {mask.shape}")
     if not mask.any():
@@ -98,13 +97,9 @@ def _look(truth: GroundTruth, images: ImageSet, id_: int) -> _Seen:
     return seen
 
 
-def _files(source: Path | Sequence[Path]) -> Sequence[Path]:
-    return [source] if isinstance(source, Path) else source
-
-
 def _name(truth: GroundTruth, id_: int) -> str:
     source = truth.masks[id_]
-    return "its mask" if isinstance(source, np.ndarray) else f"its mask {show(_files(source)[0])}"
+    return "its mask" if isinstance(source, np.ndarray) else f"its mask {show(files_of(source)[0])}"
 
 
 def _orientation(images: ImageSet, id_: int) -> int:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from flawsift.data import tiff
-from flawsift.data.decoding import UnreadableImage, deep_of
+from flawsift.data.decoding import deep_of
 from flawsift.errors import InputError, one_line
 from flawsift.paths import file_and_page, show
 
@@ -50,7 +50,7 @@ def _read(path: Path) -> NDArray[np.bool_]:
             if page:
                 opened.seek(page)
             is_lossy, image = opened.format in LOSSY, ImageOps.exif_transpose(opened)
-    except (*tiff.DAMAGE, UnreadableImage) as error:
+    except tiff.UNREADABLE as error:
         raise InputError(f"The mask {show(path)} cannot be read: {one_line(error)}. Check the file.") from error
     opacity = None
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):

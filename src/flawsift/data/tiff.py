@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # of either byte order; + is of files over 4 GB
 ENDINGS = (".tif", ".tiff", ".btf", ".tf8")
 # What readers raise on damaged files.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
+DAMAGE: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError)
+DAMAGE += (AttributeError, ArithmeticError)
 DAMAGE += (MemoryError, RuntimeError, AssertionError, struct.error, zlib.error)
+UNREADABLE = (*DAMAGE, UnreadableImage)
 REDUCED, MASK = 1, 4  # bits of NewSubfileType: a thumbnail, and a mask of another page
 DNG_VERSION, ORIENTATION = 50706, 274  # tags
 SENSOR = (32803, 34892)  # kinds of pixels that are not developed yet: of a colour filter array, and linear raw
@@ -64,7 +66,7 @@ def pages_of(path: Path) -> list[int]:
             file.seek(0)
             with _opened(file) as opened:
                 return _pictures(opened)
-    except (*DAMAGE, UnreadableImage):
+    except UNREADABLE:
         return [0]
 
 
@@ -86,7 +88,8 @@ def read(data: bytes, page: int | None) -> tuple[int, npt.NDArray[Any] | None, s
         at = _pictures(opened)[0] if page is None else page
         chosen: Any = opened.pages[at]
         kind, is_deep = chosen.photometric, chosen.bitspersample > 8 or chosen.dtype not in (np.uint8, np.bool_)
-        if kind in SENSOR or DNG_VERSION in opened.pages[0].tags:
+        first: Any = opened.pages[0]
+        if kind in SENSOR or DNG_VERSION in first.tags:
             raise UnreadableImage(RAW)
         if not is_deep and _has_unused_opacity(chosen):  # its colours are multiplied by it: Pillow would lose them
             return at, turned(_checked(chosen)[..., :3], _orientation(chosen)), "TIFF colour with opacity"

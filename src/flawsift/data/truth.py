@@ -93,7 +93,7 @@ class GroundTruth:
         else:
             from flawsift.data.masks import read_mask  # it reads images, which is slow to import
 
-            mask = read_mask([source] if isinstance(source, Path) else source, self.turned.get(image_id, 1))
+            mask = read_mask(files_of(source), self.turned.get(image_id, 1))
         if mask.ndim != 2 or mask.size == 0:
             raise InputError(f"The mask of image {image_id} has shape {mask.shape}; give (H, W).")
         return _resize_rows(_resize_rows(mask, shape[0]).T, shape[1]).T
@@ -112,6 +112,11 @@ def _resize_rows(mask: NDArray[np.bool_], size: int) -> NDArray[np.bool_]:
     target = (2 * np.arange(rows) + 1) * size // (2 * rows)  # each target row gets at least one source row
     smaller: NDArray[np.bool_] = np.logical_or.reduceat(mask, np.searchsorted(target, np.arange(size)), axis=0)
     return smaller
+
+
+def files_of(mask: Path | Sequence[Path]) -> Sequence[Path]:
+    """The files of a mask of one file or of several."""
+    return [mask] if isinstance(mask, Path) else mask
 
 
 def checked_labels(labels: ArrayLike) -> NDArray[np.int8]:

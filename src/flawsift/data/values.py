@@ -74,7 +74,8 @@ class ValueRange:
         """Any numbers as 0 to 255, of the same shape."""
         with np.errstate(over="ignore", invalid="ignore"):
             scaled = np.rint((values.astype(np.float64) - self.low) / (self.high - self.low) * 255)
-        return np.clip(np.nan_to_num(scaled, nan=0.0), 0, 255).astype(np.uint8)
+        greys: npt.NDArray[np.uint8] = np.clip(np.nan_to_num(scaled, nan=0.0), 0, 255).astype(np.uint8)
+        return greys
 
 
 def kept(value_range: ValueRange | None) -> dict[str, list[float]]:

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from scipy import ndimage
 
 from flawsift import __version__
+from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.errors import OutputError, ParameterError, unknown_name
 from flawsift.files import ensure_folder, write_csv, write_json, write_text
@@ -29,8 +28,6 @@ from flawsift.screening.result import Screening
 
 STATUS = ("removed", "kept")  # by whether an image is kept
 REGION = "suspect region"
-ORIENTATION = 0x0112  # the EXIF tag
-TURNED = range(5, 9)  # its values that swap width and height
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +55,13 @@ class _Export:
 
     screening: Screening
     images: list[_Image]
-    root: Path  # the images' folder
+    source: FileSource  # of the images
     folder: Path  # of the export
     link: bool
+
+    @property
+    def root(self) -> Path:
+        return self.source.root
 
 
 def export(
@@ -110,7 +111,7 @@ def export(
         scores = float(screening.consensus[p]), float(screening.held_out_scores[p])
         decision = (choices or {}).get(name, "")
         listed.append(_Image(id_, name, source.path(id_), bool(is_kept[p]), decision, rank[id_], *scores, p))
-    missing = FORMATS[to](_Export(screening, listed, source.root, ensure_folder(out), link))
+    missing = FORMATS[to](_Export(screening, listed, source, ensure_folder(out), link))
     return {"kept": int(is_kept.sum()), "removed": int((~is_kept).sum()), "missing": missing}
 
 
@@ -118,16 +119,18 @@ def _folder(job: _Export) -> int:
     missing = 0
     for status in STATUS:
         (job.folder / status).mkdir()
-    for image in job.images:
-        target = job.folder / image.status / image.path.relative_to(job.root)
+    status_of = {image.path: STATUS[True] for image in job.images}
+    status_of |= {image.path: image.status for image in job.images if not image.is_kept}  # as one of its pages is
+    for path, status in status_of.items():
+        target = job.folder / status / path.relative_to(job.root)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if not image.path.exists():
+            if not path.exists():
                 missing += 1
             elif job.link:
-                target.symlink_to(os.path.abspath(image.path))
+                target.symlink_to(os.path.abspath(path))
             else:
-                shutil.copy2(image.path, target)
+                shutil.copy2(path, target)
         except OSError as error:
             raise OutputError(f"Cannot write '{show(target)}': {error.strerror or error}.") from error
     return missing
@@ -150,7 +153,7 @@ def _coco(job: _Export) -> int:
     annotations: list[dict[str, Any]] = []
     missing = 0
     for image in job.images:
-        size = _size(image.path)
+        size = _size(job, image)
         if size is None:
             missing += 1
             continue
@@ -206,7 +209,7 @@ def _labelstudio(job: _Export) -> int:
         address = f"/data/local-files/?d={quote(os.fsencode(f'{folder}/{below}'))}"
         data = {"image": address, "path": image.name, "consensus": image.consensus, "rank": image.rank}
         result = [_choice(f"{image.id}-screening", STATUS[bool(is_kept[image.position])])]
-        size = None if image.is_kept else _size(image.path)
+        size = None if image.is_kept else _size(job, image)
         if size is not None:
             for b, box in enumerate(_boxes(job.screening, scale, image.position, size)):
                 result.append(_rectangle(f"{image.id}-region-{b}", box, size))
@@ -265,15 +268,11 @@ def _boxes(screening: Screening, scale: Scale | None, position: int, size: tuple
     return boxes or whole
 
 
-def _size(path: Path) -> tuple[int, int] | None:
+def _size(job: _Export, image: _Image) -> tuple[int, int] | None:
     """(width, height) of a picture upright, from its head; None where it cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF, as in decoding
-            with Image.open(path) as opened:
-                is_turned = opened.getexif().get(ORIENTATION) in TURNED
-                return (opened.height, opened.width) if is_turned else opened.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return job.source.size(image.id)
+    except UnreadableImage:
         return None
 
 
