@@ -182,6 +182,18 @@ def test_a_mask_that_covers_most_is_used_and_told(
     assert "big.png (" in caplog.text
 
 
+def test_a_mask_without_black_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = pictures(tmp_path)
+    usable = usable_masks(
+        truth_of({1: write(tmp_path / "grey.png", ARRAYS["background 1"]), 2: spot(), 3: spot()}), images
+    )
+    assert "1 masks have no black pixel; their smallest value is taken for the background: its mask" in caplog.text
+    assert "grey.png" in caplog.text
+    mask = usable.mask(1, SHAPE)
+    assert mask is not None
+    np.testing.assert_array_equal(mask, spot())
+
+
 def test_masks_of_another_size_fit_and_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = pictures(tmp_path)
     half, double = spot()[::2, ::2], np.kron(spot(), np.ones((3, 3), bool))

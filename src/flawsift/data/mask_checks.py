@@ -9,7 +9,7 @@ import numpy as np
 
 from flawsift.data.decoding import UnreadableImage, orientation_of
 from flawsift.data.images import FileSource, ImageSet, MixedSource
-from flawsift.data.masks import read_mask
+from flawsift.data.masks import MaskFile, open_masks
 from flawsift.data.truth import GroundTruth, files_of
 from flawsift.errors import InputError
 from flawsift.paths import name_some, show
@@ -24,6 +24,7 @@ class _Seen(NamedTuple):
     """What one mask is like."""
 
     covered: float  # share of the image
+    has_black: bool
     orientation: int  # of the image, by EXIF
     fits_upright: bool
     fits_stored: bool  # has the shape of the pixels before they are turned
@@ -58,6 +59,9 @@ def usable_masks(truth: GroundTruth, images: ImageSet) -> GroundTruth:
         log.warning(what, len(problems), len(anomalous), told)
     if large := [f"{_name(truth, i)} ({100 * one.covered:.0f} %)" for i, one in seen.items() if one.covered > MOST]:
         log.warning("%d masks cover most of their image; are they inverted? %s.", len(large), name_some(large))
+    if grey := [_name(truth, i) for i, one in seen.items() if not one.has_black]:
+        what = "%d masks have no black pixel; their smallest value is taken for the background: %s."
+        log.warning(what, len(grey), name_some(grey))
     masks = {i: mask for i, mask in truth.masks.items() if i not in problems}
     return replace(truth, masks=masks, turned={**truth.turned, **_turns(seen, images)})
 
@@ -83,7 +87,8 @@ def _look(truth: GroundTruth, images: ImageSet, id_: int) -> _Seen:
     if source is None:
         raise InputError("no mask")
     in_memory = isinstance(source, np.ndarray)
-    mask = np.asarray(source) != 0 if isinstance(source, np.ndarray) else read_mask(files_of(source))
+    read = MaskFile(source != 0, True) if isinstance(source, np.ndarray) else open_masks(files_of(source))
+    mask = read.defect
     if mask.ndim != 2 or not mask.size:
         raise InputError(f"its mask has the shape {mask.shape}")
     if not mask.any():
@@ -91,7 +96,7 @@ def _look(truth: GroundTruth, images: ImageSet, id_: int) -> _Seen:
     size, of_mask = images.source.size(id_), (mask.shape[1], mask.shape[0])
     orientation = 1 if in_memory else _orientation(images, id_)
     stored = size[::-1] if orientation in SIDEWAYS else size
-    seen = _Seen(float(mask.mean()), orientation, _fit(of_mask, size), _fit(of_mask, stored))
+    seen = _Seen(float(mask.mean()), read.has_black, orientation, _fit(of_mask, size), _fit(of_mask, stored))
     if not (seen.fits_upright or seen.fits_stored):
         raise InputError(f"{_name(truth, id_)} is {_text(of_mask)}, the image {_text(size)}")
     return seen

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,19 @@ from flawsift.data import tiff
 from flawsift.data.decoding import deep_of
 from flawsift.errors import InputError, one_line
 from flawsift.paths import file_and_page, show
+
+
+class MaskFile(NamedTuple):
+    """What a mask file says, or several of one image.
+
+    Attributes:
+        defect: (H, W), True where the defect is.
+        has_black: False where no pixel is zero, so that the smallest value was taken for the background.
+    """
+
+    defect: NDArray[np.bool_]
+    has_black: bool
+
 
 LOSSY = ("JPEG", "MPO", "WEBP")  # formats that smear: what is nearly black in them is black
 
@@ -32,14 +45,25 @@ def read_mask(files: Sequence[Path], orientation: int = 1) -> NDArray[np.bool_]:
     Raises:
         InputError: A file cannot be read, or sizes differ.
     """
+    return tiff.turned(open_masks(files).defect, orientation)
+
+
+def open_masks(files: Sequence[Path]) -> MaskFile:
+    """As `read_mask`, with how it was understood.
+
+    Raises:
+        InputError: As `read_mask`.
+    """
     masks = [_read(path) for path in files]
-    if len({mask.shape for mask in masks}) > 1:
-        sizes = ", ".join(f"{show(p.name)} {m.shape[1]} x {m.shape[0]}" for p, m in zip(files, masks, strict=True))
+    shapes = [mask.defect.shape for mask in masks]
+    if len(set(shapes)) > 1:
+        sizes = ", ".join(f"{show(p.name)} {w} x {h}" for p, (h, w) in zip(files, shapes, strict=True))
         raise InputError(f"The masks of one image in {show(files[0].parent)} have different sizes: {sizes}.")
-    return tiff.turned(np.logical_or.reduce(masks), orientation)
+    defect = np.logical_or.reduce([mask.defect for mask in masks])
+    return MaskFile(defect, all(mask.has_black for mask in masks))
 
 
-def _read(path: Path) -> NDArray[np.bool_]:
+def _read(path: Path) -> MaskFile:
     file, page = file_and_page(path.parent, path.name)
     try:
         data = file.read_bytes()
@@ -69,12 +93,15 @@ def _strength(values: NDArray[Any]) -> NDArray[Any]:
     return np.nan_to_num(np.abs(flat.astype(np.float64)) if flat.dtype.kind == "f" else flat)
 
 
-def _defect(strength: NDArray[Any], opacity: NDArray[Any] | None, *, is_lossy: bool) -> NDArray[np.bool_]:
+def _defect(strength: NDArray[Any], opacity: NDArray[Any] | None, *, is_lossy: bool) -> MaskFile:
     visible = np.ones(strength.shape, np.bool_)
     if opacity is not None and opacity.min() < opacity.max():
         visible = opacity > 0
         seen = strength[visible]
         if seen.min() == seen.max():  # of one colour: opacity alone says where the defect is
-            return visible
-    least = strength.max() / 2 if is_lossy else strength[visible].min()
-    return visible & (strength > (least if is_lossy or least < strength.max() else 0))
+            return MaskFile(visible, True)
+    least, most = strength[visible].min(), strength[visible].max()
+    if is_lossy:
+        return MaskFile(visible & (strength > most / 2), True)
+    has_black = not 0 < least < most
+    return MaskFile(visible & (strength > (0 if has_black else least)), has_black)
