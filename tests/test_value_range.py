@@ -28,9 +28,8 @@ def part(seed: int, light: float = 1.0) -> npt.NDArray[np.uint16]:
     """A striped part as a 10-bit camera sees it."""
     rng = np.random.default_rng(seed)
     x = np.mgrid[:32, :32][1]
-    return np.rint(np.clip((500 + 450 * np.sin(x / 3) + rng.normal(0, 15, (32, 32))) * light, 0, 1023)).astype(
-        np.uint16
-    )
+    values = (500 + 450 * np.sin(x / 3) + rng.normal(0, 15, (32, 32))) * light
+    return np.asarray(np.rint(np.clip(values, 0, 1023)), np.uint16)
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from flawsift.screening.result import Screening
 
 def hill(row: float, column: float, height: float, width: float, size: int = 64) -> npt.NDArray[np.float32]:
     y, x = np.mgrid[:size, :size]
-    return (height * np.exp(-((y - row) ** 2 + (x - column) ** 2) / (2 * width**2))).astype(np.float32)
+    values = height * np.exp(-((y - row) ** 2 + (x - column) ** 2) / (2 * width**2))
+    return np.asarray(values, np.float32)
 
 
 def test_a_region_is_the_top_of_its_hill_whatever_the_threshold() -> None:
