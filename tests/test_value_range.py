@@ -15,8 +15,10 @@ from flawsift.data.images import ImageSet
 from flawsift.data.inputs import as_images
 from flawsift.data.truth import GroundTruth
 from flawsift.data.values import ValueRange
+from flawsift.detectors.base import make_detector
 from flawsift.features.backbones import Backbone
 from flawsift.models.model import load_model
+from flawsift.models.provenance import is_made_by
 from flawsift.screening.storage import images_of, load_screening
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -83,6 +85,13 @@ def test_a_screening_gives_its_range_to_the_training(parts: Path, tiny: Backbone
         same.model.calibration.scores,
         err_msg="scores of another range are no threshold",
     )
+
+
+def test_scores_of_another_range_are_not_those_of_the_detector(parts: Path, tiny: Backbone) -> None:
+    screening, detector = pipeline.screen(parts, "padim", tiny), make_detector("padim")
+    assert is_made_by(screening, detector, tiny, as_images(parts, value_range=(0, 1023)))
+    assert not is_made_by(screening, detector, tiny, as_images(parts, value_range=(0, 1022)))
+    assert not is_made_by(screening, detector, tiny, as_images(parts))
 
 
 def test_images_that_were_trained_on_are_known_again(parts: Path, tiny: Backbone) -> None:

@@ -1,6 +1,7 @@
 """Values of more than 8 bits: one range for a whole set, learned or given, whatever wrote them."""
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from flawsift.data.checks import ready_to_train
 from flawsift.data.decoding import UnreadableImage, decode, deep_of, size_of
 from flawsift.data.images import ImageSet
 from flawsift.data.inputs import as_images, in_pieces
+from flawsift.data.tiff import pages_of
 from flawsift.data.values import MARGIN, Sample, ValueRange, learn_range
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone, fitting_size
@@ -86,7 +88,7 @@ def test_what_says_nothing_was_measured_is_left_out(sentinel: float, share: floa
 def test_dead_pixels_are_left_out_and_small_defects_are_not() -> None:
     rows = np.random.default_rng(0).integers(100, 900, (100, 200)).astype(np.uint16)
     dead = rows.copy()
-    dead.flat[[5, 77]] = 65535, 60000
+    dead.flat[[4, 8, 12]] = 65535, 40000, 20000
     assert learned(dead) == learned(rows) == ValueRange(0, 1023)
     narrow = np.random.default_rng(0).uniform(300, 310, (100, 200))
     hot = narrow.copy()
@@ -437,6 +439,11 @@ def test_thumbnails_are_no_pages_and_a_name_may_look_like_one(tmp_path: Path) ->
     assert images.image(0).size == (32, 24)
     Image.fromarray(grey(3)).save(tmp_path / "a.tif#page=2", "PNG")
     np.testing.assert_array_equal(np.asarray(as_images(tmp_path / "a.tif#page=2").image(0))[..., 0], grey(3))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tif")
+    assert pages_of(tmp_path / "a.tif") == [0]
 
 
 def test_pages_of_many_bits_follow_the_range(tmp_path: Path) -> None:

@@ -51,7 +51,9 @@ def test_each_peak_above_the_threshold_has_its_region() -> None:
 
 
 def test_a_shoulder_is_no_peak() -> None:
-    values = hill(30, 30, 10, 5) + hill(30, 37, 5, 3)
+    values = hill(30, 30, 10, 5) + hill(30, 37, 3.9, 1.2)  # between them it is nearly as high as the lower one
+    assert values[30, 37] > values[30, 36] > EDGE * values[30, 37]
+    assert values[30, 37] < EDGE * values.max()
     assert len(hills(values, 1.0, 0.0)) == 1
 
 

@@ -59,6 +59,8 @@ def pages_of(path: Path) -> list[int]:
 
     One that cannot be read has the page 0, which says why when it is decoded.
     """
+    if not path.is_file():  # a pipe of that name would never end
+        return [0]
     try:
         with path.open("rb") as file:
             if not is_tiff(file.read(4)):
