@@ -5,7 +5,7 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -277,11 +277,11 @@ def threshold_lines(threshold: "Threshold | None", *, reservation: str = "") -> 
     return [f"{text}; {reservation}." if reservation else f"{text}."]
 
 
-def range_lines(kept: Any) -> list[str]:
+def range_lines(record: Mapping[str, Any]) -> list[str]:
     """What is said about the range of values that a screening or a model keeps; nothing where it has none."""
-    from flawsift.data.values import ValueRange
+    from flawsift.data.values import VALUE_RANGE, ValueRange
 
-    value_range = ValueRange.from_json(kept)
+    value_range = ValueRange.from_json(record.get(VALUE_RANGE))
     return [] if value_range is None else [value_range.line]
 
 

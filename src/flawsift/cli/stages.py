@@ -25,7 +25,6 @@ from flawsift.cli.options import (
     takes_groups,
     threshold_lines,
 )
-from flawsift.data.values import VALUE_RANGE
 from flawsift.screening.options import ScreenOptions
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def screened_lines(result: "Screening") -> list[str]:
         )
     if size := result.provenance.get("backbone", {}).get("spec", {}).get("size"):
         lines.append(f"Images were resized to {size} x {size} pixels.")
-    lines += range_lines(result.provenance.get(VALUE_RANGE))
+    lines += range_lines(result.provenance)
     if result.n_groups is not None:
         lines.append(f"They are in {result.n_groups} groups; `flawsift fit --screening` will know them.")
     if result.contamination is not None:
@@ -159,7 +158,7 @@ def fitted_lines(result: "FitResult", out: Path) -> list[str]:
         lines.append(f"It compares with {drawn} of them, drawn at random (--set max_images=null for all).")
     size = result.model.backbone.size
     lines.append(f"Images are resized to {size} x {size} pixels.")
-    lines += range_lines(training.get(VALUE_RANGE))
+    lines += range_lines(training)
     if note := training.get("screening_note"):
         lines.append(f"Note: {note} Screen the folder again to have them judged.")
     if note := training.get("groups_note"):
