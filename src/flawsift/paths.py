@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+PAGED = re.compile(r"(.+)#page=([1-9][0-9]*)", re.DOTALL)
 MAX_NAMED = 5  # an error names at most this many offenders, and the total
 
 
@@ -15,6 +16,25 @@ def show(path: str | Path) -> str:
     'caf\\\\udce9.png'
     """
     return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def file_and_page(root: Path, name: str) -> tuple[Path, int | None]:
+    """The file of a name below `root`, and the page of it, from 0, where the name ends in "#page=2", which is 1.
+
+    A file that is really called so comes first.
+    """
+    if (paged := PAGED.fullmatch(name)) and not os.path.lexists(root / name):
+        return root / paged[1], int(paged[2]) - 1
+    return root / name, None
+
+
+def page_name(file: str, page: int) -> str:
+    """The name of a page, from 0, of a file of several pages.
+
+    >>> page_name("two.tif", 1)
+    'two.tif#page=2'
+    """
+    return f"{file}#page={page + 1}"
 
 
 def find_name(root: Path, shown: str) -> str:

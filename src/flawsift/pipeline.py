@@ -12,8 +12,10 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
+from flawsift.data.checks import ready_to_train
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.data.inputs import Images, as_images
+from flawsift.data.values import kept
 from flawsift.detectors.base import Detector, make_detector
 from flawsift.detectors.parts.training import Watch
 from flawsift.detectors.protocols import Additive
@@ -35,7 +37,7 @@ from flawsift.reports import calibration
 from flawsift.reports.pages import REPORT
 from flawsift.reports.screening import write_fit_report, write_screening_report
 from flawsift.screening import storage
-from flawsift.screening.decisions import checked_decisions, read_decisions
+from flawsift.screening.decisions import choices_of
 from flawsift.screening.lookalikes import describe_images
 from flawsift.screening.options import FINAL, OWN, ScreenOptions
 from flawsift.screening.result import Screening
@@ -189,7 +191,7 @@ def fit(
         folder=Path(screening) if isinstance(screening, str | Path) else None,
         no_screen=no_screen,
         options=ScreenOptions.of("default" if options is None else options),
-        choices=_choices(decisions),
+        choices=choices_of(decisions),
         false_alarm_rate=false_alarm_rate,
         out=None if out is None else Path(out),
         started=time.monotonic(),
@@ -211,12 +213,6 @@ def _check(resources: Resources) -> None:
             raise TypeError(f"'{name}' is an option of stage 1: give options=ScreenOptions({name}=...).")
         if name not in Resources.__annotations__:
             raise TypeError(unknown_name("argument", name, Resources.__annotations__))
-
-
-def _choices(decisions: str | Path | Mapping[str, str] | None) -> dict[str, str]:
-    if decisions is None:
-        return {}
-    return checked_decisions(decisions) if isinstance(decisions, Mapping) else read_decisions(decisions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +241,7 @@ def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
         wants = job.screener is job.detector and isinstance(job.detector, Additive)
         stage1, merged = _stage1(job, options_for(job.detector, asked.options), out, wants_fitted=wants)
     # held-out scores were made without the other images of a group: of other groups, they are others
-    same = stage1 is not None and asked.groups_note is None and is_made_by(stage1, job.detector, job.backbone)
+    same = asked.groups_note is None and is_made_by(stage1, job.detector, job.backbone, job.data)
     plan = plan_training(job.data, job.detector, stage1, choices=asked.choices, same_detector=same)
     record = {
         "n_images": len(job.data) + len(job.unreadable),
@@ -317,7 +313,7 @@ def _prepare(
     given_run: dict[str, Any] = {key: value for key, value in resources.items() if key != "store"}
     run = Run(**{**given_run, "executor": make_executor(resources.get("executor", SERIAL))})
     resolve_device(run.device)  # one that is not there is told now, not after the work
-    given = as_images(images)
+    given = ready_to_train(as_images(images))
     made = make_detector(detector, seed=run.seed) if isinstance(detector, str) else detector
     loaded = load_backbone(backbone, size=fitting_size(given)) if isinstance(backbone, str) else backbone
     first = made if stage1 is None else resolve_screener(stage1.screener, made, loaded, run.seed)
@@ -340,7 +336,7 @@ def _stage1(
         run = replace(run, checkpoint=_run_folder(ensure_folder(out) / RESUME, job, *settings))
     started = time.monotonic()
     ranked, fitted = screen_and_fit(job.data, job.screener, options, run, wants_fitted=wants_fitted)
-    provenance = provenance_of(job.screener, job.backbone)
+    provenance = provenance_of(job.screener, job.backbone, job.data)
     provenance |= {"seconds": round(time.monotonic() - started, 2), "images_digest": set_digest(job.data)}
     if isinstance(job.data.source, FileSource):
         provenance[ROOT] = os.path.abspath(job.data.source.root)
@@ -369,6 +365,7 @@ def _stage2(
         "detector": {"name": fitted.name, "params": fitted.params()},
         **({"screening_note": " ".join(plan.notes)} if plan.notes else {}),
         "seed": run.seed,
+        **kept(job.data.value_range),
         "kept_digest": set_digest(plan.images),
         "seconds": round(time.monotonic() - started, 2),
         "versions": versions(),
@@ -395,6 +392,6 @@ def _pictures_of(screening: Screening, job: _Job) -> ImageSet:
 
 def _run_folder(root: Path, job: _Job, *settings: Any) -> Path:
     """Where the unfinished work of one run lies, found by everything that can change its result."""
-    made_of = provenance_of(job.detector, job.backbone), set_digest(job.data), list(job.data.members.values())
+    made_of = provenance_of(job.detector, job.backbone, job.data), set_digest(job.data), list(job.data.members.values())
     key = json.dumps([*made_of, *settings], sort_keys=True, default=str)
     return root / hashlib.sha256(key.encode()).hexdigest()[:16]

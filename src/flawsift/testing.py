@@ -291,6 +291,17 @@ class _NoPixels:
     def digest(self, id_: int) -> str:
         raise AssertionError(f"the content of image {id_} was read, but reads_pixels is False")
 
+    value_range = None
+
+    def within(self, value_range: object) -> "_NoPixels":
+        return self
+
+    def size(self, id_: int) -> Any:
+        return self.image(id_)
+
+    def deep(self, id_: int) -> Any:
+        return self.image(id_)
+
     def image(self, id_: int) -> Any:
         raise AssertionError(f"pixels of image {id_} were read, but reads_pixels is False")
 

@@ -588,3 +588,41 @@ def test_written_trees_read_back(tmp_path: Path) -> None:
         write_mvtec(data, tmp_path / "other", train_share=2)
     assert not (tmp_path / "other").exists()
     assert not (write_mvtec(data, tmp_path / "test_only", train_share=0) / "train").exists()
+
+
+# ---- several masks, and pages ----------------------------------------------------------------------------------------
+
+
+def test_loco_has_several_masks_of_one_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = ["test/good/000.png", "test/logical/000.png", "test/logical/001.png", "test/logical/002.png"]
+    masks = ["logical/000/000.png", "logical/000/001.png", "logical/001/000.png", "logical/009/000.png"]
+    data = load_mvtec(make(tmp_path, [*files, *(f"ground_truth/{mask}" for mask in masks)]))
+    found = {data.images.source.name(i): mask for i, mask in data.truth.masks.items()}
+    folder = tmp_path / "ground_truth" / "logical"
+    assert found == {
+        "test/logical/000.png": [folder / "000" / "000.png", folder / "000" / "001.png"],
+        "test/logical/001.png": folder / "001" / "000.png",
+    }
+    assert "1 masks in" in caplog.text
+    assert "logical/009/000.png" in caplog.text
+
+
+def test_pages_of_labelled_images_have_the_pages_of_their_mask(tmp_path: Path) -> None:
+    def write(name: str, n_pages: int) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pages = [Image.new("L", (4, 3), 20 * i + 7) for i in range(n_pages)]
+        pages[0].save(path, save_all=True, append_images=pages[1:])
+
+    for name, n_pages in (("test/good/0.tif", 2), ("test/bad/0.tif", 2), ("test/bad/1.tif", 2)):
+        write(name, n_pages)
+    write("ground_truth/bad/0_mask.tif", 2)
+    write("ground_truth/bad/1_mask.tif", 1)
+    data = load_mvtec(tmp_path)
+    assert data.images.names[:3] == ["test/good/0.tif#page=1", "test/good/0.tif#page=2", "test/bad/0.tif#page=1"]
+    assert list(data.images.members.values()) == [[0, 1], [2, 3], [4, 5]]
+    assert mask_names(data) == {
+        "test/bad/0.tif#page=1": "ground_truth/bad/0_mask.tif#page=1",
+        "test/bad/0.tif#page=2": "ground_truth/bad/0_mask.tif#page=2",
+    }
+    assert np.asarray(data.images.image(3))[0, 0, 0] == 27

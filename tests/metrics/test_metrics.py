@@ -447,7 +447,8 @@ def test_has_masks_and_contamination() -> None:
     assert truth.contamination == 0.5
     assert truth.select([10, 30, 20]).contamination == pytest.approx(2 / 3)
     lacking = GroundTruth(truth.ids, truth.labels, truth.defect_types, {10: np.eye(4, dtype=bool)})
-    assert not lacking.has_masks
+    assert lacking.has_masks
+    assert not lacking.select([30, 20]).has_masks
     assert lacking.select([10, 20]).has_masks
     assert lacking.mask(30, (4, 4)) is None
     with pytest.raises(InputError, match="no images"):
@@ -555,8 +556,9 @@ PIXEL_KEYS = {"pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"}
 
 
 def defined(result: dict[str, float | int | None]) -> set[str]:
-    assert set(result) == IMAGE_KEYS | PIXEL_KEYS | {"n_images", "n_anomalous"}
-    return {name for name, value in result.items() if value is not None} - {"n_images", "n_anomalous"}
+    counts = {"n_images", "n_anomalous", "n_without_mask"}
+    assert set(result) == IMAGE_KEYS | PIXEL_KEYS | counts
+    return {name for name, value in result.items() if value is not None} - counts
 
 
 def test_evaluate_gives_every_metric_by_id() -> None:
@@ -594,7 +596,10 @@ def test_evaluate_leaves_out_what_is_undefined() -> None:
     assert defined(evaluate([20, 40], [1, 0], truth, maps[:2])) == set()  # only normal images
     assert defined(evaluate([30, 40], [1, 0], truth, maps[:2])) == IMAGE_KEYS  # the one mask is empty
     lacking = GroundTruth(truth.ids, truth.labels, truth.defect_types, {10: np.eye(4, dtype=bool)})
-    assert defined(evaluate([10, 30, 20], [1, 0, 0], lacking, maps[:3])) == IMAGE_KEYS
+    assert defined(evaluate([30, 20], [1, 0], lacking, maps[:2])) == IMAGE_KEYS
+    assert evaluate([30, 20], [1, 0], lacking, maps[:2])["n_without_mask"] is None
+    assert defined(evaluate([10, 30, 20], [1, 0, 0], lacking, maps[:3])) == IMAGE_KEYS | PIXEL_KEYS
+    assert evaluate([10, 30, 20], [1, 0, 0], lacking, maps[:3])["n_without_mask"] == 1
     full = GroundTruth(np.array([1]), np.array([1], np.int8), ("all",), {1: np.ones((4, 4), bool)})
     assert defined(evaluate([1], [1], full, maps[:1])) == set()
 

@@ -19,7 +19,8 @@ from flawsift.detectors.base import make_detector
 from flawsift.errors import ModelError
 from flawsift.features.backbones import load_backbone
 from flawsift.files import MANIFEST
-from flawsift.models.model import Model, load_calibration, load_model
+from flawsift.models.model import Model, load_model
+from flawsift.models.record import load_calibration
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from flawsift.errors import InputError, ModelError, ParameterError
 from flawsift.metrics.shares import CONFIDENCE, share_interval
 from flawsift.models.calibration import Calibration
 from flawsift.models.drift import LEVELS, DayScores, compare_days, drift, read_days
-from flawsift.models.model import model_id
+from flawsift.models.record import model_id
 
 CALIBRATION = Calibration.of(np.random.default_rng(0).normal(20, 1.5, 150).round(6))
 THRESHOLD = CALIBRATION.threshold(0.05)

@@ -10,8 +10,9 @@ from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import make_detector
 from flawsift.models.calibration import Calibration
 from flawsift.models.labelled import Recalibration
-from flawsift.models.model import LABELLED, Model
+from flawsift.models.model import Model
 from flawsift.models.predictions import Predictions
+from flawsift.models.record import LABELLED
 from flawsift.reports.calibration import Curve, calibration_page
 from flawsift.testing import tiny_backbone
 from tests.reports.material import MARKUP, Page, words

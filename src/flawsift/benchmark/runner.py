@@ -28,7 +28,7 @@ from flawsift.benchmark.trial import Trial, screener_of
 from flawsift.data.contamination import contaminate, official
 from flawsift.data.images import ImageSet
 from flawsift.data.splits import Split
-from flawsift.data.truth import GroundTruth
+from flawsift.data.truth import GroundTruth, files_of
 from flawsift.datasets import Dataset, load
 from flawsift.detectors.base import Detector
 from flawsift.errors import FlawsiftError
@@ -109,7 +109,8 @@ def prepare(source: Source) -> Prepared:
 
 def _mask_digest(truth: GroundTruth, id_: int) -> str:
     mask = truth.masks[id_]
-    return hashlib.sha256(mask.read_bytes() if isinstance(mask, Path) else mask.tobytes()).hexdigest()[:16]
+    content = mask.tobytes() if isinstance(mask, np.ndarray) else b"".join(f.read_bytes() for f in files_of(mask))
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -74,6 +74,14 @@ PresetOption = Annotated[
 ]
 Groups = Annotated[
     Path | None, typer.Option("--groups", help="CSV with columns file, group: images that belong together.")
+]
+RangeOption = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        "--range",
+        metavar="LOW HIGH",
+        help="Values of black and white, of images of more than 8 bits. [learned from all images]",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
@@ -274,13 +282,21 @@ def threshold_lines(threshold: "Threshold | None", *, reservation: str = "") -> 
     return [f"{text}; {reservation}." if reservation else f"{text}."]
 
 
-def images_in(given: Sequence[str], groups: Path | None) -> "ImageSet":
-    """The images of a folder, of some files or of a pattern, with groups from a CSV file."""
+def range_lines(record: Mapping[str, Any]) -> list[str]:
+    """What is said about the range of values that a screening or a model keeps; nothing where it has none."""
+    from flawsift.data.values import VALUE_RANGE, ValueRange
+
+    value_range = ValueRange.from_json(record.get(VALUE_RANGE))
+    return [] if value_range is None else [value_range.line]
+
+
+def images_in(given: Sequence[str], groups: Path | None, value_range: tuple[float, float] | None = None) -> "ImageSet":
+    """The images of a folder, of some files or of a pattern, with groups from a CSV file and a range of values."""
     from flawsift.data.folders import read_groups
     from flawsift.data.inputs import as_images
 
     images = given[0] if len(given) == 1 else list(given)
-    return as_images(images, groups=None if groups is None else read_groups(groups))
+    return as_images(images, groups=None if groups is None else read_groups(groups), value_range=value_range)
 
 
 def tested_images(data: "Dataset") -> "ImageSet":

@@ -15,9 +15,11 @@ from flawsift.cli.options import (
     Images,
     Machine,
     Out,
+    RangeOption,
     Rate,
     ScreeningStage,
     images_in,
+    range_lines,
     say,
     shown_progress,
     takes_groups,
@@ -35,6 +37,7 @@ SCREENER = DetectorChoice(ScreenOptions().screener)  # what `screen` takes where
 
 
 @takes_groups
+# long: a command's options are its parameters
 def screen(
     images: Images,
     out: Out,
@@ -43,6 +46,7 @@ def screen(
     backbone: BackboneChoice,
     stage1: ScreeningStage,
     groups: Groups = None,
+    value_range: RangeOption = None,
     machine: Machine,
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +56,7 @@ def screen(
     from flawsift.reports.pages import REPORT
     from flawsift.screening.storage import summary_of
 
-    options, pictures = stage1.options or ScreenOptions(), images_in(images, groups)
+    options, pictures = stage1.options or ScreenOptions(), images_in(images, groups, value_range)
     ensure_folder(out)
     with shown_progress() as progress:
         result = pipeline.screen(
@@ -83,6 +87,7 @@ def screened_lines(result: "Screening") -> list[str]:
         )
     if size := result.provenance.get("backbone", {}).get("spec", {}).get("size"):
         lines.append(f"Images were resized to {size} x {size} pixels.")
+    lines += range_lines(result.provenance)
     if result.n_groups is not None:
         lines.append(f"They are in {result.n_groups} groups; `flawsift fit --screening` will know them.")
     if result.contamination is not None:
@@ -101,6 +106,7 @@ def fit(
     backbone: BackboneChoice,
     stage1: FitStage,
     groups: Groups = None,
+    value_range: RangeOption = None,
     screening: Annotated[Path | None, typer.Option("--screening", help="Use this stage 1, edited or not.")] = None,
     decisions: Decisions = None,
     no_screen: Annotated[bool, typer.Option("--no-screen", help="Train on every image.")] = False,
@@ -112,7 +118,7 @@ def fit(
     from flawsift import pipeline
     from flawsift.models.calibration import DEFAULT_RATE
 
-    options, pictures = stage1.options, images_in(images, groups)
+    options, pictures = stage1.options, images_in(images, groups, value_range)
     with shown_progress() as progress:
         result = pipeline.fit(
             pictures,
@@ -156,6 +162,7 @@ def fitted_lines(result: "FitResult", out: Path) -> list[str]:
         lines.append(f"It compares with {drawn} of them, drawn at random (--set max_images=null for all).")
     size = result.model.backbone.size
     lines.append(f"Images are resized to {size} x {size} pixels.")
+    lines += range_lines(training)
     if note := training.get("screening_note"):
         lines.append(f"Note: {note} Screen the folder again to have them judged.")
     if note := training.get("groups_note"):

@@ -88,6 +88,7 @@ def predicted_lines(result: "Predictions", *, one_by_one: bool) -> list[str]:
         verb = "is" if n_flagged == 1 else "are"
         counted = f"{n_flagged} of {len(result)} images {verb} anomalous." if flagged is not None else ""
         lines.append(counted or f"{len(result)} images scored.")
+    lines += [] if result.images is None or result.images.value_range is None else [result.images.value_range.line]
     lines += threshold_lines(result.threshold, reservation=RESERVATION if result.notices else "")
     return lines + [f"Not readable: {show(one.name)}: {one.error}" for one in result if one.error is not None]
 

@@ -3,16 +3,22 @@
 import csv
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from flawsift.data import tiff
 from flawsift.errors import InputError, one_line
-from flawsift.paths import name_some, show
+from flawsift.paths import PAGED, name_some, page_name, show
 
 log = logging.getLogger("flawsift")
 
 # What a folder scan takes for an image. Content decides how a file is decoded; the ending only whether it is looked at.
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+EXTENSIONS = frozenset({".bmp", ".dib", ".gif", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".webp"})
+EXTENSIONS |= {".apng", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", *tiff.ENDINGS}
+EXTENSIONS |= {".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx"}  # JPEG 2000
+# Raw data of cameras: a picture only once it is developed. What a scan meets of them is told.
+RAW = frozenset({".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".mos", ".mrw"})
+RAW |= {".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"}
 
 
 def scan_folder(root: Path) -> list[str]:
@@ -26,6 +32,7 @@ def scan_folder(root: Path) -> list[str]:
         raise InputError(f"Image folder '{show(root)}' {what}.")
     seen: set[tuple[int, int]] = set()
     names: list[str] = []
+    raw: list[str] = []
 
     def fail(error: OSError) -> None:
         raise InputError(f"Folder '{show(Path(str(error.filename)))}' cannot be listed: {error.strerror}.") from error
@@ -38,10 +45,22 @@ def scan_folder(root: Path) -> list[str]:
         seen.add((status.st_dev, status.st_ino))
         children[:] = sorted(c for c in children if not c.startswith("."))
         relative = Path(folder).relative_to(root)
-        names += [
-            (relative / f).as_posix() for f in files if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")
-        ]
+        for file in files:
+            ending = "" if file.startswith(".") else Path(file).suffix.lower()
+            if ending in EXTENSIONS or ending in RAW:
+                (names if ending in EXTENSIONS else raw).append((relative / file).as_posix())
+    if raw:
+        log.warning("%d files are left out, %s: %s.", len(raw), tiff.RAW, name_some(sorted(raw)))
     return sorted(names)
+
+
+def with_pages(root: Path, names: Iterable[str]) -> list[str]:
+    """The names, with one for each page in place of a TIFF of several pictures: "a.tif#page=1", "a.tif#page=2"."""
+    listed: list[str] = []
+    for name in names:
+        pages = tiff.pages_of(root / name) if Path(name).suffix.lower() in tiff.ENDINGS else [0]
+        listed += [name] if len(pages) == 1 else [page_name(name, page) for page in pages]
+    return listed
 
 
 def read_groups(path: str | Path) -> dict[str, str]:
@@ -56,6 +75,8 @@ def read_groups(path: str | Path) -> dict[str, str]:
 def groups_by_id(names: Mapping[int, str], groups: Mapping[str, str]) -> dict[int, str]:
     """{global id: group} of the images that groups by name are about; names without an image are logged.
 
+    Pages of one file are a group, called like the file, unless the groups say otherwise of the page or of the file.
+
     Args:
         names: {global id: name} of the images.
         groups: {name: group}; may be empty.
@@ -63,9 +84,12 @@ def groups_by_id(names: Mapping[int, str], groups: Mapping[str, str]) -> dict[in
     Raises:
         InputError: `groups` names none of the images.
     """
-    known = {id_: groups[name] for id_, name in names.items() if name in groups}
-    unused = sorted(set(groups) - set(names.values()))
-    if groups and not known:
+    files = {id_: paged[1] if (paged := PAGED.fullmatch(name)) else name for id_, name in names.items()}
+    known = {id_: file for id_, file in files.items() if file != names[id_]}  # pages are views of one part
+    known |= {id_: groups[file] for id_, file in files.items() if file in groups}
+    known |= {id_: groups[name] for id_, name in names.items() if name in groups}
+    unused = sorted(set(groups) - set(names.values()) - set(files.values()))
+    if groups and len(unused) == len(groups):
         example = next(iter(names.values()), "")
         raise InputError(
             f"The groups name none of the {len(names)} images: one of them is {name_some(unused[:1])}, an image is "

@@ -5,8 +5,6 @@ unlabelled images, addressed by global ids only: ids survive every selection, po
 Labels live in `flawsift.data.truth.GroundTruth` and cannot reach `fit`.
 """
 
-import hashlib
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,11 +17,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from flawsift.data.decoding import UnreadableImage, check_array, decode, from_array, from_picture, to_pixels
-from flawsift.data.folders import EXTENSIONS, groups_by_id, scan_folder
+from flawsift.data.decoding import check_array, to_pixels
+from flawsift.data.folders import EXTENSIONS, groups_by_id, scan_folder, with_pages
+from flawsift.data.sources import ArraySource as ArraySource
+from flawsift.data.sources import FileSource as FileSource
+from flawsift.data.sources import MixedSource as MixedSource
+from flawsift.data.sources import Source as Source
+from flawsift.data.values import ValueRange
 from flawsift.data.views import check_view, derive
 from flawsift.errors import InputError
-from flawsift.files import content_digest
 from flawsift.paths import MAX_NAMED, name_some, show
 from flawsift.types import Ids
 
@@ -64,16 +66,6 @@ class Batch:
         return F.adaptive_max_pool2d(marked, (h, w))[:, 0] == 0
 
 
-class Source(Protocol):
-    """Where the pixels of a global id come from. What cannot be read raises `UnreadableImage`."""
-
-    @property
-    def ids(self) -> Ids: ...
-    def name(self, id_: int) -> str: ...
-    def digest(self, id_: int) -> str: ...  # of the content: features are cached by it
-    def image(self, id_: int) -> Image.Image: ...  # RGB, upright, in its own size
-
-
 class FeatureReader(Protocol):
     """What `flawsift.features.extraction` attaches to an `ImageSet`: frozen features by id."""
 
@@ -82,112 +74,6 @@ class FeatureReader(Protocol):
     @property
     def key(self) -> str: ...
     def read(self, images: "ImageSet", layers: Sequence[str]) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True, eq=False)
-class FileSource:
-    """Image files below one root folder.
-
-    Attributes:
-        root: The folder.
-        names: {global id: path relative to the root, with forward slashes}.
-    """
-
-    root: Path
-    names: Mapping[int, str]
-
-    @property
-    def ids(self) -> Ids:
-        return np.fromiter(self.names, np.int64, len(self.names))
-
-    def name(self, id_: int) -> str:
-        return self.names[id_]
-
-    def path(self, id_: int) -> Path:
-        return self.root / self.names[id_]
-
-    def digest(self, id_: int) -> str:
-        return content_digest(self._read(id_))
-
-    def image(self, id_: int) -> Image.Image:
-        return decode(self._read(id_))
-
-    def _read(self, id_: int) -> bytes:
-        try:
-            return self.path(id_).read_bytes()
-        except OSError as error:
-            if self.path(id_).is_symlink() and not self.path(id_).exists():
-                raise UnreadableImage("a link to a file that is not there") from error
-            raise UnreadableImage(f"cannot be read: {error.strerror or error}") from error
-
-
-@dataclass(frozen=True, eq=False)
-class ArraySource:
-    """Images in memory, as they were given: nothing is copied or converted before it is asked for.
-
-    Attributes:
-        arrays: {global id: an array as `flawsift.data.decoding.from_array` takes it, or a PIL image}.
-    """
-
-    arrays: Mapping[int, npt.NDArray[Any] | Image.Image]
-
-    @property
-    def ids(self) -> Ids:
-        return np.fromiter(self.arrays, np.int64, len(self.arrays))
-
-    def name(self, id_: int) -> str:
-        return f"{'image' if isinstance(self.arrays[id_], Image.Image) else 'array'}-{id_}"
-
-    def digest(self, id_: int) -> str:
-        array = self.arrays[id_]
-        if isinstance(array, Image.Image) or array.dtype != np.uint8 or array.shape[2:] not in ((), (3,)):
-            array = np.asarray(self.image(id_))
-        sha256 = _Sha256()
-        np.save(sha256, array, allow_pickle=False)
-        return sha256.hexdigest()
-
-    def image(self, id_: int) -> Image.Image:
-        array = self.arrays[id_]
-        if isinstance(array, np.ndarray):
-            return from_array(array)
-        with _ONE_LOADS:
-            return from_picture(array)
-
-
-class _Sha256:
-    """A digest that is written to like a file, so that no copy of an array is made for it."""
-
-    def __init__(self) -> None:
-        sha256 = hashlib.sha256()
-        self.write, self.hexdigest = sha256.update, sha256.hexdigest
-
-
-# A PIL image reads its file when it is first used, and one image may be in a list twice: threads must not meet in it.
-_ONE_LOADS = threading.Lock()
-
-
-@dataclass(frozen=True, eq=False)
-class MixedSource:
-    """Images of several sources.
-
-    Attributes:
-        sources: {global id: the source that has it}.
-    """
-
-    sources: Mapping[int, Source]
-
-    @property
-    def ids(self) -> Ids:
-        return np.fromiter(self.sources, np.int64, len(self.sources))
-
-    def name(self, id_: int) -> str:
-        return self.sources[id_].name(id_)
-
-    def digest(self, id_: int) -> str:
-        return self.sources[id_].digest(id_)
-
-    def image(self, id_: int) -> Image.Image:
-        return self.sources[id_].image(id_)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +111,7 @@ class ImageSet:
             InputError: The folder is missing, not a folder, or has no image, or no group is of one of them.
         """
         root = Path(root)
-        names = scan_folder(root)
+        names = with_pages(root, scan_folder(root))
         if not names:
             kinds = ", ".join(sorted(EXTENSIONS))
             raise InputError(f"No images in '{show(root)}'. Looked in all sub-folders for {kinds}.")
@@ -243,8 +129,7 @@ class ImageSet:
         """Images in memory; they are not copied, so leave them as they are.
 
         Args:
-            arrays: Each (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16 or float, as
-                `flawsift.data.decoding.from_array` takes it.
+            arrays: Each (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), as `flawsift.data.decoding.from_array` takes it.
             ids: One distinct id per array; None for 0..N-1.
 
         Raises:
@@ -292,6 +177,17 @@ class ImageSet:
         """
         check_view(name)
         return replace(self, derived=name)
+
+    @property
+    def value_range(self) -> ValueRange | None:
+        """Which values are black and white, of images of more than 8 bits; None where it was not learned or given."""
+        return self.source.value_range
+
+    def within(self, value_range: ValueRange | None) -> Self:
+        """The same images, those of more than 8 bits read by a range of values; None leaves what they have."""
+        if value_range is None or value_range == self.value_range:
+            return self
+        return replace(self, source=self.source.within(value_range))
 
     def without_patches(self, rejected: Mapping[int, npt.NDArray[np.bool_]]) -> Self:
         """The same images, less some patches for detectors that can leave out patches when they learn.

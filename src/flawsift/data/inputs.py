@@ -14,8 +14,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from flawsift.data.decoding import ARRAYS, NotAnImage, check_array
-from flawsift.data.folders import groups_by_id
+from flawsift.data.folders import groups_by_id, with_pages
 from flawsift.data.images import ArraySource, FileSource, ImageSet, MixedSource, Source
+from flawsift.data.values import ValueRange
 from flawsift.errors import InputError
 from flawsift.paths import name_some, show
 
@@ -25,7 +26,9 @@ Images: TypeAlias = ImageSet | OneImage | Iterable[OneImage]
 _ONE = f"a path to an image file, a PIL image, or {ARRAYS}"
 
 
-def as_images(images: Images, *, groups: Mapping[str, str] | None = None) -> ImageSet:
+def as_images(
+    images: Images, *, groups: Mapping[str, str] | None = None, value_range: tuple[float, float] | None = None
+) -> ImageSet:
     """What users have as an `ImageSet`; an iterator is read to its end.
 
     Ids are 0..N-1: in the order of a list, in the order of the sorted names for a folder or a pattern. Names are paths
@@ -35,10 +38,13 @@ def as_images(images: Images, *, groups: Mapping[str, str] | None = None) -> Ima
 
     Args:
         images: A folder; an image file; a pattern such as "parts/*.png" or "parts/**/*.png" (a file or folder of that
-            very name comes first); a PIL image; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16 or
-            float, read as `flawsift.data.decoding.from_array` says; a list or an iterator of files, PIL images and
+            very name comes first); a PIL image; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of numbers or
+            bool, read as `flawsift.data.decoding.from_array` says; a list or an iterator of files, PIL images and
             arrays; or an `ImageSet`.
-        groups: {name: group name} for images that belong together; in place of those of an `ImageSet`.
+        groups: {name: group name} for images that belong together; in place of those of an `ImageSet`. The pages of a
+            TIFF are images of their own, called "a.tif#page=1" and so on, and a group where nothing else is said.
+        value_range: Which values are black and white, of images of more than 8 bits. None leaves it as it is, and
+            `screen` and `fit` learn it from all images.
 
     Raises:
         InputError: There is no image, a file is missing, or comes twice in a list, or no group is of one of the images.
@@ -57,6 +63,8 @@ def as_images(images: Images, *, groups: Mapping[str, str] | None = None) -> Ima
             f"Images cannot be of type {type(images).__name__}. Give a folder, a pattern such as 'parts/*.png', "
             f"{_ONE}, a list or an iterator of these, or an ImageSet."
         )
+    if value_range is not None:
+        made = made.within(ValueRange(*value_range))
     if groups is None:
         return made
     return replace(made, groups=groups_by_id(dict(zip(made.ids.tolist(), made.names, strict=True)), groups))
@@ -87,8 +95,9 @@ def in_pieces(images: Images, size: int) -> Iterator[ImageSet]:
         return
     stream, start = iter(images), 0
     while piece := list(islice(stream, size)):
-        yield _piece(piece, start)
-        start += len(piece)
+        made = _piece(piece, start)
+        yield made
+        start += len(made)
     if not start:
         raise InputError("The iterator gave no image. Was it read to its end before? Make a new one, or give a list.")
 
@@ -124,22 +133,34 @@ def _from_list(items: Sequence[OneImage], what: str) -> ImageSet:
         raise InputError(f"{len(twice)} files come more than once: {name_some(map(str, twice))}. Give each once.")
     if not memory:
         return _from_files(list(files.values()))
+    files, memory = _sorted_out(_pages(items), what, 0)
     sources: dict[int, Source] = dict.fromkeys(memory, ArraySource(memory))
     if not files:
         return _over(sources[0])
     sources |= dict.fromkeys(files, _file_source(files))
-    return _over(MixedSource({id_: sources[id_] for id_ in range(len(items))}))
+    return _over(MixedSource({id_: sources[id_] for id_ in sorted(sources)}))
 
 
 def _piece(items: Sequence[OneImage], start: int) -> ImageSet:
     """Some images of a stream, the first of them with the id `start`."""
-    files, memory = _sorted_out(items, "Image {}", start)
+    files, memory = _sorted_out(_pages(items), "Image {}", start)
     here = Path.cwd()
     sources: dict[int, Source] = dict.fromkeys(memory, ArraySource(memory))
     for id_, path in files.items():
         root = here if path.is_relative_to(here) else Path(path.anchor)
         sources[id_] = FileSource(root, {id_: path.relative_to(root).as_posix()})
-    return _over(MixedSource({id_: sources[id_] for id_ in range(start, start + len(items))}))
+    return _over(MixedSource({id_: sources[id_] for id_ in sorted(sources)}))
+
+
+def _pages(items: Sequence[OneImage]) -> list[OneImage]:
+    """The items, with each page of a TIFF of several in its place."""
+    paged: list[OneImage] = []
+    for item in items:
+        if isinstance(item, str | os.PathLike):
+            paged += with_pages(Path(), [os.fspath(_absolute(item))])
+        else:
+            paged.append(item)
+    return paged
 
 
 def _sorted_out(
@@ -162,7 +183,7 @@ def _sorted_out(
 
 
 def _from_files(files: Sequence[Path]) -> ImageSet:
-    return _over(_file_source(dict(enumerate(files))))
+    return _over(_file_source(dict(enumerate(map(Path, with_pages(Path(), map(str, files)))))))
 
 
 def _file_source(files: Mapping[int, Path]) -> FileSource:
@@ -175,7 +196,7 @@ def _file_source(files: Mapping[int, Path]) -> FileSource:
 
 
 def _over(source: Source) -> ImageSet:
-    return ImageSet(source.ids, source)
+    return ImageSet(source.ids, source, groups_by_id({int(i): source.name(int(i)) for i in source.ids}, {}))
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:

@@ -1,7 +1,7 @@
 """What a person knows of images: labels and masks of defects. Metrics take it and nothing else does."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +20,9 @@ class GroundTruth:
         ids: Global ids of the images, (N,), each once.
         labels: 0 for normal and 1 for anomalous, (N,).
         defect_types: Kind of defect of each image, (N,); "good" for normal images.
-        masks: The mask of each anomalous image that has one, by id: a file, or an array (H, W). Non-zero is defect.
+        masks: The mask of each anomalous image that has one, by id: a file, several files, or an array (H, W). Non-zero
+            is defect; of files, see `flawsift.data.masks.read_mask`.
+        turned: EXIF's orientation, by id, of mask files that are to be turned as their image is.
 
     Raises:
         InputError: Lengths differ, an id comes twice, a label is neither 0 nor 1, or a mask belongs to no image.
@@ -29,7 +31,8 @@ class GroundTruth:
     ids: Ids
     labels: NDArray[np.int8]
     defect_types: tuple[str, ...]
-    masks: Mapping[int, Path | NDArray[np.bool_]]
+    masks: Mapping[int, Path | Sequence[Path] | NDArray[np.bool_]]
+    turned: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", np.asarray(self.ids, dtype=np.int64).reshape(-1))
@@ -47,8 +50,9 @@ class GroundTruth:
 
     @property
     def has_masks(self) -> bool:
-        """Whether every anomalous image has a mask (true too when no image is anomalous)."""
-        return all(i in self.masks for i in self.ids[self.labels == 1].tolist())
+        """Whether an anomalous image has a mask (true too when no image is anomalous)."""
+        anomalous = self.ids[self.labels == 1].tolist()
+        return not anomalous or any(i in self.masks for i in anomalous)
 
     @property
     def contamination(self) -> float:
@@ -67,12 +71,12 @@ class GroundTruth:
         at = self._positions(wanted)
         types = tuple(self.defect_types[i] for i in at)
         masks = {i: self.masks[i] for i in wanted.tolist() if i in self.masks}
-        return type(self)(ids=wanted, labels=self.labels[at], defect_types=types, masks=masks)
+        return type(self)(ids=wanted, labels=self.labels[at], defect_types=types, masks=masks, turned=self.turned)
 
     def mask(self, image_id: int, shape: tuple[int, int]) -> NDArray[np.bool_] | None:
         """The defect pixels of one image on a grid of `shape` (h, w); None for an anomalous image without a mask.
 
-        A normal image gives all False. Any non-zero value of any colour channel is defect; alpha channels are ignored.
+        A normal image gives all False.
         Down-sizing preserves the maximum: a source pixel falls on the target pixel that holds its centre, and one
         defect pixel makes it defect, so that tiny defects survive. Up-sizing takes the nearest source pixel.
 
@@ -84,7 +88,12 @@ class GroundTruth:
         source = self.masks.get(image_id)
         if source is None:
             return None
-        mask = _read_mask(source) if isinstance(source, Path) else np.asarray(source) != 0
+        if isinstance(source, np.ndarray):
+            mask = source != 0
+        else:
+            from flawsift.data.masks import read_mask  # it reads images, which is slow to import
+
+            mask = read_mask(files_of(source), self.turned.get(image_id, 1))
         if mask.ndim != 2 or mask.size == 0:
             raise InputError(f"The mask of image {image_id} has shape {mask.shape}; give (H, W).")
         return _resize_rows(_resize_rows(mask, shape[0]).T, shape[1]).T
@@ -95,20 +104,6 @@ class GroundTruth:
         return np.array([place[i] for i in ids.tolist()], dtype=np.int64)
 
 
-def _read_mask(path: Path) -> NDArray[np.bool_]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            # Opacity is no defect, and a number that stands for a colour of a palette says nothing by itself.
-            plain = image.convert("RGB") if image.mode in ("P", "PA", "LA", "RGBA") else image
-            values = np.atleast_3d(np.asarray(plain))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for broken PNG files
-        raise InputError(f"The mask {path} cannot be read: {error}. Check the file.") from error
-    mask: NDArray[np.bool_] = (values != 0).any(axis=2)
-    return mask
-
-
 def _resize_rows(mask: NDArray[np.bool_], size: int) -> NDArray[np.bool_]:
     """The mask (H, W) with `size` rows, by the rule of `GroundTruth.mask`, in integers: rounding could shift a row."""
     rows = len(mask)
@@ -117,6 +112,11 @@ def _resize_rows(mask: NDArray[np.bool_], size: int) -> NDArray[np.bool_]:
     target = (2 * np.arange(rows) + 1) * size // (2 * rows)  # each target row gets at least one source row
     smaller: NDArray[np.bool_] = np.logical_or.reduceat(mask, np.searchsorted(target, np.arange(size)), axis=0)
     return smaller
+
+
+def files_of(mask: Path | Sequence[Path]) -> Sequence[Path]:
+    """The files of a mask of one file or of several."""
+    return [mask] if isinstance(mask, Path) else mask
 
 
 def checked_labels(labels: ArrayLike) -> NDArray[np.int8]:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.data.folders import groups_by_id, scan_folder
+from flawsift.data.folders import groups_by_id, scan_folder, with_pages
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.errors import InputError
@@ -73,18 +73,18 @@ class Entry(NamedTuple):
     Attributes:
         file: Path relative to the root, with forward slashes.
         defect_type: "good" for a normal image.
-        mask: Its mask file, if there is one.
+        mask: Its mask file, or several, if there is one.
         part: Its side in the official split, if there is one.
     """
 
     file: str
     defect_type: str
-    mask: Path | None = None
+    mask: Path | Sequence[Path] | None = None
     part: Literal["train", "test"] | None = None
 
 
 def from_entries(name: str, root: Path, entries: Sequence[Entry], groups: Mapping[str, str] | None = None) -> Dataset:
-    """Number files 0..N-1 in the order given.
+    """Number files 0..N-1 in the order given, and the pages of a TIFF one by one; its mask may have as many pages.
 
     Args:
         name: Name of the data set.
@@ -95,6 +95,7 @@ def from_entries(name: str, root: Path, entries: Sequence[Entry], groups: Mappin
     Raises:
         InputError: `groups` names none of the files.
     """
+    entries = [page for entry in entries for page in _pages(root, entry)]
     by_id = dict(enumerate(e.file for e in entries))
     defect_types = tuple(e.defect_type for e in entries)
     truth = GroundTruth(
@@ -108,17 +109,31 @@ def from_entries(name: str, root: Path, entries: Sequence[Entry], groups: Mappin
     return Dataset(name, images, truth, truth.ids[parts == "train"], truth.ids[parts == "test"])
 
 
-def match_masks(files: Sequence[str], masks: Path) -> dict[str, Path]:
+def _pages(root: Path, entry: Entry) -> Iterable[Entry]:
+    """The entry, or one for each page of its file."""
+    names = with_pages(root, [entry.file])
+    if len(names) == 1:
+        return [entry]
+    masks: list[Path | None] = [None] * len(names)
+    if isinstance(entry.mask, Path):
+        of_pages = with_pages(entry.mask.parent, [entry.mask.name])
+        if len(of_pages) == len(names):
+            masks = [entry.mask.parent / name for name in of_pages]
+    return [entry._replace(file=name, mask=mask) for name, mask in zip(names, masks, strict=True)]
+
+
+def match_masks(files: Sequence[str], masks: Path) -> dict[str, Path | Sequence[Path]]:
     """Find the mask of each image: the same relative path with any image ending, or with `_mask` before the ending.
 
-    A mask without an image is left out with a warning; an image without a mask is not in the result.
+    Or several of one image, in a folder that is called like it without the ending, as MVTec LOCO has them. A mask
+    without an image is left out with a warning; an image without a mask is not in the result.
 
     Args:
         files: Image paths relative to their own root, such as "crack/000.png".
         masks: The folder that mirrors that root.
 
     Returns:
-        {image path: mask path}.
+        {image path: mask path, or all of them}.
 
     Raises:
         InputError: A mask folder has no image folder of that name, or two images would share one mask.
@@ -131,26 +146,30 @@ def match_masks(files: Sequence[str], masks: Path) -> dict[str, Path]:
             f"Mask folders in '{show(masks)}' without images of that defect type: {name_some(unknown)}. "
             f"Defect types with images: {name_some(sorted(folders))}."
         )
-    by_stem: dict[str, str] = {}
+    by_stem: dict[str, list[str]] = {}
+    in_folder: dict[str, list[str]] = {}
     for mask in names:
-        by_stem.setdefault(_stem(mask), mask)
-    mask_of: dict[str, str] = {}
+        by_stem.setdefault(_stem(mask), [mask])
+        in_folder.setdefault(mask.rpartition("/")[0], []).append(mask)
+    mask_of: dict[str, list[str]] = {}
     for file in files:
         stem = _stem(file)
-        mask_name = by_stem.get(f"{stem}_mask") or by_stem.get(stem)
-        if mask_name is not None:
-            mask_of[file] = mask_name
+        mask_names = by_stem.get(f"{stem}_mask") or by_stem.get(stem) or in_folder.get(stem)
+        if mask_names is not None:
+            mask_of[file] = mask_names
     _refuse_shared(mask_of, masks)
-    stray = sorted(m for m in set(names) - set(mask_of.values()) if m.split("/")[0] not in NORMAL_FOLDERS)
+    used = {name for mask_names in mask_of.values() for name in mask_names}
+    stray = sorted(m for m in set(names) - used if m.split("/")[0] not in NORMAL_FOLDERS)
     if stray:
         log.warning("%d masks in '%s' have no image and are ignored: %s.", len(stray), show(masks), name_some(stray))
-    return {file: masks / name for file, name in mask_of.items()}
+    found = {file: [masks / name for name in mask_names] for file, mask_names in mask_of.items()}
+    return {file: paths[0] if len(paths) == 1 else paths for file, paths in found.items()}
 
 
-def _refuse_shared(mask_of: Mapping[str, str], masks: Path) -> None:
+def _refuse_shared(mask_of: Mapping[str, Sequence[str]], masks: Path) -> None:
     users: dict[str, list[str]] = {}
-    for file, mask in mask_of.items():
-        users.setdefault(mask, []).append(file)
+    for file, mask_names in mask_of.items():
+        users.setdefault(mask_names[0], []).append(file)
     shared = [f"{m} ({' and '.join(sorted(f))})" for m, f in users.items() if len(f) > 1]
     if shared:
         raise InputError(

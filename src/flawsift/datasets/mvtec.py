@@ -4,6 +4,7 @@
     CATEGORY/test/good/*.png
     CATEGORY/test/DEFECT_TYPE/*.png
     CATEGORY/ground_truth/DEFECT_TYPE/*[_mask].png     optional
+    CATEGORY/ground_truth/DEFECT_TYPE/*/*.png          or several masks of one image, as in MVTec LOCO AD
 
 Source: Bergmann et al., "MVTec AD", CVPR 2019, https://www.mvtec.com/company/research/datasets/mvtec-ad
 """

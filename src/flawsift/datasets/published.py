@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from flawsift.data.truth import files_of
 from flawsift.datasets.dataset import NORMAL, Dataset, Entry, from_entries, require_folder
 from flawsift.datasets.folder import DATA_VARIABLE
 from flawsift.datasets.mvtec import load_mvtec
@@ -140,7 +141,7 @@ def find_root(name: str, category: str, root: str | Path | None) -> Path:
 
 def require_files(name: str, folder: Path, entries: list[Entry], layout: str) -> None:
     """Raise InputError unless all images and masks are there; says which are not, and what was expected."""
-    masks = [e.mask for e in entries if e.mask is not None]
+    masks = [mask for e in entries if e.mask is not None for mask in files_of(e.mask)]
     wanted = [(e.file, folder / e.file) for e in entries]
     wanted += [(m.relative_to(folder).as_posix(), m) for m in masks]
     if absent := [file for file, path in wanted if not path.is_file()]:

@@ -177,7 +177,7 @@ def fitting_size(images: ImageSet) -> int:
     edges = []
     for id_ in images.ids[::every].tolist():
         with contextlib.suppress(UnreadableImage):
-            edges.append(min(images.image(id_).size))
+            edges.append(min(images.source.size(id_)))
     small, large = SIZES
     return large if edges and statistics.median(edges) >= large else small
 

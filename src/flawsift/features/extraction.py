@@ -14,6 +14,7 @@ from flawsift.data.decoding import UnreadableImage, to_pixels
 from flawsift.data.facts import ImageFacts, facts_of
 from flawsift.data.images import FeatureReader, ImageSet
 from flawsift.data.inputs import Images, as_images, in_pieces, is_stream
+from flawsift.data.values import ValueRange
 from flawsift.data.views import derive
 from flawsift.errors import InputError, OutputError
 from flawsift.features.backbones import Backbone
@@ -87,6 +88,7 @@ def stream(
     *,
     size: int = SHARD,
     progress: Progress = silent,
+    value_range: ValueRange | None = None,
 ) -> Iterator[Piece]:
     """Images in pieces with features in memory, so that memory stays flat; nothing is stored.
 
@@ -98,6 +100,7 @@ def stream(
         layers: Layer names or aliases such as "stride8".
         size: The most images in a piece; features do not depend on it.
         progress: Told about each piece. Of an iterator, whose length is unknown, the total is what has been read.
+        value_range: By which images of more than 8 bits are read; None leaves what the images have.
 
     Raises:
         InputError: As for `flawsift.data.inputs.as_images`.
@@ -107,6 +110,7 @@ def stream(
     done = 0
     for piece in in_pieces(given, size):
         progress("features", done, total or done + len(piece))
+        piece = piece.within(value_range)
         attached = piece.reader is not None and piece.reader.key == backbone.key
         yield Piece(piece, piece, {}, {}) if attached else Piece(piece, *_attach_memory(piece, backbone, layers))
         done += len(piece)

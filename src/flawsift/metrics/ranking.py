@@ -111,7 +111,8 @@ def evaluate(
 ) -> dict[str, float | int | None]:
     """All metrics of one set of predictions; None where a metric is undefined.
 
-    Image metrics need both classes. Pixel metrics need maps, a mask of every anomalous image, and pixels of both kinds.
+    Image metrics need both classes. Pixel metrics need maps and pixels of both kinds; anomalous images without a mask
+    are left out of them, and counted as "n_without_mask" (None where there are no maps, or no masks at all).
     `GroundTruth.mask` brings each mask to the size of its map.
 
     Args:
@@ -127,12 +128,14 @@ def evaluate(
     values, n_anomalous = _scores(scores, len(chosen)), int(np.sum(chosen.labels))
     names = ("image_auroc", "image_ap", "image_f1_max", "image_f1_max_threshold")
     result: dict[str, float | int | None] = dict.fromkeys((*names, "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"))
-    result |= {"n_images": len(chosen), "n_anomalous": n_anomalous}
+    result |= {"n_images": len(chosen), "n_anomalous": n_anomalous, "n_without_mask": None}
     if 0 < n_anomalous < len(chosen):
         ranks = _image_ranks(values, chosen.labels)
         result |= zip(names, (_auroc(ranks), _ap(ranks), *_f1_max(ranks)), strict=True)
     if maps is not None and chosen.has_masks:
-        pairs = _paired(maps, chosen.ids.tolist())
+        unknown = {i for i in chosen.ids[chosen.labels == 1].tolist() if i not in chosen.masks}
+        result["n_without_mask"] = len(unknown)
+        pairs = ((m, i) for m, i in _paired(maps, chosen.ids.tolist()) if i not in unknown)
         # A map that is not (h, w) gets a mask of another shape, which is refused where all maps are checked.
         pixels = _gather((m, chosen.mask(i, np.atleast_2d(np.asarray(m)).shape[-2:])) for m, i in pairs)
         result |= pixels.metrics(0.3) if pixels.defined else {}

@@ -13,7 +13,7 @@ from scipy import stats
 from flawsift.errors import InputError, one_line
 from flawsift.metrics.shares import CONFIDENCE, share_interval
 from flawsift.models.calibration import Calibration, Threshold
-from flawsift.models.model import load_calibration
+from flawsift.models.record import load_calibration
 from flawsift.paths import name_some, show
 from flawsift.types import Floats
 

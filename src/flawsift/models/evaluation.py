@@ -20,7 +20,7 @@ class MapCollector:
     """Takes maps as they come: keeps them, or streams them into AUPRO where they are too many.
 
     Attributes:
-        truth: Masks of all anomalous images.
+        truth: Masks of anomalous images; those without one are left out.
         exact_pixels: With more map pixels than this, maps are streamed; None never streams.
         n_images: How many images there will be.
         kept: Maps in the order of the readable images; None if streamed.
@@ -43,8 +43,8 @@ class MapCollector:
             return
         for id_, anomaly_map in zip(prediction.ids.tolist(), prediction.maps, strict=True):
             mask = self.truth.mask(id_, anomaly_map.shape)
-            assert mask is not None  # every anomalous image has one
-            self.stream.update(anomaly_map, mask)
+            if mask is not None:
+                self.stream.update(anomaly_map, mask)
 
 
 def measure(predictions: Predictions, truth: GroundTruth, maps: MapCollector | None) -> dict[str, Any]:
@@ -64,6 +64,8 @@ def measure(predictions: Predictions, truth: GroundTruth, maps: MapCollector | N
     ids, scores = predictions.ids[readable], predictions.scores[readable]
     result: dict[str, Any] = dict(metrics.evaluate(ids, scores, truth, None if maps is None else maps.kept))
     if maps is not None and maps.stream is not None and result["n_anomalous"] > 0:
+        unknown = set(ids[truth.select(ids).labels == 1].tolist()) - set(truth.masks)
+        result["n_without_mask"] = len(unknown)
         result |= {"aupro": maps.stream.compute(), "aupro_bound": maps.stream.error_bound()}
     labels = truth.select(ids).labels
     stopped = None if predictions.threshold is None else scores > predictions.threshold.value

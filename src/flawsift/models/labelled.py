@@ -13,8 +13,9 @@ from flawsift.data.inputs import Images, as_images
 from flawsift.data.truth import GroundTruth
 from flawsift.errors import InputError, ParameterError
 from flawsift.models.calibration import Calibration, Threshold, missed_shares, of_hundred
-from flawsift.models.model import LABELLED, Model, content_digests
+from flawsift.models.model import Model, content_digests
 from flawsift.models.predictions import Predictions
+from flawsift.models.record import LABELLED
 from flawsift.paths import name_some, show
 from flawsift.progress import ProgressOption
 from flawsift.types import Floats, Ids
@@ -114,7 +115,7 @@ def recalibrate(
             f"None of the {len(truth):,} labels is of one of these {len(given):,} images. "
             "Give labelled images, and the labels of these."
         )
-    digests = content_digests(labelled)
+    digests = content_digests(labelled.within(model.value_range))
     learned = model.trained_on(digests)
     copies = _copies(labelled, truth, digests)
     new = labelled.select(labelled.ids[~np.isin(labelled.ids, [*learned.tolist(), *copies])])

@@ -9,9 +9,7 @@ import contextlib
 import hashlib
 import inspect
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,28 +21,27 @@ import flawsift
 from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import ImageSet
 from flawsift.data.inputs import Images, as_images, is_stream
+from flawsift.data.mask_checks import usable_masks
 from flawsift.data.truth import GroundTruth
+from flawsift.data.values import VALUE_RANGE, ValueRange
 from flawsift.detectors.base import Detector, Prediction, load_detector
 from flawsift.errors import ModelError, ParameterError
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import SHARD, stream
 from flawsift.features.readers import StoredFeatures
-from flawsift.files import DamagedPart, Parts, new_result, write_json
+from flawsift.files import new_result, write_json
 from flawsift.models.calibration import DEFAULT_RATE, Calibration, Threshold
 from flawsift.models.evaluation import MapCollector, measure
 from flawsift.models.notices import Observed
 from flawsift.models.predictions import ImagePrediction, Predictions, with_scores
 from flawsift.models.profile import Profile
+from flawsift.models.record import FORMAT, JSON, calibration_of, content_of, fit_record, model_id, told_damage
 from flawsift.paths import show
 from flawsift.progress import Progress, ProgressOption, as_progress, silent
 from flawsift.types import Ids
 
-FORMAT = 1  # of the model folder
-JSON = "model.json"
 FILES = (JSON, "detector.json", "state-*.safetensors")  # patterns of what a model folder holds
 LEARNED_DIGITS = 16  # of a digest: 64 bits tell ten million images apart, in a quarter of the room
-LABELLED = "labelled"  # in the record of a training: which labelled images the threshold comes from
-THRESHOLD_KEYS = ("false_alarm_rate", LABELLED)  # of that record: what a later threshold changes
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,6 +74,11 @@ class Model:
     def rate(self) -> float:
         """The false-alarm rate that it was fitted or calibrated with."""
         return float(self.training.get("false_alarm_rate", DEFAULT_RATE))
+
+    @property
+    def value_range(self) -> ValueRange | None:
+        """By which it reads images of more than 8 bits; None where it was trained on none."""
+        return ValueRange.from_json(self.training.get(VALUE_RANGE))
 
     def threshold(self, false_alarm_rate: float | None = None) -> Threshold | None:
         """The threshold at a false-alarm rate; None takes the model's."""
@@ -111,7 +113,7 @@ class Model:
             InputError: There are no images, or one is missing.
             NotAnImage: Something else was given, alone or in a list; it is a TypeError too.
         """
-        given = images if is_stream(images) else as_images(images)
+        given = images if is_stream(images) else as_images(images).within(self.value_range)
         threshold, observed = self.threshold(false_alarm_rate), Observed()
         with as_progress(progress) as tell:
             pieces = self._pieces(
@@ -188,8 +190,9 @@ class Model:
         Raises:
             InputError: No image can be read, or an image has no label.
         """
-        chosen = as_images(images)
-        maps = MapCollector(truth, exact_pixels, len(chosen)) if truth.select(chosen.ids).has_masks else None
+        chosen = as_images(images).within(self.value_range)
+        truth = usable_masks(truth.select(chosen.ids), chosen)
+        maps = MapCollector(truth, exact_pixels, len(chosen)) if truth.has_masks else None
         predictions = self.predict(chosen, device=device, on_maps=maps, progress=progress)
         n_trained_on = None if self.learned is None else len(self.trained_on(content_digests(chosen)))
         return {**measure(predictions, truth, maps), "n_trained_on": n_trained_on}, predictions
@@ -216,7 +219,8 @@ class Model:
         observed: Observed | None = None,
     ) -> Iterator[Predictions]:
         """Predictions of one piece after the other, as they are made."""
-        for piece in stream(images, self.backbone, self.detector.layers, size=size, progress=progress):
+        layers, ranged = self.detector.layers, self.value_range
+        for piece in stream(images, self.backbone, layers, size=size, progress=progress, value_range=ranged):
             scores: dict[int, float] = {}
             kept: dict[int, npt.NDArray[np.float32]] = {}
             failed = piece.failed
@@ -273,9 +277,9 @@ class Model:
             OutputError: It cannot be written.
         """
         folder = Path(folder)
-        with _told_damage(folder):
-            content = _content(folder)
-            same = _fit_record(content["training"]) == _fit_record(self.training)
+        with told_damage(folder):
+            content = content_of(folder)
+            same = fit_record(content["training"]) == fit_record(self.training)
         if not same:
             raise ModelError(f"'{folder}' holds another model by now, which was left as it is. Calibrate it anew.")
         with new_result(folder, adds=True) as new:
@@ -304,11 +308,11 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
         WeightsError: The backbone's weights are not to be had.
     """
     folder = Path(folder)
-    with _told_damage(folder):
-        content = _content(folder)
+    with told_damage(folder):
+        content = content_of(folder)
         spec, digest = content["backbone"]["spec"], str(content["backbone"]["weights_digest"])
         training, told = dict(content["training"]), content.get("profile")  # models of before have none
-        calibration = _calibration(content)
+        calibration = calibration_of(content)
         profile = None if told is None else Profile.from_json(told)
         known = content.get("learned")
         learned = None if known is None else frozenset(map(str, known))
@@ -322,49 +326,6 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
             f"({digest[:12]}, these are {backbone.weights_digest[:12]}). Give them with --weights."
         )
     return Model(detector, backbone, calibration, training, profile, learned)
-
-
-def load_calibration(folder: str | Path) -> tuple[Calibration, float, str]:
-    """Calibration of a model, the false-alarm rate that it was fitted with, and its `Model.id`, without its networks.
-
-    Raises:
-        ModelError: The folder is missing, damaged or newer than this version.
-    """
-    with _told_damage(Path(folder)):
-        content = _content(Path(folder))
-        rate = float(content["training"].get("false_alarm_rate", DEFAULT_RATE))
-        return _calibration(content), rate, model_id(content["training"])
-
-
-def _calibration(content: Mapping[str, Any]) -> Calibration:
-    """That of model.json, with its rate tried; a score that is no number would put every image below it."""
-    calibration = Calibration.from_json(content["calibration"])
-    if not np.isfinite(calibration.scores).all():
-        raise ValueError("a score of its calibration is no number")
-    calibration.threshold(float(content["training"].get("false_alarm_rate", DEFAULT_RATE)))
-    return calibration
-
-
-def _content(folder: Path) -> dict[str, Any]:
-    content = json.loads(Parts.of(folder).read(JSON))
-    if not isinstance(content, dict) or not isinstance(content["format"], int):
-        raise TypeError("it holds no table with a format")
-    if content["format"] > FORMAT:
-        raise ModelError(f"'{folder}' was written by flawsift {content['flawsift']}; update flawsift to read it.")
-    return content
-
-
-@contextmanager
-def _told_damage(folder: Path) -> Iterator[None]:
-    """What goes wrong with model.json, as an error that a user understands."""
-    try:
-        yield
-    except OSError as error:
-        raise ModelError(f"'{folder}' is not a model folder: {error.strerror} ({error.filename}).") from error
-    except DamagedPart as error:
-        raise ModelError(f"'{folder}' is damaged: {error}. Take a copy of it, or fit the model again.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"'{folder}' holds a damaged model.json: {error!r}. Fit the model again.") from error
 
 
 def set_digest(images: ImageSet) -> str:
@@ -392,17 +353,6 @@ def content_digests(images: ImageSet) -> dict[int, str]:
 def learned_digests(images: ImageSet) -> frozenset[str]:
     """Of training images, the beginnings of their content digests, by which they are known again."""
     return frozenset(digest[:LEARNED_DIGITS] for digest in content_digests(images).values())
-
-
-def _fit_record(training: Mapping[str, Any]) -> dict[str, Any]:
-    """What is told of a training, less what a later threshold changes, as it is after a save."""
-    record: dict[str, Any] = json.loads(json.dumps(dict(training)))
-    return {key: value for key, value in record.items() if key not in THRESHOLD_KEYS}
-
-
-def model_id(training: Mapping[str, Any]) -> str:
-    """`Model.id` by what is told of its training."""
-    return content_digest(json.dumps(_fit_record(training), sort_keys=True).encode())[:12]
 
 
 # The methods of `Model` as functions, whose first argument is the model.

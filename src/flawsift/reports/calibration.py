@@ -10,7 +10,7 @@ import numpy as np
 from flawsift.files import ensure_folder, write_text
 from flawsift.models.calibration import Threshold, of_hundred
 from flawsift.models.labelled import Recalibration, n_needed
-from flawsift.models.model import LABELLED
+from flawsift.models.record import LABELLED
 from flawsift.paths import show
 from flawsift.reports.histogram import Histogram
 from flawsift.reports.pages import css_ramp, flat, number, template, unreadable_files

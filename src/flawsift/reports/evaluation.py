@@ -83,6 +83,7 @@ def write_evaluation_report(
     Raises:
         OutputError: It cannot be written.
     """
+    images = images.within(model.value_range)
     readable = np.isfinite(predictions.scores)
     ids, scores = predictions.ids[readable], predictions.scores[readable]
     truth = truth.select(ids)

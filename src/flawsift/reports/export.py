@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +12,21 @@ from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
-from scipy import ndimage
 
 from flawsift import __version__
+from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.errors import OutputError, ParameterError, unknown_name
 from flawsift.files import ensure_folder, write_csv, write_json, write_text
 from flawsift.paths import show
-from flawsift.reports.evidence import map_scale, smoothed
+from flawsift.reports.evidence import map_scale
 from flawsift.reports.overlays import Scale
+from flawsift.reports.regions import Region, normal_level, regions
 from flawsift.screening.decisions import apply_decisions
 from flawsift.screening.result import Screening
 
 STATUS = ("removed", "kept")  # by whether an image is kept
 REGION = "suspect region"
-ORIENTATION = 0x0112  # the EXIF tag
-TURNED = range(5, 9)  # its values that swap width and height
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +54,15 @@ class _Export:
 
     screening: Screening
     images: list[_Image]
-    root: Path  # the images' folder
+    source: FileSource  # of the images
     folder: Path  # of the export
     link: bool
+    scale: Scale | None
+    level: float  # of what is normal, in the maps
+
+    @property
+    def root(self) -> Path:
+        return self.source.root
 
 
 def export(
@@ -78,9 +80,10 @@ def export(
         screening: From `flawsift.screening.storage.load_screening`.
         images: Its images, from `flawsift.screening.storage.images_of`.
         out: A folder that is missing or empty, outside of the images' folder.
-        to: "folder" (sub-folders kept and removed with copies), "csv" (one table), "coco" (object detection: boxes
-            around the suspect regions of removed images), "fiftyone" (FiftyOneImageClassificationDataset) or
-            "labelstudio" (tasks with predictions, and with annotations where a person decided).
+        to: "folder" (sub-folders kept and removed with copies), "csv" (one table), "coco" (object detection: boxes and
+            outlines of the suspect regions of removed images, see `flawsift.reports.regions`), "fiftyone"
+            (FiftyOneImageClassificationDataset) or "labelstudio" (tasks with predictions, and with annotations where a
+            person decided).
         choices: Decisions in force, from `flawsift.screening.decisions.read_decisions`.
         link: For "folder": symbolic links instead of copies.
 
@@ -110,7 +113,9 @@ def export(
         scores = float(screening.consensus[p]), float(screening.held_out_scores[p])
         decision = (choices or {}).get(name, "")
         listed.append(_Image(id_, name, source.path(id_), bool(is_kept[p]), decision, rank[id_], *scores, p))
-    missing = FORMATS[to](_Export(screening, listed, source.root, ensure_folder(out), link))
+    level = 0.0 if screening.patch_maps is None else normal_level(screening)
+    job = _Export(screening, listed, source, ensure_folder(out), link, map_scale(screening), level)
+    missing = FORMATS[to](job)
     return {"kept": int(is_kept.sum()), "removed": int((~is_kept).sum()), "missing": missing}
 
 
@@ -118,16 +123,18 @@ def _folder(job: _Export) -> int:
     missing = 0
     for status in STATUS:
         (job.folder / status).mkdir()
-    for image in job.images:
-        target = job.folder / image.status / image.path.relative_to(job.root)
+    status_of = {image.path: STATUS[True] for image in job.images}
+    status_of |= {image.path: image.status for image in job.images if not image.is_kept}  # as one of its pages is
+    for path, status in status_of.items():
+        target = job.folder / status / path.relative_to(job.root)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if not image.path.exists():
+            if not path.exists():
                 missing += 1
             elif job.link:
-                target.symlink_to(os.path.abspath(image.path))
+                target.symlink_to(os.path.abspath(path))
             else:
-                shutil.copy2(image.path, target)
+                shutil.copy2(path, target)
         except OSError as error:
             raise OutputError(f"Cannot write '{show(target)}': {error.strerror or error}.") from error
     return missing
@@ -145,27 +152,26 @@ def _csv(job: _Export) -> int:
 
 def _coco(job: _Export) -> int:
     """https://cocodataset.org/#format-data: one file of object detection; kept images have no annotation."""
-    scale = map_scale(job.screening)
     pictures: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     missing = 0
     for image in job.images:
-        size = _size(image.path)
+        size = _size(job, image)
         if size is None:
             missing += 1
             continue
         width, height = size
         extra = {"status": image.status, "decision": image.decision, "consensus": image.consensus}
         pictures.append({"id": image.id, "file_name": image.name, "width": width, "height": height, "flawsift": extra})
-        for box in () if image.is_kept else _boxes(job.screening, scale, image.position, size):
+        for region in () if image.is_kept else _regions(job, image, size):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": image.id,
                     "category_id": 1,
-                    "bbox": box,
-                    "area": round(box[2] * box[3], 2),
-                    "segmentation": [],
+                    "bbox": region.box,
+                    "area": region.area,
+                    "segmentation": region.polygons,
                     "iscrowd": 0,
                 }
             )
@@ -197,7 +203,6 @@ def _fiftyone(job: _Export) -> int:
 
 def _labelstudio(job: _Export) -> int:
     """Tasks of the Basic Label Studio JSON format, images by its local file serving, and the labelling interface."""
-    scale = map_scale(job.screening)
     folder = Path(_absolute(job.root)).name
     is_kept = job.screening.is_kept  # without the decisions
     tasks = []
@@ -206,10 +211,10 @@ def _labelstudio(job: _Export) -> int:
         address = f"/data/local-files/?d={quote(os.fsencode(f'{folder}/{below}'))}"
         data = {"image": address, "path": image.name, "consensus": image.consensus, "rank": image.rank}
         result = [_choice(f"{image.id}-screening", STATUS[bool(is_kept[image.position])])]
-        size = None if image.is_kept else _size(image.path)
+        size = None if image.is_kept else _size(job, image)
         if size is not None:
-            for b, box in enumerate(_boxes(job.screening, scale, image.position, size)):
-                result.append(_rectangle(f"{image.id}-region-{b}", box, size))
+            for b, region in enumerate(_regions(job, image, size)):
+                result.append(_rectangle(f"{image.id}-region-{b}", region.box, size))
         prediction = {"model_version": f"flawsift {__version__}", "score": image.consensus, "result": result}
         task: dict[str, Any] = {"data": data, "predictions": [prediction]}
         if image.decision in ("keep", "remove"):
@@ -248,32 +253,18 @@ def _rectangle(id_: str, box: list[float], size: tuple[int, int]) -> dict[str, A
     return {**common, "original_width": width, "original_height": height, "image_rotation": 0}
 
 
-def _boxes(screening: Screening, scale: Scale | None, position: int, size: tuple[int, int]) -> list[list[float]]:
-    """[x, y, width, height] in pixels around each region outlined in the heatmap; the whole picture without one."""
-    width, height = size
-    whole = [[0.0, 0.0, float(width), float(height)]]
-    if screening.patch_maps is None or scale is None:
-        return whole
-    above: npt.NDArray[np.bool_] = smoothed(screening.patch_maps[position]).numpy() > scale.threshold
-    n_rows, n_columns = above.shape
-    labelled, _ = ndimage.label(above, np.ones((3, 3)))
-    boxes = []
-    for vertical, horizontal in ndimage.find_objects(labelled):
-        x, w = horizontal.start * width / n_columns, (horizontal.stop - horizontal.start) * width / n_columns
-        y, h = vertical.start * height / n_rows, (vertical.stop - vertical.start) * height / n_rows
-        boxes.append([round(v, 2) for v in (x, y, w, h)])
-    return boxes or whole
+def _regions(job: _Export, image: _Image, size: tuple[int, int]) -> list[Region]:
+    """The suspect regions of an image; the whole picture where there are no maps."""
+    maps = job.screening.patch_maps
+    flat = np.zeros((1, 1), np.float16)
+    return regions(flat if maps is None else maps[image.position], job.scale, job.level, size)
 
 
-def _size(path: Path) -> tuple[int, int] | None:
+def _size(job: _Export, image: _Image) -> tuple[int, int] | None:
     """(width, height) of a picture upright, from its head; None where it cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF, as in decoding
-            with Image.open(path) as opened:
-                is_turned = opened.getexif().get(ORIENTATION) in TURNED
-                return (opened.height, opened.width) if is_turned else opened.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return job.source.size(image.id)
+    except UnreadableImage:
         return None
 
 

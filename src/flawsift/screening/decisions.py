@@ -66,12 +66,16 @@ def read_decisions(path: str | Path) -> dict[str, str]:
     return {name: decision.choice for name, decision in _read(Path(path)).items() if decision.choice}
 
 
-def checked_decisions(choices: Mapping[str, str]) -> dict[str, str]:
-    """Decisions that did not come from a file, as `read_decisions` gives them.
+def choices_of(given: str | Path | Mapping[str, str] | None) -> dict[str, str]:
+    """Decisions as `read_decisions` gives them, from a file, or from {relative path: decision}; none of None.
 
     Raises:
-        ParameterError: One is not keep, remove or unsure.
+        InputError: As `read_decisions`.
+        ParameterError: One that is not from a file is not keep, remove or unsure.
     """
+    if isinstance(given, str | Path):
+        return read_decisions(given)
+    choices = given or {}
     checked = {show(name): choice.strip().lower() for name, choice in choices.items()}
     for name, choice in checked.items():
         if choice not in CHOICES:

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.data.images import ImageSet
+from flawsift.data.images import FileSource, ImageSet
+from flawsift.data.values import VALUE_RANGE, ValueRange
 from flawsift.errors import InputError
 from flawsift.files import DamagedPart, Parts, new_result, settle, write_bytes, write_csv, write_json
 from flawsift.paths import find_name, name_some, show
@@ -214,7 +215,8 @@ def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:
     if not folder.is_dir():
         raise InputError(f"Image folder '{show(folder)}' does not exist. Give the images' folder with --images.")
     images = _files(screening, folder)
-    if not any((folder / name).exists() for name in images.names):
+    source = images.source
+    if not any(isinstance(source, FileSource) and source.path(i).exists() for i in images.ids.tolist()):
         n = len(images)
         raise InputError(
             f"None of the {n} images of the screening is in '{show(folder)}'. Give their folder with --images."
@@ -226,7 +228,12 @@ def _files(screening: Screening, folder: Path) -> ImageSet:
     """The files below a folder that a screening names, under its ids."""
     named = zip(screening.ids.tolist(), screening.names, strict=True)
     files = ImageSet.from_files(folder, {id_: find_name(folder, name) for id_, name in named})
-    return replace(files, groups=screening.groups)
+    return replace(files.within(range_of(screening)), groups=screening.groups)
+
+
+def range_of(screening: Screening) -> ValueRange | None:
+    """The range of values that its images of more than 8 bits were read by."""
+    return ValueRange.from_json(screening.provenance.get(VALUE_RANGE))
 
 
 def matched(screening: Screening, images: ImageSet) -> Screening:
@@ -268,7 +275,7 @@ def matched(screening: Screening, images: ImageSet) -> Screening:
 
 
 def grouped(screening: Screening, images: ImageSet) -> tuple[ImageSet, str | None]:
-    """The images to train on in the groups of their screening, or in their own where they have some.
+    """The images to train on in the groups and the range of values of their screening, or in their own where given.
 
     Args:
         screening: Of the same images, from disk or not, which are found by name.
@@ -277,6 +284,8 @@ def grouped(screening: Screening, images: ImageSet) -> tuple[ImageSet, str | Non
     Returns:
         The images; and what a person should know where both have groups and put the images together in other ways.
     """
+    if images.value_range is None:
+        images = images.within(range_of(screening))
     by_name = _ids_by_name(images)
     new_id = {i: by_name.get(show(name)) for i, name in zip(screening.ids.tolist(), screening.names, strict=True)}
     known = {id_: group for i, group in screening.groups.items() if (id_ := new_id[i]) is not None}
