@@ -4,16 +4,17 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from flawsift.data.facts import ENCODING, encoding_of
 from flawsift.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # 16-bit greys are divided by one constant, so that a pixel never depends on the rest of its image.
 SIXTEEN_BIT_WHITE = 65535.0
@@ -152,9 +153,11 @@ def _to_bytes(values: npt.NDArray[Any], white: float) -> npt.NDArray[np.uint8]:
     return np.clip(np.rint(values.astype(np.float64) / white * 255), 0, 255).astype(np.uint8)
 
 
-def to_pixels(image: Image.Image, size: int) -> Tensor:
+def to_pixels(image: Image.Image, size: int) -> "Tensor":
     """An RGB image as (3, size, size) uint8: square resize, bilinear with antialiasing, no crop."""
     if image.size != (size, size):
         # reducing_gap keeps a 20,000 px wide image from costing seconds: box-reduce first, then resample
         image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    import torch  # here, so that exported models are run without it
+
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
