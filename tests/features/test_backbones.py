@@ -119,7 +119,7 @@ def test_asking_for_fewer_layers_changes_nothing(runtime: Runtime) -> None:
 def test_only_the_needed_trunk_is_run() -> None:
     backbone = load_backbone(RESNET, size=64, runtime="torch")
     ran: list[str] = []
-    for name, module in backbone._trunk.model.named_children():
+    for name, module in backbone.trunk.model.named_children():
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
     backbone.extract(images(1), ["layer1"])
     assert "layer1" in ran
@@ -157,7 +157,7 @@ def test_features_can_feed_a_training(runtime: Runtime) -> None:
 
 def test_normalisation_is_of_rgb_in_0_to_1() -> None:
     backbone = loaded(RESNET, "torch")
-    model: Any = backbone._trunk.model
+    model: Any = backbone.trunk.model
     assert backbone.mean == pytest.approx((0.485, 0.456, 0.406))
     assert backbone.std == pytest.approx((0.229, 0.224, 0.225))
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (backbone.mean, backbone.std))
@@ -173,18 +173,18 @@ def test_normalisation_is_of_rgb_in_0_to_1() -> None:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_frozen_means_frozen(runtime: Runtime) -> None:
     backbone = loaded(RESNET, runtime)
-    whole = nn.ModuleList([backbone._trunk, nn.Linear(2, 2)])
+    whole = nn.ModuleList([backbone.trunk, nn.Linear(2, 2)])
     whole.train()  # what a training loop does to all it holds
-    assert not any(module.training for module in backbone._trunk.modules())
-    assert not any(parameter.requires_grad for parameter in backbone._trunk.parameters())
-    backbone._trunk(images(4))
+    assert not any(module.training for module in backbone.trunk.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.trunk.parameters())
+    backbone.trunk(images(4))
     backbone.extract(images(4), ["layer4"])
     assert backbone.parameters_digest() == backbone.weights_digest
 
 
 def test_digest_sees_every_parameter_and_buffer() -> None:
     backbone = load_backbone("tiny", size=64, runtime="torch")
-    for tensor in backbone._trunk.model.state_dict().values():
+    for tensor in backbone.trunk.model.state_dict().values():
         before = tensor.clone()
         tensor.add_(1)
         assert backbone.parameters_digest() != backbone.weights_digest
@@ -231,10 +231,10 @@ def test_embedded_weights_are_the_pinned_ones() -> None:
         (32, 320),
     ]
     # TensorFlow's variant: SAME padding and epsilon 1e-3. The other one loads just as well and is a little wrong.
-    norms = [module for module in backbone._trunk.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in backbone.trunk.model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {norm.eps for norm in norms} == {1e-3}
     state = torch.load(trunks._embedded_path(), weights_only=True)
-    stem = backbone._trunk.model.state_dict()["conv_stem.weight"]
+    stem = backbone.trunk.model.state_dict()["conv_stem.weight"]
     assert torch.equal(stem, state["_conv_stem.weight"])
     assert backbone.weights_digest.startswith("3397d49c531fce5b")  # the same on every machine
 
@@ -277,10 +277,10 @@ def test_weights_file_round_trip(file: str, wrap: str, tmp_path: Path) -> None:
 
 
 def test_weights_file_of_a_vit_is_resized(tmp_path: Path) -> None:
-    state = {**loaded(VIT, "torch")._trunk.model.state_dict(), "pos_embed": torch.zeros(1, 1 + 14 * 14, 192)}
+    state = {**loaded(VIT, "torch").trunk.model.state_dict(), "pos_embed": torch.zeros(1, 1 + 14 * 14, 192)}
     path = save(state, tmp_path / "vit.safetensors")
     backbone = load_backbone("vit_tiny_patch16_224", weights=path, size=64, runtime="torch")
-    assert backbone._trunk.model.state_dict()["pos_embed"].shape == (1, 1 + 4 * 4, 192)
+    assert backbone.trunk.model.state_dict()["pos_embed"].shape == (1, 1 + 4 * 4, 192)
     assert backbone.extract(images(1), ["blocks.11"])["blocks.11"].shape == (1, 192, 4, 4)
 
 
@@ -404,7 +404,7 @@ def test_seeds_are_reproducible_and_leave_the_global_generator_alone() -> None:
 def test_tiny_is_small_and_no_channel_is_dead() -> None:
     backbone = load_backbone("tiny", size=64)
     assert backbone.layers == (LayerInfo("stage1", 16, 4), LayerInfo("stage2", 24, 8), LayerInfo("stage3", 32, 16))
-    assert sum(parameter.numel() for parameter in backbone._trunk.model.parameters()) < 30_000
+    assert sum(parameter.numel() for parameter in backbone.trunk.model.parameters()) < 30_000
     for features in backbone.extract(images(4), ["stage1", "stage2", "stage3"]).values():
         spread = features.transpose(0, 1).flatten(1).std(1)
         assert (spread > 1e-3).all()
@@ -417,9 +417,9 @@ def test_class_tokens_are_those_of_the_network(name: str, runtime: Runtime) -> N
     backbone = load_backbone(name, size=64 if name == VIT else 56, runtime=runtime)
     pixels = images(3, backbone.size)
     found = backbone.extract(pixels, ["blocks.2", "blocks.11.cls", "blocks.11"])
-    model = backbone._trunk.model
+    model = backbone.trunk.model
     with torch.no_grad():
-        x = pixels.float() * backbone._trunk.scale + backbone._trunk.shift
+        x = pixels.float() * backbone.trunk.scale + backbone.trunk.shift
         expected = model.forward_features(x)  # type: ignore[operator]
     token = found["blocks.11.cls"]
     assert token.shape == (3, model.num_features, 1, 1)
@@ -434,7 +434,7 @@ def test_class_tokens_are_those_of_the_network(name: str, runtime: Runtime) -> N
 
 def test_a_class_token_that_the_network_does_not_hand_out_is_no_layer() -> None:
     backbone = load_backbone("random:1:cait_xxs24_224", size=64, runtime="openvino")  # which converts all layers
-    assert backbone._trunk.model.cls_token is not None
+    assert backbone.trunk.model.cls_token is not None
     assert not [info for info in backbone.layers if info.name.endswith("cls")]
     layer = backbone.layers[0].name
     assert backbone.extract(images(1), [layer])[layer].isfinite().all()

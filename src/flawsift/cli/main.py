@@ -15,6 +15,7 @@ from flawsift import __version__
 from flawsift.cli import stages, tools, use
 from flawsift.cli.benchmark import benchmark, benchmark_report, cache_app
 from flawsift.cli.calibrate import calibrate
+from flawsift.cli.deploy import export_model
 from flawsift.errors import FlawsiftError
 
 # BadParameter < UsageError < ClickException: newer typers carry a click of their own, so it is asked of typer
@@ -49,6 +50,7 @@ for command in (stages.screen, stages.fit, use.predict, use.drift, use.evaluate,
 for command in (tools.review, tools.export, tools.diagnose, tools.demo, tools.detectors):
     app.command()(command)
 app.command()(benchmark)
+app.command("export-model")(export_model)
 app.command("benchmark-report")(benchmark_report)
 app.add_typer(cache_app, name="cache")
 

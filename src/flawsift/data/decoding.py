@@ -5,19 +5,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from flawsift.data import tiff
 from flawsift.data.facts import ENCODING, encoding_of
 from flawsift.data.unreadable import UnreadableImage as UnreadableImage
 from flawsift.data.values import ValueRange, white_of
 from flawsift.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The white of whole numbers of more than 8 bits where no range was learned or given.
 SIXTEEN_BIT_WHITE = 65535.0
@@ -329,9 +330,11 @@ def _size(image: Image.Image) -> tuple[int, int]:
     return (image.height, image.width) if _orientation(image) in range(5, 9) else image.size
 
 
-def to_pixels(image: Image.Image, size: int) -> Tensor:
+def to_pixels(image: Image.Image, size: int) -> "Tensor":
     """An RGB image as (3, size, size) uint8: square resize, bilinear with antialiasing, no crop."""
     if image.size != (size, size):
         # reducing_gap keeps a 20,000 px wide image from costing seconds: box-reduce first, then resample
         image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    import torch  # here, so that exported models are run without it
+
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()

@@ -1,10 +1,13 @@
 """What is known of a picture before anybody judges it: its size, how it was stored, how bright it is."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENCODING = "flawsift encoding"  # the key under which `flawsift.data.decoding` notes it in `Image.info`
 SAMPLED = 64  # points a side: thousands of grey values tell how bright a picture is, and cost microseconds
@@ -39,7 +42,7 @@ def encoding_of(image: Image.Image) -> str:
     return f"{image.format} {'16-bit grey' if image.mode.startswith('I') else MODES.get(image.mode, image.mode)}"
 
 
-def facts_of(image: Image.Image, pixels: Tensor) -> ImageFacts:
+def facts_of(image: Image.Image, pixels: "Tensor") -> ImageFacts:
     """The facts of an image.
 
     Args:

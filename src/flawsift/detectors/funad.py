@@ -255,7 +255,7 @@ class FUNAD(Detector):
         cells = torch.cat(on_one_grid(taps), 1)
         patches = cells.flatten(2).transpose(1, 2)
         image = torch.cat(tokens, 1).flatten(1) if tokens else patches.mean(1)
-        return image[:, : image.shape[1] * self.image_branch], patches, (cells.shape[2], cells.shape[3])
+        return image if self.image_branch else image[:, :0], patches, (cells.shape[2], cells.shape[3])
 
     @torch.no_grad()
     def _rebuild(self, head: Head, memory: Memory, data: ImageSet, device: str) -> None:

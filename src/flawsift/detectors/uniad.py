@@ -220,7 +220,7 @@ class UniAD(Detector):
 
     def _image_scores(self, maps: Tensor) -> Tensor:
         fine = upsample(maps, FINE * maps.shape[1])
-        return F.avg_pool2d(F.avg_pool2d(fine, (FINE, 1), 1), (1, FINE), 1).amax((1, 2))
+        return F.avg_pool2d(F.avg_pool2d(fine[:, None], (FINE, 1), 1), (1, FINE), 1).amax((1, 2, 3))
 
     def _expected(self, batch: Batch, device: str) -> Tensor:
         _, reconstruction = self._reconstruct(batch, device)

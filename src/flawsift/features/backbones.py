@@ -56,7 +56,7 @@ class Backbone:
     """
 
     def __init__(self, trunk: Trunk, engine: Engine, *, name: str, device: str, spec: Mapping[str, Any]) -> None:
-        self._trunk, self._engine = trunk, engine
+        self.trunk, self._engine = trunk, engine
         self.name, self.device, self.spec = name, device, dict(spec)
         self.size: int = self.spec["size"]
         self.mean, self.std, self.layers = trunk.mean, trunk.std, trunk.layers
@@ -107,7 +107,7 @@ class Backbone:
             ParameterError: There is no such layer, or none is asked for.
             InputError: The pixels have another shape or type.
         """
-        members = {layer: self._members(layer) for layer in layers}
+        members = {layer: self.members(layer) for layer in layers}
         if not members:
             raise ParameterError("layers must name at least one layer, got none.")
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, self.size, self.size) or not len(pixels):
@@ -123,7 +123,7 @@ class Backbone:
                 found[layer].append(several[0] if len(several) == 1 else torch.stack(several).mean(0))
         return {layer: parts[0] if len(parts) == 1 else torch.cat(parts) for layer, parts in found.items()}
 
-    def _members(self, layer: str) -> list[int]:
+    def members(self, layer: str) -> list[int]:
         """Positions in `layers` of those whose mean a name stands for: mostly one."""
         prefix, _, numbers = self.resolve(layer).name.rpartition(".")
         names = [f"{prefix}.{number}" for number in numbers.split("+")] if prefix else [numbers]
@@ -132,7 +132,7 @@ class Backbone:
 
     def parameters_digest(self) -> str:
         """`weights_digest` computed again now: equal, or something has trained the frozen network."""
-        return digest_of(self._trunk.model)
+        return digest_of(self.trunk.model)
 
 
 def load_backbone(

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import logging
-import sys
 import threading
 import warnings
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from flawsift.errors import ParameterError, unknown_name
 from flawsift.features.devices import AUTO, resolve_device
 from flawsift.features.trunks import Trunk
+from flawsift.runtime import import_openvino
 
 Runtime = Literal["auto", "torch", "openvino"]
 # On a GPU, batches of one constant size: cuDNN picks kernels by shape, so an image never meets a different one.
@@ -97,7 +97,7 @@ class _OpenVinoEngine:
     name = "openvino"
 
     def __init__(self, trunk: Trunk, size: int) -> None:
-        self._openvino = _import_openvino()
+        self._openvino = import_openvino()
         self._model = _convert(trunk, size)
         self._queues: dict[tuple[int, ...], Any] = {}
         self._lock = threading.Lock()  # a queue has one callback at a time
@@ -127,20 +127,6 @@ class _OpenVinoEngine:
             shapes = [tuple(output.shape)[1:] for output in compiled.outputs]
             self._queues[taps] = self._openvino.AsyncInferQueue(compiled), shapes
         return self._queues[taps]
-
-
-def _import_openvino() -> Any:
-    """OpenVINO without its telemetry, which asks Google Analytics at import unless the module is absent."""
-    if "openvino" not in sys.modules:
-        known = sys.modules.get("openvino_telemetry")
-        sys.modules["openvino_telemetry"] = cast(Any, None)
-        try:
-            return importlib.import_module("openvino")
-        finally:
-            del sys.modules["openvino_telemetry"]
-            if known is not None:
-                sys.modules["openvino_telemetry"] = known
-    return sys.modules["openvino"]
 
 
 def _convert(trunk: Trunk, size: int) -> Any:

@@ -1,0 +1,1 @@
+"""From a model to a production line: exported graphs, and what runs them."""

@@ -1,0 +1,330 @@
+"""A model as one graph, from the pixels of a picture to score, p-value, verdict and map: what `export` writes.
+
+The backbone and the detector's own `_score_batch` are traced as they are. What cannot be traced is the search among
+patches, which works in blocks, picks neighbours in NumPy and mends near ties; here it is written plainly, and tests
+hold the two together.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flawsift.data.images import Batch
+from flawsift.detectors.base import Detector
+from flawsift.detectors.padim import PaDiM
+from flawsift.detectors.parts.maps import embed_batch, to_image_grid
+from flawsift.detectors.parts.neighbors import blocks
+from flawsift.detectors.quorum import SHARP, Quorum
+from flawsift.features.backbones import Backbone
+from flawsift.models.calibration import Calibration
+
+REDUCING_GAP = 3  # as `flawsift.data.decoding.to_pixels`
+BANK_ROWS = 8192  # of a bank whose distances are made at a time
+UNIT = 64  # of norms: a power of two, so that it is a whole number in coarser steps too
+COARSEST = 6.0  # two to the power of it is the coarsest: patches 64 times beyond the range of the bank
+ZERO = 128  # what stands for nought among unsigned bytes
+N_EXACT = 8  # patches, the worst ones, whose distances are measured by subtraction
+CHUNK = 8  # images of the bank whose distances are made at a time: more do not fit a processor's cache
+
+
+class Graph(nn.Module):
+    """(H, W, 3) uint8 RGB -> score (1,), p-value (1,), verdict (1,) bool and map (S, S), all float32.
+
+    Args:
+        backbone: The network that the detector reads.
+        detector: Fitted.
+        calibration: For the p-value.
+        threshold: Scores above it are anomalous.
+    """
+
+    def __init__(self, backbone: Backbone, detector: Detector, calibration: Calibration, threshold: float) -> None:
+        super().__init__()
+        self.size, self.trunk = backbone.size, backbone.trunk
+        self.members = {layer: backbone.members(layer) for layer in detector.layers}
+        self.detector = _traceable(detector)
+        self.reads_pixels = detector.reads_pixels
+        self.register_buffer("thresholds", torch.from_numpy(calibration.thresholds.astype(np.float32)))
+        self.register_buffer("rates", torch.from_numpy(np.concatenate([[1.0], calibration.rates]).astype(np.float32)))
+        self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float32))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        pixels = resized(image, self.size)
+        taps = sorted({tap for several in self.members.values() for tap in several})
+        outputs = dict(zip(taps, self.trunk.taps(pixels[None], taps), strict=True))
+        features = {
+            layer: torch.stack([outputs[tap] for tap in several]).mean(0) if len(several) > 1 else outputs[several[0]]
+            for layer, several in self.members.items()
+        }
+        features = {layer: values.half().float() for layer, values in features.items()}  # as they are stored
+        given = pixels[None] / 255 if self.reads_pixels else None
+        grids, score = _scored(self.detector, Batch(np.zeros(1, np.int64), features, given, self.size))
+        p_value = cast(Tensor, self.rates)[(cast(Tensor, self.thresholds) < score).sum()].reshape(1)
+        return score, p_value, score > cast(Tensor, self.threshold), to_image_grid(grids.float(), self.size)[0]
+
+
+def resized(image: Tensor, size: int) -> Tensor:
+    """(H, W, 3) uint8 to (3, size, size) uint8, as `to_pixels` does with Pillow.
+
+    Bilinear with antialiasing, across and then down, by weights of 22 bits and rounded after each; large pictures are
+    averaged over blocks first. A runtime's own resize rounds otherwise, and one step of a grey value here and there
+    moves scores by up to a hundredth. Products of whole numbers are exact, and cost less than those of floats. Only of
+    tall pictures, where Pillow goes down first from its version 13 on, bytes may differ by one.
+    """
+    height, width = (torch.as_tensor(n) for n in image.shape[:2])  # under the tracer they are inputs of the graph
+    down, across = (_block(n, size) for n in (height, width))
+    x = _averaged(image.permute(2, 0, 1), down, across)  # (3, h, w)
+    x = _weighted(x.flatten(0, 1), _limbs(width, across, size)).view(3, -1, size)  # (3, h, size)
+    x = _weighted(x.transpose(1, 2).flatten(0, 1), _limbs(height, down, size))
+    return x.view(3, size, size).transpose(1, 2)
+
+
+def _block(n: Tensor, size: int) -> Tensor:
+    """How many pixels in a row are averaged before `n` are brought to `size`: a whole number."""
+    return (n.double() / (size * REDUCING_GAP)).floor().clamp_min(1).long()
+
+
+def _averaged(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """(3, H, W) uint8 to means of blocks, rounded as by Pillow's `reduce`; the last ones may be of fewer pixels."""
+    edges = [(torch.as_tensor(n), block) for n, block in zip(x.shape[1:], (down, across), strict=True)]
+    (h, rows), (w, columns) = ((_over(n + block - 1, block), block) for n, block in edges)
+    missing = [_whole(cells * block - n) for (n, block), cells in zip(edges, (h, w), strict=True)]
+    padded = F.pad(x.int(), (0, missing[1], 0, missing[0]))
+    shape = [3, *(_whole(edge) for edge in (h, rows, w, columns))]
+    sums = padded.reshape(shape).sum((2, 4))
+    there = [
+        torch.minimum(block, n - torch.arange(_whole(c)) * block) for (n, block), c in zip(edges, (h, w), strict=True)
+    ]
+    counts = there[0][:, None] * there[1]
+    return _over((sums + _over(counts, 2)) * _over(2**24, counts), 2**24).to(torch.uint8)
+
+
+def _limbs(n: Tensor, block: Tensor, size: int) -> Tensor:
+    """(3 size, n / block) uint8: weights of pixels in each of `size`, three bytes of 22 bits, the highest first."""
+    scale = (n.double() / block).float().double() / size  # Pillow takes the edge as a float
+    centres = (torch.arange(size).double() + 0.5) * scale
+    cells = torch.arange(_whole(_over(n + block - 1, block))).double() + 0.5
+    weights = (1 - ((cells - centres[:, None]) / scale.clamp_min(1)).abs()).clamp_min(0)
+    whole = (weights / weights.sum(1, keepdim=True) * 2**22 + 0.5).int()
+    high, low = _over(whole, 2**8), whole % 2**8
+    return torch.cat([_over(high, 2**8), high % 2**8, low]).to(torch.uint8)
+
+
+def _weighted(rows: Tensor, limbs: Tensor) -> Tensor:
+    """(R, n) uint8 rows of pixels to (R, size) uint8."""
+    product: Tensor = _Product.apply(rows, limbs.T)
+    high, middle, low = (product[:, part] for part in blocks(len(limbs), len(limbs) // 3))
+    return _over(high * 2**16 + middle * 2**8 + low + 2**21, 2**22).to(torch.uint8)
+
+
+def _over(a: Tensor | int, b: Tensor | int) -> Tensor:
+    """a / b of whole numbers that are not negative, rounded down."""
+    return torch.div(a, b, rounding_mode="trunc")
+
+
+def _whole(n: Tensor) -> Any:
+    """A whole number for an argument that wants one; under the tracer it stays what the graph computes."""
+    return n if cast(Any, torch.jit).is_tracing() else int(n)
+
+
+def _traceable(detector: Detector) -> Detector:
+    """A copy whose search among patches can be traced."""
+    plain = copy.copy(detector)
+    cache = vars(plain)["_cache"] = {}
+    bank = getattr(detector, "memory_bank_", None)
+    if isinstance(detector, Quorum):
+        cache["search", "cpu"] = Groups(detector)
+    elif bank is not None:
+        cache["search", "cpu"] = Neighbors(bank)
+    return plain
+
+
+class Neighbors:
+    """`NearestNeighbors.query` of a (M, C) bank, in operations that a graph has.
+
+    Winners are those of one float32 product, their distances are measured by subtraction.
+    """
+
+    def __init__(self, bank: Tensor) -> None:
+        self.bank, self._mean = bank, bank.mean(0)
+
+    def query(self, queries: Tensor, *, k: int = 1) -> tuple[Tensor, Tensor]:
+        """(Q, k) distances and rows of the bank, ascending."""
+        wide = _as_query(queries - self._mean)
+        values, rows = [], []
+        for part in blocks(len(self.bank), BANK_ROWS):
+            halves = wide @ _as_key(self.bank[part].float() - self._mean).T  # (Q, rows)
+            best = halves.topk(min(k, halves.shape[1]), dim=1, largest=False)
+            values.append(best.values)
+            rows.append(best.indices + part.start)
+        best = torch.cat(values, 1).topk(k, dim=1, largest=False)
+        found = torch.cat(rows, 1).gather(1, best.indices)
+        distances = (self.bank[found].float() - queries[:, None]).square().sum(2).sqrt()
+        distances, order = distances.sort(dim=1)
+        return distances, found.gather(1, order)
+
+
+class Groups:
+    """`GroupNeighbors.query` of a `Quorum`, in operations that a graph has: about as exact, and quicker.
+
+    Distances to all images are made of numbers of eight bits, for which processors have units. With q and b centred,
+    divided by a step t and rounded, |q - b|^2 / 2 = |q|^2 / 2 + (|b|^2 / 2 - q.b), and what depends on b is one product
+    of whole numbers: the norm of b is carried by further columns. A patch beyond the range of the bank is rounded to a
+    step of 2 t, or 4 t, and so on. Rounding adds t^2 / 12 for each channel and side, which is taken off. That is within
+    a hundredth of the distance; what matters is measured anew by `exact`.
+    """
+
+    def __init__(self, detector: Quorum) -> None:
+        self.bank = _without_unusable(detector.memory_bank_, detector.usable_)  # (N, P, C) float16
+        members: dict[str, list[int]] = {}
+        for image, group in enumerate(detector.groups_):
+            members.setdefault(group, []).append(image)
+        self._n_groups = len(members)
+        most = max(map(len, members.values()))
+        self._members = torch.tensor([np.resize(images, most).tolist() for images in members.values()])  # (G, most)
+        self.k = min(detector.k_, self._n_groups)
+        self._mean = self.bank.mean((0, 1), dtype=torch.float32)
+        centred = self.bank.float() - self._mean
+        self._step = float(centred.abs().max().clamp_min(1e-12)) / 127
+        rounded = (centred / self._step).round()
+        self._added = float((centred / self._step - rounded).square().sum(2).mean()) / 2  # by rounding one side
+        norms = (rounded.square().sum(2) / 2).round().long()  # (N, P)
+        n_columns = int(norms.max()) // (UNIT * 127) + 1
+        units = torch.stack([(norms // UNIT - 127 * j).clamp(0, 127) for j in range(n_columns)], 2)
+        keys = torch.cat([-rounded, units, norms[..., None] % UNIT], 2).to(torch.int8)
+        self._n_columns = n_columns
+        self._keys = [keys[part].flatten(0, 1).T.contiguous() for part in blocks(len(keys), CHUNK)]  # (W, n P)
+
+    def images(self, queries: Tensor) -> Tensor:
+        """(Q, N) about half the squared distances of (Q, C) patches to the nearest patch of each image."""
+        steps = (queries - self._mean) / self._step
+        coarser = 2 ** (steps.abs().amax(1, keepdim=True) / 127).clamp_min(1).log2().ceil().clamp_max(COARSEST)
+        rounded = (steps / coarser).round().clamp(-127, 127)
+        unit = UNIT / coarser  # (Q, 1) a whole number
+        wide = torch.cat([rounded, unit.expand(-1, self._n_columns), (unit / UNIT).floor()], 1) + ZERO
+        bytes_, patches = wide.to(torch.uint8), self.bank.shape[1]
+        parts = [_SignedProduct.apply(bytes_, keys).view(len(wide), -1, patches).amin(2) for keys in self._keys]
+        halves = torch.cat(parts, 1).float() * coarser + rounded.square().sum(1, keepdim=True) * coarser.square() / 2
+        return (halves - self._added * (1 + coarser.square())).clamp_min(0) * self._step**2
+
+    def query(self, halves: Tensor) -> Tensor:
+        """(Q,) means of the distances to the k nearest groups."""
+        return (2 * self._by_group(halves).topk(self.k, dim=1, largest=False).values).sqrt().mean(1)
+
+    def exact(self, queries: Tensor, halves: Tensor) -> Tensor:
+        """The same, with the distances of twice as many groups measured by subtraction; for a few queries."""
+        by_group = self._by_group(halves)
+        near = by_group.topk(min(2 * self.k, self._n_groups), dim=1, largest=False).indices  # (Q, G')
+        members = self._members[near]  # (Q, G', most)
+        if members.shape[2] == 1:
+            images = members[..., 0]
+        else:  # the nearest image of each group stands for it
+            closest = halves.gather(1, members.flatten(1)).view(members.shape).argmin(2, keepdim=True)
+            images = members.gather(2, closest)[..., 0]
+        distances = (self.bank[images].float() - queries[:, None, None]).square().sum(3).amin(2)
+        return distances.topk(self.k, dim=1, largest=False).values.sqrt().mean(1)
+
+    def _by_group(self, halves: Tensor) -> Tensor:
+        """(Q, N) to (Q, G): of the nearest image."""
+        return halves if self._n_groups == len(self.bank) else halves[:, self._members].amin(2)
+
+
+def _without_unusable(bank: Tensor, usable: Tensor) -> Tensor:
+    """(N, P, C) where the first usable patch of an image stands for those that are not: a copy changes no minimum."""
+    first = usable.int().argmax(1)
+    stand_in = bank[torch.arange(len(bank)), first][:, None]
+    return torch.where(usable[..., None], bank, stand_in)
+
+
+class _Product(torch.autograd.Function):
+    """(Q, W) uint8 times (W, R) of bytes: (Q, R) int32, exact."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        return (a.double() @ b.double()).int()
+
+    @staticmethod
+    def symbolic(g: Any, a: Any, b: Any) -> Any:
+        return g.op("MatMulInteger", a, b)
+
+
+class _SignedProduct(_Product):
+    """The same, of (Q, W) uint8 in which `ZERO` stands for nought."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        return ((a.double() - ZERO) @ b.double()).int()
+
+    @staticmethod
+    def symbolic(g: Any, a: Any, b: Any) -> Any:
+        return g.op("MatMulInteger", a, b, g.op("Constant", value_t=torch.tensor(ZERO, dtype=torch.uint8)))
+
+
+def _as_query(centred: Tensor) -> Tensor:
+    """(..., C) to (..., C + 2), whose product with `_as_key` is half the squared distance."""
+    return torch.cat([centred, centred.square().sum(-1, keepdim=True) / 2, torch.ones_like(centred[..., :1])], -1)
+
+
+def _as_key(centred: Tensor) -> Tensor:
+    return torch.cat([-centred, torch.ones_like(centred[..., :1]), centred.square().sum(-1, keepdim=True) / 2], -1)
+
+
+@contextlib.contextmanager
+def traceable_pooling() -> Iterator[None]:
+    """Adaptive pooling as products with constant matrices: ONNX has none for grids that do not divide evenly."""
+    known = {name: getattr(F, name) for name in ("adaptive_avg_pool1d", "adaptive_avg_pool2d")}
+
+    def along(n: int, cells: int) -> Tensor:
+        """(cells, n) means, each of the places from floor(i n / cells) to ceil((i + 1) n / cells)."""
+        return cast(Tensor, known["adaptive_avg_pool1d"](torch.eye(n)[None], cells)[0].T)
+
+    def pooled(x: Tensor, size: Any) -> Tensor:
+        return x @ along(int(x.shape[-1]), int(size)).T
+
+    def pooled2d(x: Tensor, size: Any) -> Tensor:
+        rows, columns = (size, size) if isinstance(size, int | Tensor) else size
+        return along(int(x.shape[-2]), int(rows)) @ pooled(x, columns)
+
+    try:
+        F.adaptive_avg_pool1d, F.adaptive_avg_pool2d = pooled, pooled2d  # type: ignore[assignment]
+        yield
+    finally:
+        for name, function in known.items():
+            setattr(F, name, function)
+
+
+def _scored(detector: Detector, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(1, h, w) patch-grid map and (1,) score."""
+    if isinstance(detector, PaDiM):
+        x, grid = detector._embed(batch)
+        white = torch.bmm(detector._make_whitener(0), x - detector.mean_[..., None])  # (P, d, 1)
+        maps = white.square().sum(1).sqrt().T.reshape(1, *grid)
+        return maps, detector._image_scores(maps)
+    if not isinstance(detector, Quorum):
+        return detector._score_batch(batch, "cpu")
+    search: Groups = vars(detector)["_cache"]["search", "cpu"]
+    coarse, fine = detector._embed(batch)[0], embed_batch(batch, detector.layers)[0]
+    queries = coarse.flatten(1).T
+    halves = search.images(queries)
+    scores = search.query(halves)
+    worst = scores.topk(min(N_EXACT, len(queries))).indices
+    score = search.exact(queries[worst], halves[worst]).amax().reshape(1)
+    return _sharpened(search, fine, scores.view(coarse.shape[1:]))[None] * detector.scale_, score
+
+
+def _sharpened(search: Groups, fine: Tensor, grid: Tensor) -> Tensor:
+    """(H, W): `Quorum._sharpened` of one image, with a number of places that does not depend on the scores."""
+    h, w, height, width = (int(edge) for edge in (*grid.shape, *fine.shape[1:]))  # constants of the graph
+    n_sharp = h * w - math.ceil((1 - SHARP) * (h * w - 1))  # so many are not below the quantile
+    owner = np.arange(height)[:, None] // 2 * w + np.arange(width) // 2  # the coarse place of each fine one
+    members = [np.flatnonzero(owner == place) for place in range(h * w)]
+    four = np.stack([np.resize(some, 4) for some in members])  # at odd borders some repeat
+    chosen = torch.from_numpy(four)[grid.flatten().topk(n_sharp).indices].flatten()  # fine places
+    sharp = search.query(search.images(fine.flatten(1).T[chosen]))
+    return grid.flatten()[torch.from_numpy(owner.ravel())].scatter(0, chosen, sharp).view(height, width)

@@ -1,0 +1,237 @@
+"""Exported models, run without torch: NumPy and onnxruntime, or NumPy and OpenVINO.
+
+    inspector = Inspector("exported/model.onnx")
+    verdict = inspector(image)  # (H, W, 3) uint8 RGB, or a file's path
+    verdict.score, verdict.anomalous, verdict.p_value, verdict.map
+
+`flawsift.deploy.export` writes such files.
+"""
+
+import importlib
+import json
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from flawsift.errors import InputError, ModelError, ParameterError
+
+OUTPUTS = ("score", "p_value", "anomalous", "map")  # of the graph, in this order
+CARD = "flawsift"  # the key under which a file carries its model card
+Image = npt.NDArray[np.uint8]
+Run = Callable[[Image], list[npt.NDArray[Any]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What is said of one picture.
+
+    Attributes:
+        score: Anomaly score; higher is more anomalous.
+        p_value: How unusual the score is among good pictures: the false-alarm rate at which it would just be flagged.
+        anomalous: Whether the score is above the threshold.
+        threshold: That.
+        map: (S, S) float32 anomaly map on the grid of the network's input, the whole picture squeezed into a square.
+    """
+
+    score: float
+    p_value: float
+    anomalous: bool
+    threshold: float
+    map: npt.NDArray[np.float32]
+
+
+class Inspector:
+    """Runs one exported model. Calls from several threads at once are fine.
+
+    Attributes:
+        card: The model card: what it was made of, what it promises, what it is for.
+        threshold: Scores above it are anomalous.
+    """
+
+    def __init__(
+        self, path: str | Path, *, false_alarm_rate: float | None = None, n_threads: int | None = None
+    ) -> None:
+        """Load a file.
+
+        Args:
+            path: model.onnx, or model.xml beside its model.bin, or the folder of one.
+            false_alarm_rate: For the threshold; None takes the model's.
+            n_threads: That one picture is scored with; None for as many as the runtime finds good.
+
+        Raises:
+            ModelError: There is no such file, it is damaged, or none of flawsift's.
+            ParameterError: The package that runs it is missing, or the rate is not in (0, 1).
+        """
+        if n_threads is not None and n_threads < 1:
+            raise ParameterError(f"n_threads must be at least 1, got {n_threads}.")
+        self.path = _file_of(Path(path))
+        load = _load_onnx if self.path.suffix == ".onnx" else _load_openvino
+        self._run, content = load(self.path, n_threads)
+        try:
+            self.card: dict[str, Any] = json.loads(content)
+            self._thresholds = np.array(self.card["calibration"]["thresholds"], np.float64)
+            self._rates = np.array(self.card["calibration"]["rates"], np.float64)
+            self.threshold = float(self.card["threshold"]["value"])
+            self.size = int(self.card["size"])
+            self._range = self.card["training"].get("value_range")  # of images of more than 8 bits
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"'{self.path}' carries no model card of flawsift: it was not exported by it.") from error
+        if false_alarm_rate is not None:
+            self.threshold = self._threshold_at(false_alarm_rate)
+
+    def __call__(self, image: npt.NDArray[Any] | str | Path | bytes | Any) -> Verdict:
+        """Score one picture.
+
+        Args:
+            image: (H, W, 3) uint8 RGB. What else `flawsift.data.decoding` reads is read by it, with Pillow: a file's
+                path or content, a PIL image, grey and 16-bit arrays.
+
+        Raises:
+            InputError: It is no image, or cannot be read.
+        """
+        score, p_value, _, anomaly_map = self._run(_pixels(image, self._range))
+        value = float(score[0])
+        if not math.isfinite(value):
+            raise InputError("The model gives no number for this picture.")
+        return Verdict(value, float(p_value[0]), value > self.threshold, self.threshold, anomaly_map)
+
+    def many(self, images: Iterable[Any], *, n_workers: int = 1) -> Iterator[Verdict]:
+        """Verdicts of pictures in their order, as they are made; an iterator is read as it is needed.
+
+        Args:
+            images: Each as for a call.
+            n_workers: Pictures at a time, each in a thread.
+        """
+        if n_workers == 1:
+            yield from map(self, images)
+            return
+        with ThreadPoolExecutor(n_workers) as pool:
+            waiting = []
+            for image in images:
+                waiting.append(pool.submit(self, image))
+                if len(waiting) > 2 * n_workers:
+                    yield waiting.pop(0).result()
+            for future in waiting:
+                yield future.result()
+
+    def _threshold_at(self, rate: float) -> float:
+        """As `Calibration.threshold`."""
+        if not 0 < rate < 1:
+            raise ParameterError(f"false_alarm_rate must be in (0, 1), got {rate}.")
+        within = self._rates <= rate * (1 + 1e-8)
+        return float(self._thresholds[within.argmax() if within.any() else -1])
+
+
+def _file_of(path: Path) -> Path:
+    if path.is_dir():
+        there = [path / name for name in ("model.onnx", "model.xml") if (path / name).is_file()]
+        if not there:
+            raise ModelError(f"'{path}' holds no model.onnx or model.xml. Export one: flawsift export-model.")
+        return there[0]
+    if not path.is_file():
+        raise ModelError(f"'{path}' is not there.")
+    if path.suffix not in (".onnx", ".xml"):
+        raise ModelError(f"'{path}' is neither .onnx nor .xml.")
+    return path
+
+
+def _load_onnx(path: Path, n_threads: int | None) -> tuple[Run, str]:
+    runtime = _package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # errors, which are raised as well
+    if n_threads is not None:
+        options.intra_op_num_threads = n_threads
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        card = session.get_modelmeta().custom_metadata_map.get(CARD, "")
+    except Exception as error:  # what a damaged file raises is not documented
+        raise ModelError(f"'{path}' cannot be loaded: {_first_line(error)}") from error
+
+    def run(image: Image) -> list[npt.NDArray[Any]]:
+        outputs: list[npt.NDArray[Any]] = session.run(list(OUTPUTS), {"image": image})
+        return outputs
+
+    return run, card
+
+
+def _load_openvino(path: Path, n_threads: int | None) -> tuple[Run, str]:
+    openvino = _package("openvino")
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if n_threads is not None:
+        options["INFERENCE_NUM_THREADS"] = n_threads
+    try:
+        model = openvino.Core().read_model(str(path))
+        card = model.get_rt_info([CARD]).astype(str) if model.has_rt_info([CARD]) else ""
+        compiled = openvino.Core().compile_model(model, "CPU", options)
+    except Exception as error:  # what a damaged file raises is not documented
+        raise ModelError(f"'{path}' cannot be loaded: {_first_line(error)}") from error
+    own = threading.local()  # a request answers one call at a time
+
+    def run(image: Image) -> list[npt.NDArray[Any]]:
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        own.request.infer([image])
+        return [own.request.get_tensor(name).data.copy() for name in OUTPUTS]
+
+    return run, card
+
+
+def import_openvino() -> Any:
+    """OpenVINO without its telemetry, which asks Google Analytics at import unless the module is absent."""
+    if "openvino" not in sys.modules:
+        known = sys.modules.get("openvino_telemetry")
+        sys.modules["openvino_telemetry"] = cast(Any, None)
+        try:
+            return importlib.import_module("openvino")
+        finally:
+            del sys.modules["openvino_telemetry"]
+            if known is not None:
+                sys.modules["openvino_telemetry"] = known
+    return sys.modules["openvino"]
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_openvino() if name == "openvino" else importlib.import_module(name)
+    except ImportError as error:
+        raise ParameterError(f"This file needs {name}: pip install {name}.") from error
+
+
+def _pixels(image: Any, value_range: Any) -> Image:
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        if not image.size:
+            raise InputError(f"The picture has no pixels: {image.shape}.")
+        return np.ascontiguousarray(image)
+    from flawsift.data import decoding  # needs Pillow
+    from flawsift.data.values import ValueRange
+
+    ranged = ValueRange.from_json(value_range)
+
+    if isinstance(image, str | Path):
+        try:
+            image = Path(image).read_bytes()
+        except OSError as error:
+            raise InputError(f"'{image}' cannot be read: {error.strerror or error}.") from error
+    if isinstance(image, bytes):
+        picture = decoding.decode(image, ranged)
+    elif isinstance(image, np.ndarray):
+        picture = decoding.from_array(image, ranged)
+    elif hasattr(image, "getbands"):
+        picture = decoding.from_picture(image, ranged)
+    else:
+        raise InputError(
+            f"A picture is {decoding.ARRAYS}, a PIL image, or a file's path or content; got {type(image)}."
+        )
+    return np.asarray(picture, np.uint8)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
