@@ -16,7 +16,7 @@ from PIL import Image
 
 from flawsift.data.decoding import to_pixels
 from flawsift.datasets import Dataset
-from flawsift.deploy.export import export_model, made_up_pictures
+from flawsift.deploy.export import AGREES, export_model, made_up_pictures
 from flawsift.deploy.graph import resized
 from flawsift.detectors.base import DETECTORS, make_detector
 from flawsift.detectors.quorum import Quorum
@@ -171,3 +171,22 @@ def test_the_default_network_says_the_same(easy_folder: Path, tmp_path: Path) ->
     for part in ("part-03.png", "part-44.png"):
         wanted = Model(exact, model.backbone, model.calibration, model.training).predict(easy_folder / part).item()
         assert inspector(easy_folder / part).score == pytest.approx(wanted.score, rel=1e-3)
+
+
+def test_the_command_exports_and_compares(cli: Any, easy_folder: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "line"
+    code, _, err = cli("fit", easy_folder, "--out", model, "--backbone", "tiny", "--size", "64", "--no-screen")
+    assert code == 0, err
+    code, said, err = cli("export-model", model, "--out", out, "--check", easy_folder, "--json")
+    assert code == 0, err
+    found = json.loads(said)
+    assert found["check"]["n_images"] == 50
+    assert found["check"]["largest_difference"] < AGREES
+    assert Path(found["file"]).is_file()
+    code, said, _ = cli("export-model", model, "--out", out)
+    assert code == 0
+    assert "Scores are those of the model" in said
+    (out / "mine.txt").write_text("mine")
+    code, _, err = cli("export-model", model, "--out", out)
+    assert code == 2
+    assert "mine.txt" in err

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flawsift.cli.options import AsJson, ModelChoice, say, threshold_lines
+from flawsift.cli.options import AsJson, ModelChoice, say, takes_groups, threshold_lines, warning_lines
 
 if TYPE_CHECKING:
     from flawsift.models.model import Model
@@ -23,6 +23,7 @@ class ExportFormat(StrEnum):
     openvino = "openvino"
 
 
+@takes_groups
 def export_model(
     model: ModelChoice,
     out: Annotated[Path, typer.Option("--out", help="Folder for the file; an earlier export in it is replaced.")],
@@ -53,8 +54,7 @@ def export_model(
     threshold = loaded.threshold()
     summary["threshold"] = None if threshold is None else vars(threshold)
     lines += threshold_lines(threshold)
-    if loaded.calibration.warning is not None:
-        lines.insert(0, f"Warning: {loaded.calibration.warning}")
+    lines = [*warning_lines(threshold), *lines]
     lines.append(f'Run it: flawsift.runtime.Inspector("{path}")(image)')
     say(as_json, summary, lines)
 

@@ -47,10 +47,10 @@ def _root(
 
 for command in (stages.screen, stages.fit, use.predict, use.drift, use.evaluate, calibrate):
     app.command()(command)
+app.command("export-model")(export_model)
 for command in (tools.review, tools.export, tools.diagnose, tools.demo, tools.detectors):
     app.command()(command)
 app.command()(benchmark)
-app.command("export-model")(export_model)
 app.command("benchmark-report")(benchmark_report)
 app.add_typer(cache_app, name="cache")
 
