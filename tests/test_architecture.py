@@ -16,7 +16,7 @@ import flawsift
 
 ROOT = Path(flawsift.__file__).parent
 # Modules of the first line are leaves: they import nothing of flawsift but each other.
-LEAVES = ["errors", "executors", "files", "paths", "progress", "types"]
+LEAVES = ["errors", "executors", "files", "paths", "progress", "types", "workers"]
 ROOMS = ["data", "datasets", "features", "metrics", "detectors", "screening", "models", "reports", "pipeline"]
 ROOMS += ["review", "benchmark", "cli", "testing"]
 
