@@ -4,6 +4,7 @@ Results go to stdout (`--json` makes them machine-readable), progress to stderr 
 one line with exit code 2. Heavy imports live inside the commands, so that `--help` answers at once.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from flawsift import __version__
 from flawsift.cli import stages, tools, use
 from flawsift.cli.benchmark import benchmark, benchmark_report, cache_app
 from flawsift.cli.calibrate import calibrate
+from flawsift.cli.options import TOLD
 from flawsift.errors import FlawsiftError
 
 # BadParameter < UsageError < ClickException: newer typers carry a click of their own, so it is asked of typer
@@ -56,6 +58,8 @@ app.add_typer(cache_app, name="cache")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run a command, print errors as one line, exit."""
     _quiet_libraries()
+    TOLD.lines.clear()
+    logging.getLogger("flawsift").addHandler(TOLD)
     try:
         code = app(args=arguments, prog_name="flawsift", standalone_mode=False)
     except FlawsiftError as error:
@@ -72,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""))
     except MemoryError:
         code = _fail("out of memory. Use a smaller --size, fewer images or a detector with a smaller state.")
+    finally:
+        logging.getLogger("flawsift").removeHandler(TOLD)
     sys.exit(code or 0)
 
 

@@ -18,6 +18,8 @@ EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm",
 def scan_folder(root: Path) -> list[str]:
     """Relative paths of all image files below `root`, sorted, each real folder visited once.
 
+    A folder that is called like an image and has none in it is listed: it is one that cannot be read.
+
     Raises:
         InputError: `root` is missing or not a folder, or a folder below it cannot be listed.
     """
@@ -26,6 +28,7 @@ def scan_folder(root: Path) -> list[str]:
         raise InputError(f"Image folder '{show(root)}' {what}.")
     seen: set[tuple[int, int]] = set()
     names: list[str] = []
+    like_images: list[str] = []
 
     def fail(error: OSError) -> None:
         raise InputError(f"Folder '{show(Path(str(error.filename)))}' cannot be listed: {error.strerror}.") from error
@@ -38,9 +41,11 @@ def scan_folder(root: Path) -> list[str]:
         seen.add((status.st_dev, status.st_ino))
         children[:] = sorted(c for c in children if not c.startswith("."))
         relative = Path(folder).relative_to(root)
+        like_images += [(relative / c).as_posix() for c in children if Path(c).suffix.lower() in EXTENSIONS]
         names += [
             (relative / f).as_posix() for f in files if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")
         ]
+    names += [name for name in like_images if not any(other.startswith(f"{name}/") for other in names)]
     return sorted(names)
 
 

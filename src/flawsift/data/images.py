@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flawsift.data.decoding import UnreadableImage, check_array, decode, from_array, from_picture, to_pixels
 from flawsift.data.folders import EXTENSIONS, groups_by_id, scan_folder
+from flawsift.data.listing import parts_among, read_regular
 from flawsift.data.views import check_view, derive
 from flawsift.errors import InputError
 from flawsift.files import content_digest
@@ -114,7 +115,7 @@ class FileSource:
 
     def _read(self, id_: int) -> bytes:
         try:
-            return self.path(id_).read_bytes()
+            return read_regular(self.path(id_))
         except OSError as error:
             if self.path(id_).is_symlink() and not self.path(id_).exists():
                 raise UnreadableImage("a link to a file that is not there") from error
@@ -215,7 +216,8 @@ class ImageSet:
     def from_folder(cls, root: str | Path, *, groups: Mapping[str, str] | None = None) -> Self:
         """All images below a folder, nested or flat, ids 0..N-1 in sorted order of their relative paths.
 
-        Links are followed, each real folder once, so loops end.
+        Links are followed, each real folder once, so loops end. Masks of a data set and heatmaps that flawsift wrote
+        are left out, which is logged; see `flawsift.data.listing`.
 
         Args:
             root: The folder.
@@ -225,7 +227,7 @@ class ImageSet:
             InputError: The folder is missing, not a folder, or has no image, or no group is of one of them.
         """
         root = Path(root)
-        names = scan_folder(root)
+        names = parts_among(root, scan_folder(root))
         if not names:
             kinds = ", ".join(sorted(EXTENSIONS))
             raise InputError(f"No images in '{show(root)}'. Looked in all sub-folders for {kinds}.")

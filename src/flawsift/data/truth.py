@@ -1,5 +1,6 @@
 """What a person knows of images: labels and masks of defects. Metrics take it and nothing else does."""
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flawsift.data.listing import read_regular
 from flawsift.errors import InputError
 from flawsift.types import Ids
 
@@ -99,12 +101,13 @@ def _read_mask(path: Path) -> NDArray[np.bool_]:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_regular(path))) as image:
             # Opacity is no defect, and a number that stands for a colour of a palette says nothing by itself.
             plain = image.convert("RGB") if image.mode in ("P", "PA", "LA", "RGBA") else image
             values = np.atleast_3d(np.asarray(plain))
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for broken PNG files
-        raise InputError(f"The mask {path} cannot be read: {error}. Check the file.") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise InputError(f"The mask {path} cannot be read: {reason}. Check the file.") from error
     mask: NDArray[np.bool_] = (values != 0).any(axis=2)
     return mask
 

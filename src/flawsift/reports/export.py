@@ -122,7 +122,7 @@ def _folder(job: _Export) -> int:
         target = job.folder / image.status / image.path.relative_to(job.root)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if not image.path.exists():
+            if not image.path.is_file():  # a pipe would keep its reader waiting
                 missing += 1
             elif job.link:
                 target.symlink_to(os.path.abspath(image.path))
@@ -267,6 +267,8 @@ def _boxes(screening: Screening, scale: Scale | None, position: int, size: tuple
 
 def _size(path: Path) -> tuple[int, int] | None:
     """(width, height) of a picture upright, from its head; None where it cannot be read."""
+    if not path.is_file():
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF, as in decoding

@@ -1,5 +1,6 @@
 """Predictions on disk: a table, and a heatmap over each image."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,12 +8,38 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
+from flawsift.data.listing import MARK, is_results, mark_results
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Prediction
-from flawsift.files import ensure_folder, write_csv
+from flawsift.errors import OutputError
+from flawsift.files import ensure_folder, move_aside, write_csv
 from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.predictions import Predictions
+from flawsift.paths import name_some, show
 from flawsift.reports.overlays import Scale, save_overlay
+
+TABLE, MAPS = "predictions.csv", "maps"
+
+
+def move_earlier_maps(folder: Path, names: Iterable[str]) -> None:
+    """Move heatmaps of an earlier run, and its table, aside unless each is of one of these images: it is replaced then.
+
+    Args:
+        folder: Of the predictions.
+        names: Of the images whose heatmaps will be written.
+
+    Raises:
+        OutputError: They cannot be moved, or the folder of the heatmaps has pictures that are none.
+    """
+    maps = folder / MAPS
+    there = {path.relative_to(maps).as_posix() for path in maps.rglob("*") if path.is_file()} - {MARK}
+    if there and not is_results(maps):
+        raise OutputError(
+            f"'{show(maps)}' has {len(there)} files that are no heatmaps of flawsift: {name_some(sorted(there))}. "
+            "Choose another folder for the results."
+        )
+    if there - {f"{name}.png" for name in names}:
+        move_aside([maps, folder / TABLE], folder, "is of an earlier run")
 
 
 def write_predictions(predictions: Predictions, folder: str | Path, truth: GroundTruth | None = None) -> Path:
@@ -35,7 +62,7 @@ def write_predictions(predictions: Predictions, folder: str | Path, truth: Groun
         verdict: object = "" if error or flagged is None else int(flagged[p])
         p_value = "" if error or np.isnan(p_values[p]) else f"{p_values[p]:.6g}"
         rows.append([name, score, verdict, p_value, error, *([known[id_], types[id_]] if truth is not None else [])])
-    path = ensure_folder(folder) / "predictions.csv"
+    path = ensure_folder(folder) / TABLE
     write_csv(path, header, rows)
     return path
 
@@ -61,6 +88,8 @@ class OverlayWriter:
         scores = self.calibration.scores if len(self.calibration.scores) else prediction.scores
         scale = Scale.of(scores, None if self.threshold is None else self.threshold.value)
         assert prediction.maps is not None
+        if not is_results(self.folder):
+            mark_results(self.folder)
         for id_, name, score, map_ in zip(images.ids, images.names, prediction.scores, prediction.maps, strict=True):
             drawn = scaled_map(map_, float(score))
             save_overlay(self.folder / f"{name}.png", images.image(int(id_)), drawn, scale)
