@@ -125,7 +125,9 @@ def test_a_folder_that_is_named_is_read_whatever_it_is_called(tmp_path: Path) ->
     mask(root / "hole" / "0_mask.png")
     assert ImageSet.from_folder(root).names == ["hole/0_mask.png"]
     assert as_images(str(root / "hole" / "*.png")).names == ["0_mask.png"]
-    mark_results(root)
+    mask(tmp_path / "maps" / "a.png.png")
+    mark_results(tmp_path)
+    assert ImageSet.from_folder(tmp_path / "maps").names == ["a.png.png"]
     assert ImageSet.from_folder(root).names == ["hole/0_mask.png"]
     assert as_images([root / "hole" / "0_mask.png"]).names == ["0_mask.png"]
     with pytest.raises(InputError, match="No images"):
@@ -138,7 +140,7 @@ def test_heatmaps_are_no_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     part(tmp_path / "results" / "maps" / "deep" / "a.png.png", 2)
     (tmp_path / "results" / "predictions.csv").write_text("path,score,is_anomalous\n")  # of an earlier version
     part(tmp_path / "killed" / "maps" / "a.png.png", 3)
-    mark_results(tmp_path / "killed" / "maps")
+    mark_results(tmp_path / "killed")
     (tmp_path / "predictions.csv").write_text("path,other\n")
     assert ImageSet.from_folder(tmp_path).names == ["a.png", "maps/b.png"]
     assert "2 pictures are left out, which flawsift wrote there" in caplog.text

@@ -10,6 +10,7 @@ import numpy as np
 
 from flawsift import pipeline
 from flawsift.data.contamination import contaminate
+from flawsift.data.listing import MAPS
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets import load
 from flawsift.detectors.base import make_detector
@@ -21,7 +22,7 @@ from flawsift.models import model as models
 from flawsift.models.calibration import Calibration
 from flawsift.progress import Progress, silent
 from flawsift.reports.pages import REPORT
-from flawsift.reports.predictions import MAPS, OverlayWriter, move_earlier_maps, write_predictions
+from flawsift.reports.predictions import OverlayWriter, move_earlier_maps, write_predictions
 from flawsift.screening.result import Screening
 
 # Sizes that end within five minutes on two cores, features of all images included.

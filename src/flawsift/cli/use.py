@@ -38,8 +38,9 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Score new images: verdicts on the screen; with --out, predictions.csv and heatmap overlays in OUT/maps."""
+    from flawsift.data.listing import MAPS
     from flawsift.files import ensure_folder
-    from flawsift.reports.predictions import MAPS, OverlayWriter, move_earlier_maps, write_predictions
+    from flawsift.reports.predictions import OverlayWriter, move_earlier_maps, write_predictions
 
     if out is not None:
         ensure_folder(out)

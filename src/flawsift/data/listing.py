@@ -10,7 +10,8 @@ from flawsift.paths import name_some, show
 
 log = logging.getLogger("flawsift")
 
-MARK = ".flawsift"  # a file of this name says that pictures beside it are results
+TABLE, MAPS = "predictions.csv", "maps"  # what `flawsift predict --out` writes: a table, and a folder of heatmaps
+MARK = ".flawsift"  # a file of this name says that a folder MAPS beside it holds heatmaps: it comes before the table
 TRUTH_FOLDER = "ground_truth"  # of MVTec AD and those that follow it: nobody sorts parts into such a folder
 # Folders that hold masks in many data sets (VisA, MVTec 3D, DAGM) and may hold parts elsewhere: their pictures decide.
 MASK_FOLDERS = frozenset({"groundtruth", "gt", "label", "labels", "mask", "masks"})
@@ -38,24 +39,24 @@ def read_regular(path: Path) -> bytes:
 
 
 def mark_results(folder: Path) -> None:
-    """Say that the pictures of a folder are results, so that no later listing takes them for parts.
+    """Say of a folder that its `maps` are heatmaps, so that no later listing takes them for parts.
 
     Raises:
         OutputError: It cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).write_text("flawsift wrote the pictures of this folder, and does not read them as parts.\n")
+        (folder / MARK).write_text(f"The pictures in the folder {MAPS} are heatmaps: no parts.\n")
     except OSError as error:
         raise OutputError(f"Cannot write '{show(folder)}': {error.strerror or error}.") from error
 
 
 def is_results(folder: Path) -> bool:
-    """Whether the pictures of a folder are flawsift's: it is marked, or holds the heatmaps of the table beside it."""
-    if (folder / MARK).is_file():
-        return True
-    try:  # earlier versions left no mark
-        return folder.name == "maps" and read_regular(folder.parent / "predictions.csv").startswith(b"path,score,")
+    """Whether a folder holds heatmaps of flawsift: it is marked, or the table of predictions lies beside it."""
+    if folder.name != MAPS:
+        return False
+    try:
+        return (folder.parent / MARK).is_file() or read_regular(folder.parent / TABLE).startswith(b"path,score,")
     except OSError:
         return False
 

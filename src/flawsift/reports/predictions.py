@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
-from flawsift.data.listing import MARK, is_results, mark_results
+from flawsift.data.listing import MAPS, MARK, TABLE, is_results, mark_results
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Prediction
 from flawsift.errors import OutputError
@@ -17,8 +17,6 @@ from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.predictions import Predictions
 from flawsift.paths import name_some, show
 from flawsift.reports.overlays import Scale, save_overlay
-
-TABLE, MAPS = "predictions.csv", "maps"
 
 
 def move_earlier_maps(folder: Path, names: Iterable[str]) -> None:
@@ -32,14 +30,14 @@ def move_earlier_maps(folder: Path, names: Iterable[str]) -> None:
         OutputError: They cannot be moved, or the folder of the heatmaps has pictures that are none.
     """
     maps = folder / MAPS
-    there = {path.relative_to(maps).as_posix() for path in maps.rglob("*") if path.is_file()} - {MARK}
+    there = {path.relative_to(maps).as_posix() for path in maps.rglob("*") if path.is_file()}
     if there and not is_results(maps):
         raise OutputError(
             f"'{show(maps)}' has {len(there)} files that are no heatmaps of flawsift: {name_some(sorted(there))}. "
             "Choose another folder for the results."
         )
     if there - {f"{name}.png" for name in names}:
-        move_aside([maps, folder / TABLE], folder, "is of an earlier run")
+        move_aside([maps, folder / TABLE, folder / MARK], folder, "belongs to an earlier run")
 
 
 def write_predictions(predictions: Predictions, folder: str | Path, truth: GroundTruth | None = None) -> Path:
@@ -88,8 +86,8 @@ class OverlayWriter:
         scores = self.calibration.scores if len(self.calibration.scores) else prediction.scores
         scale = Scale.of(scores, None if self.threshold is None else self.threshold.value)
         assert prediction.maps is not None
-        if not is_results(self.folder):
-            mark_results(self.folder)
+        if self.folder.name == MAPS and not is_results(self.folder):  # before the first of them: the table comes last
+            mark_results(self.folder.parent)
         for id_, name, score, map_ in zip(images.ids, images.names, prediction.scores, prediction.maps, strict=True):
             drawn = scaled_map(map_, float(score))
             save_overlay(self.folder / f"{name}.png", images.image(int(id_)), drawn, scale)
