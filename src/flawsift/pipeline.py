@@ -34,7 +34,7 @@ from flawsift.progress import ProgressOption, as_progress
 from flawsift.reports import calibration
 from flawsift.reports.pages import REPORT
 from flawsift.reports.screening import write_fit_report, write_screening_report
-from flawsift.screening.decisions import checked_decisions, read_decisions
+from flawsift.screening.decisions import checked_decisions, located, read_decisions
 from flawsift.screening.lookalikes import describe_images
 from flawsift.screening.options import FINAL, OWN, ScreenOptions
 from flawsift.screening.result import Screening
@@ -186,7 +186,7 @@ def fit(
     )
     with as_progress(resources.get("progress")) as tell:
         stage1 = asked.options if asked.is_new else None
-        given, asked = _grouped(as_images(images), asked)
+        given, asked = _joined(as_images(images), asked)
         job = _prepare(given, detector, backbone, stage1, {**resources, "progress": tell})
         return _both_stages(job, asked)
 
@@ -201,9 +201,8 @@ def _check(resources: Resources) -> None:
 
 
 def _choices(decisions: str | Path | Mapping[str, str] | None) -> dict[str, str]:
-    if decisions is None:
-        return {}
-    return checked_decisions(decisions) if isinstance(decisions, Mapping) else read_decisions(decisions)
+    given = {} if decisions is None else decisions
+    return checked_decisions(given) if isinstance(given, Mapping) else read_decisions(given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,11 +225,12 @@ class _Asked:
         return self.screening is None and not self.no_screen
 
 
-def _grouped(images: ImageSet, asked: _Asked) -> tuple[ImageSet, _Asked]:
+def _joined(images: ImageSet, asked: _Asked) -> tuple[ImageSet, _Asked]:
+    asked = replace(asked, choices=located(asked.choices, images.names))
     if asked.screening is None:
         return images, asked
-    images, note = grouped(asked.screening, images)
-    return images, replace(asked, groups_note=note)
+    made, note = grouped(asked.screening, images)
+    return made, replace(asked, groups_note=note)
 
 
 def _both_stages(job: "_Job", asked: _Asked) -> FitResult:

@@ -1,15 +1,12 @@
 """What lies in an image folder, and which of its images belong together."""
 
-import csv
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from flawsift.errors import InputError, one_line
-from flawsift.paths import name_some, show
-
-log = logging.getLogger("flawsift")
+from flawsift.data.joins import joined, read_table
+from flawsift.errors import InputError
+from flawsift.paths import show
 
 # What a folder scan takes for an image. Content decides how a file is decoded; the ending only whether it is looked at.
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -59,7 +56,8 @@ def read_groups(path: str | Path) -> dict[str, str]:
 
 
 def groups_by_id(names: Mapping[int, str], groups: Mapping[str, str]) -> dict[int, str]:
-    """{global id: group} of the images that groups by name are about; names without an image are logged.
+    """{global id: group} of the images that groups by name are about; names without an image are logged,
+    and names are understood, as `flawsift.data.joins.images_named` says.
 
     Args:
         names: {global id: name} of the images.
@@ -68,17 +66,8 @@ def groups_by_id(names: Mapping[int, str], groups: Mapping[str, str]) -> dict[in
     Raises:
         InputError: `groups` names none of the images.
     """
-    known = {id_: groups[name] for id_, name in names.items() if name in groups}
-    unused = sorted(set(groups) - set(names.values()))
-    if groups and not known:
-        example = next(iter(names.values()), "")
-        raise InputError(
-            f"The groups name none of the {len(names)} images: one of them is {name_some(unused[:1])}, an image is "
-            f"{show(example)}. Write paths relative to the folder."
-        )
-    if unused:
-        log.warning("%d grouped files are not there: %s.", len(unused), name_some(unused))
-    return known
+    group_of = joined(groups, list(names.values()), "groups")
+    return {id_: group_of[name] for id_, name in names.items() if name in group_of}
 
 
 def read_joined(path: str | Path, what: str, column: str) -> list[tuple[str, str]]:
@@ -90,17 +79,8 @@ def read_joined(path: str | Path, what: str, column: str) -> list[tuple[str, str
         column: The column of the values; a missing cell is an empty text.
 
     Raises:
-        InputError: The file is missing, or lacks a column.
+        InputError: See `flawsift.data.joins.read_table`.
     """
-    path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{what} '{show(path)}' cannot be read: {one_line(error)}.") from error
-    columns = set(rows[0]) if rows else set()
-    name = "file" if "file" in columns else "path"
-    if not {name, column} <= columns:
-        has = ", ".join(sorted(map(str, columns))) or "none"
-        raise InputError(f"{what} '{show(path)}' needs the columns 'file' and '{column}', has {has}.")
-    return [(row[name] or "", row[column] or "") for row in rows]
+    rows = read_table(Path(path), what, [("file", "path"), (column,)])
+    name = "file" if rows and "file" in rows[0] else "path"
+    return [(row[name], row[column]) for row in rows]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flawsift.data.folders import read_joined
 from flawsift.data.images import ImageSet
+from flawsift.data.joins import joined
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.parts.neighbors import NearestNeighbors
 from flawsift.detectors.parts.scaling import channel_statistics, standardized
@@ -204,8 +205,8 @@ def read_labels(path: str | Path, images: ImageSet) -> GroundTruth:
         The truth of the images that it names; others have no label.
 
     Raises:
-        InputError: The file is missing, lacks a column, has another label or two for one image, or names images that
-            are not there.
+        InputError: The file is missing, lacks a column, has another label or two for one image, or names none of
+            the images; names of no image are logged.
     """
     read = [(file, label.strip()) for file, label in read_joined(path, "Labels file", "label")]
     labels = dict(read)
@@ -213,12 +214,8 @@ def read_labels(path: str | Path, images: ImageSet) -> GroundTruth:
         raise InputError(f"{len(twice)} files have two labels in '{show(path)}': {name_some(twice)}.")
     if wrong := {label for label in labels.values() if label not in ("0", "1")}:
         raise InputError(f"Labels in '{show(path)}' must be 0 or 1, got {name_some(sorted(wrong))}.")
-    ids = dict(zip(map(show, images.names), images.ids.tolist(), strict=True))  # as all our tables have them
-    if unknown := sorted(set(labels) - set(ids)):
-        raise InputError(
-            f"{len(unknown)} labelled files are not among the images: {name_some(unknown)}. "
-            "Write paths relative to the image folder."
-        )
+    labels = joined(labels, images.names, "labels")
+    ids = dict(zip(images.names, images.ids.tolist(), strict=True))
     flags = [int(label) for label in labels.values()]
     types = tuple("defect" if flag else "good" for flag in flags)
     return GroundTruth(np.array([ids[n] for n in labels], np.int64), np.array(flags, np.int8), types, {})

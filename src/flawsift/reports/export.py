@@ -24,7 +24,7 @@ from flawsift.files import ensure_folder, write_csv, write_json, write_text
 from flawsift.paths import show
 from flawsift.reports.evidence import map_scale, smoothed
 from flawsift.reports.overlays import Scale
-from flawsift.screening.decisions import apply_decisions
+from flawsift.screening.decisions import apply_decisions, located
 from flawsift.screening.result import Screening
 
 STATUS = ("removed", "kept")  # by whether an image is kept
@@ -102,13 +102,14 @@ def export(
         raise OutputError(
             f"'{show(out)}' lies in the image folder, whose next screening would find it. Choose another."
         )
-    is_kept, _ = apply_decisions(screening.names, screening.is_kept, choices or {})
+    choices = located(choices or {}, screening.names)
+    is_kept, _ = apply_decisions(screening.names, screening.is_kept, choices)
     rank = {i: r for r, i in enumerate(screening.ranking.tolist(), 1)}
     listed = []
     for p, id_ in enumerate(screening.ids.tolist()):
         name = show(screening.names[p])
         scores = float(screening.consensus[p]), float(screening.held_out_scores[p])
-        decision = (choices or {}).get(name, "")
+        decision = choices.get(name, "")
         listed.append(_Image(id_, name, source.path(id_), bool(is_kept[p]), decision, rank[id_], *scores, p))
     missing = FORMATS[to](_Export(screening, listed, source.root, ensure_folder(out), link))
     return {"kept": int(is_kept.sum()), "removed": int((~is_kept).sum()), "missing": missing}
