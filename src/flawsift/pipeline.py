@@ -120,9 +120,11 @@ def screen(
     _check(resources)
     chosen = ScreenOptions.of(options)
     named = FINAL if chosen.screener == OWN else chosen.screener
+    if detector is not None and chosen.screener not in (OWN, FINAL):
+        raise ParameterError(f"Give either detector or options with screener='{chosen.screener}', not both.")
     with as_progress(resources.get("progress")) as tell:
-        given, own = named if detector is None else detector, replace(chosen, screener=OWN)
-        job = _prepare(images, given, backbone, own, {**resources, "progress": tell})
+        own, made = replace(chosen, screener=OWN), {**resources, "progress": tell}
+        job = _prepare(images, named if detector is None else detector, backbone, own, made)
         return _stage1(job, chosen, out, wants_fitted=False)[0]
 
 

@@ -82,15 +82,15 @@ def images_named(wanted: Iterable[str], names: Iterable[str], what: str) -> dict
     if missing and not found:
         raise InputError(
             f"The {what} name none of the {len(shown)} images: one of them is {name_some(missing[:1])}, an image is "
-            f"{next(iter(shown), '')}. Write paths relative to the folder."
+            f"{next(iter(shown), '')}. Write paths relative to the folder of the images, or give that folder."
         )
     if twice := [name for name, n in Counter(found.values()).items() if n > 1]:
         raise InputError(f"{len(twice)} images are named twice by the {what}, in two ways: {name_some(twice)}.")
     if missing:
+        listed = name_some(missing)
         log.warning(
-            "%d of %d %s are of no image here, and are left out: %s.",
-            len(missing), len(rows), what, name_some(missing),
-        )  # fmt: skip
+            "%d of %d %s are about no image here: %s. They are left out.", len(missing), len(rows), what, listed
+        )
     return found
 
 

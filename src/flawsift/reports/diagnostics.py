@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flawsift.data.folders import read_joined
 from flawsift.data.images import ImageSet
-from flawsift.data.joins import joined
+from flawsift.data.joins import images_named
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.parts.neighbors import NearestNeighbors
 from flawsift.detectors.parts.scaling import channel_statistics, standardized
@@ -205,8 +205,8 @@ def read_labels(path: str | Path, images: ImageSet) -> GroundTruth:
         The truth of the images that it names; others have no label.
 
     Raises:
-        InputError: The file is missing, lacks a column, has another label or two for one image, or names none of
-            the images; names of no image are logged.
+        InputError: The file is missing, lacks a column, has another label or two for one image, or names images that
+            are not there.
     """
     read = [(file, label.strip()) for file, label in read_joined(path, "Labels file", "label")]
     labels = dict(read)
@@ -214,7 +214,13 @@ def read_labels(path: str | Path, images: ImageSet) -> GroundTruth:
         raise InputError(f"{len(twice)} files have two labels in '{show(path)}': {name_some(twice)}.")
     if wrong := {label for label in labels.values() if label not in ("0", "1")}:
         raise InputError(f"Labels in '{show(path)}' must be 0 or 1, got {name_some(sorted(wrong))}.")
-    labels = joined(labels, images.names, "labels")
+    name_of = images_named(labels, images.names, "labels")
+    if unknown := sorted(set(labels) - set(name_of)):
+        raise InputError(
+            f"{len(unknown)} labelled files are not among the images: {name_some(unknown)}. "
+            "Write paths relative to the image folder."
+        )
+    labels = {name_of[file]: label for file, label in labels.items()}
     ids = dict(zip(images.names, images.ids.tolist(), strict=True))
     flags = [int(label) for label in labels.values()]
     types = tuple("defect" if flag else "good" for flag in flags)
