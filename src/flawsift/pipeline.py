@@ -119,12 +119,12 @@ def screen(
     """
     _check(resources)
     chosen = ScreenOptions.of(options)
-    named = FINAL if chosen.screener == OWN else chosen.screener
     if detector is not None and chosen.screener not in (OWN, FINAL):
         raise ParameterError(f"Give either detector or options with screener='{chosen.screener}', not both.")
     with as_progress(resources.get("progress")) as tell:
-        own, made = replace(chosen, screener=OWN), {**resources, "progress": tell}
-        job = _prepare(images, named if detector is None else detector, backbone, own, made)
+        named = FINAL if chosen.screener == OWN else chosen.screener
+        given, own = detector or named, replace(chosen, screener=OWN)
+        job = _prepare(images, given, backbone, own, {**resources, "progress": tell})
         return _stage1(job, chosen, out, wants_fitted=False)[0]
 
 
@@ -195,11 +195,10 @@ def fit(
 
 def _check(resources: Resources) -> None:
     """Raise TypeError for what neither function takes: options of stage 1 have a place of their own."""
-    for name in resources:
+    for name in [name for name in resources if name not in Resources.__annotations__]:
         if name in {f.name for f in fields(ScreenOptions)}:
             raise TypeError(f"'{name}' is an option of stage 1: give options=ScreenOptions({name}=...).")
-        if name not in Resources.__annotations__:
-            raise TypeError(unknown_name("argument", name, Resources.__annotations__))
+        raise TypeError(unknown_name("argument", name, Resources.__annotations__))
 
 
 def _choices(decisions: str | Path | Mapping[str, str] | None) -> dict[str, str]:
@@ -256,10 +255,10 @@ def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
         "false_alarm_rate": asked.false_alarm_rate,
     }
     model = _stage2(job, plan, merged, out, record, asked.started)
-    if out is not None and stage1 is not None:
-        decided, _ = stage1.with_decisions(asked.choices)
-        write_fit_report(model, decided, _pictures_of(decided, job), out)
     if out is not None:
+        if stage1 is not None:
+            decided, _ = stage1.with_decisions(asked.choices)
+            write_fit_report(model, decided, _pictures_of(decided, job), out)
         _move_stale(out, asked)
     return FitResult(model, stage1, plan, out)
 

@@ -6,7 +6,9 @@ one line with exit code 2. Heavy imports live inside the commands, so that `--he
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -21,6 +23,8 @@ from flawsift.errors import FlawsiftError
 
 # BadParameter < UsageError < ClickException: newer typers carry a click of their own, so it is asked of typer
 _UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
+
+STOPPED = "stopped. Files that are written are whole; the same command goes on where it was."
 
 app = typer.Typer(
     name="flawsift",
@@ -58,6 +62,7 @@ app.add_typer(cache_app, name="cache")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run a command, print errors as one line, exit."""
     _quiet_libraries()
+    _end_cleanly()
     TOLD.lines.clear()
     logging.getLogger("flawsift").addHandler(TOLD)
     try:
@@ -70,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = 2
         else:
             code = _fail(error.format_message())  # type: ignore[attr-defined]  # every ClickException has it
-    except (typer.Abort, KeyboardInterrupt):
-        code = _fail("stopped; the same command goes on where it was.", 130)
+    except (typer.Abort, KeyboardInterrupt) as error:
+        code = _fail(STOPPED, error.code if isinstance(error, _Ended) else 130)
     except OSError as error:
         code = _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""))
     except MemoryError:
@@ -79,6 +84,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         logging.getLogger("flawsift").removeHandler(TOLD)
     sys.exit(code or 0)
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal asked the command to end, as Ctrl-C does: everything that cleans up after that one does so now."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number  # as a shell reports it
+
+
+def _end_cleanly() -> None:
+    """End as Ctrl-C does where the system or a closed terminal asks for it; a signal that is ignored stays so (nohup)."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # only that one may say so
+    for name in ("SIGTERM", "SIGHUP"):  # the second is not on Windows
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    raise _Ended(number)
 
 
 def _fail(text: str, code: int = 2) -> int:
