@@ -336,8 +336,7 @@ def _stage1(
 
 
 def _write_stage1(screening: Screening, images: ImageSet, folder: str | Path) -> None:
-    save_screening(screening, folder)
-    write_screening_report(screening, images, folder)
+    write_screening_report(screening, images, save_screening(screening, folder))
 
 
 def _stage2(

@@ -469,3 +469,30 @@ def test_a_pipe_among_the_images_is_told(run: Any, easy_folder: Path, tmp_path: 
     assert "Not readable: folder.jpg: cannot be read: a folder, not a file" in told
     for kind in ("folder", "coco", "labelstudio"):
         assert run("export", tmp_path / "m", "--to", kind, "--out", tmp_path / kind).code == 0
+
+
+WAITING = """
+import time
+from flawsift.cli.main import app, main
+
+@app.command()
+def wait() -> None:
+    print("waiting", flush=True)
+    time.sleep(600)
+
+main(["wait"])
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_signals_end_a_command_with_a_word(name: str, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(getattr(signal, name))
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "the same command goes on where it was" in told
+    assert "Traceback" not in told

@@ -4,13 +4,14 @@ Results go to stdout (`--json` makes them machine-readable), progress to stderr 
 one line with exit code 2. Heavy imports live inside the commands, so that `--help` answers at once.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -62,11 +63,11 @@ app.add_typer(cache_app, name="cache")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run a command, print errors as one line, exit."""
     _quiet_libraries()
-    _end_cleanly()
     TOLD.lines.clear()
     logging.getLogger("flawsift").addHandler(TOLD)
     try:
-        code = app(args=arguments, prog_name="flawsift", standalone_mode=False)
+        with _ended_by_signals():
+            code = app(args=arguments, prog_name="flawsift", standalone_mode=False)
     except FlawsiftError as error:
         code = _fail(str(error))
     except _UsageProblem as error:
@@ -75,8 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = 2
         else:
             code = _fail(error.format_message())  # type: ignore[attr-defined]  # every ClickException has it
-    except (typer.Abort, KeyboardInterrupt) as error:
-        code = _fail(STOPPED, error.code if isinstance(error, _Ended) else 130)
+    except _Ended as ended:
+        code = _fail(STOPPED, ended.code)
+    except (typer.Abort, KeyboardInterrupt):
+        code = _fail(STOPPED, 130)
     except OSError as error:
         code = _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""))
     except MemoryError:
@@ -86,22 +89,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code or 0)
 
 
-class _Ended(KeyboardInterrupt):
-    """A signal asked the command to end, as Ctrl-C does: everything that cleans up after that one does so now."""
+class _Ended(BaseException):
+    """A signal asked the command to end. No KeyboardInterrupt: typer makes an exit without a word of that one."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.code = 128 + number  # as a shell reports it
 
 
-def _end_cleanly() -> None:
-    """End as Ctrl-C does where the system or a closed terminal asks for it; a signal that is ignored stays so (nohup)."""
-    if threading.current_thread() is not threading.main_thread():
-        return  # only that one may say so
-    for name in ("SIGTERM", "SIGHUP"):  # the second is not on Windows
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _end)
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C, the system and a closed terminal raise `_Ended`; a signal that is ignored stays so (nohup)."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # only that one may say so
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is not on Windows
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(number: int, frame: object) -> None:
