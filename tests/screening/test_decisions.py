@@ -217,7 +217,7 @@ def test_fit_trains_on_what_a_person_decided(easy_folder: Path, tiny: Backbone, 
         easy_folder, "padim", tiny, options=ScreenOptions(screener="own"), decisions={names[first_kept]: "remove"}
     ).model
     assert anew.training["n_kept"] == len(found.kept) - 1
-    with pytest.raises(InputError, match="None of the 1 decisions"):
+    with pytest.raises(InputError, match="The decisions name none of the 50 images"):
         pipeline.fit(easy_folder, "padim", tiny, screening=tmp_path / "s", decisions={"x": "keep"})
 
 

@@ -54,7 +54,7 @@ def read_table(path: Path, what: str, columns: Sequence[Sequence[str]]) -> list[
     return [dict(zip(header, [*row, *[""] * (len(header) - len(row))], strict=True)) for row in rows[1:]]
 
 
-def images_named(wanted: Iterable[str], names: Iterable[str], what: str) -> dict[str, str]:
+def images_named(wanted: Iterable[str], names: Iterable[str], what: str, *, quiet: bool = False) -> dict[str, str]:
     """{name in a table: name of the image that it is about}; how many are about none is logged.
 
     A name is that of an image, as `show` prints it, or, where that is of no image and of one only in this way: with
@@ -64,6 +64,7 @@ def images_named(wanted: Iterable[str], names: Iterable[str], what: str) -> dict
         wanted: Names in the table.
         names: Of the images.
         what: What errors and the log call the rows: "groups".
+        quiet: Log nothing, since the caller refuses names of no image.
 
     Raises:
         InputError: There are names, and none is of an image; or two names are of one image.

@@ -214,7 +214,7 @@ def read_labels(path: str | Path, images: ImageSet) -> GroundTruth:
         raise InputError(f"{len(twice)} files have two labels in '{show(path)}': {name_some(twice)}.")
     if wrong := {label for label in labels.values() if label not in ("0", "1")}:
         raise InputError(f"Labels in '{show(path)}' must be 0 or 1, got {name_some(sorted(wrong))}.")
-    name_of = images_named(labels, images.names, "labels")
+    name_of = images_named(labels, images.names, "labels", quiet=True)
     if unknown := sorted(set(labels) - set(name_of)):
         raise InputError(
             f"{len(unknown)} labelled files are not among the images: {name_some(unknown)}. "
