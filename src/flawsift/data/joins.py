@@ -87,7 +87,7 @@ def images_named(wanted: Iterable[str], names: Iterable[str], what: str, *, quie
         )
     if twice := [name for name, n in Counter(found.values()).items() if n > 1]:
         raise InputError(f"{len(twice)} images are named twice by the {what}, in two ways: {name_some(twice)}.")
-    if missing:
+    if missing and not quiet:
         listed = name_some(missing)
         log.warning(
             "%d of %d %s are about no image here: %s. They are left out.", len(missing), len(rows), what, listed
