@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
 from flawsift.detectors.base import Detector, make_detector
 from flawsift.errors import ExecutorError, ParameterError
-from flawsift.executors import SERIAL, Executor, Failure, Processes, Ray, Run, make_executor
+from flawsift.executors import SERIAL, Executor, Processes, Ray, Run, make_executor
 from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import attach, loaded
 from flawsift.features.store import FeatureStore
@@ -26,6 +28,7 @@ from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Screening
 from flawsift.screening.stage1 import screen
 from flawsift.screening.submodels import rank_by_submodels
+from flawsift.workers import Failure
 
 TASKS = '''
 import os, signal, time
@@ -314,3 +317,68 @@ def test_a_set_can_travel_without_its_files(easy_folder: Path, tiny: Backbone, t
         assert first.pixels is not None
         assert second.pixels is not None
         assert (first.pixels == second.pixels).all()
+
+
+CALLER = """
+import sys
+from pathlib import Path
+from flawsift.executors import Processes, Ray
+import caller_tasks
+
+if __name__ == "__main__":
+    executor = Processes(workers=1) if sys.argv[1] == "process" else Ray(address="local")
+    print(list(executor.map(caller_tasks.modules, [0])))
+"""
+CALLED = """
+import csv, fractions, imaplib
+
+def modules(_):
+    return [m.__file__ for m in (csv, fractions, imaplib) if "working" in m.__file__]
+"""
+
+
+@pytest.mark.parametrize("kind", ["process", "ray"])
+def test_no_worker_runs_code_of_the_working_folder(kind: str, tmp_path: Path) -> None:
+    if kind == "ray":
+        pytest.importorskip("ray")
+    (tmp_path / "working").mkdir()
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "caller_tasks.py").write_text(CALLED)
+    (tmp_path / "scripts" / "caller.py").write_text(CALLER)
+    for name in ("csv", "fractions", "imaplib", "pickle", "secrets", "socket"):  # Python's own, early and late
+        (tmp_path / "working" / f"{name}.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'a').write({name!r})\n")
+    environment = {**os.environ, "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["PYTHONPATH"] = str(Path(pipeline.__file__).parent.parent)
+    run = subprocess.run(
+        [sys.executable, tmp_path / "scripts" / "caller.py", kind],
+        cwd=tmp_path / "working",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (run.returncode, run.stdout.strip().splitlines()[-1:]) == (0, ["[[]]"]), run.stderr
+    assert not (tmp_path / "RAN").exists(), (tmp_path / "RAN").read_text()
+
+
+def test_workers_end_with_a_caller_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "caller_tasks.py").write_text(
+        "import os, pathlib, time\n"
+        "def sleep(path):\n    pathlib.Path(path).write_text(str(os.getpid()))\n    time.sleep(600)\n"
+    )
+    (tmp_path / "caller.py").write_text(
+        "import caller_tasks\nfrom flawsift.executors import Processes\nif __name__ == '__main__':\n"
+        f"    list(Processes(workers=1).map(caller_tasks.sleep, [{str(tmp_path / 'pid')!r}]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(pipeline.__file__).parent.parent)}
+    caller = subprocess.Popen([sys.executable, tmp_path / "caller.py"], env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    worker = int((tmp_path / "pid").read_text())
+    caller.kill()
+    caller.wait()
+    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split():
+        assert time.monotonic() < deadline, "the worker goes on"
+        time.sleep(0.05)

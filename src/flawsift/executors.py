@@ -8,23 +8,19 @@ taken, and equal orders are what makes all executors agree bit for bit on machin
 [1, 2, 3]
 """
 
-import contextlib
 import importlib
-import multiprocessing
 import os
 import pickle
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from flawsift.errors import ExecutorError, ParameterError, unknown_name
 from flawsift.progress import Progress, silent
+from flawsift.workers import Failure, Pool, added_by_ray, lost_worker, task_without, torch_threads, unpacked
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,17 +28,6 @@ R = TypeVar("R")
 _EXECUTORS = "Serial(), Processes(...) or Ray(...) of flawsift.executors"  # what errors name
 
 RETRIES = 3  # further attempts: enough for lost nodes, few enough that a task that kills its worker soon gives up
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What a task raised, or that its workers were lost.
-
-    Attributes:
-        error: The exception.
-    """
-
-    error: Exception
 
 
 class Executor(ABC):
@@ -134,7 +119,7 @@ class Processes(Executor):
         _require("Processes.retries", self.retries >= 0, "not be negative", self.retries)
 
     def completed(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[int, R | Failure]]:
-        pool = _Pool(pickle.dumps(function), min(self.workers or os.cpu_count() or 1, len(items)))
+        pool = Pool(pickle.dumps(function), min(self.workers or os.cpu_count() or 1, len(items)))
         queue = list(reversed(range(len(items))))
         lost = dict.fromkeys(queue, 0)
         try:
@@ -144,78 +129,15 @@ class Processes(Executor):
                     pool.start(position, pickle.dumps(items[position]))
                 for position, answer in pool.answers():
                     if answer is not None:
-                        yield position, _unpacked(answer)
+                        yield position, unpacked(answer)
                         continue
                     lost[position] += 1
                     if lost[position] <= self.retries:
                         queue.append(position)
                     else:
-                        yield position, Failure(_lost(lost[position]))
+                        yield position, Failure(lost_worker(lost[position]))
         finally:
             pool.close()
-
-
-@dataclass(eq=False)
-class _Pool:
-    """Worker processes with one task each; one that dies takes no other down."""
-
-    function: bytes
-    size: int
-    idle: list[tuple[BaseProcess, Connection]] = field(default_factory=list)
-    busy: dict[Connection, tuple[BaseProcess, int]] = field(default_factory=dict)
-
-    @property
-    def has_room(self) -> bool:
-        return len(self.busy) < self.size
-
-    def start(self, position: int, item: bytes) -> None:
-        process, pipe = self.idle.pop() if self.idle else self._spawn()
-        self.busy[pipe] = (process, position)
-        with contextlib.suppress(OSError):  # it died while idle: `answers` sees the end of its pipe
-            pipe.send_bytes(item)
-
-    def answers(self) -> Iterator[tuple[int, bytes | None]]:
-        """(position, pickled outcome, or None if its worker died) of the tasks that ended; waits for one at least."""
-        for pipe in wait(list(self.busy)):
-            assert isinstance(pipe, Connection)
-            process, position = self.busy.pop(pipe)
-            try:
-                answer = pipe.recv_bytes()
-            except (EOFError, OSError):
-                pipe.close()
-                process.join()
-                yield position, None
-            else:
-                self.idle.append((process, pipe))
-                yield position, answer
-
-    def close(self) -> None:
-        """End all workers; those amid a task, which nobody wants any more, at once."""
-        for process, _ in self.busy.values():
-            process.terminate()
-        for pipe in [*self.busy, *(pipe for _, pipe in self.idle)]:
-            pipe.close()  # an idle worker ends when its pipe does
-        for process in [*(p for p, _ in self.busy.values()), *(p for p, _ in self.idle)]:
-            process.join()
-
-    def _spawn(self) -> tuple[BaseProcess, Connection]:
-        # spawned, not forked: a fork copies the locks of torch's threads in whatever state they are
-        context = multiprocessing.get_context("spawn")
-        mine, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.function, _threads()), daemon=True)
-        process.start()
-        theirs.close()
-        return process, mine
-
-
-def _serve(pipe: Connection, function: bytes, n_threads: int) -> None:
-    """A worker's life: tasks come through the pipe until it closes."""
-    while True:
-        try:
-            item = pipe.recv_bytes()
-            pipe.send_bytes(_call(function, item, n_threads))
-        except (EOFError, OSError):
-            return
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,20 +173,20 @@ class Ray(Executor):
         ray = _ray()
         if not ray.is_initialized():
             self._connect(ray)
-        task = ray.remote(_call).options(
+        task = ray.remote(task_without(added_by_ray())).options(
             num_cpus=self.cpus, num_gpus=self.gpus, max_retries=self.retries, retry_exceptions=False
         )
         shared = ray.put(pickle.dumps(function))  # once, however many tasks
-        n_threads = _threads()
+        n_threads = torch_threads()
         pending = {task.remote(shared, pickle.dumps(item), n_threads): p for p, item in enumerate(items)}
         try:
             while pending:
                 (done, *_), _ = ray.wait(list(pending), num_returns=1)
                 position = pending.pop(done)
                 try:
-                    outcome = _unpacked(ray.get(done))
+                    outcome = unpacked(ray.get(done))
                 except ray.exceptions.RayError as error:
-                    outcome = Failure(_lost(self.retries + 1, f" ({type(error).__name__})"))
+                    outcome = Failure(lost_worker(self.retries + 1, f" ({type(error).__name__})"))
                 yield position, outcome
         finally:
             for unwanted in pending:
@@ -283,49 +205,6 @@ def _ray() -> Any:
         return importlib.import_module("ray")
     except ImportError as error:
         raise ExecutorError("The executor ray needs the package ray: pip install 'flawsift[ray]'.") from error
-
-
-def _call(function: bytes, item: bytes, n_threads: int) -> bytes:
-    """Run one pickled task; its pickled result or failure. Bytes in and out: no shared memory outlives a worker."""
-    # for a torch that the task imports itself
-    os.environ |= {"OMP_NUM_THREADS": str(n_threads), "MKL_NUM_THREADS": str(n_threads)}
-    try:
-        task, argument = pickle.loads(function), pickle.loads(item)
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(n_threads)
-        return pickle.dumps(task(argument))
-    except Exception as error:  # noqa: BLE001 - handed to the caller
-        return _packed(error)
-
-
-def _threads() -> int:
-    """The caller's torch threads; torch is imported here, so that tasks without it start at once."""
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _packed(error: Exception) -> bytes:
-    try:
-        packed = pickle.dumps(Failure(error))
-        pickle.loads(packed)  # some exceptions can be pickled and not be read again
-    except Exception:  # noqa: BLE001 - whatever it is, its text can travel
-        return pickle.dumps(Failure(ExecutorError(f"A task failed: {type(error).__name__}: {error}")))
-    return packed
-
-
-def _unpacked(answer: bytes) -> Any:
-    """What a worker answered; a result that can be pickled and not be read again is a failure of its task alone."""
-    try:
-        return pickle.loads(answer)
-    except Exception as error:  # noqa: BLE001 - whatever its class does when it is read
-        return Failure(ExecutorError(f"The result of a task cannot be read: {type(error).__name__}: {error}"))
-
-
-def _lost(attempts: int, why: str = "") -> ExecutorError:
-    return ExecutorError(
-        f"The worker of a task was killed {attempts} times{why}, perhaps for want of memory. Use fewer workers."
-    )
 
 
 def _require(name: str, holds: bool, constraint: str, got: object) -> None:

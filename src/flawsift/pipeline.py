@@ -37,7 +37,7 @@ from flawsift.reports import calibration
 from flawsift.reports.pages import REPORT
 from flawsift.reports.screening import write_fit_report, write_screening_report
 from flawsift.screening import storage
-from flawsift.screening.decisions import choices_of
+from flawsift.screening.decisions import choices_of, located
 from flawsift.screening.lookalikes import describe_images
 from flawsift.screening.options import FINAL, OWN, ScreenOptions
 from flawsift.screening.result import Screening
@@ -125,9 +125,11 @@ def screen(
     """
     _check(resources)
     chosen = ScreenOptions.of(options)
-    named = FINAL if chosen.screener == OWN else chosen.screener
+    if detector is not None and chosen.screener not in (OWN, FINAL):
+        raise ParameterError(f"Give either detector or options with screener='{chosen.screener}', not both.")
     with as_progress(resources.get("progress")) as tell:
-        given, own = named if detector is None else detector, replace(chosen, screener=OWN)
+        named = FINAL if chosen.screener == OWN else chosen.screener
+        given, own = detector or named, replace(chosen, screener=OWN)
         job = _prepare(images, given, backbone, own, {**resources, "progress": tell})
         screening, _ = _stage1(job, chosen, out, wants_fitted=False)
         if out is not None:
@@ -198,6 +200,7 @@ def fit(
     )
     with as_progress(resources.get("progress")) as tell:
         given = as_images(images)
+        asked = replace(asked, choices=located(asked.choices, given.names))
         if asked.screening is not None:
             given, note = grouped(asked.screening, given)
             asked = replace(asked, groups_note=note)
@@ -208,11 +211,10 @@ def fit(
 
 def _check(resources: Resources) -> None:
     """Raise TypeError for what neither function takes: options of stage 1 have a place of their own."""
-    for name in resources:
+    for name in [name for name in resources if name not in Resources.__annotations__]:
         if name in {f.name for f in fields(ScreenOptions)}:
             raise TypeError(f"'{name}' is an option of stage 1: give options=ScreenOptions({name}=...).")
-        if name not in Resources.__annotations__:
-            raise TypeError(unknown_name("argument", name, Resources.__annotations__))
+        raise TypeError(unknown_name("argument", name, Resources.__annotations__))
 
 
 @dataclass(frozen=True, eq=False)

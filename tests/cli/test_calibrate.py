@@ -94,7 +94,7 @@ def test_reviewed_images(cli: Any, model: Path, easy_folder: Path, tmp_path: Pat
     (tmp_path / "e.csv").write_text("path,decision\nother/part-25.png,keep\n")
     code, _, err = cli("calibrate", model, tmp_path / "e.csv", "--images", easy_folder)
     assert code == 2
-    assert "1 of 1 decisions are about no image here" in err
+    assert "The decisions name none of the" in err
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from flawsift import __version__
 from flawsift.cli.main import main
 from flawsift.datasets import write_mvtec
 from flawsift.detectors.base import DETECTORS
+from flawsift.screening.storage import load_screening
 from flawsift.testing import easy_set
 
 TINY = ["--backbone", "tiny", "--size", "64"]
@@ -419,3 +420,81 @@ def test_a_shell_completes_commands_and_options(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.splitlines() == ["screen", "--detector --detector-preset", "same"], done.stderr
     assert done.stderr.startswith("bash completion installed in ")
+
+
+def test_results_among_the_parts_are_not_scored(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    parts = Path(shutil.copytree(easy_folder, tmp_path / "parts"))
+    assert run("fit", parts, *TINY, "--detector", "padim", "--no-screen", "--out", tmp_path / "m").code == 0
+    for out in (parts, parts / "results"):
+        for _ in range(2):
+            found = run("predict", tmp_path / "m", parts, "--out", out, "--json")
+            assert found.json["n_images"] == 50
+    assert found.json["log"] == [line.removeprefix("flawsift: ") for line in found.err.splitlines()]
+    assert found.json["log"][0].startswith("100 pictures are left out, which flawsift wrote there")
+    screened = run("screen", parts, *TINY, "--out", tmp_path / "s", "--json")
+    assert screened.json["n_images"] == 50
+    assert screened.json["log"] == found.json["log"]
+
+
+def test_heatmaps_of_other_images_are_moved_aside(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    run("fit", easy_folder, *TINY, "--detector", "padim", "--no-screen", "--out", tmp_path / "m")
+    one, two, out = easy_folder / "part-01.png", easy_folder / "part-02.png", tmp_path / "o"
+    predict = ("predict", tmp_path / "m", "--out", out)
+
+    def maps(folder: Path) -> list[str]:
+        return sorted(path.name for path in (folder / "maps").glob("*.png"))
+
+    run(*predict, one)
+    assert run(*predict, one).err == ""  # each is replaced
+    assert maps(out) == ["part-01.png.png"]
+    assert "'earlier-1'" in run(*predict, two).err.replace(str(out) + "/", "")
+    assert (maps(out), maps(out / "earlier-1")) == (["part-02.png.png"], ["part-01.png.png"])
+    assert [row["path"] for row in table(out / "earlier-1" / "predictions.csv")] == ["part-01.png"]
+    run(*predict, two, "--no-maps")
+    assert (maps(out), maps(out / "earlier-2")) == ([], ["part-02.png.png"])
+    (out / "maps").mkdir()
+    shutil.copy(one, out / "maps" / "mine.png")
+    (out / "predictions.csv").unlink()
+    refused = run(*predict, two)
+    assert refused.code == 2
+    assert "1 files that are no heatmaps of flawsift: mine.png" in refused.err
+
+
+def test_a_pipe_among_the_images_is_told(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    parts = Path(shutil.copytree(easy_folder, tmp_path / "parts"))
+    os.mkfifo(parts / "pipe.png")
+    (parts / "folder.jpg").mkdir()
+    fitted = run("fit", parts, *TINY, "--detector", "padim", "--out", tmp_path / "m", "--json")
+    assert (fitted.json["n_images"], fitted.json["n_kept"]) == (52, len(load_screening(tmp_path / "m/screening").kept))
+    told = run("predict", tmp_path / "m", parts).out
+    assert "Not readable: pipe.png: cannot be read: a named pipe, not a file" in told
+    assert "Not readable: folder.jpg: cannot be read: a folder, not a file" in told
+    for kind in ("folder", "coco", "labelstudio"):
+        assert run("export", tmp_path / "m", "--to", kind, "--out", tmp_path / kind).code == 0
+
+
+WAITING = """
+import time
+from flawsift.cli.main import app, main
+
+@app.command()
+def wait() -> None:
+    print("waiting", flush=True)
+    time.sleep(600)
+
+main(["wait"])
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_signals_end_a_command_with_a_word(name: str, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(getattr(signal, name))
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "the same command goes on where it was" in told
+    assert "Traceback" not in told

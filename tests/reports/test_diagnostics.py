@@ -258,7 +258,7 @@ def test_a_recurring_defect_in_a_folder_is_told(
     ("content", "text"),
     [
         (None, "cannot be read"),
-        ("", "needs the columns 'file' and 'label', has none"),
+        ("", "is empty"),
         ("file,kind\npart-00.png,1\n", "needs the columns 'file' and 'label', has file, kind"),
         ("file,label\npart-00.png,good\n", "must be 0 or 1, got good"),
         ("file,label\npart-00.png\n", "must be 0 or 1"),

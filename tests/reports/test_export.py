@@ -229,6 +229,6 @@ def test_refusals(screened: Any, tmp_path: Path) -> None:
     assert not (images.source.root / "clean").exists()
     with pytest.raises(ParameterError, match="Did you mean 'folder'"):
         export(screening, images, tmp_path / "x", "foldr")
-    with pytest.raises(InputError, match="None of the 1 decisions"):
+    with pytest.raises(InputError, match="The decisions name none of"):
         export(screening, images, tmp_path / "x", "csv", choices={"other.png": "keep"})
     assert [p.name for p in tmp_path.iterdir()] == ["full"]

@@ -23,7 +23,7 @@ from tests.review.material import BASE, PORT, TOKEN
 
 def test_a_refit_runs_in_its_own_process_and_says_how_far_it_is(folder: Path) -> None:
     review = Review.open(folder)
-    assert review.refit.command[1:3] == ["-m", "flawsift.review.refit"]
+    assert review.refit.command[1:4] == ["-P", "-m", "flawsift.review.refit"]
     report = (
         "import json, os, sys\nprint(json.dumps({'stage': 'detector', 'done': 1, 'total': os.getpid()}), flush=True)"
     )
@@ -38,6 +38,25 @@ def test_a_refit_runs_in_its_own_process_and_says_how_far_it_is(folder: Path) ->
         os.kill(process, 0)  # asks whether it is there
     with pytest.raises(ProcessLookupError):  # ended with the server
         os.kill(process, 0)
+
+
+def test_a_refit_runs_no_code_of_the_working_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    review = Review.open(folder.resolve())
+    review.store.touch()
+    working = tmp_path / "working"
+    working.mkdir()
+    for name in ("csv", "random", "torch", "argparse"):
+        (working / f"{name}.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'a').write({name!r})\n")
+    monkeypatch.chdir(working)
+    assert review.refit.start()
+    deadline = time.monotonic() + 300
+    while review.refit.status["state"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert review.refit.status["state"] == "done", review.refit.status
+    assert not (tmp_path / "RAN").exists()
 
 
 def test_a_refit_that_fails_says_why() -> None:

@@ -167,6 +167,10 @@ def test_unknown_choices_and_unwritable_folders(tmp_path: Path) -> None:
         ("path,decision\na,maybe\n", "row 2: decision must be"),
         ("path,decision\na,keep\na,remove\n", "row 3: 'a' is decided twice"),
         ("path,decision,version\na,keep,x\n", "version must be a whole number"),
+        (f"path,decision,version\na,keep,{'9' * 5000}\n", "version must be a whole number"),
+        ("", "is empty"),
+        ("path,deci", "needs the columns 'path' and 'decision'"),
+        ("path,decision\na,kee", "row 2: decision must be"),
     ],
 )
 def test_damaged_files(tmp_path: Path, text: str, message: str) -> None:
@@ -213,7 +217,7 @@ def test_fit_trains_on_what_a_person_decided(easy_folder: Path, tiny: Backbone, 
         easy_folder, "padim", tiny, options=ScreenOptions(screener="own"), decisions={names[first_kept]: "remove"}
     ).model
     assert anew.training["n_kept"] == len(found.kept) - 1
-    with pytest.raises(InputError, match="None of the 1 decisions"):
+    with pytest.raises(InputError, match="The decisions name none of the 50 images"):
         pipeline.fit(easy_folder, "padim", tiny, screening=tmp_path / "s", decisions={"x": "keep"})
 
 

@@ -27,7 +27,7 @@ def read_config(path: str | Path) -> Config:
     """
     try:
         content = tomllib.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last of brackets within brackets
         raise InputError(f"The benchmark '{show(path)}' cannot be read: {error}") from error
     return parse_config(content)
 

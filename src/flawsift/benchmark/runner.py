@@ -32,7 +32,7 @@ from flawsift.data.truth import GroundTruth, files_of
 from flawsift.datasets import Dataset, load
 from flawsift.detectors.base import Detector
 from flawsift.errors import FlawsiftError
-from flawsift.executors import SERIAL, Executor, Failure, Run, Serial, make_executor
+from flawsift.executors import SERIAL, Executor, Run, Serial, make_executor
 from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
@@ -41,6 +41,7 @@ from flawsift.models.model import Model, set_digest
 from flawsift.models.provenance import versions
 from flawsift.progress import Progress, silent
 from flawsift.types import Ids
+from flawsift.workers import Failure
 
 RESULTS = "results.csv"
 MAPS = "maps"  # folder of the examples' anomaly maps beside the rows; no picture is in it

@@ -10,6 +10,7 @@ import numpy as np
 
 from flawsift import pipeline
 from flawsift.data.contamination import contaminate
+from flawsift.data.listing import MAPS
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets import load
 from flawsift.detectors.base import make_detector
@@ -21,7 +22,7 @@ from flawsift.models import model as models
 from flawsift.models.calibration import Calibration
 from flawsift.progress import Progress, silent
 from flawsift.reports.pages import REPORT
-from flawsift.reports.predictions import OverlayWriter, write_predictions
+from flawsift.reports.predictions import OverlayWriter, move_earlier_maps, write_predictions
 from flawsift.screening.result import Screening
 
 # Sizes that end within five minutes on two cores, features of all images included.
@@ -79,7 +80,7 @@ class DemoResult:
             f"Image AUROC on {2 * N_TEST} new cells: {before:.3f} by PatchCore trained on everything, {after:.3f} by "
             f"{self.detector} trained on what screening leaves.",
             f"Took {self.seconds:.0f} s.",
-            f"Heatmaps: {self.out / 'maps'}",
+            f"Heatmaps: {self.out / MAPS}",
             f"Next:     flawsift predict {self.out / 'model'} YOUR_IMAGES --out predictions",
             f"Report:   {self.report}",
             f"Decide image by image: flawsift review {self.out / 'model'}",
@@ -116,11 +117,10 @@ def run_demo(
     test, _ = attach(test, backbone, detector.layers, store=common["store"])  # once for both models
     before, _ = models.evaluate(unscreened, test, data.truth, device=device, progress=progress)
     after, predictions = models.evaluate(model, test, data.truth, device=device, progress=progress)
-    write_predictions(predictions, out, data.truth)
     worst = test.select(predictions.ids[np.argsort(-predictions.scores)[:N_OVERLAYS]])
-    models.predict(
-        model, worst, device=device, on_maps=OverlayWriter(out / "maps", model.calibration, model.threshold())
-    )
+    move_earlier_maps(out, worst.names)
+    write_predictions(predictions, out, data.truth)
+    models.predict(model, worst, device=device, on_maps=OverlayWriter(out / MAPS, model.calibration, model.threshold()))
     write_json(out / "metrics.json", {"without_screening": before, "with_screening": after})
     return DemoResult(
         out=out,

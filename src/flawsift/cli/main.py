@@ -4,10 +4,14 @@ Results go to stdout (`--json` makes them machine-readable), progress to stderr 
 one line with exit code 2. Heavy imports live inside the commands, so that `--help` answers at once.
 """
 
+import contextlib
+import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -16,10 +20,13 @@ from flawsift.cli import stages, tools, use
 from flawsift.cli.benchmark import benchmark, benchmark_report, cache_app
 from flawsift.cli.calibrate import calibrate
 from flawsift.cli.deploy import export_model
+from flawsift.cli.options import TOLD
 from flawsift.errors import FlawsiftError
 
 # BadParameter < UsageError < ClickException: newer typers carry a click of their own, so it is asked of typer
 _UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
+
+STOPPED = "stopped. Files that are written are whole; the same command goes on where it was."
 
 app = typer.Typer(
     name="flawsift",
@@ -58,8 +65,11 @@ app.add_typer(cache_app, name="cache")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run a command, print errors as one line, exit."""
     _quiet_libraries()
+    TOLD.lines.clear()
+    logging.getLogger("flawsift").addHandler(TOLD)
     try:
-        code = app(args=arguments, prog_name="flawsift", standalone_mode=False)
+        with _ended_by_signals():
+            code = app(args=arguments, prog_name="flawsift", standalone_mode=False)
     except FlawsiftError as error:
         code = _fail(str(error))
     except _UsageProblem as error:
@@ -68,13 +78,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = 2
         else:
             code = _fail(error.format_message())  # type: ignore[attr-defined]  # every ClickException has it
+    except _Ended as ended:
+        code = _fail(STOPPED, ended.code)
     except (typer.Abort, KeyboardInterrupt):
-        code = _fail("stopped; the same command goes on where it was.", 130)
+        code = _fail(STOPPED, 130)
     except OSError as error:
         code = _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""))
     except MemoryError:
         code = _fail("out of memory. Use a smaller --size, fewer images or a detector with a smaller state.")
+    finally:
+        logging.getLogger("flawsift").removeHandler(TOLD)
     sys.exit(code or 0)
+
+
+class _Ended(BaseException):
+    """A signal asked the command to end. No KeyboardInterrupt: typer makes an exit without a word of that one."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number  # as a shell reports it
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C, the system and a closed terminal raise `_Ended`; a signal that is ignored stays so (nohup)."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # only that one may say so
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is not on Windows
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: object) -> None:
+    raise _Ended(number)
 
 
 def _fail(text: str, code: int = 2) -> int:

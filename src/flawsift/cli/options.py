@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 import typer
 
 from flawsift.errors import InputError, ParameterError
+from flawsift.paths import show
 from flawsift.screening.options import FINAL, FLAG, HELP, PRESETS, ScreenOptions
 
 if TYPE_CHECKING:
@@ -261,9 +263,26 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     return flat
 
 
+class Told(logging.Handler):
+    """What the library warns of while a command runs: a line each on stderr, and in the result of --json."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = show(" ".join(record.getMessage().split()))
+        self.lines.append(line)
+        typer.echo(f"flawsift: {line}", err=True)
+
+
+TOLD = Told()
+
+
 def say(as_json: bool, result: dict[str, Any], lines: Sequence[str]) -> None:
-    """Print a result: one JSON object, or lines for people."""
-    text = json.dumps(result, ensure_ascii=False, default=str) if as_json else "\n".join(lines)
+    """Print a result: one JSON object, with what was warned of as `log`, or lines for people."""
+    told = {"log": TOLD.lines} if TOLD.lines else {}
+    text = json.dumps({**result, **told}, ensure_ascii=False, default=str) if as_json else "\n".join(lines)
     typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 

@@ -39,15 +39,18 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Score new images: verdicts on the screen; with --out, predictions.csv and heatmap overlays in OUT/maps."""
+    from flawsift.data.listing import MAPS
     from flawsift.files import ensure_folder
-    from flawsift.reports.predictions import OverlayWriter, write_predictions
+    from flawsift.reports.predictions import OverlayWriter, move_earlier_maps, write_predictions
 
     if out is not None:
         ensure_folder(out)
     loaded = model.load()
     given = images_in(images, None)
     threshold = loaded.threshold(false_alarm_rate)
-    writer = OverlayWriter(out / "maps", loaded.calibration, threshold) if out is not None and maps else None
+    writer = OverlayWriter(out / MAPS, loaded.calibration, threshold) if out is not None and maps else None
+    if out is not None:
+        move_earlier_maps(out, given.names if maps else [])
     with shown_progress() as progress:
         result = loaded.predict(
             given, false_alarm_rate=false_alarm_rate, device=device, on_maps=writer, progress=progress
@@ -65,7 +68,7 @@ def predict(
         summary["images"] = [_as_json(one) for one in result]
     else:
         table = write_predictions(result, out)
-        lines.append(f"Table: {table}" + (f"   Heatmaps: {out / 'maps'}" if maps else ""))
+        lines.append(f"Table: {table}" + (f"   Heatmaps: {out / MAPS}" if maps else ""))
         summary["predictions"] = str(table)
     say(as_json, summary, lines)
 
@@ -154,12 +157,13 @@ def evaluate(
     from flawsift import datasets
     from flawsift.files import ensure_folder, write_json
     from flawsift.reports.evaluation import write_evaluation_report
-    from flawsift.reports.predictions import write_predictions
+    from flawsift.reports.predictions import move_earlier_maps, write_predictions
 
     ensure_folder(out)
     loaded = model.load()
     data = datasets.load(dataset)
     images = tested_images(data)
+    move_earlier_maps(out, [])
     with shown_progress() as progress:
         result, predictions = loaded.evaluate(images, data.truth, device=device, progress=progress)
     write_predictions(predictions, out, data.truth)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flawsift.data.decoding import UnreadableImage, decode, to_pixels
 from flawsift.data.folders import scan_folder
+from flawsift.data.listing import read_regular
 from flawsift.errors import InputError
 from flawsift.types import Floats
 
@@ -111,7 +112,7 @@ def _photograph(folder: str, fingerprint: str, size: int, generator: np.random.G
     names = _listed(folder, fingerprint)
     path = Path(folder) / names[int(generator.integers(len(names)))]
     try:
-        drawn: npt.NDArray[np.uint8] = to_pixels(decode(path.read_bytes()), size).numpy()
+        drawn: npt.NDArray[np.uint8] = to_pixels(decode(read_regular(path)), size).numpy()
     except (OSError, UnreadableImage) as error:
         raise InputError(f"The texture '{path}' cannot be read: {error}. Remove it from the folder.") from error
     return drawn

@@ -1,13 +1,13 @@
 """What lies in an image folder, and which of its images belong together."""
 
-import csv
 import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from flawsift.data import tiff
-from flawsift.errors import InputError, one_line
+from flawsift.data.joins import joined, read_table
+from flawsift.errors import InputError
 from flawsift.paths import PAGED, name_some, page_name, show
 
 log = logging.getLogger("flawsift")
@@ -24,6 +24,8 @@ RAW |= {".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", 
 def scan_folder(root: Path) -> list[str]:
     """Relative paths of all image files below `root`, sorted, each real folder visited once.
 
+    A folder that is called like an image and has none in it is listed: it is one that cannot be read.
+
     Raises:
         InputError: `root` is missing or not a folder, or a folder below it cannot be listed.
     """
@@ -33,6 +35,7 @@ def scan_folder(root: Path) -> list[str]:
     seen: set[tuple[int, int]] = set()
     names: list[str] = []
     raw: list[str] = []
+    like_images: list[str] = []
 
     def fail(error: OSError) -> None:
         raise InputError(f"Folder '{show(Path(str(error.filename)))}' cannot be listed: {error.strerror}.") from error
@@ -45,12 +48,14 @@ def scan_folder(root: Path) -> list[str]:
         seen.add((status.st_dev, status.st_ino))
         children[:] = sorted(c for c in children if not c.startswith("."))
         relative = Path(folder).relative_to(root)
+        like_images += [(relative / c).as_posix() for c in children if Path(c).suffix.lower() in EXTENSIONS]
         for file in files:
             ending = "" if file.startswith(".") else Path(file).suffix.lower()
             if ending in EXTENSIONS or ending in RAW:
                 (names if ending in EXTENSIONS else raw).append((relative / file).as_posix())
     if raw:
         log.warning("%d files are left out, %s: %s.", len(raw), tiff.RAW, name_some(sorted(raw)))
+    names += [name for name in like_images if not any(other.startswith(f"{name}/") for other in names)]
     return sorted(names)
 
 
@@ -73,7 +78,8 @@ def read_groups(path: str | Path) -> dict[str, str]:
 
 
 def groups_by_id(names: Mapping[int, str], groups: Mapping[str, str]) -> dict[int, str]:
-    """{global id: group} of the images that groups by name are about; names without an image are logged.
+    """{global id: group} of the images that groups by name are about; names without an image are logged,
+    and names are understood, as `flawsift.data.joins.images_named` says.
 
     Pages of one file are a group, called like the file, unless the groups say otherwise of the page or of the file.
 
@@ -84,20 +90,12 @@ def groups_by_id(names: Mapping[int, str], groups: Mapping[str, str]) -> dict[in
     Raises:
         InputError: `groups` names none of the images.
     """
-    files = {id_: paged[1] if (paged := PAGED.fullmatch(name)) else name for id_, name in names.items()}
-    known = {id_: file for id_, file in files.items() if file != names[id_]}  # pages are views of one part
-    known |= {id_: groups[file] for id_, file in files.items() if file in groups}
-    known |= {id_: groups[name] for id_, name in names.items() if name in groups}
-    unused = sorted(set(groups) - set(names.values()) - set(files.values()))
-    if groups and len(unused) == len(groups):
-        example = next(iter(names.values()), "")
-        raise InputError(
-            f"The groups name none of the {len(names)} images: one of them is {name_some(unused[:1])}, an image is "
-            f"{show(example)}. Write paths relative to the folder."
-        )
-    if unused:
-        log.warning("%d grouped files are not there: %s.", len(unused), name_some(unused))
-    return known
+    file_of = {name: paged[1] if (paged := PAGED.fullmatch(name)) else name for name in names.values()}
+    known = {name: file for name, file in file_of.items() if file != name}  # pages are views of one part
+    group_of = joined(groups, list(dict.fromkeys([*file_of, *file_of.values()])), "groups")
+    known |= {name: group_of[file] for name, file in file_of.items() if file in group_of}
+    known |= {name: group_of[name] for name in file_of if name in group_of}
+    return {id_: known[name] for id_, name in names.items() if name in known}
 
 
 def read_joined(path: str | Path, what: str, column: str) -> list[tuple[str, str]]:
@@ -109,17 +107,8 @@ def read_joined(path: str | Path, what: str, column: str) -> list[tuple[str, str
         column: The column of the values; a missing cell is an empty text.
 
     Raises:
-        InputError: The file is missing, or lacks a column.
+        InputError: See `flawsift.data.joins.read_table`.
     """
-    path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{what} '{show(path)}' cannot be read: {one_line(error)}.") from error
-    columns = set(rows[0]) if rows else set()
-    name = "file" if "file" in columns else "path"
-    if not {name, column} <= columns:
-        has = ", ".join(sorted(map(str, columns))) or "none"
-        raise InputError(f"{what} '{show(path)}' needs the columns 'file' and '{column}', has {has}.")
-    return [(row[name] or "", row[column] or "") for row in rows]
+    rows = read_table(Path(path), what, [("file", "path"), (column,)])
+    name = "file" if rows and "file" in rows[0] else "path"
+    return [(row[name], row[column]) for row in rows]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flawsift.data.decoding import check_array, to_pixels
 from flawsift.data.folders import EXTENSIONS, groups_by_id, scan_folder, with_pages
+from flawsift.data.listing import parts_among
 from flawsift.data.sources import ArraySource as ArraySource
 from flawsift.data.sources import FileSource as FileSource
 from flawsift.data.sources import MixedSource as MixedSource
@@ -101,7 +102,8 @@ class ImageSet:
     def from_folder(cls, root: str | Path, *, groups: Mapping[str, str] | None = None) -> Self:
         """All images below a folder, nested or flat, ids 0..N-1 in sorted order of their relative paths.
 
-        Links are followed, each real folder once, so loops end.
+        Links are followed, each real folder once, so loops end. Masks of a data set and heatmaps that flawsift wrote
+        are left out, which is logged; see `flawsift.data.listing`.
 
         Args:
             root: The folder.
@@ -111,7 +113,7 @@ class ImageSet:
             InputError: The folder is missing, not a folder, or has no image, or no group is of one of them.
         """
         root = Path(root)
-        names = with_pages(root, scan_folder(root))
+        names = with_pages(root, parts_among(root, scan_folder(root)))
         if not names:
             kinds = ", ".join(sorted(EXTENSIONS))
             raise InputError(f"No images in '{show(root)}'. Looked in all sub-folders for {kinds}.")

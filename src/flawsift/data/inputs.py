@@ -16,6 +16,7 @@ from PIL import Image
 from flawsift.data.decoding import ARRAYS, NotAnImage, check_array
 from flawsift.data.folders import groups_by_id, with_pages
 from flawsift.data.images import ArraySource, FileSource, ImageSet, MixedSource, Source
+from flawsift.data.listing import parts_among
 from flawsift.data.values import ValueRange
 from flawsift.errors import InputError
 from flawsift.paths import name_some, show
@@ -115,7 +116,11 @@ def _from_path(given: str | os.PathLike[str]) -> ImageSet:
     matches = [_absolute(p) for p in glob.glob(str(path), recursive=True) if not os.path.isdir(p)]
     if not matches:
         raise InputError(f"No file matches '{show(path)}'. Check the pattern; ** stands for any folders.")
-    return _from_files(sorted(matches, key=Path.as_posix))
+    root = Path(os.path.commonpath([match.parent for match in matches]))
+    parts = parts_among(root, [match.relative_to(root).as_posix() for match in sorted(matches, key=Path.as_posix)])
+    if not parts:
+        raise InputError(f"'{show(path)}' matches masks and heatmaps only, no picture of a part. Check the pattern.")
+    return _from_files([root / part for part in parts])
 
 
 def _from_list(items: Sequence[OneImage], what: str) -> ImageSet:

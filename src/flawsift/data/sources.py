@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from flawsift.data.decoding import Deep, UnreadableImage, decode, deep_of, from_array, from_picture, size_of
+from flawsift.data.listing import read_regular
 from flawsift.data.values import ValueRange
 from flawsift.files import content_digest
 from flawsift.paths import file_and_page
@@ -85,7 +86,7 @@ class FileSource:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         if path.is_symlink() and not path.exists():
             raise UnreadableImage("a link to a file that is not there") from error

@@ -142,7 +142,7 @@ class Split:
         """
         try:
             manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # the last of brackets within brackets
             raise InputError(f"The split '{show(path)}' cannot be read: {error}") from error
         return cls.from_manifest(manifest, images)
 

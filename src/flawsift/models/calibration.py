@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Self
 
 import numpy as np
@@ -241,8 +242,8 @@ class Calibration:
         Raises:
             ParameterError: The rate is not in (0, 1).
         """
-        if not 0 < false_alarm_rate < 1:
-            raise ParameterError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}.")
+        if not (isinstance(false_alarm_rate, Real) and 0 < false_alarm_rate < 1):
+            raise ParameterError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate!r}.")
         if not len(self.thresholds):
             return None
         within = self.rates <= false_alarm_rate * (1 + SAVED)
@@ -274,7 +275,7 @@ class Calibration:
         Raises:
             ParameterError: The share is not in (0, 1), or nothing is known of misses.
         """
-        if not 0 < misses < 1:
+        if not (isinstance(misses, Real) and 0 < misses < 1):
             raise ParameterError(
                 f"misses must be in (0, 1), got {misses}. Nothing shows that no defect is ever missed."
             )

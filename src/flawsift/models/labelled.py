@@ -1,7 +1,6 @@
 """A threshold from labelled images: misses and false alarms are measured there, where else they are expected."""
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,9 +17,8 @@ from flawsift.models.predictions import Predictions
 from flawsift.models.record import LABELLED
 from flawsift.paths import name_some, show
 from flawsift.progress import ProgressOption
+from flawsift.screening.decisions import located
 from flawsift.types import Floats, Ids
-
-log = logging.getLogger("flawsift")
 
 LABEL_OF = {"keep": 0, "remove": 1}  # what a reviewer decided; unsure is no label
 
@@ -157,11 +155,7 @@ def reviewed_truth(images: ImageSet, choices: Mapping[str, str]) -> GroundTruth:
         InputError: No decision is about one of these images.
     """
     id_of = {show(name): id_ for id_, name in zip(images.ids.tolist(), images.names, strict=True)}
-    if elsewhere := [name for name in choices if name not in id_of]:
-        told = f"{len(elsewhere):,} of {len(choices):,} decisions are about no image here: {name_some(elsewhere)}"
-        if len(elsewhere) == len(choices):
-            raise InputError(f"{told}. Give the folder that their paths are relative to.")
-        log.warning("%s. They were left out.", told)
+    choices = located(choices, images.names)
     decided = {id_of[n]: LABEL_OF[c] for n, c in choices.items() if n in id_of and c in LABEL_OF}
     ids: Ids = np.array(sorted(decided), np.int64)
     labels = np.array([decided[i] for i in ids.tolist()], np.int8)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flawsift.data.folders import read_joined
 from flawsift.data.images import ImageSet
+from flawsift.data.joins import images_named
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.parts.neighbors import NearestNeighbors
 from flawsift.detectors.parts.scaling import channel_statistics, standardized
@@ -213,12 +214,14 @@ def read_labels(path: str | Path, images: ImageSet) -> GroundTruth:
         raise InputError(f"{len(twice)} files have two labels in '{show(path)}': {name_some(twice)}.")
     if wrong := {label for label in labels.values() if label not in ("0", "1")}:
         raise InputError(f"Labels in '{show(path)}' must be 0 or 1, got {name_some(sorted(wrong))}.")
-    ids = dict(zip(map(show, images.names), images.ids.tolist(), strict=True))  # as all our tables have them
-    if unknown := sorted(set(labels) - set(ids)):
+    name_of = images_named(labels, images.names, "labels", quiet=True)
+    if unknown := sorted(set(labels) - set(name_of)):
         raise InputError(
             f"{len(unknown)} labelled files are not among the images: {name_some(unknown)}. "
             "Write paths relative to the image folder."
         )
+    labels = {name_of[file]: label for file, label in labels.items()}
+    ids = dict(zip(images.names, images.ids.tolist(), strict=True))
     flags = [int(label) for label in labels.values()]
     types = tuple("defect" if flag else "good" for flag in flags)
     return GroundTruth(np.array([ids[n] for n in labels], np.int64), np.array(flags, np.int8), types, {})

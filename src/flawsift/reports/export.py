@@ -22,7 +22,7 @@ from flawsift.paths import show
 from flawsift.reports.evidence import map_scale
 from flawsift.reports.overlays import Scale
 from flawsift.reports.regions import Region, normal_level, regions
-from flawsift.screening.decisions import apply_decisions
+from flawsift.screening.decisions import apply_decisions, located
 from flawsift.screening.result import Screening
 
 STATUS = ("removed", "kept")  # by whether an image is kept
@@ -105,13 +105,14 @@ def export(
         raise OutputError(
             f"'{show(out)}' lies in the image folder, whose next screening would find it. Choose another."
         )
-    is_kept, _ = apply_decisions(screening.names, screening.is_kept, choices or {})
+    choices = located(choices or {}, screening.names)
+    is_kept, _ = apply_decisions(screening.names, screening.is_kept, choices)
     rank = {i: r for r, i in enumerate(screening.ranking.tolist(), 1)}
     listed = []
     for p, id_ in enumerate(screening.ids.tolist()):
         name = show(screening.names[p])
         scores = float(screening.consensus[p]), float(screening.held_out_scores[p])
-        decision = (choices or {}).get(name, "")
+        decision = choices.get(name, "")
         listed.append(_Image(id_, name, source.path(id_), bool(is_kept[p]), decision, rank[id_], *scores, p))
     level = 0.0 if screening.patch_maps is None else normal_level(screening)
     job = _Export(screening, listed, source, ensure_folder(out), link, map_scale(screening), level)
@@ -129,7 +130,7 @@ def _folder(job: _Export) -> int:
         target = job.folder / status / path.relative_to(job.root)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
+            if not path.is_file():  # a pipe would keep its reader waiting
                 missing += 1
             elif job.link:
                 target.symlink_to(os.path.abspath(path))

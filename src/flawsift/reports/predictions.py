@@ -1,5 +1,9 @@
 """Predictions on disk: a table, and a heatmap over each image."""
 
+import itertools
+import logging
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,12 +11,52 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
+from flawsift.data.listing import MAPS, MARK, TABLE, is_results, mark_results
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Prediction
+from flawsift.errors import OutputError
 from flawsift.files import ensure_folder, write_csv
 from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.predictions import Predictions
+from flawsift.paths import name_some, show
 from flawsift.reports.overlays import Scale, save_overlay
+
+log = logging.getLogger("flawsift")
+
+
+def move_earlier_maps(folder: Path, names: Iterable[str]) -> None:
+    """Move heatmaps of an earlier run, and its table, aside unless each is of one of these images: it is replaced then.
+
+    Args:
+        folder: Of the predictions.
+        names: Of the images whose heatmaps will be written.
+
+    Raises:
+        OutputError: They cannot be moved, or the folder of the heatmaps has pictures that are none.
+    """
+    maps = folder / MAPS
+    there = {path.relative_to(maps).as_posix() for path in maps.rglob("*") if path.is_file()}
+    if there and not is_results(maps):
+        raise OutputError(
+            f"'{show(maps)}' has {len(there)} files that are no heatmaps of flawsift: {name_some(sorted(there))}. "
+            "Choose another folder for the results."
+        )
+    if there - {f"{name}.png" for name in names}:
+        _move_aside([maps, folder / TABLE, folder / MARK], folder)
+
+
+def _move_aside(paths: Iterable[Path], folder: Path) -> None:
+    """Move what is there of an earlier run into a new folder `earlier-N`."""
+    number = next(n for n in itertools.count(1) if not os.path.lexists(folder / f"earlier-{n}"))
+    aside = folder / f"earlier-{number}"
+    try:
+        aside.mkdir()
+        for path in paths:
+            if os.path.lexists(path):
+                path.replace(aside / path.name)
+    except OSError as error:
+        raise OutputError(f"Cannot write '{show(folder)}': {error.strerror or error}.") from error
+    log.warning("Heatmaps and table of an earlier run on other images are now in '%s'.", show(aside))
 
 
 def write_predictions(predictions: Predictions, folder: str | Path, truth: GroundTruth | None = None) -> Path:
@@ -37,7 +81,7 @@ def write_predictions(predictions: Predictions, folder: str | Path, truth: Groun
         p_value = "" if error or np.isnan(p_values[p]) else f"{p_values[p]:.6g}"
         labels = [known[id_], types[id_]] if truth is not None else []
         rows.append([name, score, verdict, p_value, error, predictions.model_id, *labels])
-    path = ensure_folder(folder) / "predictions.csv"
+    path = ensure_folder(folder) / TABLE
     write_csv(path, header, rows)
     return path
 
@@ -63,6 +107,8 @@ class OverlayWriter:
         scores = self.calibration.scores if len(self.calibration.scores) else prediction.scores
         scale = Scale.of(scores, None if self.threshold is None else self.threshold.value)
         assert prediction.maps is not None
+        if self.folder.name == MAPS and not is_results(self.folder):  # before the first of them: the table comes last
+            mark_results(self.folder.parent)
         for id_, name, score, map_ in zip(images.ids, images.names, prediction.scores, prediction.maps, strict=True):
             drawn = scaled_map(map_, float(score))
             save_overlay(self.folder / f"{name}.png", images.image(int(id_)), drawn, scale)

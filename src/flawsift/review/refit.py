@@ -111,8 +111,11 @@ def _say(**what: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    while sys.stdin.buffer.read(1 << 10):
-        pass
+    try:
+        while os.read(0, 1 << 10):  # not of sys.stdin: its lock, held here, would abort the process when it ends
+            pass
+    except OSError:  # started by hand, without one
+        return
     os._exit(3)  # from a thread: nothing is half-written, since all files are written in one step
 
 

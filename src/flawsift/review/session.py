@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -144,7 +145,9 @@ class Review:
         screening = load_screening(folder)
         pictures = images_of(screening, images)
         store = DecisionStore(folder / decisions.NAME)
-        command = [sys.executable, "-m", "flawsift.review.refit", "--screening", str(folder), "--out", str(out)]
+        # -P: modules are not looked for in the working folder, where a csv.py may lie
+        command = [os.path.abspath(sys.executable), "-P", "-m", "flawsift.review.refit"]
+        command += ["--screening", str(folder), "--out", str(out)]
         command += ["--decisions", str(store.path)]
         command += ["--images", str(images)] if images is not None else []
         command += ["--cache", str(cache)] if cache is not None else []

@@ -4,8 +4,6 @@ A version counts how often a row was written. Whoever writes says which version 
 that decide on different images both win; where they decide on the same one, the later is told instead of overwriting.
 """
 
-import csv
-import io
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from flawsift.data.joins import images_named, read_table
 from flawsift.errors import InputError, ParameterError
 from flawsift.files import alone, write_csv
 from flawsift.paths import show
@@ -24,6 +23,7 @@ from flawsift.screening.mixture import DEFECTIVE, GOOD
 NAME = "decisions.csv"
 CHOICES = ("keep", "remove", "unsure")
 SAID = {"keep": GOOD, "remove": DEFECTIVE}  # what a decision says of an image
+MAX_DIGITS = 9  # of a version: no row is written a billion times
 HEADER = ("path", "decision", "version", "time")
 
 
@@ -84,29 +84,34 @@ def choices_of(given: str | Path | Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _read(path: Path) -> dict[str, Decision]:
-    where = f"Decisions file '{show(path)}'"
-    try:
-        # decoded by hand: a text file's line ends are unified, and a name may hold a carriage return
-        rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
-    except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, csv.Error) as error:
-        raise InputError(f"{where} is not a CSV table in UTF-8: {error}.") from error
+    where, rows = f"Decisions file '{show(path)}'", read_table(path, "Decisions file", [("path",), ("decision",)])
     decisions: dict[str, Decision] = {}
     for line, row in enumerate(rows, 2):
-        name, choice = row.get("path"), row.get("decision")
-        if name is None or choice is None:
-            raise InputError(f"{where} needs the columns 'path' and 'decision', has {[c for c in row if c]}.")
+        name, choice = row["path"], row["decision"]
         choice = choice.strip().lower()
         if choice not in (*CHOICES, ""):
             raise InputError(f"{where}, row {line}: decision must be keep, remove or unsure, got '{choice}'.")
         if name in decisions and decisions[name].choice != choice:
             raise InputError(f"{where}, row {line}: '{name}' is decided twice, differently.")
         version = (row.get("version") or "").strip()
-        if version and not version.isdecimal():
+        if version and not (version.isdecimal() and len(version) <= MAX_DIGITS):
             raise InputError(f"{where}, row {line}: version must be a whole number, got '{version}'.")
         decisions[name] = Decision(choice, int(version or 1), row.get("time") or "")
     return decisions
+
+
+def located(choices: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """Decisions by the names of images, as `show` prints them, where a table names these in another way.
+
+    Args:
+        choices: From `read_decisions`.
+        names: (N,) relative paths of the images. Decisions about no image are logged, and stay.
+
+    Raises:
+        InputError: No decision is about one of these images; or two are about one, see `data.joins.images_named`.
+    """
+    name_of = images_named(choices, names, "decisions")
+    return {show(name_of.get(row, row)): choice for row, choice in choices.items()}
 
 
 def apply_decisions(
