@@ -41,9 +41,9 @@ def _git(*arguments: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what can change a score or its speed."""
-    from flawsift.models import model
+    from flawsift.models.provenance import versions as known
 
-    return model.versions()
+    return known()
 
 
 def provenance() -> Row:
