@@ -182,7 +182,7 @@ def test_groups_of_files_that_are_gone_are_reported(tmp_path: Path, caplog: pyte
     (tmp_path / "groups.csv").write_text("file,group\nnormal/exp1_num_1.jpg,a\nnormal/gone.jpg,a\n")
     with caplog.at_level(logging.WARNING, "flawsift"):
         assert load_labelled(tmp_path).images.groups == {0: "a"}
-    assert "1 grouped files are not there: normal/gone.jpg." in caplog.text
+    assert "1 of 2 groups are about no image here: normal/gone.jpg." in caplog.text
 
 
 def test_folders_side_by_side_share_their_parent_as_root(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class DemoResult:
         removed_defective: How many of those are truly defective.
         detector: The class of the model's detector.
         without_screening: Metrics on the test images of PatchCore trained on everything.
-        with_screening: Metrics of that detector trained on what screening leaves.
+        with_screening: Metrics of the model that `flawsift fit` trains.
         seconds: All of it.
     """
 
@@ -77,8 +77,8 @@ class DemoResult:
             f"{self.n_train} real solar cells, {self.n_defective} of them defective ({share:.0f} %), unlabelled.",
             f"Of its top {self.top} suspects, {self.top_defective} are truly defective.",
             f"It set {self.removed} images aside, {self.removed_defective} of them truly defective.",
-            f"Image AUROC on {2 * N_TEST} new cells: {before:.3f} by PatchCore trained on everything, {after:.3f} by "
-            f"{self.detector} trained on what screening leaves.",
+            f"Image AUROC on {2 * N_TEST} new cells: {before:.3f} by PatchCore, {after:.3f} by {self.detector}, both "
+            "trained without labels.",
             f"Took {self.seconds:.0f} s.",
             f"Heatmaps: {self.out / MAPS}",
             f"Next:     flawsift predict {self.out / 'model'} YOUR_IMAGES --out predictions",

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from flawsift.data.listing import read_regular
 from flawsift.errors import InputError
 from flawsift.paths import name_some, show
 
@@ -28,7 +29,7 @@ def read_table(path: Path, what: str, columns: Sequence[Sequence[str]]) -> list[
     where = f"{what} '{show(path)}'"
     try:
         # decoded by hand: a text file's line ends are unified, and a name may hold a carriage return
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
         if "\0" in text:
             raise ValueError("it holds NUL bytes")
         rows = list(csv.reader(io.StringIO(text, newline="")))

@@ -9,6 +9,7 @@ import numpy as np
 
 from flawsift.data.decoding import UnreadableImage, orientation_of
 from flawsift.data.images import FileSource, ImageSet, MixedSource
+from flawsift.data.listing import read_regular
 from flawsift.data.masks import MaskFile, open_masks
 from flawsift.data.truth import GroundTruth, files_of
 from flawsift.errors import InputError
@@ -114,7 +115,7 @@ def _orientation(images: ImageSet, id_: int) -> int:
     if not isinstance(source, FileSource):
         return 1
     try:
-        return orientation_of(source.path(id_).read_bytes())
+        return orientation_of(read_regular(source.path(id_)))
     except OSError:
         return 1
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from flawsift.data import tiff
 from flawsift.data.decoding import deep_of
+from flawsift.data.listing import read_regular
 from flawsift.errors import InputError, one_line
 from flawsift.paths import file_and_page, show
 
@@ -66,7 +67,7 @@ def open_masks(files: Sequence[Path]) -> MaskFile:
 def _read(path: Path) -> MaskFile:
     file, page = file_and_page(path.parent, path.name)
     try:
-        data = file.read_bytes()
+        data = read_regular(file)
         deep = deep_of(data, page) if data else None
         if deep is not None:
             return _defect(_strength(deep.values), deep.opacity, is_lossy=False)
@@ -75,7 +76,8 @@ def _read(path: Path) -> MaskFile:
                 opened.seek(page)
             is_lossy, image = opened.format in LOSSY, ImageOps.exif_transpose(opened)
     except tiff.UNREADABLE as error:
-        raise InputError(f"The mask {show(path)} cannot be read: {one_line(error)}. Check the file.") from error
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
+        raise InputError(f"The mask {show(path)} cannot be read: {reason}. Check the file.") from error
     opacity = None
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         rgba = image.convert("RGBA")
