@@ -147,6 +147,8 @@ def _load_onnx(path: Path, n_threads: int | None) -> tuple[Run, str]:
     runtime = _package("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors, which are raised as well
+    # threads that wait in a loop are no quicker on two cores, and take them from whatever else runs there
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if n_threads is not None:
         options.intra_op_num_threads = n_threads
     try:

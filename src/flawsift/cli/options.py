@@ -298,7 +298,8 @@ def threshold_lines(threshold: "Threshold | None", *, reservation: str = "") -> 
     text = str(threshold).replace("threshold", "Threshold", 1)
     if threshold.limited:
         text += f" ({threshold.n_calibration} images cannot support {100 * threshold.false_alarm_rate:g} per 100)"
-    return [f"{text}; {reservation}." if reservation else f"{text}."]
+    promises = threshold.warning is None
+    return [f"{text}; {reservation}." if reservation and promises else f"{text}."]
 
 
 def range_lines(record: Mapping[str, Any]) -> list[str]:
