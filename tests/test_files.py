@@ -20,7 +20,9 @@ import pytest
 from flawsift.errors import OutputError
 from flawsift.files import (
     MANIFEST,
+    NEW,
     PENDING,
+    PLAN,
     DamagedPart,
     Parts,
     alone,
@@ -290,3 +292,17 @@ def test_a_drive_without_locks_stops_nobody(tmp_path: Path, monkeypatch: pytest.
 def test_a_lock_in_a_folder_that_is_gone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="Cannot write '.*gone.t': No such file"), alone(tmp_path / "gone" / "t"):
         pytest.fail("nothing is to be done here")
+
+
+@pytest.mark.parametrize("name", ["../mine.txt", "/etc/hostname", "a/../../mine.txt", ""])
+def test_a_plan_of_somebody_else_touches_nothing_outside(name: str, tmp_path: Path) -> None:
+    folder, mine = tmp_path / "model", tmp_path / "mine.txt"
+    for kind in ("gone", "aside"):
+        pending = folder / PENDING
+        (pending / NEW).mkdir(parents=True, exist_ok=True)
+        mine.write_text("mine")
+        plan = {"gone": [name], "aside": {}} if kind == "gone" else {"gone": [], "aside": {name: "x"}}
+        (pending / PLAN).write_text(json.dumps(plan))
+        with pytest.raises(OutputError, match="outside of its folder"):
+            settle(folder)
+        assert mine.read_text() == "mine"

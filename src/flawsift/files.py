@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from flawsift.errors import OutputError
@@ -32,6 +33,14 @@ STALE_SECONDS = 24 * 3600  # what is older and not complete is a dead run's: wri
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 # what systems answer for a lock on a drive that knows none
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
+REASONS = {
+    errno.ENOSPC: "the disk is full. Free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up. Free some space or choose another folder",
+    errno.EACCES: "permission denied. Choose a folder that you may write",
+    errno.EROFS: "the file system is read-only. Choose a folder that you may write",
+    errno.ENOTDIR: "a part of the path is a file. Choose another folder",
+    errno.EEXIST: "it is a file, not a folder. Choose another folder",
+}
 
 
 def ensure_folder(path: str | Path, *, need_bytes: int = SPARE_BYTES) -> Path:
@@ -92,8 +101,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a CSV table in one step; None becomes an empty cell."""
-    lines = _Lines()
-    writer = csv.writer(lines, lineterminator=_CRLF)
+    lines: list[str] = []
+    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator=_CRLF)
     writer.writerow(header)
     writer.writerows(rows)
     write_text(path, "".join(f"{line.removesuffix(_CRLF)}\n" for line in lines))
@@ -101,12 +110,6 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
 
 # Python's writer quotes only its own line end: with "\n" alone, a carriage return in a cell would end the row
 _CRLF = "\r\n"
-
-
-class _Lines(list[str]):
-    """What a CSV writer writes, line by line."""
-
-    write = list.append
 
 
 def content_digest(data: bytes) -> str:
@@ -257,21 +260,29 @@ def _settle(folder: Path) -> None:
         return
     plan = json.loads((pending / PLAN).read_text("utf-8"))
     for source, target in plan["aside"].items():
-        if os.path.lexists(folder / source) and not os.path.lexists(folder / target):
-            (folder / target).parent.mkdir(exist_ok=True)
-            (folder / source).replace(folder / target)
+        old, new = _below(folder, source), _below(folder, target)
+        if os.path.lexists(old) and not os.path.lexists(new):
+            new.parent.mkdir(exist_ok=True)
+            old.replace(new)
     changed = {folder}
     for path in _files_below(pending / NEW):
         target = folder / path.relative_to(pending / NEW)
+        changed.add(target.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
-        changed.add(target.parent)
     for name in plan["gone"]:
-        (folder / name).unlink(missing_ok=True)
+        _below(folder, name).unlink(missing_ok=True)
     for place in changed:
         sync(place)
     pending.replace(done := temporary_beside(pending))
     shutil.rmtree(done, ignore_errors=True)
+
+
+def _below(folder: Path, name: str) -> Path:
+    """A path of a plan, which somebody else may have written: one that leads out of the folder is refused."""
+    if Path(name).is_absolute() or ".." in Path(name).parts or not name:
+        raise OutputError(f"'{folder / PENDING}' wants to change '{show(name)}', outside of its folder: remove it.")
+    return folder / name
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -385,13 +396,5 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:
-    reasons = {
-        errno.ENOSPC: "the disk is full. Free some space or choose another folder",
-        errno.EDQUOT: "the disk quota is used up. Free some space or choose another folder",
-        errno.EACCES: "permission denied. Choose a folder that you may write",
-        errno.EROFS: "the file system is read-only. Choose a folder that you may write",
-        errno.ENOTDIR: "a part of the path is a file. Choose another folder",
-        errno.EEXIST: "it is a file, not a folder. Choose another folder",
-    }
-    reason = reasons.get(error.errno or 0, error.strerror or str(error))
+    reason = REASONS.get(error.errno or 0, error.strerror or str(error))
     return OutputError(f"Cannot write '{path}': {reason}.")
