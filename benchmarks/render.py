@@ -23,7 +23,7 @@ from _rows import CONFIRMATION, DEVELOPMENT
 from flawsift.files import write_text
 from flawsift.screening.options import FINAL
 
-PAGES = (_rows.ROOT / "benchmarks" / "README.md", _rows.ROOT / "README.md", _rows.ROOT / "docs" / "method.md")
+PAGES = tuple(_rows.ROOT / page for page in ("benchmarks/README.md", "README.md", "docs/method.md", "docs/deploy.md"))
 MARKERS = re.compile(r"(<!-- rows:([\w-]+) -->\n)(.*?)(<!-- /rows -->)", re.DOTALL)
 SPEED = Path(__file__).with_name("speed.csv")  # the lines of `speed`: script, key of its figures, text, format and goal
 
@@ -134,6 +134,33 @@ def quorum_precision(results: Path) -> str | None:
     return table(header, body, rows, seeds=False)
 
 
+def export(results: Path) -> str | None:
+    """Exported files beside the models that they were made of, the mean of the sets; differences are the largest."""
+    rows = read(results / "export.csv")
+    if rows.empty:
+        return None
+    rows = rows[rows["commit"] == rows["commit"].iloc[-1]]
+    header = [
+        "detector",
+        "format",
+        "sets",
+        "largest difference of a score",
+        "other verdicts",
+        "image AUROC",
+        "exported",
+    ]
+    header += ["ms a picture", "99th percentile", "by the model, ms", "start, s", "peak, MB", "file, MB"]
+    body = []
+    for (detector, to), some in rows.groupby(["detector", "to"], sort=False):
+        texts = [str(detector), str(to), f"{len(some)}", f"{some['largest_difference'].max():.1g}"]
+        texts += [f"{some['n_other_verdicts'].sum():.0f} of {some['n_test'].sum():.0f}"]
+        texts += [f"{some[column].mean():.4f}" for column in ("auroc", "auroc_exported")]
+        texts += [f"{some[column].mean():.0f}" for column in ("ms_median", "ms_p99", "ms_median_model")]
+        texts += [f"{some['seconds_start'].mean():.2f}", f"{some['peak_mb'].max():.0f}", f"{some['file_mb'].max():.0f}"]
+        body.append(texts)
+    return table(header, body, rows)
+
+
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +202,7 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "overlap": lambda r: _tables.detectors(r, "all_data", "image_auroc", overlap=True),
     "semantic": _tables.semantic,
     "peers": peers,
+    "export": export,
 }
 
 
