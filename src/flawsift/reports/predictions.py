@@ -15,11 +15,12 @@ from flawsift.data.listing import MAPS, MARK, TABLE, is_results, mark_results
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Prediction
 from flawsift.errors import OutputError
-from flawsift.files import ensure_folder, write_csv
+from flawsift.files import ensure_folder
 from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.predictions import Predictions
 from flawsift.paths import name_some, show
 from flawsift.reports.overlays import Scale, save_overlay
+from flawsift.tables import write_csv
 
 log = logging.getLogger("flawsift")
 
