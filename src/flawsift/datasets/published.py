@@ -174,6 +174,12 @@ def _there(folder: Path, part: str) -> bool:
 
 def _read_split(path: Path) -> list[dict[str, str]]:
     try:
-        return read_table(path, "The split file", [(column,) for column in VISA_COLUMNS])
+        rows = read_table(path, "The split file", [(column,) for column in VISA_COLUMNS])
     except InputError as error:
         raise InputError(f"{error} It comes with {SOURCES['visa']}.") from error
+    if bare := [row["image"] for row in rows if row["label"] == "anomaly" and not row["mask"]]:
+        raise InputError(
+            f"The split file '{show(path)}' has no mask of {len(bare)} defective images: {name_some(bare)}. Was it cut "
+            f"off? Take it as published, {SOURCES['visa']}."
+        )
+    return rows
