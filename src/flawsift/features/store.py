@@ -48,10 +48,19 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def default_root() -> Path:
-    """`$FLAWSIFT_CACHE`, else `$XDG_CACHE_HOME/flawsift`, else `~/.cache/flawsift`."""
+    """`$FLAWSIFT_CACHE`, else `$XDG_CACHE_HOME/flawsift`, else `~/.cache/flawsift`.
+
+    Raises:
+        InputError: Neither is set, and this user has no home.
+    """
     if named := os.environ.get("FLAWSIFT_CACHE"):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flawsift"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flawsift"
+    except RuntimeError as error:  # a container runs as a user that is in no list
+        raise InputError(
+            "There is no home folder for the feature cache. Name a folder with FLAWSIFT_CACHE or --cache."
+        ) from error
 
 
 @dataclass(frozen=True)
