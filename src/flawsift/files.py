@@ -1,7 +1,6 @@
 """Files that are whole or absent, results whose files are all new or all old, and early checks of output folders."""
 
 import contextlib
-import csv
 import errno
 import hashlib
 import itertools
@@ -12,12 +11,12 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from flawsift.damage import DAMAGE, json_object
 from flawsift.errors import OutputError
 from flawsift.paths import show
 
@@ -97,19 +96,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON in one step. Not-a-number is refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV table in one step; None becomes an empty cell."""
-    lines: list[str] = []
-    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator=_CRLF)
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_text(path, "".join(f"{line.removesuffix(_CRLF)}\n" for line in lines))
-
-
-# Python's writer quotes only its own line end: with "\n" alone, a carriage return in a cell would end the row
-_CRLF = "\r\n"
 
 
 def content_digest(data: bytes) -> str:
@@ -258,31 +244,39 @@ def _settle(folder: Path) -> None:
     pending = folder / PENDING
     if not pending.is_dir():
         return
-    plan = json.loads((pending / PLAN).read_text("utf-8"))
-    for source, target in plan["aside"].items():
-        old, new = _below(folder, source), _below(folder, target)
-        if os.path.lexists(old) and not os.path.lexists(new):
-            new.parent.mkdir(exist_ok=True)
-            old.replace(new)
+    gone, aside = _plan(pending)
+    for source, away in aside.items():
+        if os.path.lexists(folder / source) and not os.path.lexists(folder / away):
+            (folder / away).parent.mkdir(exist_ok=True)
+            (folder / source).replace(folder / away)
     changed = {folder}
     for path in _files_below(pending / NEW):
         target = folder / path.relative_to(pending / NEW)
-        changed.add(target.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
-    for name in plan["gone"]:
-        _below(folder, name).unlink(missing_ok=True)
+        changed.add(target.parent)
+    for name in gone:
+        (folder / name).unlink(missing_ok=True)
     for place in changed:
         sync(place)
     pending.replace(done := temporary_beside(pending))
     shutil.rmtree(done, ignore_errors=True)
 
 
-def _below(folder: Path, name: str) -> Path:
-    """A path of a plan, which somebody else may have written: one that leads out of the folder is refused."""
-    if Path(name).is_absolute() or ".." in Path(name).parts or not name:
-        raise OutputError(f"'{folder / PENDING}' wants to change '{show(name)}', outside of its folder: remove it.")
-    return folder / name
+def _plan(pending: Path) -> tuple[list[str], dict[str, str]]:
+    """Which files are to go, and where others are moved; nobody's plan reaches out of its folder."""
+    try:
+        plan = json_object((pending / PLAN).read_bytes())
+        gone, aside = list(plan["gone"]), dict(plan["aside"])
+        for name in (*gone, *aside, *aside.values()):
+            if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
+                raise ValueError(f"'{name}' leads out of the folder")
+    except DAMAGE as error:
+        raise OutputError(
+            f"'{show(pending)}', which an interrupted run left, cannot be finished: its {PLAN} is damaged: {error}. "
+            "Move that folder away."
+        ) from error
+    return gone, aside
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -336,11 +330,11 @@ class Parts:
         """
         settle(folder)
         try:
-            files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+            files = json_object((folder / MANIFEST).read_bytes())["files"]
             return cls(folder, {str(name): str(digest) for name, digest in files.items()})
         except FileNotFoundError:
             return cls(folder, None)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGE as error:
             raise DamagedPart(f"{MANIFEST} cannot be read: {error!r}") from error
 
     def __contains__(self, name: object) -> bool:

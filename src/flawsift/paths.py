@@ -1,11 +1,18 @@
 """Paths and names as text for people, and back."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 PAGED = re.compile(r"(.+)#page=([1-9][0-9]*)", re.DOTALL)
+MAX_BYTES = 255  # of the name of a file on nearly every system
+# names that Windows keeps for devices, whatever ending they have
+_DEVICE = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE | re.DOTALL
+)
+_MADE_SAFE = re.compile(r".*~[0-9a-f]{12}", re.DOTALL)
 MAX_NAMED = 5  # an error names at most this many offenders, and the total
 
 
@@ -47,6 +54,36 @@ def find_name(root: Path, shown: str) -> str:
         if os.path.lexists(root / raw):
             return raw
     return shown
+
+
+def safe_name(name: str, ending: str) -> str:
+    """The path of a result that belongs to an image: its own and an ending, as far as every system can write it.
+
+    A part that is too long with the ending, ends in dots or spaces, or is the name of a device on Windows gets a digest
+    of itself at its end, so that no two are alike; and so does a part that looks as if it had one.
+
+    >>> safe_name("a/b.jpg", ".png"), safe_name("a./NUL.jpg", ".png")
+    ('a/b.jpg.png', 'a~5ab640fad553/_NUL.jpg~0a75d94f5d5c.png')
+    """
+    *folders, file = name.split("/")
+    return "/".join([*(_safe_part(folder, "") for folder in folders), _safe_part(file, ending)])
+
+
+def _safe_part(part: str, ending: str) -> str:
+    stem, is_device = part.rstrip(". "), _DEVICE.fullmatch(part)
+    is_long = _n_bytes(part) + len(ending) > MAX_BYTES
+    if not (is_long or is_device or stem != part or _MADE_SAFE.fullmatch(part)):
+        return part + ending
+    digest = hashlib.sha256(part.encode("utf-8", "surrogatepass")).hexdigest()[:12]  # as long as _MADE_SAFE says
+    end = f"~{digest}{ending}"
+    stem = f"_{stem}" if is_device else stem
+    while _n_bytes(stem) + len(end) > MAX_BYTES:
+        stem = stem[:-1]
+    return stem + end
+
+
+def _n_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def name_some(names: Iterable[str]) -> str:

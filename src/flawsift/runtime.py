@@ -8,7 +8,6 @@
 """
 
 import importlib
-import json
 import math
 import sys
 import threading
@@ -21,6 +20,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from flawsift.damage import DAMAGE, json_object
 from flawsift.errors import InputError, ModelError, ParameterError
 
 OUTPUTS = ("score", "p_value", "anomalous", "map")  # of the graph, in this order
@@ -76,13 +76,13 @@ class Inspector:
         load = _load_onnx if self.path.suffix == ".onnx" else _load_openvino
         self._run, content = load(self.path, n_threads)
         try:
-            self.card: dict[str, Any] = json.loads(content)
+            self.card = json_object(content)
             self._thresholds = np.array(self.card["calibration"]["thresholds"], np.float64)
             self._rates = np.array(self.card["calibration"]["rates"], np.float64)
             self.threshold = float(self.card["threshold"]["value"])
             self.size = int(self.card["size"])
             self._range = self.card["training"].get("value_range")  # of images of more than 8 bits
-        except (ValueError, KeyError, TypeError) as error:
+        except DAMAGE as error:
             raise ModelError(f"'{self.path}' carries no model card of flawsift: it was not exported by it.") from error
         if false_alarm_rate is not None:
             self.threshold = self._threshold_at(false_alarm_rate)

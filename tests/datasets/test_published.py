@@ -190,7 +190,12 @@ def test_visa_masks_number_the_kinds_of_defect_from_one(tmp_path: Path) -> None:
             "-",
             "label 'bad' and split 'train'. Expected normal or anomaly",
         ),
-        ([("candle", "train")], "-", "needs the columns object, split, label, image, mask"),
+        ([("candle", "train")], "-", "label '' and split 'train'"),
+        (
+            [*VISA[:3], VISA[3][:4]],
+            "-",
+            "no mask of 1 defective images: .*/000.JPG. Was it cut",
+        ),
     ],
 )
 def test_bad_visa_trees(tmp_path: Path, rows: Any, drop: str, text: str) -> None:

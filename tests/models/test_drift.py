@@ -156,15 +156,15 @@ GOOD = ["a.png", "20.5"]
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "holds no row"),
+        (b"", "is empty"),
         (b"path,score\n", "holds no row"),
-        (b"path,value\na.png,3\n", "needs the column 'score', has path, value"),
+        (b"path,value\na.png,3\n", "needs the columns 'score', has path, value"),
         (b"path,score\na.png,20\nb.png,high\n", "no number in row 3, column 'score': 'high'"),
         (b"path,score\na.png,nan\n", "no number in row 2"),
         (b"path,score\na.png,inf\n", "no number in row 2"),
         (b"path,score,error\na.png,,damaged\nb.png,,damaged\n", "none of its 2 images could be read"),
         (b"path,score\na.png\n", "none of its 1 images could be read"),
-        (b"path,score\n\xff\xfe\xfa,3\n", "cannot be read"),
+        (b"path,score\n\xff\xfe\xfa,3\n", "is not a CSV table"),
         (b'path,score\n"a.png,20\n', "none of its 1 images"),
         (b"path,score,p_value\na.png,20,0.999\n", "is of another model: in row 2 the p-value is 0.999"),
         (b"path,score,p_value\na.png,20,much\n", "no number in row 2, column 'p_value': 'much'"),

@@ -8,11 +8,13 @@ import pytest
 from PIL import Image
 
 from flawsift.data.images import ImageSet
+from flawsift.data.joins import read_table
+from flawsift.data.listing import MAPS
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Prediction
 from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.predictions import Predictions
-from flawsift.reports.predictions import OverlayWriter, scaled_map, write_predictions
+from flawsift.reports.predictions import OverlayWriter, move_earlier_maps, scaled_map, write_predictions
 
 CUT = Threshold(2.0, 0.01, 0.01, 99)
 
@@ -57,3 +59,25 @@ def test_an_outline_is_drawn_exactly_on_images_that_are_called_anomalous(
     (path,) = tmp_path.rglob("*.png")
     with Image.open(path) as picture:
         assert (np.asarray(picture) == 255).all(2).any() == outlined
+
+
+def test_the_table_tells_where_a_heatmap_is(tmp_path: Path) -> None:
+    names = ["x" * 253, "NUL.png", "=a.png", "b.png", "broken.png"]
+    for name in names:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / name, "PNG")
+    images = ImageSet.from_files(tmp_path / "in", dict(enumerate(names)))
+    scores = np.arange(5, dtype=np.float32)
+    writer = OverlayWriter(tmp_path / MAPS, Calibration.of([0.5, 1.0, 1.5]), CUT)
+    drawn = images.select(range(3))
+    writer(drawn, Prediction(drawn.ids, scores[:3], np.ones((3, 8, 8), np.float32)))
+    predictions = Predictions(images.ids, tuple(names), scores.astype(np.float64), {4: "damaged"}, CUT)
+    rows = read_table(write_predictions(predictions, tmp_path, heatmaps=[0, 1, 2, 4]), "Table", [("heatmap",)])
+    assert [row["path"] for row in rows] == names
+    written = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / MAPS).rglob("*.png")}
+    assert {row["heatmap"] for row in rows[:3]} == written
+    assert [row["heatmap"] for row in rows[2:]] == ["maps/=a.png.png", "", ""]
+    assert "heatmap" not in read_table(write_predictions(predictions, tmp_path), "Table", [("path",)])[0]
+    before = sorted(tmp_path.rglob("*"))
+    move_earlier_maps(tmp_path, drawn.names)
+    assert sorted(tmp_path.rglob("*")) == before, "the same run again replaces them"

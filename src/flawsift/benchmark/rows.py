@@ -1,7 +1,7 @@
 """Measured rows in CSV files, and where a figure comes from: code, machine, memory."""
 
-import csv
 import functools
+import itertools
 import json
 import os
 import platform
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flawsift.benchmark.extra import needed_for
-from flawsift.files import alone, ensure_folder, write_csv
+from flawsift.files import alone, ensure_folder
+from flawsift.tables import cells_of, write_csv
 
 Row = dict[str, Any]
 
@@ -66,8 +67,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """All rows of a CSV file; none if it does not exist."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{k: v or "" for k, v in row.items()} for row in csv.DictReader(file)]
+    header, *rows = cells_of(path.read_bytes()) or [[]]
+    return [dict(itertools.zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -119,7 +119,7 @@ def run_demo(
     after, predictions = models.evaluate(model, test, data.truth, device=device, progress=progress)
     worst = test.select(predictions.ids[np.argsort(-predictions.scores)[:N_OVERLAYS]])
     move_earlier_maps(out, worst.names)
-    write_predictions(predictions, out, data.truth)
+    write_predictions(predictions, out, data.truth, heatmaps=worst.ids.tolist())
     models.predict(model, worst, device=device, on_maps=OverlayWriter(out / MAPS, model.calibration, model.threshold()))
     write_json(out / "metrics.json", {"without_screening": before, "with_screening": after})
     return DemoResult(

@@ -64,6 +64,7 @@ app.add_typer(cache_app, name="cache")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run a command, print errors as one line, exit."""
+    _open_closed_streams()
     _quiet_libraries()
     TOLD.lines.clear()
     logging.getLogger("flawsift").addHandler(TOLD)
@@ -123,6 +124,16 @@ def _fail(text: str, code: int = 2) -> int:
     line = " ".join(text.split())
     sys.stderr.write(f"flawsift: error: {line}\n".encode("utf-8", "backslashreplace").decode("utf-8"))
     return code
+
+
+def _open_closed_streams() -> None:
+    """What is written to a stream that the caller has closed (`2>&-`) goes nowhere, and stops nothing.
+
+    In the order of their numbers: the system gives the lowest that is free, and no other file gets that of a stream.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # until the process ends
 
 
 def _quiet_libraries() -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 
 import typer
 
+from flawsift.damage import parse_json
 from flawsift.errors import InputError, ParameterError
 from flawsift.paths import show
 from flawsift.screening.options import FINAL, FLAG, HELP, PRESETS, ScreenOptions
@@ -123,7 +124,7 @@ class DetectorChoice:
             if not equals:
                 raise ParameterError(f"--set needs name=value, got '{setting}'.")
             try:
-                params[key] = json.loads(value)
+                params[key] = parse_json(value)
             except ValueError:
                 params[key] = value  # a bare word is a text: coreset=random
         return make_detector(self.detector, self.detector_preset, **params)

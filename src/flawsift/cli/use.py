@@ -67,7 +67,7 @@ def predict(
     if out is None:
         summary["images"] = [_as_json(one) for one in result]
     else:
-        table = write_predictions(result, out)
+        table = write_predictions(result, out, heatmaps=result.ids.tolist() if maps else None)
         lines.append(f"Table: {table}" + (f"   Heatmaps: {out / MAPS}" if maps else ""))
         summary["predictions"] = str(table)
     say(as_json, summary, lines)

@@ -1,7 +1,6 @@
 """Tables that people write about images (groups, labels, decisions), and which image each of their rows is about."""
 
 import csv
-import io
 import logging
 import unicodedata
 from collections import Counter
@@ -11,12 +10,15 @@ from pathlib import Path, PurePosixPath
 from flawsift.data.listing import read_regular
 from flawsift.errors import InputError
 from flawsift.paths import name_some, show
+from flawsift.tables import cells_of
 
 log = logging.getLogger("flawsift")
 
 
 def read_table(path: Path, what: str, columns: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     """The rows of a CSV file in UTF-8; a cell that is missing at the end of a row is an empty text.
+
+    Cells are as they were before `flawsift.tables.write_csv`, which writes an apostrophe before what begins a formula.
 
     Args:
         path: The file.
@@ -28,16 +30,11 @@ def read_table(path: Path, what: str, columns: Sequence[Sequence[str]]) -> list[
     """
     where = f"{what} '{show(path)}'"
     try:
-        # decoded by hand: a text file's line ends are unified, and a name may hold a carriage return
-        text = read_regular(path).decode("utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it holds NUL bytes")
-        rows = list(csv.reader(io.StringIO(text, newline="")))
+        rows = cells_of(read_regular(path))
     except OSError as error:
         raise InputError(f"{where} cannot be read: {error.strerror or error}.") from error
     except (ValueError, csv.Error) as error:
         raise InputError(f"{where} is not a CSV table in UTF-8: {error}. Save it as 'CSV UTF-8'.") from error
-    rows = [row for row in rows if row]
     if not rows:
         raise InputError(f"{where} is empty: it has not even a line with the names of its columns. Was it cut off?")
     header = [name.strip() for name in rows[0]]
@@ -70,29 +67,40 @@ def images_named(wanted: Iterable[str], names: Iterable[str], what: str, *, quie
     Raises:
         InputError: There are names, and none is of an image; or two names are of one image.
     """
-    rows, shown = list(dict.fromkeys(wanted)), {show(name): name for name in names}
+    rows, listed = list(dict.fromkeys(wanted)), list(names)
+    found = find_images(rows, listed, what)
+    missing = [row for row in rows if row not in found]
+    if missing and not found:
+        raise InputError(
+            f"The {what} name none of the {len(listed)} images: one of them is {name_some(missing[:1])}, an image is "
+            f"{name_some(listed[:1])}. Write paths relative to the folder of the images, or give that folder."
+        )
+    if missing and not quiet:
+        some = name_some(missing)
+        log.warning("%d of %d %s are about no image here: %s. They are left out.", len(missing), len(rows), what, some)
+    return found
+
+
+def find_images(rows: Iterable[str], names: Iterable[str], what: str) -> dict[str, str]:
+    """`images_named`, where names of no image are not in the result, and nothing else.
+
+    Raises:
+        InputError: Two names are of one image.
+    """
+    shown = {show(name): name for name in names}
     endings: dict[str, list[str]] = {}
     for name in shown.values():
         parts = _plain(name).split("/")
         for start in range(len(parts)):
             endings.setdefault("/".join(parts[start:]), []).append(name)
-    found = {row: shown[show(row)] for row in rows if show(row) in shown}
+    found = {}
     for row in rows:
-        if row not in found and len(same := endings.get(_plain(row), [])) == 1:
+        if show(row) in shown:
+            found[row] = shown[show(row)]
+        elif len(same := endings.get(_plain(row), [])) == 1:
             found[row] = same[0]
-    missing = [row for row in rows if row not in found]
-    if missing and not found:
-        raise InputError(
-            f"The {what} name none of the {len(shown)} images: one of them is {name_some(missing[:1])}, an image is "
-            f"{next(iter(shown), '')}. Write paths relative to the folder of the images, or give that folder."
-        )
     if twice := [name for name, n in Counter(found.values()).items() if n > 1]:
         raise InputError(f"{len(twice)} images are named twice by the {what}, in two ways: {name_some(twice)}.")
-    if missing and not quiet:
-        listed = name_some(missing)
-        log.warning(
-            "%d of %d %s are about no image here: %s. They are left out.", len(missing), len(rows), what, listed
-        )
     return found
 
 

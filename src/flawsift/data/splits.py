@@ -1,6 +1,5 @@
 """A split of images into training and test, and its manifest: names and content digests, no labels."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
+from flawsift.damage import DAMAGE, parse_json
 from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
@@ -112,7 +112,7 @@ class Split:
                 overlap=bool(manifest["overlap"]),
                 seed=int(manifest["seed"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise InputError(f"The manifest of a split is damaged: {type(error).__name__} {error}.") from error
 
     def save(self, path: str | Path, images: ImageSet) -> None:
@@ -141,8 +141,8 @@ class Split:
             SplitError: An image is missing or its content is another one.
         """
         try:
-            manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:  # the last of brackets within brackets
+            manifest = parse_json(Path(path).read_bytes())
+        except (OSError, ValueError) as error:
             raise InputError(f"The split '{show(path)}' cannot be read: {error}") from error
         return cls.from_manifest(manifest, images)
 
@@ -162,7 +162,7 @@ def _files(manifest: Mapping[str, Any], side: str) -> dict[str, str]:
         raise InputError(f"The manifest has version {manifest.get('version')}; this flawsift reads {VERSION}.")
     try:
         return {str(name): str(digest) for name, digest in manifest[side]}
-    except (KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise InputError(f"The manifest of a split is damaged: no list of [name, sha256] under '{side}'.") from error
 
 

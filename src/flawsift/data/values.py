@@ -67,7 +67,7 @@ class ValueRange:
         try:
             low, high = map(float, kept)
             return cls(low, high)
-        except (TypeError, ValueError, ParameterError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"The range of values {kept!r} is damaged: give two numbers.") from error
 
     def to_bytes(self, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

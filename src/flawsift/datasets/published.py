@@ -11,13 +11,13 @@ One more set has categories but neither an official split nor its publisher's la
 A set is looked for in the folder of its name below the one that the environment variable FLAWSIFT_DATA names.
 """
 
-import csv
 import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from flawsift.data.joins import read_table
 from flawsift.data.truth import files_of
 from flawsift.datasets.dataset import NORMAL, Dataset, Entry, from_entries, require_folder
 from flawsift.datasets.folder import DATA_VARIABLE
@@ -174,14 +174,12 @@ def _there(folder: Path, part: str) -> bool:
 
 def _read_split(path: Path) -> list[dict[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
+        rows = read_table(path, "The split file", [(column,) for column in VISA_COLUMNS])
+    except InputError as error:
+        raise InputError(f"{error} It comes with {SOURCES['visa']}.") from error
+    if bare := [row["image"] for row in rows if row["label"] == "anomaly" and not row["mask"]]:
         raise InputError(
-            f"The split file '{show(path)}' cannot be read: {error.strerror}. It comes with {SOURCES['visa']}."
-        ) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"The split file '{show(path)}' is damaged: {error}. Get it again.") from error
-    if rows and any(None in (row.get(column) for column in VISA_COLUMNS) for row in rows):
-        raise InputError(f"The split file '{show(path)}' needs the columns {', '.join(VISA_COLUMNS)} in every row.")
+            f"The split file '{show(path)}' has no mask of {len(bare)} defective images: {name_some(bare)}. Was it cut "
+            f"off? Take it as published, {SOURCES['visa']}."
+        )
     return rows

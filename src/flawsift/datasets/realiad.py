@@ -15,11 +15,11 @@ views of one object are a group.
 Source: Wang et al., "Real-IAD", CVPR 2024, https://realiad4ad.github.io/Real-IAD (CC BY-NC-SA 4.0).
 """
 
-import json
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from flawsift.damage import DAMAGE, json_object
 from flawsift.datasets.dataset import NORMAL, Dataset, Entry, from_entries
 from flawsift.datasets.published import SOURCES, find_root, require_files
 from flawsift.errors import InputError, ParameterError
@@ -79,7 +79,7 @@ def _split_file(folder: Path, category: str, alpha: float) -> Path:
 
 def _read(path: Path, category: str) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        content = json_object(path.read_bytes())
         rows = [*content["train"], *content["test"]]
         missing = [f for f in FIELDS if any(f not in row for row in rows)]
         missing += [f"meta.{f}" for f in ("prefix", "normal_class") if not isinstance(content["meta"].get(f), str)]
@@ -87,7 +87,7 @@ def _read(path: Path, category: str) -> dict[str, Any]:
         others = sorted({str(row["category"]) for row in rows if "category" in row} - {category})
     except OSError as error:
         raise InputError(f"The split file '{show(path)}' cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise InputError(
             f"The split file '{show(path)}' is damaged: {error!r}. Expected meta, train and test as published."
         ) from error

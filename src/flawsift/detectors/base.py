@@ -5,7 +5,6 @@ An author of a detector writes `fit` and `_maps`; `predict`, `clone`, `save` and
 
 import dataclasses
 import importlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from flawsift.damage import DAMAGE, json_object
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.parts.maps import to_image_grid
 from flawsift.detectors.parts.state import check, flat, holds_tensors, nested, shapes_of
@@ -345,7 +345,7 @@ def load_detector(folder: str | Path, like: Detector | None = None, *, digest: s
         told = (folder / "detector.json").read_bytes()
         if digest is not None and content_digest(told) != digest:
             raise ModelError(f"'{folder}' holds parts of two models, or a damaged detector.json. Fit the model again.")
-        content = json.loads(told)
+        content = json_object(told)
         detector = like if like else make_detector(content["name"], **content["params"])
         if content.get("state_format", 1) != detector.state_format:
             raise ModelError(f"'{folder}' was written by another version of flawsift; fit the model again.")
@@ -356,7 +356,7 @@ def load_detector(folder: str | Path, like: Detector | None = None, *, digest: s
         check(by_name, content.get("tensors"))  # of earlier versions, only that they are numbers
         state = {**content["state"], **nested(by_name)}
         return detector.with_state(state)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, *DAMAGE, SafetensorError) as error:
         raise ModelError(f"'{folder}' is not a readable detector folder: {error}.") from error
 
 

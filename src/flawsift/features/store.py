@@ -30,6 +30,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from flawsift.damage import DAMAGE, json_object
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone
 from flawsift.files import ensure_folder, new_folder, sweep, write_json
@@ -47,10 +48,19 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def default_root() -> Path:
-    """`$FLAWSIFT_CACHE`, else `$XDG_CACHE_HOME/flawsift`, else `~/.cache/flawsift`."""
+    """`$FLAWSIFT_CACHE`, else `$XDG_CACHE_HOME/flawsift`, else `~/.cache/flawsift`.
+
+    Raises:
+        InputError: Neither is set, and this user has no home.
+    """
     if named := os.environ.get("FLAWSIFT_CACHE"):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flawsift"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flawsift"
+    except RuntimeError as error:  # a container runs as a user that is in no list
+        raise InputError(
+            "There is no home folder for the feature cache. Name a folder with FLAWSIFT_CACHE or --cache."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ class _Shard:
             _Damaged: It is missing, cannot be read, or is not what was written.
         """
         with _damage_of("index.json"):
-            content = json.loads((folder / "index.json").read_text("utf-8"))
+            content = json_object((folder / "index.json").read_bytes())
             digests, layers = content["digests"], content["layers"]
             told = {name: (tuple(layer["shape"]), str(layer["sha256"])) for name, layer in layers.items()}
             if _shard_name(digests, layers) != folder.name:
@@ -147,7 +157,7 @@ def _damage_of(name: str) -> Iterator[None]:
         if error.errno in NOT_DAMAGE:
             raise InputError(f"Cached features '{error.filename}' cannot be read: {error.strerror}.") from error
         raise _Damaged(f"{name} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise _Damaged(f"{name} is damaged: {error}") from error
 
 
@@ -311,7 +321,7 @@ class FeatureStore:
         told = SPACE.fullmatch(space.name)
         try:
             with _damage_of("space.json"):
-                content = json.loads((space / "space.json").read_text("utf-8"))
+                content = json_object((space / "space.json").read_bytes())
                 if told is None or (content["key"], content["dtype"]) != (told["key"], told["dtype"]):
                     raise ValueError("it is of another space")
         except (_Damaged, InputError) as error:

@@ -1,7 +1,5 @@
 """Whether scores stay what they were: the predictions of several days against the training scores and each other."""
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +8,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from flawsift.errors import InputError, one_line
+from flawsift.data.joins import read_table
+from flawsift.errors import InputError
 from flawsift.metrics.shares import CONFIDENCE, share_interval
 from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.record import load_calibration
@@ -261,21 +260,14 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
 def _read(path: Path, calibration: Calibration, model_id: str) -> tuple[Floats, int, bool]:
     """(n,) scores of one table, how many images have none, and whether it names the model."""
     where = f"Table of predictions '{show(path)}'"
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{where} cannot be read: {one_line(error)}.") from error
+    rows = read_table(path, "Table of predictions", [("score",)])
     if not rows:
         raise InputError(f"{where} holds no row. Give what `flawsift predict --out` wrote.")
-    if "score" not in rows[0]:
-        has = ", ".join(str(name) for name in rows[0] if name is not None)
-        raise InputError(f"{where} needs the column 'score', has {has}.")
-    scored = [(line, row) for line, row in enumerate(rows, 2) if (row["score"] or "").strip()]
+    scored = [(line, row) for line, row in enumerate(rows, 2) if row["score"].strip()]
     scores = np.array([_number(row, "score", line, where) for line, row in scored])
     if not scored:
         raise InputError(f"{where} has no score: none of its {len(rows)} images could be read. Leave it out.")
-    models = {(row.get("model") or "").strip() for _, row in scored} - {""}
+    models = {row.get("model", "").strip() for _, row in scored} - {""}
     if others := sorted(models - {model_id}):
         raise InputError(
             f"{where} is of another model, {show(others[0])}; this one is {model_id}. Scores of different models "
@@ -286,8 +278,8 @@ def _read(path: Path, calibration: Calibration, model_id: str) -> tuple[Floats, 
     return scores, len(rows) - len(scored), bool(models)
 
 
-def _number(row: Mapping[str, str | None], column: str, line: int, where: str) -> float:
-    text = (row[column] or "").strip()
+def _number(row: Mapping[str, str], column: str, line: int, where: str) -> float:
+    text = row[column].strip()
     try:
         value = float(text)
     except ValueError:
@@ -298,7 +290,7 @@ def _number(row: Mapping[str, str | None], column: str, line: int, where: str) -
 
 
 def _check_model(
-    scored: Sequence[tuple[int, Mapping[str, str | None]]], scores: Floats, calibration: Calibration, where: str
+    scored: Sequence[tuple[int, Mapping[str, str]]], scores: Floats, calibration: Calibration, where: str
 ) -> None:
     """Refuse a table of another model: a p-value says how many of the model's own scores reach a score."""
     given = np.array([_number(row, "p_value", line, where) if row["p_value"] else np.nan for line, row in scored])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from flawsift.damage import DAMAGE, json_object
 from flawsift.errors import ModelError
 from flawsift.files import DamagedPart, Parts, content_digest
 from flawsift.models.calibration import DEFAULT_RATE, Calibration
@@ -40,8 +41,8 @@ def calibration_of(content: Mapping[str, Any]) -> Calibration:
 
 
 def content_of(folder: Path) -> dict[str, Any]:
-    content = json.loads(Parts.of(folder).read(JSON))
-    if not isinstance(content, dict) or not isinstance(content["format"], int):
+    content = json_object(Parts.of(folder).read(JSON))
+    if not isinstance(content["format"], int):
         raise TypeError("it holds no table with a format")
     if content["format"] > FORMAT:
         raise ModelError(f"'{folder}' was written by flawsift {content['flawsift']}; update flawsift to read it.")
@@ -57,7 +58,7 @@ def told_damage(folder: Path) -> Iterator[None]:
         raise ModelError(f"'{folder}' is not a model folder: {error.strerror} ({error.filename}).") from error
     except DamagedPart as error:
         raise ModelError(f"'{folder}' is damaged: {error}. Take a copy of it, or fit the model again.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise ModelError(f"'{folder}' holds a damaged model.json: {error!r}. Fit the model again.") from error
 
 

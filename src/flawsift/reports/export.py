@@ -17,13 +17,14 @@ from flawsift import __version__
 from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.errors import OutputError, ParameterError, unknown_name
-from flawsift.files import ensure_folder, write_csv, write_json, write_text
+from flawsift.files import ensure_folder, write_json, write_text
 from flawsift.paths import show
 from flawsift.reports.evidence import map_scale
 from flawsift.reports.overlays import Scale
 from flawsift.reports.regions import Region, normal_level, regions
 from flawsift.screening.decisions import apply_decisions, located
 from flawsift.screening.result import Screening
+from flawsift.tables import write_csv
 
 STATUS = ("removed", "kept")  # by whether an image is kept
 REGION = "suspect region"

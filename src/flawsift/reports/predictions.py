@@ -15,12 +15,14 @@ from flawsift.data.listing import MAPS, MARK, TABLE, is_results, mark_results
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Prediction
 from flawsift.errors import OutputError
-from flawsift.files import ensure_folder, write_csv
+from flawsift.files import ensure_folder
 from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.predictions import Predictions
-from flawsift.paths import name_some, show
+from flawsift.paths import name_some, safe_name, show
 from flawsift.reports.overlays import Scale, save_overlay
+from flawsift.tables import write_csv
 
+PNG = ".png"  # of a heatmap, after the name of its image
 log = logging.getLogger("flawsift")
 
 
@@ -41,7 +43,7 @@ def move_earlier_maps(folder: Path, names: Iterable[str]) -> None:
             f"'{show(maps)}' has {len(there)} files that are no heatmaps of flawsift: {name_some(sorted(there))}. "
             "Choose another folder for the results."
         )
-    if there - {f"{name}.png" for name in names}:
+    if there - {safe_name(name, PNG) for name in names}:
         _move_aside([maps, folder / TABLE, folder / MARK], folder)
 
 
@@ -59,8 +61,22 @@ def _move_aside(paths: Iterable[Path], folder: Path) -> None:
     log.warning("Heatmaps and table of an earlier run on other images are now in '%s'.", show(aside))
 
 
-def write_predictions(predictions: Predictions, folder: str | Path, truth: GroundTruth | None = None) -> Path:
-    """Write predictions.csv: path, score, is_anomalous, p_value, error, model; label and defect_type where known."""
+def write_predictions(
+    predictions: Predictions,
+    folder: str | Path,
+    truth: GroundTruth | None = None,
+    *,
+    heatmaps: Iterable[int] | None = None,
+) -> Path:
+    """Write predictions.csv: path, score, is_anomalous, p_value, error, model, and more where it is known.
+
+    Args:
+        predictions: A row each.
+        folder: Of the table.
+        truth: Adds label and defect_type.
+        heatmaps: Ids of images whose heatmaps `OverlayWriter` writes beside it, whose path is added as `heatmap`. None
+            adds no such column.
+    """
     flagged, p_values = predictions.is_anomalous, predictions.p_values
     known = {} if truth is None else dict(zip(truth.ids.tolist(), truth.labels.tolist(), strict=True))
     types = {} if truth is None else dict(zip(truth.ids.tolist(), truth.defect_types, strict=True))
@@ -71,8 +87,10 @@ def write_predictions(predictions: Predictions, folder: str | Path, truth: Groun
         "p_value",
         "error",
         "model",
+        *(["heatmap"] if heatmaps is not None else []),
         *(["label", "defect_type"] if truth is not None else []),
     ]
+    drawn = set(heatmaps or ())
     rows: list[list[object]] = []
     for p, (id_, name) in enumerate(zip(predictions.ids.tolist(), predictions.names, strict=True)):
         error = predictions.errors.get(id_, "")
@@ -80,7 +98,9 @@ def write_predictions(predictions: Predictions, folder: str | Path, truth: Groun
         verdict: object = "" if error or flagged is None else int(flagged[p])
         p_value = "" if error or np.isnan(p_values[p]) else f"{p_values[p]:.6g}"
         labels = [known[id_], types[id_]] if truth is not None else []
-        rows.append([name, score, verdict, p_value, error, predictions.model_id, *labels])
+        heatmap = f"{MAPS}/{safe_name(name, PNG)}" if id_ in drawn and not error else ""
+        of_map = [heatmap] if heatmaps is not None else []
+        rows.append([name, score, verdict, p_value, error, predictions.model_id, *of_map, *labels])
     path = ensure_folder(folder) / TABLE
     write_csv(path, header, rows)
     return path
@@ -88,7 +108,7 @@ def write_predictions(predictions: Predictions, folder: str | Path, truth: Groun
 
 @dataclass(frozen=True, eq=False)
 class OverlayWriter:
-    """Writes a heatmap overlay per image as the predictions come, `folder/<relative path>.png`.
+    """Writes a heatmap overlay per image as the predictions come, `folder/<relative path>.png`, or as `safe_name` says.
 
     Smoothing lowers a map's peak below the image score; the map is scaled back to it, so that a line around what lies
     above the threshold is drawn exactly on the images that are called anomalous.
@@ -111,7 +131,7 @@ class OverlayWriter:
             mark_results(self.folder.parent)
         for id_, name, score, map_ in zip(images.ids, images.names, prediction.scores, prediction.maps, strict=True):
             drawn = scaled_map(map_, float(score))
-            save_overlay(self.folder / f"{name}.png", images.image(int(id_)), drawn, scale)
+            save_overlay(self.folder / safe_name(name, PNG), images.image(int(id_)), drawn, scale)
 
 
 def scaled_map(map_: npt.NDArray[np.float32], score: float) -> npt.NDArray[np.float32]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flawsift.damage import DAMAGE, json_object
 from flawsift.detectors.base import Detector, make_detector
 from flawsift.errors import FlawsiftError, InputError
 from flawsift.features.backbones import Backbone, load_backbone
@@ -76,17 +77,17 @@ def _parts(stage1: Screening, out: Path) -> tuple[Detector, Backbone, float]:
             DEFAULT_RATE,
         )
         return make_detector(detector["name"], **detector["params"]), load_backbone(**spec), rate
-    except (KeyError, TypeError) as error:
+    except DAMAGE as error:
         raise InputError(f"The screening does not say how it was made: {error!r}. Screen the folder again.") from error
 
 
 def _replaced(out: Path) -> tuple[dict[str, Any], dict[str, Any], float] | None:
     """Of a model folder: its detector's name and parameters, its backbone's spec, its false-alarm rate; else None."""
     try:
-        model = json.loads((out / "model.json").read_text("utf-8"))
-        detector = json.loads((out / "detector.json").read_text("utf-8"))
+        model = json_object((out / "model.json").read_bytes())
+        detector = json_object((out / "detector.json").read_bytes())
         return detector, model["backbone"]["spec"], float(model["training"]["false_alarm_rate"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *DAMAGE):
         return None
 
 

@@ -144,7 +144,7 @@ class Review:
         out = folder.parent if of_model else folder / "model"
         screening = load_screening(folder)
         pictures = images_of(screening, images)
-        store = DecisionStore(folder / decisions.NAME)
+        store = DecisionStore(folder / decisions.NAME, [show(name) for name in screening.names])
         # -P: modules are not looked for in the working folder, where a csv.py may lie
         command = [os.path.abspath(sys.executable), "-P", "-m", "flawsift.review.refit"]
         command += ["--screening", str(folder), "--out", str(out)]

@@ -4,6 +4,7 @@ A version counts how often a row was written. Whoever writes says which version 
 that decide on different images both win; where they decide on the same one, the later is told instead of overwriting.
 """
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,17 +15,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.data.joins import images_named, read_table
+from flawsift.data.joins import find_images, images_named, read_table
 from flawsift.errors import InputError, ParameterError
-from flawsift.files import alone, write_csv
-from flawsift.paths import show
+from flawsift.files import alone
+from flawsift.paths import name_some, show
 from flawsift.screening.mixture import DEFECTIVE, GOOD
+from flawsift.tables import write_csv
 
 NAME = "decisions.csv"
 CHOICES = ("keep", "remove", "unsure")
 SAID = {"keep": GOOD, "remove": DEFECTIVE}  # what a decision says of an image
 MAX_DIGITS = 9  # of a version: no row is written a billion times
 HEADER = ("path", "decision", "version", "time")
+log = logging.getLogger("flawsift")
 
 
 @dataclass(frozen=True)
@@ -151,10 +154,13 @@ class DecisionStore:
 
     Attributes:
         path: The file; it may not exist yet.
+        names: Of the images, as `show` prints them: rows that name one in another way (see `data.joins.images_named`)
+            are about it, and how many are about none is logged. None takes rows as they are.
         revision: Rises with every change, for those who ask what is new.
     """
 
     path: Path
+    names: Sequence[str] | None = None
     revision: int = 0
     _rows: dict[str, Decision] = field(default_factory=dict)
     _changed: dict[str, int] = field(default_factory=dict)  # {name: revision of its last change}
@@ -218,7 +224,16 @@ class DecisionStore:
     def _refresh(self) -> None:
         stamp = self._stamp()
         if stamp != self._seen:
-            self._take(_read(self.path) if stamp is not None else {}, stamp)
+            self._take(self._by_image(_read(self.path)) if stamp is not None else {}, stamp)
+
+    def _by_image(self, rows: Mapping[str, Decision]) -> dict[str, Decision]:
+        if self.names is None:
+            return dict(rows)
+        name_of = find_images(rows, self.names, f"decisions in '{show(self.path)}'")
+        if strangers := [row for row in rows if row not in name_of]:
+            some = (len(strangers), len(rows), show(self.path), name_some(strangers))
+            log.warning("%d of %d decisions in '%s' are about no image of this screening: %s. They stay there.", *some)
+        return {name_of.get(row, row): decision for row, decision in rows.items()}
 
     def _take(self, rows: dict[str, Decision], stamp: tuple[int, int, int] | None) -> None:
         """Rows that are on disk now. What was edited by hand, or taken out of the file, is newer than before."""

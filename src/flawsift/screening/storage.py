@@ -1,10 +1,7 @@
 """Screenings on disk: a table that a person can read and edit, arrays, and everything needed to repeat them."""
 
 import io
-import json
 import logging
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,16 +11,18 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from flawsift.damage import DAMAGE, json_object
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.data.values import VALUE_RANGE, ValueRange
 from flawsift.errors import InputError
-from flawsift.files import DamagedPart, Parts, new_result, settle, write_bytes, write_csv, write_json
+from flawsift.files import DamagedPart, Parts, new_result, settle, write_bytes, write_json
 from flawsift.paths import find_name, name_some, show
 from flawsift.screening.consensus import Contamination, keep_lowest
 from flawsift.screening.evidence import load_evidence, save_evidence
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Screening, SubModelScores
 from flawsift.screening.table import is_yes, rows_of, safe_path, table_of
+from flawsift.tables import write_csv
 from flawsift.types import Floats, Ids
 
 CSV, JSON = "screening.csv", "screening.json"
@@ -31,8 +30,6 @@ MAPS, REJECTED, DESCRIPTIONS, EVIDENCE = "maps.npy", "rejected.npy", "descriptio
 ORIGINAL = "screening-original.csv"  # the table as it was written, for that of `CSV` may be edited
 FILES = (CSV, JSON, ORIGINAL, MAPS, REJECTED, DESCRIPTIONS, EVIDENCE)
 ROOT = "images_root"  # in screening.json: the folder that the paths are relative to
-# what the readers raise; an archive whose bits have changed may seem encrypted, which is a RuntimeError
-DAMAGE = (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 log = logging.getLogger("flawsift")
 Kind = TypeVar("Kind", bound=np.generic)
 
@@ -330,7 +327,7 @@ def _read(parts: Parts) -> tuple[list[dict[str, str]], dict[str, Any]]:
     Of a table that was edited only the column `kept` counts; numbers, which a spreadsheet may have rounded, are those
     that were written.
     """
-    content = json.loads(parts.read(JSON))
+    content = json_object(parts.read(JSON))
     if parts.digests is None or parts.is_unchanged(CSV):
         return rows_of((parts.folder / CSV).read_bytes()), content
     edited, rows = rows_of((parts.folder / CSV).read_bytes()), rows_of(parts.read(ORIGINAL))

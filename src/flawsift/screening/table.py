@@ -1,11 +1,10 @@
 """The table of a screening, a row per image, which a person can read, sort and edit in a spreadsheet."""
 
-import csv
-import io
 import itertools
 from pathlib import PurePosixPath
 
 from flawsift.screening.result import Screening
+from flawsift.tables import cells_of
 
 YES = frozenset({"1", "true", "yes"})  # what counts as kept in an edited table
 NO = frozenset({"0", "false", "no", ""})
@@ -38,10 +37,11 @@ def rows_of(table: bytes) -> list[dict[str, str]]:
     """Rows of the images that could be read, by id, of the content of a table.
 
     Raises:
-        ValueError, KeyError, TypeError: It is damaged.
+        flawsift.damage.DAMAGE: It is damaged.
     """
-    # decoded by hand: a text file's line ends are unified, and a name may hold a carriage return
-    rows = list(csv.DictReader(io.StringIO(table.decode("utf-8-sig"), newline="")))
+    header, *cells = cells_of(table)
+    # a row that was cut off lacks its last cells, which is told where they are read
+    rows = [dict(zip(header, row, strict=False)) for row in cells]
     usable = sorted((row for row in rows if not row["error"]), key=lambda row: int(row["id"]))
     if twice := [a["path"] for a, b in itertools.pairwise(usable) if a["id"] == b["id"]]:
         raise ValueError(f"'{twice[0]}' is there twice")

@@ -6,7 +6,6 @@ training leaves torch's and numpy's global generators as they were.
 
 import contextlib
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from flawsift.damage import DAMAGE, json_object
 from flawsift.data.images import Batch, ImageSet
 from flawsift.errors import InputError, TrainingError
 from flawsift.files import write_bytes
@@ -304,7 +304,7 @@ def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path | No
         content = path.read_bytes()
         metadata = _metadata(content)
         tensors = load(content)
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, *DAMAGE, SafetensorError):
         return 0  # a torn checkpoint costs its steps, nothing else
     if metadata.get("of") != settings:
         return 0
@@ -322,5 +322,5 @@ def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path | No
 def _metadata(content: bytes) -> dict[str, str]:
     """The header's metadata of a safetensors file: 8 bytes of length, then JSON."""
     length = int.from_bytes(content[:8], "little")
-    metadata: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    metadata: dict[str, str] = json_object(content[8 : 8 + length]).get("__metadata__", {})
     return metadata

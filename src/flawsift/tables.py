@@ -1,0 +1,63 @@
+"""CSV tables that a spreadsheet opens without running what a file name says, and that are read as they were written."""
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from flawsift.files import write_text
+
+# What a spreadsheet takes for the beginning of a formula (OWASP, "CSV Injection"); an apostrophe before it says text.
+# Apostrophes that stand there already get one more, so that every text is read as it was.
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+_ESCAPED = re.compile(r"'+[=+\-@\t\r\n]")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|-?(inf|nan)")
+# Python's writer quotes only its own line end: with "\n" alone, a carriage return in a cell would end the row
+_CRLF = "\r\n"
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV table in one step; None becomes an empty cell, and texts that begin a formula an apostrophe before.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    lines = _Lines()
+    writer = csv.writer(lines, lineterminator=_CRLF)
+    writer.writerow(header)
+    writer.writerows([_escaped(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+    write_text(path, "".join(f"{line.removesuffix(_CRLF)}\n" for line in lines))
+
+
+def cells_of(content: bytes) -> list[list[str]]:
+    """The cells of a CSV table in UTF-8, its header first, as they were before `write_csv`; empty lines are left out.
+
+    Raises:
+        ValueError, csv.Error: It is none.
+    """
+    # decoded by hand: a text file's line ends are unified, and a name may hold a carriage return
+    text = content.decode("utf-8-sig")
+    if "\0" in text:
+        raise ValueError("it holds NUL bytes")
+    rows = csv.reader(io.StringIO(text, newline=""))
+    return [[_plain(cell) for cell in row] for row in rows if row]
+
+
+def _escaped(cell: str) -> str:
+    """A cell as it is written.
+
+    >>> _escaped("=1+2.png"), _escaped("'-a"), _escaped("-1.5"), _escaped("it's.png")
+    ("'=1+2.png", "''-a", '-1.5', "it's.png")
+    """
+    return f"'{cell}" if _FORMULA.match(cell) and not _NUMBER.fullmatch(cell) else cell
+
+
+def _plain(cell: str) -> str:
+    return cell[1:] if _ESCAPED.match(cell) else cell
+
+
+class _Lines(list[str]):
+    """What a CSV writer writes, line by line."""
+
+    write = list.append

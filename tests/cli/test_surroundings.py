@@ -1,0 +1,142 @@
+"""The command line where streams are closed, nobody has a home, folders are read-only, files few, or POSIX is not."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="of POSIX systems")
+DROP_BOUNDING, OVERRIDES = 24, (1, 2)  # of prctl: PR_CAPBSET_DROP; what lets root write and read where nobody may
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    numbers = np.random.default_rng(0)
+    (tmp_path / "parts").mkdir()
+    for i in range(6):
+        Image.fromarray(numbers.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "parts" / f"{i}.png")
+    return tmp_path
+
+
+def screen(parts: Path, *more: str) -> list[str]:
+    tail = ["screen", "parts", "--backbone", "tiny", "--size", "64", "--out", "s", *more]
+    return [sys.executable, "-m", "flawsift", *tail]
+
+
+def environment(parts: Path, **changes: str | None) -> dict[str, str]:
+    settings = {**os.environ, "FLAWSIFT_CACHE": str(parts / "cache"), **changes}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def ran(command: list[str], parts: Path, env: dict[str, str], **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=parts, env=env, capture_output=True, text=True, check=False, **more)
+
+
+@POSIX
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_stop_nothing(parts: Path, closed: str) -> None:
+    done = ran(["sh", "-c", f'exec "$@" {closed}', "sh", *screen(parts)], parts, environment(parts))
+    assert done.returncode == 0, done.stderr
+    assert (parts / "s" / "screening.csv").read_text().count("\n") == 7
+    wrong = ran(["sh", "-c", f'exec "$@" {closed}', "sh", *screen(parts, "--size", "x")], parts, environment(parts))
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+
+
+def test_a_full_disk_behind_stdout_is_told(parts: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "flawsift", "detectors", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode != 0
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+NO_HOME = """
+import sys
+try:
+    import pwd
+    def nobody(*_): raise KeyError("no such user")
+    pwd.getpwuid = nobody
+except ImportError:
+    pass
+from flawsift.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@POSIX
+def test_a_user_without_a_home_is_told_where_features_may_go(parts: Path) -> None:
+    command = [sys.executable, "-c", NO_HOME, *screen(parts)[3:]]
+    env = environment(parts, FLAWSIFT_CACHE=None, XDG_CACHE_HOME=None, HOME=None)
+    done = ran(command, parts, env)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("flawsift: error: There is no home folder")
+    assert "FLAWSIFT_CACHE" in done.stderr
+    assert ran([*command, "--cache", "c"], parts, env).returncode == 0
+
+
+def without_overrides() -> None:
+    """Root heeds the permissions of files in the process that follows."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    for capability in OVERRIDES:
+        if os.geteuid() == 0 and prctl(DROP_BOUNDING, capability, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_a_read_only_cache_is_told(parts: Path) -> None:
+    (parts / "cache").mkdir(mode=0o555)
+    try:
+        probe = [sys.executable, "-c", f"open({str(parts / 'cache' / 'x')!r}, 'w')"]
+        if ran(probe, parts, environment(parts), preexec_fn=without_overrides).returncode == 0:
+            pytest.skip("this user writes everywhere")
+    except subprocess.SubprocessError:
+        pytest.skip("this process may not give up rights")
+    done = ran(screen(parts), parts, environment(parts), preexec_fn=without_overrides)
+    assert done.returncode == 2
+    assert "cache': permission denied" in done.stderr
+    assert "FLAWSIFT_CACHE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@POSIX
+def test_few_files_at_once_are_enough(parts: Path) -> None:
+    done = ran(["sh", "-c", 'ulimit -n 24; exec "$@"', "sh", *screen(parts, "--json")], parts, environment(parts))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["n_images"] == 6
+
+
+# Windows has none of these. Pure Python modules of the standard library that Windows has ask for some in a `try`.
+NO_POSIX = """
+import importlib, os, pkgutil, sys
+HIDDEN = {"resource", "fcntl", "termios", "pwd", "grp"}
+for name in HIDDEN:
+    sys.modules[name] = None  # so that an import of it is an ImportError, in this process and whoever asks
+for name in ("fork", "forkpty", "mkfifo", "getuid", "geteuid", "getpgid", "killpg"):
+    if hasattr(os, name):
+        delattr(os, name)
+import flawsift
+for module in pkgutil.walk_packages(flawsift.__path__, "flawsift."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+assert all(sys.modules[name] is None for name in HIDDEN)
+from flawsift.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("command", [["--help"], None])
+def test_nothing_needs_posix(parts: Path, command: list[str] | None) -> None:
+    done = ran([sys.executable, "-c", NO_POSIX, *(command or screen(parts)[3:])], parts, environment(parts))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert command is not None or (parts / "s" / "screening.csv").exists()
