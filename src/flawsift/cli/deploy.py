@@ -1,16 +1,25 @@
 """The commands that bring a model to a production line."""
 
+import contextlib
+import hashlib
+import signal
 import statistics
+import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flawsift.cli.options import AsJson, ModelChoice, say, takes_groups, threshold_lines, warning_lines
+from flawsift.cli.options import AsJson, ModelChoice, Rate, say, takes_groups, threshold_lines, warning_lines
+from flawsift.paths import show
 
 if TYPE_CHECKING:
+    from flawsift.deploy.results import Row
     from flawsift.models.model import Model
 
 MAX_CHECKED = 200  # pictures that an export is compared on: a minute
@@ -21,6 +30,22 @@ class ExportFormat(StrEnum):
 
     onnx = "onnx"
     openvino = "openvino"
+
+
+class Sorting(StrEnum):
+    """As `flawsift.deploy.watch.Sort`."""
+
+    none = "none"
+    move = "move"
+    link = "link"
+
+
+Exported = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="File or folder of `flawsift export-model`, or a model folder.", show_default=False
+    ),
+]
 
 
 @takes_groups
@@ -57,6 +82,99 @@ def export_model(
     lines = [*warning_lines(threshold), *lines]
     lines.append(f'Run it: flawsift.runtime.Inspector("{path}")(image)')
     say(as_json, summary, lines)
+
+
+# long: the options of the command
+def watch(
+    model: Exported,
+    folder: Annotated[Path, typer.Argument(help="Where images appear.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Results, a line an image: .jsonl, or .csv.")] = Path(
+        "results.jsonl"
+    ),
+    sort: Annotated[Sorting, typer.Option("--sort", help="Put scored images into ok/ and defect/ in it.")] = (
+        Sorting.none
+    ),
+    webhook: Annotated[str | None, typer.Option("--webhook", help="Address that each result is sent to.")] = None,
+    new_only: Annotated[bool, typer.Option("--new-only", help="Leave out what is there at the first start.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="End when all that is there has been scored.")] = False,
+    settle: Annotated[float, typer.Option("--settle", min=0, help="Seconds a file must be unchanged.")] = 0.5,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0, help="Seconds after which a broken file is listed as unreadable.")
+    ] = 30.0,
+    rate: Rate = None,
+) -> None:
+    """Score images of a folder as they appear; started again, it goes on where it was."""
+    from flawsift.deploy.watch import FolderWatch
+    from flawsift.deploy.webhook import Webhook
+    from flawsift.runtime import Inspector
+
+    with _exported(model) as path:
+        inspector = Inspector(path, false_alarm_rate=rate)
+        digest = hashlib.sha256(inspector.path.read_bytes()).hexdigest()[:12]
+        watched = FolderWatch(
+            inspector, folder, out, sort=sort.value, new_only=new_only, settle=settle, timeout=timeout, model=digest
+        )
+        hook = None if webhook is None else Webhook(webhook, watched.results)
+
+        def on_row(row: "Row") -> None:
+            if hook is not None:
+                hook.notify()
+            score = row.reason if row.score is None else f"{row.score:.4g} (p-value {row.p_value:.2g})"
+            typer.echo(show(f"{row.status:<10} {row.file.encode('unicode_escape').decode()}  {score}"))
+            sys.stdout.flush()
+
+        typer.echo(f"Watching '{show(folder)}'; results go to '{show(out)}'. Stop with Ctrl-C.", err=True)
+        with _stopped_by_signals() as stop:
+            if hook is not None:
+                hook.start()
+            watched.run(stop, once=once, on_row=on_row)
+            left = 0 if hook is None else hook.stop()
+        counts = ", ".join(f"{n} {status}" for status, n in sorted(watched.counts.items())) or "no images"
+        unsent = f" {left} results are still to be sent to the webhook." if left else ""
+        word = "Done" if stop.number is None else "Stopped"
+        typer.echo(f"{word}: {counts}.{unsent} The same command goes on where it was.", err=True)
+        if stop.number is not None:
+            raise typer.Exit(128 + stop.number)
+
+
+class _Stop(threading.Event):
+    """Set by a signal, of which it keeps the number."""
+
+    number: int | None = None
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[_Stop]:
+    """The first Ctrl-C, or wish of the system, lets the image at hand be finished; the second ends at once."""
+    stop, before = _Stop(), {}
+
+    def ask(number: int, frame: object) -> None:
+        stop.number = number
+        stop.set()
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():  # only that one may say so
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _exported(model: str) -> Iterator[Path]:
+    """An exported file, or that of a model folder, made for as long as it is needed."""
+    path = Path(model)
+    if not (path / "model.json").is_file():
+        yield path
+        return
+    from flawsift.deploy.export import export_model as export
+    from flawsift.models.model import load_model
+
+    with tempfile.TemporaryDirectory(prefix="flawsift-") as folder:
+        yield export(load_model(path), Path(folder) / "exported")
 
 
 def _percent(parity: dict[str, Any]) -> str:
