@@ -2,13 +2,15 @@
 
 import contextlib
 import hashlib
+import json
+import os
 import signal
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -135,6 +137,60 @@ def watch(
         typer.echo(f"{word}: {counts}.{unsent} The same command goes on where it was.", err=True)
         if stop.number is not None:
             raise typer.Exit(128 + stop.number)
+
+
+# long: the options of the command
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]MODEL...",
+            help="Files or folders of `flawsift export-model`, or model folders.",
+            show_default=False,
+        ),
+    ],
+    host: Annotated[str, typer.Option("--host", help="Another address than this machine's needs an API key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="File that holds the API key. [$FLAWSIFT_API_KEY]")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Pictures that are scored at a time.")] = 2,
+    max_requests: Annotated[
+        int, typer.Option("--max-requests", min=1, help="Requests at a time; more are told to come again.")
+    ] = 32,
+    max_megabytes: Annotated[int, typer.Option("--max-megabytes", min=1, help="Of a request.")] = 64,
+    max_megapixels: Annotated[int, typer.Option("--max-megapixels", min=1, help="Of a picture.")] = 50,
+    rate: Rate = None,
+) -> None:
+    """Answer pictures over HTTP with scores and verdicts; a changed model file is taken without a pause."""
+    from flawsift.deploy.gate import Limits, check_key
+    from flawsift.deploy.products import Product, read_products
+    from flawsift.deploy.serve import serve as run
+
+    key = os.environ.get("FLAWSIFT_API_KEY") if key_file is None else key_file.read_text("utf-8")
+    check_key(key, host)  # before models are loaded
+    limits = Limits(
+        max_body=max_megabytes << 20, max_pixels=max_megapixels * 10**6, max_requests=max_requests, workers=workers
+    )
+    with contextlib.ExitStack() as stack:
+        served = {}
+        for name, path in read_products(models).items():
+            exported = stack.enter_context(_exported(path))
+            threads = max((os.cpu_count() or 1) // workers, 1)
+            served[name] = Product(exported, false_alarm_rate=rate, n_threads=threads)
+        run(served, host=host, port=port, key=key, limits=limits, log=_log_line, on_ready=_say_served)
+
+
+def _log_line(told: Mapping[str, Any]) -> None:
+    """A request as JSON on stdout. A log that cannot be written is no reason to refuse it."""
+    with contextlib.suppress(OSError):
+        typer.echo(json.dumps(told))
+
+
+def _say_served(address: str) -> None:
+    typer.echo(f"Serving at {address}; stop with Ctrl-C. A line for each request follows.", err=True)
 
 
 class _Stop(threading.Event):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from stat import S_ISREG
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from flawsift.data.folders import EXTENSIONS
 from flawsift.deploy.results import Key, ResultsFile, Row
@@ -246,7 +246,7 @@ class FolderWatch:
         if now - arriving.since < self.settle or (arriving.is_tried and not is_last):
             return None
         arriving.is_tried = True
-        told = {"model": self.model, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        told: dict[str, Any] = {"model": self.model, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         try:
             content = (self.folder / name).read_bytes()
             if self._stamp(name) != stamp:
