@@ -23,7 +23,7 @@ from PIL import Image
 
 from flawsift.datasets import Dataset
 from flawsift.deploy import watch as watching
-from flawsift.deploy.results import ResultsFile, Row
+from flawsift.deploy.results import ResultsFile, Row, sole_writer
 from flawsift.deploy.watch import FolderWatch, Sort
 from flawsift.deploy.webhook import Webhook, _post
 from flawsift.errors import InputError, ParameterError
@@ -412,6 +412,12 @@ def test_the_command_scores_with_a_model(
         assert row.status in said
         assert len(row.model) == 12
     assert "Done: 1 defect, 1 ok." in err
+    with sole_writer(out):
+        code, _, err = cli("watch", exported, folder, "--out", out, "--once")
+    assert code == 2
+    assert "Another program writes" in err
+    code, _, err = cli("watch", exported, folder, "--out", tmp_path / "none" / "out.jsonl", "--once")
+    assert (code, "no such folder" in err) == (2, True)
     code, _, err = cli("watch", exported, tmp_path / "none", "--out", out)
     assert code == 2
     assert "is not there" in err

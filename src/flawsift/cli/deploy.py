@@ -106,11 +106,12 @@ def watch(
     rate: Rate = None,
 ) -> None:
     """Score images of a folder as they appear; started again, it goes on where it was."""
+    from flawsift.deploy.results import sole_writer
     from flawsift.deploy.watch import FolderWatch
     from flawsift.deploy.webhook import Webhook
     from flawsift.runtime import Inspector
 
-    with _exported(model) as path:
+    with _exported(model) as path, sole_writer(out):
         inspector = Inspector(path, false_alarm_rate=rate)
         digest = hashlib.sha256(inspector.path.read_bytes()).hexdigest()[:12]
         watched = FolderWatch(
@@ -202,7 +203,7 @@ class _Stop(threading.Event):
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[_Stop]:
     """The first Ctrl-C, or wish of the system, lets the image at hand be finished; the second ends at once."""
-    stop, before = _Stop(), {}
+    stop, before = _Stop(), dict[int, Any]()
 
     def ask(number: int, frame: object) -> None:
         stop.number = number
@@ -210,8 +211,9 @@ def _stopped_by_signals() -> Iterator[_Stop]:
         signal.signal(number, before[number])
 
     if threading.current_thread() is threading.main_thread():  # only that one may say so
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
+        before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield stop
     finally:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from flawsift.errors import InputError
+from flawsift.errors import InputError, OutputError
 from flawsift.files import write_bytes
 
 Key = tuple[str, int, int]  # path in the folder, size, time of the last change in ns
@@ -153,6 +153,30 @@ class ResultsFile:
             content = file.read()
             if content and not content.endswith(b"\n"):
                 file.truncate(content.rfind(b"\n") + 1)
+
+
+@contextlib.contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Refuse a second program that would write the same file of results; drives without locks let it in.
+
+    Raises:
+        OutputError: There is another one, or the folder is not there.
+    """
+    from filelock import FileLock, Timeout  # slow to import
+
+    lock = FileLock(path.with_name(f".{path.name}.watch.lock"), timeout=0, fallback_to_soft=False)
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"Cannot write '{path}': there is no such folder.")
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise OutputError(f"Another program writes '{path}' at present. Name another file with --out.") from error
+    except (NotImplementedError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _checked(values: Any) -> Mapping[str, Any]:
