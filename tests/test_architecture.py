@@ -17,8 +17,8 @@ import flawsift
 ROOT = Path(flawsift.__file__).parent
 # Modules of the first line are leaves: they import nothing of flawsift but each other.
 LEAVES = ["damage", "errors", "executors", "files", "paths", "progress", "tables", "types", "workers"]
-ROOMS = ["data", "runtime", "datasets", "features", "metrics", "detectors", "screening", "models", "deploy"]
-ROOMS += ["reports", "pipeline"]
+ROOMS = ["data", "runtime", "datasets", "features", "metrics", "detectors", "screening", "models"]
+ROOMS += ["reports", "deploy", "pipeline"]
 ROOMS += ["review", "benchmark", "cli", "testing"]
 
 # What still fits on a screen or two. A function may be larger where a comment `# long: REASON` says why, beside its

@@ -170,9 +170,11 @@ def _load_openvino(path: Path, n_threads: int | None) -> tuple[Run, str]:
     if n_threads is not None:
         options["INFERENCE_NUM_THREADS"] = n_threads
     try:
-        model = openvino.Core().read_model(str(path))
+        core = openvino.Core()
+        core.set_property({"ENABLE_MMAP": False})  # who overwrites a mapped file in place kills those that run it
+        model = core.read_model(str(path))
         card = model.get_rt_info([CARD]).astype(str) if model.has_rt_info([CARD]) else ""
-        compiled = openvino.Core().compile_model(model, "CPU", options)
+        compiled = core.compile_model(model, "CPU", options)
     except Exception as error:  # what a damaged file raises is not documented
         raise ModelError(f"'{path}' cannot be loaded: {_first_line(error)}") from error
     own = threading.local()  # a request answers one call at a time

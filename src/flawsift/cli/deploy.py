@@ -1,16 +1,27 @@
 """The commands that bring a model to a production line."""
 
+import contextlib
+import hashlib
+import json
+import os
+import signal
 import statistics
+import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flawsift.cli.options import AsJson, ModelChoice, say, takes_groups, threshold_lines, warning_lines
+from flawsift.cli.options import AsJson, ModelChoice, Rate, say, takes_groups, threshold_lines, warning_lines
+from flawsift.paths import show
 
 if TYPE_CHECKING:
+    from flawsift.deploy.results import Row
     from flawsift.models.model import Model
 
 MAX_CHECKED = 200  # pictures that an export is compared on: a minute
@@ -21,6 +32,22 @@ class ExportFormat(StrEnum):
 
     onnx = "onnx"
     openvino = "openvino"
+
+
+class Sorting(StrEnum):
+    """As `flawsift.deploy.watch.Sort`."""
+
+    none = "none"
+    move = "move"
+    link = "link"
+
+
+Exported = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="File or folder of `flawsift export-model`, or a model folder.", show_default=False
+    ),
+]
 
 
 @takes_groups
@@ -57,6 +84,155 @@ def export_model(
     lines = [*warning_lines(threshold), *lines]
     lines.append(f'Run it: flawsift.runtime.Inspector("{path}")(image)')
     say(as_json, summary, lines)
+
+
+# long: the options of the command
+def watch(
+    model: Exported,
+    folder: Annotated[Path, typer.Argument(help="Where images appear.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Results, a line an image: .jsonl, or .csv.")] = Path(
+        "results.jsonl"
+    ),
+    sort: Annotated[Sorting, typer.Option("--sort", help="Put scored images into ok/ and defect/ in it.")] = (
+        Sorting.none
+    ),
+    webhook: Annotated[str | None, typer.Option("--webhook", help="Address that each result is sent to.")] = None,
+    new_only: Annotated[bool, typer.Option("--new-only", help="Leave out what is there at the first start.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="End when all that is there has been scored.")] = False,
+    settle: Annotated[float, typer.Option("--settle", min=0, help="Seconds a file must be unchanged.")] = 0.5,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0, help="Seconds after which a broken file is listed as unreadable.")
+    ] = 30.0,
+    rate: Rate = None,
+) -> None:
+    """Score images of a folder as they appear; started again, it goes on where it was."""
+    from flawsift.deploy.results import sole_writer
+    from flawsift.deploy.watch import FolderWatch
+    from flawsift.deploy.webhook import Webhook
+    from flawsift.runtime import Inspector
+
+    with _exported(model) as path, sole_writer(out):
+        inspector = Inspector(path, false_alarm_rate=rate)
+        digest = hashlib.sha256(inspector.path.read_bytes()).hexdigest()[:12]
+        watched = FolderWatch(
+            inspector, folder, out, sort=sort.value, new_only=new_only, settle=settle, timeout=timeout, model=digest
+        )
+        hook = None if webhook is None else Webhook(webhook, watched.results)
+
+        def on_row(row: "Row") -> None:
+            if hook is not None:
+                hook.notify()
+            score = row.reason if row.score is None else f"{row.score:.4g} (p-value {row.p_value:.2g})"
+            typer.echo(show(f"{row.status:<10} {row.file.encode('unicode_escape').decode()}  {score}"))
+            sys.stdout.flush()
+
+        typer.echo(f"Watching '{show(folder)}'; results go to '{show(out)}'. Stop with Ctrl-C.", err=True)
+        with _stopped_by_signals() as stop:
+            if hook is not None:
+                hook.start()
+            watched.run(stop, once=once, on_row=on_row)
+            left = 0 if hook is None else hook.stop()
+        counts = ", ".join(f"{n} {status}" for status, n in sorted(watched.counts.items())) or "no images"
+        unsent = f" {left} results are still to be sent to the webhook." if left else ""
+        word = "Done" if stop.number is None else "Stopped"
+        typer.echo(f"{word}: {counts}.{unsent} The same command goes on where it was.", err=True)
+        if stop.number is not None:
+            raise typer.Exit(128 + stop.number)
+
+
+# long: the options of the command
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]MODEL...",
+            help="Files or folders of `flawsift export-model`, or model folders.",
+            show_default=False,
+        ),
+    ],
+    host: Annotated[str, typer.Option("--host", help="Another address than this machine's needs an API key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="File that holds the API key. [$FLAWSIFT_API_KEY]")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Pictures that are scored at a time.")] = 2,
+    max_requests: Annotated[
+        int, typer.Option("--max-requests", min=1, help="Requests at a time; more are told to come again.")
+    ] = 32,
+    max_megabytes: Annotated[int, typer.Option("--max-megabytes", min=1, help="Of a request.")] = 64,
+    max_megapixels: Annotated[int, typer.Option("--max-megapixels", min=1, help="Of a picture.")] = 50,
+    rate: Rate = None,
+) -> None:
+    """Answer pictures over HTTP with scores and verdicts; a changed model file is taken without a pause."""
+    from flawsift.deploy.gate import Limits, check_key
+    from flawsift.deploy.products import Product, read_products
+    from flawsift.deploy.serve import serve as run
+
+    key = os.environ.get("FLAWSIFT_API_KEY") if key_file is None else key_file.read_text("utf-8")
+    check_key(key, host)  # before models are loaded
+    limits = Limits(
+        max_body=max_megabytes << 20, max_pixels=max_megapixels * 10**6, max_requests=max_requests, workers=workers
+    )
+    with contextlib.ExitStack() as stack:
+        served = {}
+        for name, path in read_products(models).items():
+            exported = stack.enter_context(_exported(path))
+            threads = max((os.cpu_count() or 1) // workers, 1)
+            served[name] = Product(exported, false_alarm_rate=rate, n_threads=threads)
+        run(served, host=host, port=port, key=key, limits=limits, log=_log_line, on_ready=_say_served)
+
+
+def _log_line(told: Mapping[str, Any]) -> None:
+    """A request as JSON on stdout. A log that cannot be written is no reason to refuse it."""
+    with contextlib.suppress(OSError):
+        typer.echo(json.dumps(told))
+
+
+def _say_served(address: str) -> None:
+    typer.echo(f"Serving at {address}; stop with Ctrl-C. A line for each request follows.", err=True)
+
+
+class _Stop(threading.Event):
+    """Set by a signal, of which it keeps the number."""
+
+    number: int | None = None
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[_Stop]:
+    """The first Ctrl-C, or wish of the system, lets the image at hand be finished; the second ends at once."""
+    stop, before = _Stop(), dict[int, Any]()
+
+    def ask(number: int, frame: object) -> None:
+        stop.number = number
+        stop.set()
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():  # only that one may say so
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
+        before = {number: signal.signal(number, ask) for number in heard}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _exported(model: str) -> Iterator[Path]:
+    """An exported file, or that of a model folder, made for as long as it is needed."""
+    path = Path(model)
+    if not (path / "model.json").is_file():
+        yield path
+        return
+    from flawsift.deploy.export import export_model as export
+    from flawsift.models.model import load_model
+
+    with tempfile.TemporaryDirectory(prefix="flawsift-") as folder:
+        yield export(load_model(path), Path(folder) / "exported")
 
 
 def _percent(parity: dict[str, Any]) -> str:

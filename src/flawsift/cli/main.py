@@ -19,7 +19,7 @@ from flawsift import __version__
 from flawsift.cli import stages, tools, use
 from flawsift.cli.benchmark import benchmark, benchmark_report, cache_app
 from flawsift.cli.calibrate import calibrate
-from flawsift.cli.deploy import export_model
+from flawsift.cli.deploy import export_model, serve, watch
 from flawsift.cli.options import TOLD
 from flawsift.errors import FlawsiftError
 
@@ -55,6 +55,8 @@ def _root(
 for command in (stages.screen, stages.fit, use.predict, use.drift, use.evaluate, calibrate):
     app.command()(command)
 app.command("export-model")(export_model)
+app.command()(watch)
+app.command()(serve)
 for command in (tools.review, tools.export, tools.diagnose, tools.demo, tools.detectors):
     app.command()(command)
 app.command()(benchmark)

@@ -3,16 +3,16 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageFilter
-from torch import Tensor
 
-from flawsift.detectors.parts.maps import upsample
 from flawsift.files import ensure_folder, write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Violet, magenta, orange, yellow: lightness rises all the way, as in matplotlib's plasma, so that the order can be read
 # without hue, and every colour stands out from the greys of industrial pictures.
@@ -79,7 +79,7 @@ def colours(levels: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
 
 
 def overlay(
-    image: Image.Image, map: npt.NDArray[Any] | Tensor, scale: Scale, *, max_edge: int | None = 512
+    image: Image.Image, map: "npt.NDArray[Any] | Tensor", scale: Scale, *, max_edge: int | None = 512
 ) -> Image.Image:
     """A heatmap over a picture: the higher a value, the more opaque; a line surrounds what is above the threshold.
 
@@ -96,7 +96,7 @@ def overlay(
     return Image.alpha_composite(picture.convert("RGBA"), layer(picture.size, map, scale)).convert("RGB")
 
 
-def layer(size: tuple[int, int], map: npt.NDArray[Any] | Tensor, scale: Scale) -> Image.Image:
+def layer(size: tuple[int, int], map: "npt.NDArray[Any] | Tensor", scale: Scale) -> Image.Image:
     """The heatmap alone, to be laid over a picture of a size (width, height): RGBA, transparent up to `scale.low`.
 
     Args:
@@ -104,7 +104,11 @@ def layer(size: tuple[int, int], map: npt.NDArray[Any] | Tensor, scale: Scale) -
         map: (h, w), square or not; stretched over the picture.
         scale: What the colours mean.
     """
-    values = _stretch(map, size, scale)
+    return painted(_stretch(map, size, scale), scale)
+
+
+def painted(values: npt.NDArray[np.float32], scale: Scale) -> Image.Image:
+    """A map that has the picture's size, (H, W), as a heatmap to be laid over it: RGBA, as `layer` makes it."""
     steps = colours(np.linspace(0, 1, 256))  # a table: colouring 256 levels is cheaper than colouring each pixel
     colour = steps[np.rint(255 * scale.levels(values)).astype(np.uint8)]
     _draw_contour(colour, values > scale.threshold)
@@ -126,7 +130,7 @@ def peak_position(map: npt.NDArray[np.floating[Any]]) -> str:
     return f"highest {100 * (column + 0.5) / w:.0f} % from the left and {100 * (row + 0.5) / h:.0f} % from the top"
 
 
-def save_overlay(path: Path, image: Image.Image, map: npt.NDArray[Any] | Tensor, scale: Scale) -> None:
+def save_overlay(path: Path, image: Image.Image, map: "npt.NDArray[Any] | Tensor", scale: Scale) -> None:
     """Write an overlay as PNG in one step, and the folders above it.
 
     Raises:
@@ -139,9 +143,13 @@ def save_overlay(path: Path, image: Image.Image, map: npt.NDArray[Any] | Tensor,
     write_bytes(path, buffer.getvalue(), durable=False)  # pictures are many, and made again from the same command
 
 
-def _stretch(map: npt.NDArray[Any] | Tensor, size: tuple[int, int], scale: Scale) -> npt.NDArray[np.float32]:
+def _stretch(map: "npt.NDArray[Any] | Tensor", size: tuple[int, int], scale: Scale) -> npt.NDArray[np.float32]:
     """(H, W) of a picture from (h, w): bilinear to a square, then to the picture's shape, as the network saw it."""
-    array = map.detach().cpu().float().numpy() if isinstance(map, Tensor) else map
+    import torch  # here, so that a machine without it can paint the maps of exported models
+
+    from flawsift.detectors.parts.maps import upsample
+
+    array = map.detach().cpu().float().numpy() if isinstance(map, torch.Tensor) else map
     values = torch.from_numpy(np.array(array, np.float32))  # a copy: torch warns of read-only arrays
     # one nan would spread over its neighbours, one infinity over the whole cell
     values = values.nan_to_num(nan=scale.low, posinf=2 * scale.threshold - scale.low, neginf=scale.low)

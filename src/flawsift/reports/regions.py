@@ -4,15 +4,16 @@ A map is wide around a defect: a patch that touches it is unlike the normal ones
 line at the image threshold is then many times as large as the defect. What lies within is the top of its own hill.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from flawsift.reports.evidence import smoothed
 from flawsift.reports.overlays import Scale
-from flawsift.screening.result import Screening
+
+if TYPE_CHECKING:
+    from flawsift.screening.result import Screening  # with torch, which a machine that runs exported models lacks
 
 Floats = npt.NDArray[np.float32]
 Cells = npt.NDArray[np.bool_]
@@ -39,7 +40,7 @@ class Region(NamedTuple):
     area: float
 
 
-def normal_level(screening: Screening) -> float:
+def normal_level(screening: "Screening") -> float:
     """What an ordinary place of an ordinary image scores: the median of the maps of kept images."""
     assert screening.patch_maps is not None
     kept = screening.patch_maps[screening.is_kept]
@@ -60,10 +61,17 @@ def regions(
         level: See `normal_level`.
         size: (width, height) of the picture.
     """
+    from flawsift.reports.evidence import smoothed
+
     values = smoothed(patch_map).numpy()
     if scale is None or values.min() == values.max():
         return [_region(np.ones((1, 1), np.bool_), size)]
-    return [_region(cells, size) for cells in hills(values, scale.threshold, min(level, float(values.max())))]
+    return regions_of(values, scale.threshold, min(level, float(values.max())), size)
+
+
+def regions_of(values: Floats, threshold: float, level: float, size: tuple[int, int]) -> list[Region]:
+    """The regions of a map (h, w) on a picture of a size (width, height), by the rule of `regions`."""
+    return [_region(cells, size) for cells in hills(values, threshold, level)]
 
 
 def hills(values: Floats, threshold: float, level: float) -> list[Cells]:
