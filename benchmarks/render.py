@@ -101,9 +101,10 @@ def peers(results: Path) -> str | None:
 def quorum_cost(results: Path) -> str | None:
     """Time and memory of Quorum by the number of images."""
     rows = read(results / "quorum.csv")
-    rows = rows[(rows["kind"] == "cost") & (rows["commit"] == rows["commit"].iloc[-1])] if len(rows) else rows
+    rows = rows[rows["kind"] == "cost"] if len(rows) else rows
     if rows.empty:
         return None
+    rows = rows[rows["commit"] == rows["commit"].iloc[-1]]
     body = [
         [
             f"{int(row['n']):,}",
