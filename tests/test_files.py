@@ -292,3 +292,22 @@ def test_a_plan_of_somebody_else_touches_nothing_outside(name: str, tmp_path: Pa
         with pytest.raises(OutputError, match="leads out of the folder"):
             settle(folder)
         assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "[" * 100_000, "[]", "{}", '{"gone": 3, "aside": {}}', '{"gone": [3], "aside": {}}',
+        '{"gone": ["../mine"], "aside": {}}', '{"gone": [], "aside": {"../mine": "x"}}',
+        '{"gone": [], "aside": {"new": "/mine"}}',
+    ],
+)  # fmt: skip
+def test_a_damaged_plan_is_told_and_reaches_no_file_outside(tmp_path: Path, plan: str) -> None:
+    (tmp_path / "mine").write_text("work")
+    pending = tmp_path / "r" / PENDING
+    (pending / "new").mkdir(parents=True)
+    (pending / "plan.json").write_text(plan)
+    with pytest.raises(OutputError, match=r"cannot be finished: its plan.json is damaged"):
+        settle(tmp_path / "r")
+    assert (tmp_path / "mine").read_text() == "work"
+    assert pending.is_dir()

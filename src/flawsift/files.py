@@ -245,10 +245,10 @@ def _settle(folder: Path) -> None:
     if not pending.is_dir():
         return
     gone, aside = _plan(pending)
-    for source, away in aside.items():
-        if os.path.lexists(folder / source) and not os.path.lexists(folder / away):
-            (folder / away).parent.mkdir(exist_ok=True)
-            (folder / source).replace(folder / away)
+    for source, moved in aside.items():
+        if os.path.lexists(folder / source) and not os.path.lexists(folder / moved):
+            (folder / moved).parent.mkdir(exist_ok=True)
+            (folder / source).replace(folder / moved)
     changed = {folder}
     for path in _files_below(pending / NEW):
         target = folder / path.relative_to(pending / NEW)

@@ -158,6 +158,7 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "empty index": (lambda shard: (shard / "index.json").write_bytes(b""), "index.json is damaged"),
     "truncated index": (lambda shard: os.truncate(shard / "index.json", 100), "index.json is damaged"),
     "index of another kind": (lambda shard: (shard / "index.json").write_text("[3]"), "index.json is damaged"),
+    "index of brackets": (lambda shard: (shard / "index.json").write_text("[" * 100_000), "index.json is damaged"),
     "index in another order": (lambda shard: _edit_index(shard / "index.json", _swap_digests), "lists other images"),
     "index without a layer": (
         lambda shard: _edit_index(shard / "index.json", lambda c: c["layers"].pop("stage3")),

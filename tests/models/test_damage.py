@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from flawsift import pipeline
 from flawsift.datasets import Dataset
 from flawsift.detectors.base import make_detector
-from flawsift.errors import ModelError
+from flawsift.errors import FlawsiftError, ModelError
 from flawsift.features.backbones import load_backbone
 from flawsift.files import MANIFEST
 from flawsift.models.model import Model, load_model
@@ -137,8 +137,11 @@ def test_a_tensor_replaces_no_method_and_no_parameter(folder: Path, name: str) -
 @pytest.mark.parametrize(
     "content",
     [
-        "[]", "3", "null", '"text"', "", "{", "\x00", "{}", {"format": None}, {"format": "1"}, {"format": []},
-        {"backbone": []}, {"backbone": {"spec": 3, "weights_digest": ""}},
+        "[" * 100_000, "[]", "3", "null", '"text"', "", "{", "\x00", "{}", {"format": None}, {"format": "1"},
+        {"format": []}, {"backbone": []}, {"backbone": {"spec": 3, "weights_digest": ""}},
+        {"backbone": {"spec": {"name": 3}, "weights_digest": ""}},
+        {"backbone": {"spec": {"name": "tiny", "weights": [1]}, "weights_digest": ""}},
+        {"backbone": {"spec": {"name": "tiny", "size": 10**40}, "weights_digest": ""}},
         {"backbone": {"spec": {"name": "tiny", "colour": "red"}, "weights_digest": ""}}, {"training": None},
         {"training": [1]}, {"training": {"false_alarm_rate": "often"}}, {"training": {"false_alarm_rate": 7}},
         {"calibration": None}, {"calibration": {}}, {"calibration": [1, float("nan")]}, {"calibration": [1, "x"]},
@@ -151,7 +154,16 @@ def test_other_content_is_an_error_and_no_traceback(folder: Path, content: Any) 
         _edit_model(folder, **content)
     else:
         (folder / "model.json").write_text(content)
-    with pytest.raises(ModelError):
+    with pytest.raises(FlawsiftError):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "3", '{"name": 3}', '{"name": "patchcore", "params": 3}', ""])
+def test_other_content_of_the_detector_is_an_error_too(folder: Path, content: str) -> None:
+    (folder / MANIFEST).unlink()
+    (folder / "detector.json").write_text(content)
+    _edit_model(folder, detector_digest=_digest(folder / "detector.json"))
+    with pytest.raises(ModelError, match=r"is not a readable detector folder|Unknown detector"):
         load_model(folder)
 
 

@@ -67,11 +67,11 @@ def test_the_table_tells_where_a_heatmap_is(tmp_path: Path) -> None:
         (tmp_path / "in").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "in" / name, "PNG")
     images = ImageSet.from_files(tmp_path / "in", dict(enumerate(names)))
-    scores = np.arange(5, dtype=np.float32)
+    scores = np.arange(5, dtype=np.float64)
     writer = OverlayWriter(tmp_path / MAPS, Calibration.of([0.5, 1.0, 1.5]), CUT)
     drawn = images.select(range(3))
-    writer(drawn, Prediction(drawn.ids, scores[:3], np.ones((3, 8, 8), np.float32)))
-    predictions = Predictions(images.ids, tuple(names), scores.astype(np.float64), {4: "damaged"}, CUT)
+    writer(drawn, Prediction(drawn.ids, scores[:3].astype(np.float32), np.ones((3, 8, 8), np.float32)))
+    predictions = Predictions(images.ids, tuple(names), scores, {4: "damaged"}, CUT)
     rows = read_table(write_predictions(predictions, tmp_path, heatmaps=[0, 1, 2, 4]), "Table", [("heatmap",)])
     assert [row["path"] for row in rows] == names
     written = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / MAPS).rglob("*.png")}

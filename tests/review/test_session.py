@@ -13,6 +13,7 @@ from flawsift.data.images import ImageSet
 from flawsift.errors import InputError
 from flawsift.review import session as reviewing
 from flawsift.review.session import Review
+from flawsift.screening.decisions import read_decisions
 from flawsift.screening.storage import images_of, load_screening
 from tests.review.material import ODD
 
@@ -120,3 +121,19 @@ def test_names_are_found_by_what_is_shown(screened: Path) -> None:
     images = images_of(load_screening(screened / "s"))
     assert ODD in images.names
     assert images.image(images.ids.tolist()[images.names.index(ODD)]).size == (64, 64)
+
+
+def test_decisions_are_found_by_what_people_call_an_image(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = folder / "decisions.csv"
+    table.write_text("path,decision\n.\\part-03.png,remove\nother/x.png,keep\n")
+    review = Review.open(folder)
+    assert "1 of 2 decisions" in caplog.text
+    assert "other/x.png" in caplog.text
+    id_ = review.id_of["part-03.png"]
+    assert review.changes_since(-1)["decisions"] == {id_: ["remove", 1]}
+    assert id_ not in review.reviewed_screening().kept
+    review.decide([{"id": id_, "decision": "keep", "version": 1}])
+    assert read_decisions(table) == {"part-03.png": "keep", "other/x.png": "keep"}
+    table.write_text("path,decision\n.\\part-03.png,remove\npart-03.png,remove\n")
+    with pytest.raises(InputError, match=r"1 images are named twice by the decisions in '.*decisions\.csv'"):
+        Review.open(folder)

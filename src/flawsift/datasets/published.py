@@ -143,7 +143,7 @@ def require_files(name: str, folder: Path, entries: list[Entry], layout: str) ->
     """Raise InputError unless all images and masks are there; says which are not, and what was expected."""
     masks = [mask for e in entries if e.mask is not None for mask in files_of(e.mask)]
     wanted = [(e.file, folder / e.file) for e in entries]
-    wanted += [(m.relative_to(folder).as_posix(), m) for m in masks]
+    wanted += [(m.relative_to(folder).as_posix() if m.is_relative_to(folder) else str(m), m) for m in masks]
     if absent := [file for file, path in wanted if not path.is_file()]:
         raise InputError(
             f"{len(absent)} of {len(wanted)} files of {name} are not in '{show(folder)}': {name_some(absent)}. "

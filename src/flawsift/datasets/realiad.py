@@ -83,6 +83,8 @@ def _read(path: Path, category: str) -> dict[str, Any]:
         rows = [*content["train"], *content["test"]]
         missing = [f for f in FIELDS if any(f not in row for row in rows)]
         missing += [f"meta.{f}" for f in ("prefix", "normal_class") if not isinstance(content["meta"].get(f), str)]
+        if not missing and not all(isinstance(row["image_path"], str) and _is_mask(row["mask_path"]) for row in rows):
+            raise TypeError("a path is no text")
         empty = [part for part in ("train", "test") if not content[part]]
         others = sorted({str(row["category"]) for row in rows if "category" in row} - {category})
     except OSError as error:
@@ -98,6 +100,10 @@ def _read(path: Path, category: str) -> dict[str, Any]:
     if others:
         raise InputError(f"The split file '{show(path)}' names images of {name_some(others)}, not of {category} only.")
     return content
+
+
+def _is_mask(path: object) -> bool:
+    return path is None or isinstance(path, str)
 
 
 def _entry(row: dict[str, Any], images: Path, normal: str, part: str) -> Entry:

@@ -34,6 +34,7 @@ from flawsift.features.trunks import EMBEDDED, LayerInfo, Trunk, build, digest_o
 INTERPOLATION = "square-bilinear-antialias"
 SIZES = (256, 384)  # of the default network's input, in pixels: for small images and for others, see `fitting_size`
 N_MEASURED = 20  # images by which that is told
+MAX_SIZE = 2**14  # the pixels of one image are then 3 GiB as floats
 MIN_SIZE = 32  # below, the deepest stage of the usual networks is smaller than one cell
 # Images at a time where layers are averaged: the eight blocks that Dinomaly averages are 20 MB per image at ViT-B.
 MEAN_BATCH = 8
@@ -156,8 +157,12 @@ def load_backbone(
         ParameterError: An unknown name, or a size, runtime or device that cannot be had.
         WeightsError: The weights are missing, unreachable or not the ones of this network.
     """
+    if not isinstance(name, str) or not isinstance(weights, str | Path | None):
+        raise ParameterError(f"The name of a backbone and its weights must be texts, got {name!r} and {weights!r}.")
     if not isinstance(size, int) or size < MIN_SIZE:
         raise ParameterError(f"size must be a whole number of at least {MIN_SIZE} pixels, got {size}.")
+    if size > MAX_SIZE:
+        raise ParameterError(f"size must be at most {MAX_SIZE} pixels, got {size}.")
     place = device_for(runtime, device)
     model, mean, std = build(name, Path(weights) if weights is not None else None, size)
     trunk = Trunk(model, mean, std, name)

@@ -32,6 +32,7 @@ FILES = (CSV, JSON, ORIGINAL, MAPS, REJECTED, DESCRIPTIONS, EVIDENCE)
 ROOT = "images_root"  # in screening.json: the folder that the paths are relative to
 log = logging.getLogger("flawsift")
 Kind = TypeVar("Kind", bound=np.generic)
+Told = TypeVar("Told")
 
 
 def save_screening(screening: Screening, folder: str | Path) -> Path:
@@ -129,6 +130,8 @@ def _load(folder: Path) -> Screening:
         is_kept = np.array([is_yes(row["kept"]) for row in rows])
         consensus = np.array([float(row["consensus"]) for row in rows])
         estimate, options = content.pop("contamination"), content["options"]
+        if content.get(ROOT) is not None:
+            _of_kind(content[ROOT], str)
         # screenings of earlier versions do not name the screener among the options
         options = {"screener": content.get("detector", {}).get("name", "own"), **options}
         seed, keep_share = options.pop("seed"), options.pop("keep_share")
@@ -150,7 +153,7 @@ def _load(folder: Path) -> Screening:
             rejected=_array(parts, REJECTED, len(rows), 3, np.bool_),
             submodels=_submodels(rows),
             descriptions=_array(parts, DESCRIPTIONS, len(rows), 2, np.float16),
-            unreadable=content["unreadable"],
+            unreadable={name: str(reason) for name, reason in content["unreadable"].items()},
             evidence=load_evidence(parts.read(EVIDENCE), EVIDENCE, ids) if EVIDENCE in parts else None,
             set_aside=set_aside,
             groups={int(row["id"]): row["group"] for row in rows if row["group"]} if has_groups else {},
@@ -192,7 +195,15 @@ def _estimate(saved: Mapping[str, Any] | None) -> Contamination | None:
     if saved is None:
         return None
     ends = saved.get("interval")
-    return Contamination(**{**saved, "interval": None if ends is None else (float(ends[0]), float(ends[1]))})
+    estimate = {**saved, "interval": None if ends is None else (float(ends[0]), float(ends[1]))}
+    estimate |= {"alpha_hat": float(saved["alpha_hat"]), "method": _of_kind(saved["method"], str)}
+    return Contamination(**{**estimate, "evidence": dict(saved["evidence"])})
+
+
+def _of_kind(value: Any, kind: type[Told]) -> Told:
+    if not isinstance(value, kind):
+        raise TypeError(f"{JSON} has {value!r} where it should have {kind.__name__}")
+    return value
 
 
 def images_of(screening: Screening, root: str | Path | None = None) -> ImageSet:

@@ -1,0 +1,100 @@
+"""Screenings on disk whose values are of other kinds than were written, and whose names a spreadsheet would run."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flawsift import pipeline
+from flawsift.data.images import ImageSet
+from flawsift.errors import FlawsiftError, InputError
+from flawsift.features.backbones import Backbone
+from flawsift.reports.export import export
+from flawsift.reports.wording import explanation, headline
+from flawsift.screening.decisions import Change, DecisionStore, read_decisions
+from flawsift.screening.storage import images_of, load_screening, save_screening
+from flawsift.tables import cells_of
+from tests.reports.material import make_evidence, make_screening, noise
+
+WRONG: Sequence[Any] = (None, -1, 10**40, "x", [[]], {"a": 1}, float("inf"))
+IDS = [3, 7, 5, 1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    screening = make_screening(ImageSet.from_arrays(noise(len(IDS)), ids=IDS), n_removed=1, evidence=make_evidence(IDS))
+    save_screening(screening, tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").unlink()  # as in a screening of an earlier version
+    return tmp_path / "s"
+
+
+def variants(value: Any) -> Iterator[Any]:
+    """JSON with one value of another kind each, however deep."""
+    yield from WRONG
+    keys = value if isinstance(value, dict) else range(min(1, len(value))) if isinstance(value, list) else ()
+    for key in keys:
+        for other in variants(value[key]):
+            changed = value.copy()
+            changed[key] = other
+            yield changed
+
+
+def test_values_of_other_kinds_are_told(folder: Path) -> None:
+    content = json.loads((folder / "screening.json").read_text())
+    content |= {"images_root": str(folder), "unreadable": {"a.png": "empty"}}
+    assert {"contamination", "options", "set_aside"} <= set(content)
+    n_refused = 0
+    for changed in variants(content):
+        (folder / "screening.json").write_text(json.dumps(changed))
+        try:
+            screening = load_screening(folder)
+            assert headline(screening)
+            assert explanation(screening)
+            assert all(reason.strip() for reason in screening.unreadable.values())
+            images_of(screening)
+        except FlawsiftError:
+            n_refused += 1
+    assert n_refused > 100
+
+
+@pytest.mark.parametrize("name", ["screening.json", "manifest.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "[]", "3", "", "\0"])
+def test_what_is_no_table_of_values_is_told(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match="is damaged"):
+        load_screening(folder)
+
+
+@pytest.mark.parametrize("content", ["", "id,path\n", "id,path,kept,error\n" + "a" * 200_000 + ",b,1,\n", '"', "\0"])
+def test_a_table_that_cannot_be_read_is_told(folder: Path, content: str) -> None:
+    (folder / "screening.csv").write_text(content)
+    with pytest.raises(InputError, match="is damaged"):
+        load_screening(folder)
+
+
+def test_no_cell_of_a_path_begins_a_formula_and_all_are_understood(
+    easy_folder: Path, tiny: Backbone, tmp_path: Path
+) -> None:
+    parts = Path(shutil.copytree(easy_folder, tmp_path / "parts"))
+    odd = ["=cmd.png", "+1.png", "-2.png", "@sum.png", "\tb.png", "'=c.png"]
+    for i, name in enumerate(odd):
+        (parts / f"part-{i:02}.png").rename(parts / name)
+    pipeline.screen(parts, "padim", tiny, out=tmp_path / "s")
+    screening = load_screening(tmp_path / "s")
+    assert set(odd) < set(screening.names)
+    store = DecisionStore(tmp_path / "s" / "decisions.csv", screening.names)
+    store.write([Change(name, "remove", 0) for name in odd])
+    assert read_decisions(store.path) == dict.fromkeys(odd, "remove")
+    export(screening, images_of(screening), tmp_path / "e", "csv", choices=read_decisions(store.path))
+    for table in (tmp_path / "s" / "screening.csv", store.path, tmp_path / "e" / "images.csv"):
+        header, *rows = cells_of(table.read_bytes())
+        names = [row[header.index("path")] for row in rows]
+        assert set(odd) <= set(names)
+        for line in table.read_bytes().splitlines()[1:]:
+            assert not any(cell.strip(b'"')[:1] in (b"=", b"+", b"@", b"\t") for cell in line.split(b","))
+            assert b",-2" not in line
+    kept = pipeline.fit(parts, "padim", tiny, screening=tmp_path / "s", decisions=store.path).model.training["n_kept"]
+    assert kept <= len(screening.ids) - len(odd)
