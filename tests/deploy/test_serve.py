@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,13 +23,17 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from flawsift.datasets import Dataset
 from flawsift.deploy import gate, products
 from flawsift.deploy import serve as serving
+from flawsift.deploy.export import export_model
 from flawsift.deploy.gate import Limits, check_key
 from flawsift.deploy.products import Loaded, Product, read_products
 from flawsift.deploy.serve import make_app, serve
 from flawsift.errors import ModelError, ParameterError
+from flawsift.features.backbones import Backbone
 from flawsift.runtime import Inspector, Verdict
+from tests.deploy.test_graph import fitted
 
 BASE = "http://127.0.0.1:8000"
 KEY = "0123456789abcdef"
@@ -319,6 +324,27 @@ def test_other_addresses_need_a_key() -> None:
             check_key(key, "127.0.0.1")
 
 
+def test_answers_are_sent_without_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[socket.socket] = []
+
+    def run(server: Any, sockets: list[socket.socket]) -> None:
+        with socket.create_connection(sockets[0].getsockname()):
+            taken.append(sockets[0].accept()[0])
+
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    serve({}, port=0)
+    with taken[0] as connection:
+        assert connection.proto == socket.IPPROTO_TCP  # by which asyncio knows that it may set TCP_NODELAY
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_an_openvino_file_may_be_overwritten(easy: Dataset, tiny: Backbone, tmp_path: Path) -> None:
+    path = export_model(fitted("padim", easy, tiny), tmp_path / "model", "openvino")
+    product = Product(path)
+    assert str(path.with_suffix(".bin")) not in Path("/proc/self/maps").read_text("utf-8")
+    assert product.current.inspector(np.zeros((64, 64, 3), np.uint8)).score > 0
+
+
 def test_names_of_products() -> None:
     assert read_products(["a"]) == {"default": "a"}
     assert read_products(["x=a", "y-1=b=c"]) == {"x": "a", "y-1": "b=c"}
@@ -446,8 +472,10 @@ def test_the_command_serves_without_torch(exported: Path, bad: bytes, tmp_path: 
         assert told["regions"]
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(urllib.request.Request(address, bad), timeout=60).close()
-        logged = [json.loads(process.stdout.readline()) for _ in range(2)]
-        assert [line["status"] for line in logged] == [200, 401]
+        with pytest.raises(urllib.error.HTTPError, match="413"):  # heard, though it was still sending
+            urllib.request.urlopen(urllib.request.Request(address, bytes(90 << 20), {"X-API-Key": KEY})).close()
+        logged = [json.loads(process.stdout.readline()) for _ in range(3)]
+        assert [line["status"] for line in logged] == [200, 401, 413]
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130

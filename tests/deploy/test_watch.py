@@ -226,6 +226,43 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(folder: Path, tmp_pa
     assert [row.size for row in rows] == [len(replaced)]
 
 
+def test_an_image_that_is_written_anew_before_it_is_moved_stays(folder: Path, tmp_path: Path) -> None:
+    path = folder / "a.png"
+    path.write_bytes(picture(10))
+    watched = FolderWatch(brightness, folder, tmp_path / "out.jsonl", sort="move", settle=0)
+    append = watched.results.append
+
+    def append_and_replace(row: Row) -> None:
+        append(row)
+        if row.status == "ok":
+            path.write_bytes(picture(200, 30))
+
+    watched.results.append = append_and_replace  # type: ignore[method-assign]
+    watched.run(threading.Event(), once=True)
+    watched._next_scan = 0
+    watched.run(threading.Event(), once=True)
+    assert [row.status for row in rows_of(tmp_path / "out.jsonl")] == ["ok", "defect"]
+    assert brightness((folder / "defect" / "a.png").read_bytes()).score == 200
+    assert not (folder / "ok").exists()
+
+
+def test_a_row_that_is_taken_back_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, rows = ResultsFile(tmp_path / "out.jsonl"), [Row(name, 1, 1, "ok") for name in "ab"]
+    file.open(iter(()))
+    file.append(rows[0])
+    seen: list[list[Row]] = []
+
+    def fail(handle: int) -> None:  # as a webhook's thread reads at this moment
+        seen.append([row for row, _ in file.rows()])
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError):
+        file.append(rows[1])
+    assert seen == [rows[:1]]
+    assert rows_of(file.path) == rows[:1]
+
+
 def test_what_cannot_be_read_is_listed_and_harms_nobody(filled: Path, tmp_path: Path) -> None:
     (filled / "text.png").write_text("no image")
     (filled / "empty.png").touch()
@@ -339,13 +376,13 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Receiver:
 def test_results_reach_a_webhook_once_it_answers(
     filled: Path, tmp_path: Path, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    results = ResultsFile(tmp_path / "out.jsonl")
-    results.open(iter([Row("before", 1, 1, "ok")]))
+    ResultsFile(tmp_path / "out.jsonl").open(iter([Row("before", 1, 1, "ok")]))
+    watched = FolderWatch(brightness, filled, tmp_path / "out.jsonl", settle=0)
+    results = watched.results
     receiver.failing = True
     hook = Webhook("https://host/secret", results, post=receiver)
     hook.start()
-    go(filled, results.path)
-    hook.notify()
+    watched.run(threading.Event(), once=True, on_row=lambda row: hook.notify())
     wait_for(lambda: len(receiver.keys) > 2)
     assert hook.stop() == 6
     assert len(set(receiver.keys)) == 1

@@ -106,7 +106,7 @@ def watch(
     rate: Rate = None,
 ) -> None:
     """Score images of a folder as they appear; started again, it goes on where it was."""
-    from flawsift.deploy.results import sole_writer
+    from flawsift.deploy.results import escaped, sole_writer
     from flawsift.deploy.watch import FolderWatch
     from flawsift.deploy.webhook import Webhook
     from flawsift.runtime import Inspector
@@ -123,7 +123,7 @@ def watch(
             if hook is not None:
                 hook.notify()
             score = row.reason if row.score is None else f"{row.score:.4g} (p-value {row.p_value:.2g})"
-            typer.echo(show(f"{row.status:<10} {row.file.encode('unicode_escape').decode()}  {score}"))
+            typer.echo(f"{row.status:<10} {escaped(row.file)}  {score}")
             sys.stdout.flush()
 
         typer.echo(f"Watching '{show(folder)}'; results go to '{show(out)}'. Stop with Ctrl-C.", err=True)

@@ -24,6 +24,7 @@ OPEN = ("/", "/page.js", "/health", "/ready", "/openapi.json")  # say nothing of
 MAX_PATH = 200  # characters; a product's name has at most 64
 MIN_KEY = 16  # characters: what is shorter can be guessed
 BODY_SECONDS = 30.0  # in which a body must have arrived: a client that stalls keeps a place
+DRAIN_SECONDS = 5.0  # for which the body of a refused request is read: a client that sends does not hear the answer
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; img-src data:; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; "
@@ -153,8 +154,7 @@ class Gate:
         if refusal is None and self.is_full:
             refusal = refused(429, "busy", "All places are taken. Try again.", {"Retry-After": "1"})
         if refusal is not None:
-            refusal.headers["Connection"] = "close"  # the body is not read
-            await refusal(scope, receive, send)
+            await _refuse(refusal, scope, receive, send)
             return
         self.n_active += 1
         self.metrics.active.set(self.n_active)
@@ -163,8 +163,7 @@ class Gate:
             if isinstance(body, bytes):
                 await self.app(scope, _replay(body, receive), send)
             elif body is not None:
-                body.headers["Connection"] = "close"
-                await body(scope, receive, send)
+                await _refuse(body, scope, receive, send)
         finally:
             self.n_active -= 1
             self.metrics.active.set(self.n_active)
@@ -218,6 +217,18 @@ class Gate:
 def refused(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An answer that says what is wrong."""
     return JSONResponse({"error": {"code": code, "message": message}}, status, headers)
+
+
+async def _refuse(refusal: JSONResponse, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer, and close the connection. A client that asks before it sends its body is answered at once."""
+    if scope["method"] == "POST" and refusal.status_code != 408 and "expect" not in Headers(scope=scope):
+        with anyio.move_on_after(DRAIN_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    break
+    refusal.headers["Connection"] = "close"
+    await refusal(scope, receive, send)
 
 
 def _name(host: str) -> str:

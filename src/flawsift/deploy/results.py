@@ -64,6 +64,7 @@ class ResultsFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.is_csv = self.path.suffix.lower() == ".csv"
+        self._size: int | None = None  # up to here it is on the disk: what is beyond may be taken back
 
     def open(self, skipped: Iterator[Row]) -> list[Row]:
         """All rows. Where the file is not there yet it is made, with the skipped images in it.
@@ -79,6 +80,7 @@ class ResultsFile:
             head = self._head() + "".join(self.line(row) for row in skipped)
             write_bytes(self.path, head.encode())
         self._cut_incomplete_line()
+        self._size = self.path.stat().st_size
         return [row for row, _ in self.rows()]
 
     def append(self, row: Row) -> None:
@@ -92,10 +94,12 @@ class ResultsFile:
             size = os.fstat(handle).st_size
             text = self.line(row) if size else self._head() + self.line(row)  # somebody took the file away
             left = text.encode()
+            self._size = size
             try:
                 while left:
                     left = left[os.write(handle, left) :]
                 os.fsync(handle)
+                self._size = size + len(text.encode())
             except OSError:
                 with contextlib.suppress(OSError):
                     os.ftruncate(handle, size)
@@ -117,6 +121,8 @@ class ResultsFile:
                 if not line.endswith(b"\n"):
                     return
                 end += len(line)
+                if self._size is not None and end > self._size:
+                    return
                 if self.is_csv and line == self._head().encode():
                     continue
                 try:
@@ -133,7 +139,7 @@ class ResultsFile:
         if not self.is_csv:
             return json.dumps(values, allow_nan=False) + "\n"
         text = io.StringIO()
-        cells = [_escaped(value) if isinstance(value, str) else value for value in values.values()]
+        cells = [escaped(value) if isinstance(value, str) else value for value in values.values()]
         csv.writer(text, lineterminator="\n").writerow(cells)
         return text.getvalue()
 
@@ -185,7 +191,7 @@ def _checked(values: Any) -> Mapping[str, Any]:
     return values
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """A cell on one line, in UTF-8 whatever the name of a file holds."""
     return text if text.isprintable() and "\\" not in text else json.dumps(text)[1:-1]
 

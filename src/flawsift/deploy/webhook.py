@@ -36,7 +36,7 @@ class Webhook:
 
         Args:
             url: http or https.
-            results: Whose file is there.
+            results: Of the watch that writes them, whose file is there.
             post: Sends a body under a key, or raises OSError; None sends it to the URL.
 
         Raises:
