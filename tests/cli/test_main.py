@@ -82,7 +82,7 @@ def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     assert found.code == 0, found.err
     rows = table(tmp_path / "p" / "predictions.csv")
     assert len(rows) == 50
-    assert list(rows[0]) == ["path", "score", "is_anomalous", "p_value", "error"]
+    assert list(rows[0]) == ["path", "score", "is_anomalous", "p_value", "error", "model", "heatmap"]
     assert sum(int(r["is_anomalous"]) for r in rows) == found.json["n_anomalous"]
     with Image.open(tmp_path / "p" / "maps" / "part-49.png.png") as overlay:
         assert overlay.size[0] == overlay.size[1]
@@ -132,7 +132,8 @@ def test_days_are_compared(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     days = [tmp_path / "monday", tmp_path / "tuesday" / "predictions.csv"]
     found = run("drift", tmp_path / "m", *days, "--out", tmp_path / "d")
     assert found.code == 0, found.err
-    lines = found.out.splitlines()
+    warning, *lines = found.out.splitlines()
+    assert warning.startswith("WARNING: At least 7 images look defective")
     assert lines[0].startswith("tuesday: scores rose by ")
     assert lines[0].endswith("not explained by chance.")
     assert [line.split()[0] for line in lines[2:5]] == ["training", "monday", "tuesday"]
@@ -143,7 +144,7 @@ def test_days_are_compared(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     assert result["files"][1]["share_above"] == stopped.count("1") / 10
     assert json.loads((tmp_path / "d" / "drift.json").read_text())["files"] == result["files"]
     found = run("drift", tmp_path / "m", tmp_path / "monday", tmp_path / "monday")
-    assert (found.code, "come more than once" in found.err) == (2, True)
+    assert (found.code, "comes more than once" in found.err) == (2, True)
     assert run("drift", tmp_path / "m").code == 2, "no file"
 
 

@@ -13,9 +13,9 @@ from PIL import Image
 from flawsift.data.facts import ImageFacts
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import Prediction
+from flawsift.detectors.base import Prediction, make_detector
 from flawsift.errors import ModelError
-from flawsift.features.backbones import Backbone
+from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import attach
 from flawsift.models.calibration import Calibration
 from flawsift.models.model import Model, load_model
@@ -281,3 +281,12 @@ def test_a_profile_is_made_of_a_sample_of_what_can_be_read(tmp_path: Path) -> No
     assert (found.n_images, found.encodings, found.brightness) == (1, ("PNG grey",), (9, 9, 9))
     (tmp_path / "a.png").unlink()
     assert Profile.of_images(ImageSet.from_folder(tmp_path)) is None
+
+
+def test_a_fine_texture_has_the_contrast_that_it_was_trained_with() -> None:
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (300, 300)).astype(np.uint8) for _ in range(12)]
+    # of a network twice as wide as the sample that contrast is measured on
+    detector = make_detector("padim", n_features=10)
+    fitted = fit(images, detector, load_backbone("tiny", size=128), no_screen=True)
+    assert [n for n in fitted.model.predict(images).notices if n.kind == "contrast"] == []

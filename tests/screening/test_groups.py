@@ -207,4 +207,4 @@ def test_groups_of_no_image_are_refused(easy_folder: Path, caplog: pytest.LogCap
     with pytest.raises(InputError, match="Write paths relative to the folder"):
         ImageSet.from_folder(easy_folder, groups=wrong)
     as_images(easy_folder, groups=PAIRS | {"gone.png": "x"})
-    assert "1 grouped files are not there: gone.png." in caplog.text
+    assert "1 of 51 groups are about no image here: gone.png." in caplog.text

@@ -75,12 +75,16 @@ class Profile:
 
     @classmethod
     def of_images(cls, images: ImageSet, map_median: float | None = None) -> Self | None:
-        """Of a training set, by up to `N_PROFILED` of its images; None where none can be read any more."""
+        """Of a training set, by up to `N_PROFILED` of its images; None where none can be read any more.
+
+        They are looked at in the size of the network, as new images are: smaller ones have less contrast.
+        """
+        size = SAMPLED if images.reader is None else images.reader.size
 
         def look(id_: int) -> ImageFacts | None:
             try:
                 image = images.image(id_)
-                return facts_of(image, to_pixels(image, SAMPLED))
+                return facts_of(image, to_pixels(image, size))
             except UnreadableImage:
                 return None
 
