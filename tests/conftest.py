@@ -30,6 +30,8 @@ def pytest_configure() -> None:
     of tests, for minutes. And sums are taken in one order, whatever the machine.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Ray alone on a machine may leave a token in the home folder, by which clusters that are started later refuse us.
+    os.environ["RAY_AUTH_MODE"] = "disabled"
     os.fsync = _no_sync
     torch.set_num_threads(1)
     threadpool_limits(1)
