@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import logging
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from importlib import resources
 from typing import Any, NamedTuple
@@ -20,7 +19,6 @@ try:
     import anyio
     import anyio.to_thread
     import python_multipart as _python_multipart  # noqa: F401  # starlette asks for it with the first form only
-    import uvicorn
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
     from starlette.applications import Starlette
     from starlette.datastructures import UploadFile
@@ -29,6 +27,8 @@ try:
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
     from starlette.types import ASGIApp
+
+    from flawsift.deploy.http import listening, make_server
 except ImportError as error:
     raise InputError("Serving needs more packages. Install them: pip install 'flawsift[serve]'.") from error
 
@@ -289,20 +289,8 @@ def serve(
         OSError: The port is taken, or the address is not this machine's.
     """
     key = check_key(key, host)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends answers without delay only where the protocol is named; else each waits 40 ms for the client's ACK
-    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(128)
-        shown = f"[{host}]" if family == socket.AF_INET6 else host
-        config = uvicorn.Config(
-            make_app(served, limits=limits, key=key, log=log),
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            ws="none",
-            timeout_graceful_shutdown=30,
-        )
-        on_ready(f"http://{shown}:{listener.getsockname()[1]}/")
-        uvicorn.Server(config).run(sockets=[listener])
+    with listening(host, port) as (listener, chosen):
+        server = make_server(make_app(served, limits=limits, key=key, log=log), patience=30)
+        shown = f"[{host}]" if ":" in host else host
+        on_ready(f"http://{shown}:{chosen}/")
+        server.run(sockets=[listener])

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import secrets
-import socket
 from collections.abc import AsyncIterator, Callable
 from importlib import resources
 from typing import Any
@@ -16,12 +15,13 @@ from flawsift.review.session import Review
 try:
     import anyio
     import anyio.to_thread
-    import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
     from starlette.routing import Route
     from starlette.types import ASGIApp
+
+    from flawsift.deploy.http import listening, make_server
 except ImportError as error:
     raise InputError("The review page needs more packages. Install them: pip install 'flawsift[review]'.") from error
 
@@ -185,18 +185,7 @@ def serve(review: Review, *, port: int = 0, on_ready: Callable[[str], object]) -
         OSError: The port is taken.
     """
     token = secrets.token_urlsafe(24)
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((LOOPBACK, port))
-        listener.listen(128)  # from here on a browser that comes early waits instead of being refused
-        chosen = listener.getsockname()[1]
-        config = uvicorn.Config(
-            make_app(review, token, chosen),
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            ws="none",
-            timeout_graceful_shutdown=3,
-        )
+    with listening(LOOPBACK, port) as (listener, chosen):
+        server = make_server(make_app(review, token, chosen), patience=3)
         on_ready(f"http://{LOOPBACK}:{chosen}/{token}/")
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
