@@ -297,11 +297,15 @@ def _moves(folder: Path, aside: Mapping[str, str]) -> dict[str, str]:
     for name, why in aside.items():
         path = folder / name
         if os.path.lexists(path):
-            number = next(n for n in itertools.count(1) if not os.path.lexists(path.parent / f"earlier-{n}"))
-            target = path.parent / f"earlier-{number}"
+            target = earlier_in(path.parent)
             log.warning("'%s' %s. It is now in '%s'.", show(path), why, show(target))
             moves[name] = str((target / path.name).relative_to(folder))
     return moves
+
+
+def earlier_in(folder: Path) -> Path:
+    """Where what stood in a folder is moved: the first `earlier-N` that is not there yet."""
+    return next(path for n in itertools.count(1) if not os.path.lexists(path := folder / f"earlier-{n}"))
 
 
 class DamagedPart(ValueError):

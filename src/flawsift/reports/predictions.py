@@ -1,6 +1,5 @@
 """Predictions on disk: a table, and a heatmap over each image."""
 
-import itertools
 import logging
 import os
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from flawsift.data.listing import MAPS, MARK, TABLE, is_results, mark_results
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Prediction
 from flawsift.errors import OutputError
-from flawsift.files import ensure_folder
+from flawsift.files import earlier_in, ensure_folder
 from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.predictions import Predictions
 from flawsift.paths import name_some, safe_name, show
@@ -49,8 +48,7 @@ def move_earlier_maps(folder: Path, names: Iterable[str]) -> None:
 
 def _move_aside(paths: Iterable[Path], folder: Path) -> None:
     """Move what is there of an earlier run into a new folder `earlier-N`."""
-    number = next(n for n in itertools.count(1) if not os.path.lexists(folder / f"earlier-{n}"))
-    aside = folder / f"earlier-{number}"
+    aside = earlier_in(folder)
     try:
         aside.mkdir()
         for path in paths:
