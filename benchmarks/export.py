@@ -21,7 +21,7 @@ import _rows
 from _rows import DEVELOPMENT
 from accuracy import SIZES, cell_of, loaded_sets
 from flawsift.data.contamination import contaminate
-from flawsift.deploy.export import export_model
+from flawsift.deploy.export import export_model, in_float32
 from flawsift.detectors.base import make_detector
 from flawsift.executors import Run
 from flawsift.features.backbones import load_backbone
@@ -80,10 +80,7 @@ def main() -> None:
             plan = plan_training(train, detector, stage1, choices={}, same_detector=options.screener == detector_name)
             fitted = detector.clone().fit(plan.images)
             model = Model(fitted, backbone, calibrate(plan, judge(plan, fitted, run)), {"false_alarm_rate": 0.01})
-            exact = fitted
-            if "precision" in fitted.params():
-                exact = fitted.clone(precision="float32").with_state(fitted.state())
-            wanted = exact.predict(test, maps=False).scores
+            wanted = in_float32(model).detector.predict(test, maps=False).scores
             ours = timed(lambda picture, model=model: model.predict([picture], maps=True), pictures)
             threshold = model.threshold()
             assert threshold is not None

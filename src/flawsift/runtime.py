@@ -7,6 +7,7 @@
 `flawsift.deploy.export` writes such files.
 """
 
+import functools
 import importlib
 import math
 import sys
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from flawsift.damage import DAMAGE, json_object
 from flawsift.errors import InputError, ModelError, ParameterError
+from flawsift.files import content_digest
 
 OUTPUTS = ("score", "p_value", "anomalous", "map")  # of the graph, in this order
 CARD = "flawsift"  # the key under which a file carries its model card
@@ -86,6 +88,11 @@ class Inspector:
             raise ModelError(f"'{self.path}' carries no model card of flawsift: it was not exported by it.") from error
         if false_alarm_rate is not None:
             self.threshold = self._threshold_at(false_alarm_rate)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Begin of the SHA-256 of the file."""
+        return content_digest(self.path.read_bytes())[:12]
 
     def __call__(self, image: npt.NDArray[Any] | str | Path | bytes | Any) -> Verdict:
         """Score one picture.

@@ -26,7 +26,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
     lines = _Lines()
     writer = csv.writer(lines, lineterminator=_CRLF)
     writer.writerow(header)
-    writer.writerows([_escaped(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+    writer.writerows([escaped(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
     write_text(path, "".join(f"{line.removesuffix(_CRLF)}\n" for line in lines))
 
 
@@ -41,19 +41,20 @@ def cells_of(content: bytes) -> list[list[str]]:
     if "\0" in text:
         raise ValueError("it holds NUL bytes")
     rows = csv.reader(io.StringIO(text, newline=""))
-    return [[_plain(cell) for cell in row] for row in rows if row]
+    return [[plain(cell) for cell in row] for row in rows if row]
 
 
-def _escaped(cell: str) -> str:
-    """A cell as it is written.
+def escaped(cell: str) -> str:
+    """A text as it is written into a cell; `plain` takes it back.
 
-    >>> _escaped("=1+2.png"), _escaped("'-a"), _escaped("-1.5"), _escaped("it's.png")
+    >>> escaped("=1+2.png"), escaped("'-a"), escaped("-1.5"), escaped("it's.png")
     ("'=1+2.png", "''-a", '-1.5', "it's.png")
     """
     return f"'{cell}" if _FORMULA.match(cell) and not _NUMBER.fullmatch(cell) else cell
 
 
-def _plain(cell: str) -> str:
+def plain(cell: str) -> str:
+    """A text as it was before `escaped`."""
     return cell[1:] if _ESCAPED.match(cell) else cell
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from flawsift.data.decoding import to_pixels
 from flawsift.datasets import Dataset
-from flawsift.deploy.export import AGREES, export_model, made_up_pictures
+from flawsift.deploy.export import AGREES, export_model, in_float32, made_up_pictures
 from flawsift.deploy.graph import resized
 from flawsift.detectors.base import DETECTORS, make_detector
 from flawsift.detectors.quorum import Quorum
@@ -167,9 +167,8 @@ def test_the_default_network_says_the_same(easy_folder: Path, tmp_path: Path) ->
     flawsift.fit(easy_folder, out=tmp_path / "model", no_screen=True)
     model = load_model(tmp_path / "model")
     inspector = Inspector(export_model(model, tmp_path / "out"))
-    exact = make_detector("quorum", precision="float32").with_state(model.detector.state())
     for part in ("part-03.png", "part-44.png"):
-        wanted = Model(exact, model.backbone, model.calibration, model.training).predict(easy_folder / part).item()
+        wanted = in_float32(model).predict(easy_folder / part).item()
         assert inspector(easy_folder / part).score == pytest.approx(wanted.score, rel=1e-3)
 
 

@@ -336,6 +336,13 @@ def test_rows_of_any_names_are_read_as_they_were_written(
     assert all(line.isprintable() for line in out.read_text("utf-8").split("\n"))
 
 
+def test_a_name_begins_no_formula_in_a_spreadsheet(tmp_path: Path) -> None:
+    file = ResultsFile(tmp_path / "out.csv")
+    row = Row("=1+2.png", 1, 2, "ok", -0.5, to="@x.png")
+    assert file.open(iter([row])) == [row]
+    assert file.line(row).startswith("'=1+2.png,1,2,ok,-0.5,,,'@x.png,")
+
+
 @pytest.mark.parametrize("content", ['{"file": 3}\n', "mine\n", '["a"]\n', '{"file": "a", "other": 1}\n'])
 def test_a_file_of_something_else_is_refused(folder: Path, tmp_path: Path, content: str) -> None:
     for name in ("out.jsonl", "out.csv"):

@@ -1,7 +1,7 @@
 """The commands that bring a model to a production line."""
 
 import contextlib
-import hashlib
+import itertools
 import json
 import os
 import signal
@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flawsift.cli.options import AsJson, ModelChoice, Rate, say, takes_groups, threshold_lines, warning_lines
+from flawsift.errors import InputError
 from flawsift.paths import show
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from flawsift.deploy.results import Row
     from flawsift.models.model import Model
 
@@ -106,16 +109,22 @@ def watch(
     rate: Rate = None,
 ) -> None:
     """Score images of a folder as they appear; started again, it goes on where it was."""
-    from flawsift.deploy.results import escaped, sole_writer
+    from flawsift.deploy.results import one_line_of, sole_writer
     from flawsift.deploy.watch import FolderWatch
     from flawsift.deploy.webhook import Webhook
     from flawsift.runtime import Inspector
 
     with _exported(model) as path, sole_writer(out):
         inspector = Inspector(path, false_alarm_rate=rate)
-        digest = hashlib.sha256(inspector.path.read_bytes()).hexdigest()[:12]
         watched = FolderWatch(
-            inspector, folder, out, sort=sort.value, new_only=new_only, settle=settle, timeout=timeout, model=digest
+            inspector,
+            folder,
+            out,
+            sort=sort.value,
+            new_only=new_only,
+            settle=settle,
+            timeout=timeout,
+            model=inspector.digest,
         )
         hook = None if webhook is None else Webhook(webhook, watched.results)
 
@@ -123,7 +132,7 @@ def watch(
             if hook is not None:
                 hook.notify()
             score = row.reason if row.score is None else f"{row.score:.4g} (p-value {row.p_value:.2g})"
-            typer.echo(f"{row.status:<10} {escaped(row.file)}  {score}")
+            typer.echo(f"{row.status:<10} {one_line_of(row.file)}  {score}")
             sys.stdout.flush()
 
         typer.echo(f"Watching '{show(folder)}'; results go to '{show(out)}'. Stop with Ctrl-C.", err=True)
@@ -246,20 +255,22 @@ def _checked(model: "Model", path: Path, folder: str) -> dict[str, Any]:
     from flawsift.data.decoding import UnreadableImage
     from flawsift.data.inputs import as_images
     from flawsift.deploy.export import parity
-    from flawsift.runtime import Inspector
+    from flawsift.runtime import Inspector, Verdict
 
-    images, pictures = as_images(folder), []
-    for id_ in images.ids.tolist():
-        try:
-            pictures.append(np.asarray(images.image(id_), np.uint8))
-        except UnreadableImage:
-            continue  # it has no score either way
-        if len(pictures) == MAX_CHECKED:
-            break
-    inspector, taken = Inspector(path), []
-    for picture in pictures:
+    images, inspector, taken = as_images(folder).within(model.value_range), Inspector(path), []
+
+    def pictures() -> "Iterator[npt.NDArray[np.uint8]]":
+        for id_ in images.ids.tolist():
+            with contextlib.suppress(UnreadableImage):  # it has no score either way
+                yield np.asarray(images.image(id_), np.uint8)
+
+    def timed(picture: "npt.NDArray[np.uint8]") -> Verdict:
         started = time.perf_counter()
-        inspector(picture)
+        verdict = inspector(picture)
         taken.append(1000 * (time.perf_counter() - started))
-    found = parity(model, path, iter(pictures))
+        return verdict
+
+    found = parity(model, timed, itertools.islice(pictures(), MAX_CHECKED))
+    if not taken:
+        raise InputError(f"None of the {len(images)} images of '{folder}' can be read.")
     return {**found, "ms_median": statistics.median(taken), "ms_p99": float(np.quantile(taken, 0.99))}

@@ -5,7 +5,7 @@ import importlib.util
 import io
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from flawsift.errors import ModelError, ParameterError, unknown_name
 from flawsift.features.backbones import load_backbone
 from flawsift.files import new_folder, write_bytes, write_json
 from flawsift.models.model import Model
-from flawsift.runtime import CARD, OUTPUTS, Inspector, import_openvino
+from flawsift.runtime import CARD, OUTPUTS, Inspector, Verdict, import_openvino
 
 Format = Literal["onnx", "openvino"]
 OPSET = 18  # the first that has minima by scatter
@@ -68,7 +68,7 @@ def export_model(model: Model, out: str | Path, to: Format = "onnx", *, now: dat
             _write_onnx(graph, card, target)
         else:
             _write_openvino(graph, card, target)
-        card["parity"] = parity(model, target)
+        card["parity"] = parity(model, Inspector(target), made_up_pictures(model.backbone.size))
         if not card["parity"]["largest_difference"] <= AGREES:
             raise ModelError(
                 f"The exported {model.detector.name} scores made-up pictures differently from the model, by up to "
@@ -113,22 +113,23 @@ def read_card(path: Path) -> dict[str, Any]:
     return card
 
 
-def parity(model: Model, path: Path, images: Iterator[npt.NDArray[np.uint8]] | None = None) -> dict[str, Any]:
+def parity(
+    model: Model, inspect: Callable[[npt.NDArray[np.uint8]], Verdict], images: Iterable[npt.NDArray[np.uint8]]
+) -> dict[str, Any]:
     """How far the scores of an exported file are from those of the model.
 
     Args:
         model: What was exported.
-        path: The file.
-        images: (H, W, 3) RGB; None takes made-up ones of several shapes.
+        inspect: Runs the file, as an `Inspector` does.
+        images: (H, W, 3) RGB; read one by one, and not kept.
 
     Returns:
         n_images, largest_difference (relative) and n_other_verdicts.
     """
-    exact = _float32(model)
-    inspector, differences, n_other = Inspector(path), [], 0
-    for image in made_up_pictures(model.backbone.size) if images is None else images:
+    exact, differences, n_other = in_float32(model), [], 0
+    for image in images:
         wanted = exact.predict([image]).item()
-        got = inspector(image)
+        got = inspect(image)
         differences.append(abs(got.score - wanted.score) / max(abs(wanted.score), 1e-6))
         n_other += got.anomalous != wanted.is_anomalous
     return {
@@ -149,7 +150,7 @@ def made_up_pictures(size: int) -> Iterator[npt.NDArray[np.uint8]]:
         yield picture.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def _float32(model: Model) -> Model:
+def in_float32(model: Model) -> Model:
     """The model with products of full precision, where its detector rounds them on this machine."""
     detector = model.detector
     if "precision" in detector.params():

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import hashlib
 import io
 import logging
 import re
@@ -107,10 +106,9 @@ class Product:
 
     def _load(self) -> Loaded:
         inspector = Inspector(self.path, false_alarm_rate=self._rate, n_threads=self._n_threads)
-        digest = hashlib.sha256(inspector.path.read_bytes()).hexdigest()[:12]
         with contextlib.suppress(InputError):  # the first picture takes longer, and shows that the model runs
             inspector(np.full((64, 64, 3), 128, np.uint8))
-        return Loaded(inspector, digest)
+        return Loaded(inspector, inspector.digest)
 
     def _stamp_now(self) -> Stamp:
         return tuple(map(_stamp_of, self._parts))

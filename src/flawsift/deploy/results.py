@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from flawsift import tables
 from flawsift.errors import InputError, OutputError
 from flawsift.files import write_bytes
 
@@ -139,7 +140,7 @@ class ResultsFile:
         if not self.is_csv:
             return json.dumps(values, allow_nan=False) + "\n"
         text = io.StringIO()
-        cells = [escaped(value) if isinstance(value, str) else value for value in values.values()]
+        cells = [tables.escaped(one_line_of(value)) if isinstance(value, str) else value for value in values.values()]
         csv.writer(text, lineterminator="\n").writerow(cells)
         return text.getvalue()
 
@@ -150,7 +151,7 @@ class ResultsFile:
         if not self.is_csv:
             return Row(**_checked(json.loads(line)))
         (cells,) = csv.reader([line], strict=True)
-        given: dict[str, Any] = dict(zip(COLUMNS, map(_unescaped, cells), strict=True))
+        given: dict[str, Any] = dict(zip(COLUMNS, map(_text_of, cells), strict=True))
         numbers = {name: float(given[name]) if given[name] else None for name in ("score", "p_value", "threshold")}
         return Row(**{**given, **numbers, "size": int(given["size"]), "mtime_ns": int(given["mtime_ns"])})
 
@@ -191,10 +192,11 @@ def _checked(values: Any) -> Mapping[str, Any]:
     return values
 
 
-def escaped(text: str) -> str:
+def one_line_of(text: str) -> str:
     """A cell on one line, in UTF-8 whatever the name of a file holds."""
     return text if text.isprintable() and "\\" not in text else json.dumps(text)[1:-1]
 
 
-def _unescaped(cell: str) -> str:
-    return str(json.loads(f'"{cell}"')) if "\\" in cell else cell
+def _text_of(cell: str) -> str:
+    text = tables.plain(cell)
+    return str(json.loads(f'"{text}"')) if "\\" in text else text
