@@ -15,7 +15,6 @@ import numpy as np
 from flawsift.data.checks import ready_to_train
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.data.inputs import Images, as_images
-from flawsift.data.values import kept
 from flawsift.detectors.base import Detector, make_detector
 from flawsift.detectors.parts.training import Watch
 from flawsift.detectors.protocols import Additive
@@ -30,7 +29,7 @@ from flawsift.models.calibration import DEFAULT_RATE, Calibration
 from flawsift.models.model import FILES, Model, learned_digests, set_digest
 from flawsift.models.plan import TrainingPlan, calibrate, judge, options_for, plan_training
 from flawsift.models.profile import Profile
-from flawsift.models.provenance import is_made_by, provenance_of, versions
+from flawsift.models.provenance import how_seen, is_made_by, provenance_of, versions
 from flawsift.paths import show
 from flawsift.progress import ProgressOption, as_progress
 from flawsift.reports import calibration
@@ -367,7 +366,7 @@ def _stage2(
         "detector": {"name": fitted.name, "params": fitted.params()},
         **({"screening_note": " ".join(plan.notes)} if plan.notes else {}),
         "seed": run.seed,
-        **kept(job.data.value_range),
+        **how_seen(job.data),
         "kept_digest": set_digest(plan.images),
         "seconds": round(time.monotonic() - started, 2),
         "versions": versions(),

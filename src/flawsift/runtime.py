@@ -40,7 +40,7 @@ class Verdict:
         p_value: How unusual the score is among good pictures: the false-alarm rate at which it would just be flagged.
         anomalous: Whether the score is above the threshold.
         threshold: That.
-        map: (S, S) float32 anomaly map on the grid of the network's input, the whole picture squeezed into a square.
+        map: (H, W) float32 anomaly map over the picture, as many cells as the network's input has pixels.
     """
 
     score: float
@@ -82,7 +82,6 @@ class Inspector:
             self._thresholds = np.array(self.card["calibration"]["thresholds"], np.float64)
             self._rates = np.array(self.card["calibration"]["rates"], np.float64)
             self.threshold = float(self.card["threshold"]["value"])
-            self.size = int(self.card["size"])
             self._range = self.card["training"].get("value_range")  # of images of more than 8 bits
         except DAMAGE as error:
             raise ModelError(f"'{self.path}' carries no model card of flawsift: it was not exported by it.") from error

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flawsift.data.images import ImageSet
 from flawsift.errors import InputError, ParameterError, WeightsError
 from flawsift.features import runtimes, trunks
-from flawsift.features.backbones import Backbone, fitting_size, load_backbone
+from flawsift.features.backbones import MOST_PATCHES, Backbone, fitting_size, load_backbone
 from flawsift.features.runtimes import Runtime
 from flawsift.features.trunks import EMBEDDED, LayerInfo
 
@@ -472,7 +472,7 @@ def test_layers_resolve_by_name_and_stride() -> None:
             {"name": "random:1:vit_tiny_patch16_224", "size": 100},
             "size must be a multiple of 16 .* got 100: take 96 or 112",
         ),
-        ({"size": 31}, "size must be a whole number of at least 32 pixels, got 31"),
+        ({"size": 31}, "size must be a whole number of at least 32 pixels, or two .height, width., got 31"),
         ({"size": 64.0}, "got 64.0"),
         ({"size": True}, "got True"),
         ({"runtime": "onnx"}, "Unknown runtime 'onnx'"),
@@ -526,10 +526,23 @@ def test_the_size_fits_the_images() -> None:
     def pictures(*shapes: tuple[int, int]) -> ImageSet:
         return ImageSet.from_arrays([np.zeros(shape, np.uint8) for shape in shapes])
 
-    assert fitting_size(pictures((384, 900))) == 384
-    assert fitting_size(pictures((383, 900))) == 256
-    assert fitting_size(pictures((100, 100), (500, 400), (600, 600))) == 384
-    assert fitting_size(pictures((100, 100), (100, 100), (600, 600))) == 256
-    assert fitting_size(pictures()) == 256
+    assert fitting_size(pictures((384, 900))) == (256, 592)  # as many pixels as 384 x 384
+    assert fitting_size(pictures((383, 900))) == (160, 400)  # as 256 x 256
+    assert fitting_size(pictures((900, 384))) == (592, 256)
+    assert fitting_size(pictures((100, 100), (500, 500), (600, 600))) == (384, 384)
+    assert fitting_size(pictures((100, 100), (100, 100), (600, 600))) == (256, 256)
+    assert fitting_size(pictures()) == (256, 256)
     many = [(50, 50)] * 300 + [(500, 500)] * 100  # taken from all of them, not from the first
-    assert fitting_size(pictures(*many[::-1])) == 256
+    assert fitting_size(pictures(*many[::-1])) == (256, 256)
+
+
+def test_large_images_get_a_larger_input_as_far_as_their_number_allows() -> None:
+    def of(n: int) -> tuple[int, int]:
+        picture = np.broadcast_to(np.uint8(0), (3072, 4096))
+        return fitting_size(ImageSet.from_arrays([picture] * n))
+
+    assert of(12) == (768, 1024), "a quarter of each edge"
+    height, width = of(400)
+    assert 384**2 < height * width <= 16**2 * MOST_PATCHES / 400 * 1.05
+    assert of(10_000) == (336, 448), "never fewer than for small images"
+    assert fitting_size(ImageSet.from_arrays([np.broadcast_to(np.uint8(0), (3072, 4096))]), 2048) == (1536, 2048)

@@ -34,7 +34,7 @@ from flawsift.benchmark.tables import (
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets import load
-from flawsift.detectors.parts.maps import to_image_grid
+from flawsift.detectors.parts.maps import scaled_shape, to_image_grid
 from flawsift.errors import FlawsiftError, InputError
 from flawsift.files import ensure_folder, write_text
 from flawsift.paths import show
@@ -248,6 +248,7 @@ def _heatmap(picture: Image.Image, arrays: Mapping[str, Any], at: int) -> Image.
     low, threshold = arrays["scale"].tolist()
     middle = float(np.median(arrays["scores"]))  # a threshold that no picture reaches would leave them all blank
     scale = Scale.of([low], min(middle, threshold) if np.isfinite(threshold) else middle)
-    fine = to_image_grid(torch.from_numpy(arrays["grids"][at : at + 1].astype(np.float32)), THUMB)[0]
+    grid = torch.from_numpy(arrays["grids"][at : at + 1].astype(np.float32))
+    fine = to_image_grid(grid, scaled_shape(grid, THUMB))[0]
     peak = float(fine.max())  # smoothing lowers it below the score
     return overlay(picture, fine * (float(arrays["scores"][at]) / peak) if peak > 0 else fine, scale, max_edge=THUMB)

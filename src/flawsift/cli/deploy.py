@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flawsift.cli.options import AsJson, ModelChoice, Rate, say, takes_groups, threshold_lines, warning_lines
+from flawsift.cli.lines import threshold_lines, warning_lines
+from flawsift.cli.options import AsJson, ModelChoice, Rate, say, takes_groups
 from flawsift.errors import InputError
 from flawsift.paths import show
 

@@ -5,8 +5,10 @@ import functools
 import inspect
 import json
 import logging
+import math
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from flawsift.detectors.base import Detector
     from flawsift.features.backbones import Backbone
     from flawsift.features.store import FeatureStore
-    from flawsift.models.calibration import Threshold
     from flawsift.models.model import Model
     from flawsift.pipeline import Resources
     from flawsift.progress import Progress
@@ -69,7 +70,28 @@ BackboneName = Annotated[str, typer.Option("--backbone", help="efficientnet_lite
 Weights = Annotated[Path | None, typer.Option("--weights", help="Local weights file of the backbone.")]
 Size = Annotated[
     int | None,
-    typer.Option("--size", help="Edge length in pixels to resize images to. [384 if they have as many, else 256]"),
+    typer.Option(
+        "--size",
+        help="Pixels of the longer side that images are brought to, their aspect ratio kept. "
+        "[of as many pixels as a square of 384 or 256, more of large images]",
+    ),
+]
+TilesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tiles",
+        metavar="auto|EDGE[:OVERLAP]",
+        help="Look at images in full, in tiles of so many pixels; auto cuts only what is larger than 1024. [auto]",
+    ),
+]
+RoiOption = Annotated[
+    str | None,
+    typer.Option(
+        "--roi",
+        metavar="FILE|auto",
+        help="Look only at a part of each image: white in a mask, inside polygons of a JSON file, or auto for what "
+        "stands before a background of one colour.",
+    ),
 ]
 RuntimeOption = Annotated[Runtime, typer.Option("--runtime", help="What runs the backbone.")]
 PresetOption = Annotated[
@@ -132,19 +154,33 @@ class DetectorChoice:
 
 @dataclass(frozen=True)
 class BackboneChoice:
-    """The backbone of --backbone, --weights, --size and --runtime."""
+    """The backbone of --backbone, --weights, --size, --tiles and --runtime."""
 
     backbone: BackboneName = "efficientnet_lite0"
     weights: Weights = None
     size: Size = None
+    tiles: TilesOption = None
     runtime: RuntimeOption = Runtime.auto
 
     def load(self, device: str, images: "ImageSet") -> "Backbone":
         """The backbone, of a size that fits the images where none is given."""
-        from flawsift.features.backbones import fitting_size, load_backbone
+        from flawsift.features.backbones import MAX_SIZE, MIN_SIZE, fitting_size, load_backbone, typical_picture
+        from flawsift.features.tiling import GRID, tiles_of
 
-        size = fitting_size(images) if self.size is None else self.size
-        return load_backbone(self.backbone, weights=self.weights, size=size, runtime=self.runtime.value, device=device)
+        tiles, longer, multiple = tiles_of(self.tiles), self.size, multiple_of(self.backbone)
+        if longer is not None and not MIN_SIZE <= longer <= MAX_SIZE:
+            raise ParameterError(f"--size must be between {MIN_SIZE} and {MAX_SIZE} pixels, got {longer}.")
+        if tiles is not None:
+            multiple = math.lcm(multiple, GRID)
+            longer = longer or max(typical_picture(images) or (tiles[0],))
+        return load_backbone(
+            self.backbone,
+            weights=self.weights,
+            size=fitting_size(images, longer, multiple=multiple),
+            tiles=tiles,
+            runtime=self.runtime.value,
+            device=device,
+        )
 
 
 @dataclass(frozen=True)
@@ -287,37 +323,29 @@ def say(as_json: bool, result: dict[str, Any], lines: Sequence[str]) -> None:
     typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
-def warning_lines(threshold: "Threshold | None") -> list[str]:
-    """What a person must know before a threshold is trusted: above everything else."""
-    return [f"WARNING: {threshold.warning}"] if threshold is not None and threshold.warning is not None else []
+def multiple_of(backbone: str) -> int:
+    """What the edges of a network's input are multiples of: transformers name their patch."""
+    from flawsift.features.backbones import MULTIPLE
+
+    named = re.search(r"patch(\d+)", backbone)
+    patch = int(named[1]) if named else MULTIPLE
+    return patch if patch >= MULTIPLE or MULTIPLE % patch else MULTIPLE
 
 
-def threshold_lines(threshold: "Threshold | None", *, reservation: str = "") -> list[str]:
-    """What is said about a threshold, with what its rate does not hold for."""
-    if threshold is None:
-        return ["No threshold: one image or group gives no held-out scores to calibrate with. Scores are still ranked."]
-    text = str(threshold).replace("threshold", "Threshold", 1)
-    if threshold.limited:
-        text += f" ({threshold.n_calibration} images cannot support {100 * threshold.false_alarm_rate:g} per 100)"
-    promises = threshold.warning is None
-    return [f"{text}; {reservation}." if reservation and promises else f"{text}."]
-
-
-def range_lines(record: Mapping[str, Any]) -> list[str]:
-    """What is said about the range of values that a screening or a model keeps; nothing where it has none."""
-    from flawsift.data.values import VALUE_RANGE, ValueRange
-
-    value_range = ValueRange.from_json(record.get(VALUE_RANGE))
-    return [] if value_range is None else [value_range.line]
-
-
-def images_in(given: Sequence[str], groups: Path | None, value_range: tuple[float, float] | None = None) -> "ImageSet":
-    """The images of a folder, of some files or of a pattern, with groups from a CSV file and a range of values."""
+def images_in(
+    given: Sequence[str],
+    groups: Path | None,
+    value_range: tuple[float, float] | None = None,
+    region: str | None = None,
+) -> "ImageSet":
+    """The images of a folder, of some files or of a pattern, with groups of a file, a range of values and a region."""
     from flawsift.data.folders import read_groups
     from flawsift.data.inputs import as_images
+    from flawsift.data.roi import read_region
 
     images = given[0] if len(given) == 1 else list(given)
-    return as_images(images, groups=None if groups is None else read_groups(groups), value_range=value_range)
+    found = as_images(images, groups=None if groups is None else read_groups(groups), value_range=value_range)
+    return found if region is None else found.looked_at(read_region(region, found))
 
 
 def tested_images(data: "Dataset") -> "ImageSet":

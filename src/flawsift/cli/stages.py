@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flawsift.cli.lines import range_lines, size_lines, threshold_lines, warning_lines
 from flawsift.cli.options import (
     AsJson,
     BackboneChoice,
@@ -17,14 +18,12 @@ from flawsift.cli.options import (
     Out,
     RangeOption,
     Rate,
+    RoiOption,
     ScreeningStage,
     images_in,
-    range_lines,
     say,
     shown_progress,
     takes_groups,
-    threshold_lines,
-    warning_lines,
 )
 from flawsift.screening.options import ScreenOptions
 
@@ -47,6 +46,7 @@ def screen(
     stage1: ScreeningStage,
     groups: Groups = None,
     value_range: RangeOption = None,
+    roi: RoiOption = None,
     machine: Machine,
     as_json: AsJson = False,
 ) -> None:
@@ -56,7 +56,7 @@ def screen(
     from flawsift.reports.pages import REPORT
     from flawsift.screening.storage import summary_of
 
-    options, pictures = stage1.options or ScreenOptions(), images_in(images, groups, value_range)
+    options, pictures = stage1.options or ScreenOptions(), images_in(images, groups, value_range, roi)
     ensure_folder(out)
     with shown_progress() as progress:
         result = pipeline.screen(
@@ -85,8 +85,8 @@ def screened_lines(result: "Screening") -> list[str]:
             + (", of those set aside all but the most ordinary ones" if result.is_partly_learned.any() else "")
             + "; Quorum, the default, is trained on all."
         )
-    if size := result.provenance.get("backbone", {}).get("spec", {}).get("size"):
-        lines.append(f"Images were resized to {size} x {size} pixels.")
+    if spec := result.provenance.get("backbone", {}).get("spec"):
+        lines += size_lines(spec, result.provenance)
     lines += range_lines(result.provenance)
     if result.n_groups is not None:
         lines.append(f"They are in {result.n_groups} groups; `flawsift fit --screening` will know them.")
@@ -107,6 +107,7 @@ def fit(
     stage1: FitStage,
     groups: Groups = None,
     value_range: RangeOption = None,
+    roi: RoiOption = None,
     screening: Annotated[Path | None, typer.Option("--screening", help="Use this stage 1, edited or not.")] = None,
     decisions: Decisions = None,
     no_screen: Annotated[bool, typer.Option("--no-screen", help="Train on every image.")] = False,
@@ -118,7 +119,7 @@ def fit(
     from flawsift import pipeline
     from flawsift.models.calibration import DEFAULT_RATE
 
-    options, pictures = stage1.options, images_in(images, groups, value_range)
+    options, pictures = stage1.options, images_in(images, groups, value_range, roi)
     with shown_progress() as progress:
         result = pipeline.fit(
             pictures,
@@ -160,8 +161,7 @@ def fitted_lines(result: "FitResult", out: Path) -> list[str]:
         lines.append(f"They are in {training['n_groups']} groups; none was judged by images of its own group.")
     if drawn := result.model.detector.n_drawn:
         lines.append(f"It compares with {drawn} of them, drawn at random (--set max_images=null for all).")
-    size = result.model.backbone.size
-    lines.append(f"Images are resized to {size} x {size} pixels.")
+    lines += size_lines(result.model.backbone.spec, training)
     lines += range_lines(training)
     if note := training.get("screening_note"):
         lines.append(f"Note: {note} Screen the folder again to have them judged.")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flawsift.cli.lines import threshold_lines, warning_lines
 from flawsift.cli.options import (
     AsJson,
     Device,
@@ -18,8 +19,6 @@ from flawsift.cli.options import (
     shown_progress,
     takes_groups,
     tested_images,
-    threshold_lines,
-    warning_lines,
 )
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ class Corruption(NamedTuple):
 
 
 def corrupted(pixels: Tensor, name: str) -> Corruption:
-    """(3, S, S) uint8 pixels with a defect that follows from them and the name.
+    """(3, H, W) uint8 pixels with a defect that follows from them and the name.
 
     Raises:
         InputError: It is a name of `photo_views` whose folder has changed, or a photograph cannot be read.
@@ -61,7 +61,7 @@ def corrupted(pixels: Tensor, name: str) -> Corruption:
         name = f"{kind}:{key}:{fingerprint}"  # where the folder lies changes nothing
     digest = hashlib.sha256(f"{name} {plain.shape} ".encode() + plain.tobytes()).digest()
     generator = np.random.default_rng(int.from_bytes(digest[:16], "little"))
-    size = plain.shape[1]
+    size = max(plain.shape[1:])  # what is drawn is square, and cut where the image ends
     mask = perlin_mask(size, generator)
     kept = float(generator.uniform(0, MOST_KEPT))
     if folder is not None:
@@ -70,6 +70,7 @@ def corrupted(pixels: Tensor, name: str) -> Corruption:
         texture = _from_itself(plain, generator)
     else:
         texture = _drawn(size, generator)
+    mask, texture = (drawn[..., : plain.shape[1], : plain.shape[2]] for drawn in (mask, texture))
     blend = np.rint((1 - kept) * texture + kept * plain).astype(np.uint8)
     image = np.where(mask, blend, plain)
     return Corruption(torch.from_numpy(image), torch.from_numpy(mask), torch.from_numpy(texture), kept)
@@ -159,9 +160,9 @@ def perlin_noise(size: int, rows: int, columns: int, degrees: float, generator: 
 
 def _from_itself(pixels: npt.NDArray[np.uint8], generator: np.random.Generator) -> npt.NDArray[np.uint8]:
     """A part of the image, enlarged, turned or mirrored, with other contrast and colour."""
-    size = pixels.shape[1]
-    edge = max(1, int(size * generator.uniform(0.2, 1.0)))
-    top, left = generator.integers(0, size - edge + 1, 2)
+    shorter, size = min(pixels.shape[1:]), max(pixels.shape[1:])
+    edge = max(1, int(shorter * generator.uniform(0.2, 1.0)))
+    top, left = generator.integers(0, shorter - edge + 1, 2)
     near = np.arange(size) * edge // size
     part = pixels[:, top + near][:, :, left + near].astype(np.float64)
     part = np.rot90(part, int(generator.integers(4)), (1, 2))

@@ -16,6 +16,7 @@ from flawsift.data.facts import ENCODING, encoding_of
 from flawsift.data.unreadable import UnreadableImage as UnreadableImage
 from flawsift.data.values import ValueRange, white_of
 from flawsift.errors import InputError, one_line
+from flawsift.types import Size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -330,11 +331,10 @@ def _size(image: Image.Image) -> tuple[int, int]:
     return (image.height, image.width) if _orientation(image) in range(5, 9) else image.size
 
 
-def to_pixels(image: Image.Image, size: int) -> "Tensor":
-    """An RGB image as (3, size, size) uint8: square resize, bilinear with antialiasing, no crop."""
-    if image.size != (size, size):
-        # reducing_gap keeps a 20,000 px wide image from costing seconds: box-reduce first, then resample
-        image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3.0)
+def to_pixels(image: Image.Image, size: Size) -> "Tensor":
+    """An RGB image as (3, H, W) uint8 in a network's input, by `flawsift.data.frames.framed`."""
     import torch  # here, so that exported models are run without it
 
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+    from flawsift.data.frames import framed
+
+    return torch.from_numpy(framed(image, size)).permute(2, 0, 1).contiguous()

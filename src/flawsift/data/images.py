@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flawsift.data.decoding import check_array, to_pixels
 from flawsift.data.folders import EXTENSIONS, groups_by_id, scan_folder, with_pages
+from flawsift.data.frames import Frame, Region
 from flawsift.data.listing import parts_among
 from flawsift.data.sources import ArraySource as ArraySource
 from flawsift.data.sources import FileSource as FileSource
@@ -28,7 +29,7 @@ from flawsift.data.values import ValueRange
 from flawsift.data.views import check_view, derive
 from flawsift.errors import InputError
 from flawsift.paths import MAX_NAMED, name_some, show
-from flawsift.types import Ids
+from flawsift.types import Ids, Shape, Size, as_shape
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,20 @@ class Batch:
         ids: (B,) global ids.
         features: {layer: (B, C, h, w)} float32, keyed by the layer names that were asked for.
         pixels: (B, 3, H, W) float32 in [0, 1], only when asked for.
-        size: Edge length H = W of the network input in pixels, the grid that maps are brought to.
+        size: Of the network input in pixels, the grid that maps are brought to.
         memo: What detectors derive from the features, so that sub-models on one batch derive it once.
-        rejected: (B, h, w) bool on some patch grid, True where a patch is not to be learned from; None for nowhere.
+        rejected: (B, h, w) bool on some patch grid over the images, True where a patch is not to be learned from; None
+            for nowhere.
+        frame: How the images lie in the network's input; None where each takes all of it, and all of it counts.
     """
 
     ids: Ids
     features: Mapping[str, Tensor]
     pixels: Tensor | None
-    size: int
+    size: Size
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
     rejected: Tensor | None = None
+    frame: Frame | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -57,21 +61,40 @@ class Batch:
     def accepted(self, h: int, w: int) -> Tensor | None:
         """(B, h, w) bool, True where a patch of this grid may be learned from; None when all may.
 
-        A coarse patch that touches a rejected fine one is rejected.
+        A coarse patch that touches a rejected fine one is rejected, and so is what does not count (`frame`).
         """
+        counted = None if self.frame is None else self.frame.counted(h, w)
         if self.rejected is None:
-            return None
+            return None if counted is None else counted.expand(len(self), h, w)
         marked = self.rejected[:, None].float()
         if h >= marked.shape[2]:
-            return F.interpolate(marked, (h, w), mode="nearest")[:, 0] == 0
-        return F.adaptive_max_pool2d(marked, (h, w))[:, 0] == 0
+            free = F.interpolate(marked, (h, w), mode="nearest")[:, 0] == 0
+        else:
+            free = F.adaptive_max_pool2d(marked, (h, w))[:, 0] == 0
+        if self.frame is None:
+            return free
+        free = ~self.frame.from_image(~free)
+        return free if counted is None else free & counted
+
+    def only_counted(self, maps: Tensor) -> Tensor:
+        """(B, h, w) maps, what does not count being as low as the lowest that does."""
+        return maps if self.frame is None else self.frame.only_counted(maps)
+
+    def counted_or_nan(self, maps: Tensor) -> Tensor:
+        """(B, h, w) maps, nan where a patch does not count."""
+        counted = None if self.frame is None else self.frame.counted(*maps.shape[1:])
+        return maps if counted is None else maps.masked_fill(~counted.to(maps.device), torch.nan)
+
+    def over_image(self, maps: Tensor) -> Tensor:
+        """(B, h, w) maps over the network's input as maps over the images."""
+        return maps if self.frame is None else self.frame.over_image(maps)
 
 
 class FeatureReader(Protocol):
     """What `flawsift.features.extraction` attaches to an `ImageSet`: frozen features by id."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> Size: ...
     @property
     def key(self) -> str: ...
     def read(self, images: "ImageSet", layers: Sequence[str]) -> dict[str, Tensor]: ...
@@ -89,6 +112,9 @@ class ImageSet:
         reader: Frozen features, attached by `flawsift.attach`; None for pixels only.
         derived: Name of the derived view that pixels and features are of; "" for the images themselves.
         rejected: {global id: (h, w) bool}, True where a patch is not to be learned from (`without_patches`).
+        contents: {global id: rows and columns of the network's input that the image takes}, of those that do not take
+            all; known where features are attached.
+        region: The part of each image that counts; None for all.
     """
 
     ids: Ids
@@ -97,6 +123,8 @@ class ImageSet:
     reader: FeatureReader | None = None
     derived: str = ""
     rejected: Mapping[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    contents: Mapping[int, Shape] = field(default_factory=dict)
+    region: Region | None = None
 
     @classmethod
     def from_folder(cls, root: str | Path, *, groups: Mapping[str, str] | None = None) -> Self:
@@ -191,6 +219,10 @@ class ImageSet:
             return self
         return replace(self, source=self.source.within(value_range))
 
+    def looked_at(self, region: Region | None) -> Self:
+        """The same images, of which only a region counts; None for all of them."""
+        return replace(self, region=region)
+
     def without_patches(self, rejected: Mapping[int, npt.NDArray[np.bool_]]) -> Self:
         """The same images, less some patches for detectors that can leave out patches when they learn.
 
@@ -230,18 +262,18 @@ class ImageSet:
         """
         return self.source.image(int(id_))
 
-    def pixels_of(self, id_: int, size: int) -> Tensor:
-        """One image as (3, size, size) uint8, under the derived view.
+    def pixels_of(self, id_: int, size: Size) -> Tensor:
+        """One image as (3, H, W) uint8 in a network's input, under the derived view.
 
         Raises:
             UnreadableImage: It cannot be decoded.
         """
         return derive(to_pixels(self.image(id_), size), self.derived)
 
-    def pixels(self, size: int) -> Tensor:
-        """All images of the set as (N, 3, size, size) uint8, under the derived view."""
+    def pixels(self, size: Size) -> Tensor:
+        """All images of the set as (N, 3, H, W) uint8 in a network's input, under the derived view."""
         if not len(self):
-            return torch.empty(0, 3, size, size, dtype=torch.uint8)
+            return torch.empty(0, 3, *as_shape(size), dtype=torch.uint8)
         return torch.stack([self.pixels_of(int(i), size) for i in self.ids])
 
     def batches(
@@ -271,13 +303,23 @@ class ImageSet:
             size = self.reader.size
             seen = part.pixels(size).float().div_(255) if pixels else None
             features = self.reader.read(part, layers) if layers else {}
-            yield Batch(part.ids, features, seen, size, rejected=part._rejected_patches())
+            yield Batch(part.ids, features, seen, size, rejected=part._rejected_patches(), frame=part._frame(size))
 
     @property
     def rejected_share(self) -> float:
         """Share of the patches of the set that are not to be learned from."""
         lost = sum(float(self.rejected[i].mean()) for i in self.ids.tolist() if i in self.rejected)
         return lost / len(self) if len(self) else 0.0
+
+    def _frame(self, size: Size) -> Frame | None:
+        """How the images lie in the network's input; a turned view of one has no such frame."""
+        if self.derived.startswith("rotate") or (self.region is None and not self.contents):
+            return None
+        shape = as_shape(size)
+        contents = None
+        if any(i in self.contents for i in self.ids.tolist()):
+            contents = torch.tensor([self.contents.get(i, shape) for i in self.ids.tolist()], dtype=torch.float64)
+        return Frame(shape, contents, self.region)
 
     def _rejected_patches(self) -> Tensor | None:
         masks = [self.rejected.get(int(i)) for i in self.ids]

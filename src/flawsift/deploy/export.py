@@ -22,6 +22,7 @@ from flawsift.features.backbones import load_backbone
 from flawsift.files import new_folder, write_bytes, write_json
 from flawsift.models.model import Model
 from flawsift.runtime import CARD, OUTPUTS, Inspector, Verdict, import_openvino
+from flawsift.types import Size, as_shape
 
 Format = Literal["onnx", "openvino"]
 OPSET = 18  # the first that has minima by scatter
@@ -139,10 +140,11 @@ def parity(
     }
 
 
-def made_up_pictures(size: int) -> Iterator[npt.NDArray[np.uint8]]:
+def made_up_pictures(size: Size) -> Iterator[npt.NDArray[np.uint8]]:
     """Smooth pictures with noise: of the network's own size, larger, and so wide that blocks of pixels are averaged."""
     generator = np.random.default_rng(0)
-    for height, width in ((size, size), (size + 17, 2 * size), (size // 2 + 5, 4 * size)):
+    h, w = as_shape(size)
+    for height, width in ((h, w), (h + 17, 2 * w), (h // 2 + 5, 4 * w)):
         rows, columns = np.mgrid[0:height, 0:width]
         phases = generator.uniform(0, 6, (3, 1, 1))
         waves = np.sin(rows / 9 + phases) + np.cos(columns / 13 - phases)  # (3, height, width)
@@ -166,7 +168,7 @@ def _to_onnx(model: Model) -> Any:
     assert threshold is not None
     spec = {**model.backbone.spec, "runtime": "torch", "device": "cpu"}  # what another runtime holds cannot be traced
     backbone = load_backbone(**spec)
-    graph = Graph(backbone, model.detector, model.calibration, threshold.value).eval()
+    graph = Graph(backbone, model.detector, model.calibration, threshold.value, model.region).eval()
     example = torch.from_numpy(next(iter(made_up_pictures(model.backbone.size))))
     content = io.BytesIO()
     try:

@@ -16,16 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flawsift.data.frames import REDUCING_GAP, STRETCH, Frame, Region
 from flawsift.data.images import Batch
 from flawsift.detectors.base import Detector
 from flawsift.detectors.padim import PaDiM
 from flawsift.detectors.parts.maps import embed_batch, to_image_grid
 from flawsift.detectors.parts.neighbors import blocks
-from flawsift.detectors.quorum import SHARP, Quorum
+from flawsift.detectors.quorum import SHARP, Quorum, counted_as
 from flawsift.features.backbones import Backbone
 from flawsift.models.calibration import Calibration
+from flawsift.types import Shape, Size, as_shape
 
-REDUCING_GAP = 3  # as `flawsift.data.decoding.to_pixels`
 BANK_ROWS = 8192  # of a bank whose distances are made at a time
 UNIT = 64  # of norms: a power of two, so that it is a whole number in coarser steps too
 COARSEST = 6.0  # two to the power of it is the coarsest: patches 64 times beyond the range of the bank
@@ -35,18 +36,27 @@ CHUNK = 8  # images of the bank whose distances are made at a time: more do not 
 
 
 class Graph(nn.Module):
-    """(H, W, 3) uint8 RGB -> score (1,), p-value (1,), verdict (1,) bool and map (S, S), all float32.
+    """(H, W, 3) uint8 RGB -> score (1,), p-value (1,), verdict (1,) bool and map over the picture, all float32.
 
     Args:
         backbone: The network that the detector reads.
         detector: Fitted.
         calibration: For the p-value.
         threshold: Scores above it are anomalous.
+        region: The part of each picture that counts; None for all.
     """
 
-    def __init__(self, backbone: Backbone, detector: Detector, calibration: Calibration, threshold: float) -> None:
+    # long: what a graph is made of
+    def __init__(
+        self,
+        backbone: Backbone,
+        detector: Detector,
+        calibration: Calibration,
+        threshold: float,
+        region: Region | None = None,
+    ) -> None:
         super().__init__()
-        self.size, self.trunk = backbone.size, backbone.trunk
+        self.size, self.trunk, self.region = backbone.size, backbone.trunk, region
         self.members = {layer: backbone.members(layer) for layer in detector.layers}
         self.detector = _traceable(detector)
         self.reads_pixels = detector.reads_pixels
@@ -55,7 +65,10 @@ class Graph(nn.Module):
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float32))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        pixels = resized(image, self.size)
+        pixels, contents = resized(image, self.size)
+        frame = None
+        if contents is not None or self.region is not None:
+            frame = Frame(as_shape(self.size), None if contents is None else contents[None], self.region)
         taps = sorted({tap for several in self.members.values() for tap in several})
         outputs = dict(zip(taps, self.trunk.taps(pixels[None], taps), strict=True))
         features = {
@@ -64,28 +77,45 @@ class Graph(nn.Module):
         }
         features = {layer: values.half().float() for layer, values in features.items()}  # as they are stored
         given = pixels[None] / 255 if self.reads_pixels else None
-        grids, score = _scored(self.detector, Batch(np.zeros(1, np.int64), features, given, self.size))
+        grids, score = _scored(self.detector, Batch(np.zeros(1, np.int64), features, given, self.size, frame=frame))
+        grids = grids.float() if frame is None else frame.over_image(grids.float())
         p_value = cast(Tensor, self.rates)[(cast(Tensor, self.thresholds) < score).sum()].reshape(1)
-        return score, p_value, score > cast(Tensor, self.threshold), to_image_grid(grids.float(), self.size)[0]
+        return score, p_value, score > cast(Tensor, self.threshold), to_image_grid(grids, self.size)[0]
 
 
-def resized(image: Tensor, size: int) -> Tensor:
-    """(H, W, 3) uint8 to (3, size, size) uint8, as `to_pixels` does with Pillow.
+def resized(image: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
+    """(h, w, 3) uint8 to (3, H, W) uint8, as `to_pixels` does with Pillow, and (2,) rows and columns that it takes.
+
+    The latter are None where every image takes all of it.
 
     Bilinear with antialiasing, across and then down, by weights of 22 bits and rounded after each; large pictures are
     averaged over blocks first. A runtime's own resize rounds otherwise, and one step of a grey value here and there
-    moves scores by up to a hundredth. Products of whole numbers are exact, and cost less than those of floats. Only of
-    tall pictures, where Pillow goes down first from its version 13 on, bytes may differ by one.
+    moves scores by up to a hundredth. Products of whole numbers are exact, and cost less than those of floats.
     """
     height, width = (torch.as_tensor(n) for n in image.shape[:2])  # under the tracer they are inputs of the graph
-    down, across = (_block(n, size) for n in (height, width))
+    shape = as_shape(size)
+    contents = None if isinstance(size, int) else _content(height, width, shape)
+    rows, columns = (torch.tensor(n).double() for n in shape) if contents is None else contents
+    down, across = _block(height, rows), _block(width, columns)
     x = _averaged(image.permute(2, 0, 1), down, across)  # (3, h, w)
-    x = _weighted(x.flatten(0, 1), _limbs(width, across, size)).view(3, -1, size)  # (3, h, size)
-    x = _weighted(x.transpose(1, 2).flatten(0, 1), _limbs(height, down, size))
-    return x.view(3, size, size).transpose(1, 2)
+    x = _weighted(x.flatten(0, 1), _limbs(width, across, columns, shape[1])).view(3, -1, shape[1])  # (3, h, W)
+    x = _weighted(x.transpose(1, 2).flatten(0, 1), _limbs(height, down, rows, shape[0]))
+    return x.view(3, shape[1], shape[0]).transpose(1, 2), contents
 
 
-def _block(n: Tensor, size: int) -> Tensor:
+def _content(height: Tensor, width: Tensor, shape: Shape) -> Tensor:
+    """(2,) as `content_of`, as float64."""
+    picture = torch.stack([height, width]).double()
+    full = torch.tensor(shape, dtype=torch.float64)
+    scales = full / picture
+    scale = scales.amin(0, keepdim=True)  # not of no dimension, as in `_limbs`
+    fitted = (picture * scale + 0.5).floor().clamp_min(1)
+    return torch.where(
+        scales.amax(0, keepdim=True) <= scale * torch.tensor([STRETCH], dtype=torch.float64), full, fitted
+    )
+
+
+def _block(n: Tensor, size: Tensor) -> Tensor:
     """How many pixels in a row are averaged before `n` are brought to `size`: a whole number."""
     return (n.double() / (size * REDUCING_GAP)).floor().clamp_min(1).long()
 
@@ -105,10 +135,15 @@ def _averaged(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
     return _over((sums + _over(counts, 2)) * _over(2**24, counts), 2**24).to(torch.uint8)
 
 
-def _limbs(n: Tensor, block: Tensor, size: int) -> Tensor:
-    """(3 size, n / block) uint8: weights of pixels in each of `size`, three bytes of 22 bits, the highest first."""
-    scale = (n.double() / block).float().double() / size  # Pillow takes the edge as a float
-    centres = (torch.arange(size).double() + 0.5) * scale
+def _limbs(n: Tensor, block: Tensor, size: Tensor, full: int) -> Tensor:
+    """(3 full, n / block) uint8: weights of pixels in each of `size`, three bytes of 22 bits, the highest first.
+
+    The last one is repeated up to `full`.
+    """
+    # not of no dimension: the exporter takes such numbers for floats of 32 bits
+    edge, to = (n.double() / block).reshape(1).double(), size.reshape(1)
+    scale = edge.float().double() / to  # Pillow takes the edge as a float
+    centres = (torch.minimum(torch.arange(full).double(), (to - 1).double()) + 0.5) * scale
     cells = torch.arange(_whole(_over(n + block - 1, block))).double() + 0.5
     weights = (1 - ((cells - centres[:, None]) / scale.clamp_min(1)).abs()).clamp_min(0)
     whole = (weights / weights.sum(1, keepdim=True) * 2**22 + 0.5).int()
@@ -304,7 +339,7 @@ def _scored(detector: Detector, batch: Batch) -> tuple[Tensor, Tensor]:
     if isinstance(detector, PaDiM):
         x, grid = detector._embed(batch)
         white = torch.bmm(detector._make_whitener(0), x - detector.mean_[..., None])  # (P, d, 1)
-        maps = white.square().sum(1).sqrt().T.reshape(1, *grid)
+        maps = batch.only_counted(white.square().sum(1).sqrt().T.reshape(1, *grid))
         return maps, detector._image_scores(maps)
     if not isinstance(detector, Quorum):
         return detector._score_batch(batch, "cpu")
@@ -312,10 +347,15 @@ def _scored(detector: Detector, batch: Batch) -> tuple[Tensor, Tensor]:
     coarse, fine = detector._embed(batch)[0], embed_batch(batch, detector.layers)[0]
     queries = coarse.flatten(1).T
     halves = search.images(queries)
-    scores = search.query(halves)
-    worst = scores.topk(min(N_EXACT, len(queries))).indices
-    score = search.exact(queries[worst], halves[worst]).amax().reshape(1)
-    return _sharpened(search, fine, scores.view(coarse.shape[1:]))[None] * detector.scale_, score
+    h, w = coarse.shape[1:]
+    scores = batch.only_counted(search.query(halves).view(1, h, w))[0]
+    worst = scores.flatten().topk(min(N_EXACT, len(queries))).indices
+    distances = search.exact(queries[worst], halves[worst])
+    counted = None if batch.frame is None else batch.frame.counted(h, w)
+    if counted is not None:
+        distances = torch.where(counted.flatten()[worst], distances, 0)
+    maps = counted_as(batch, _sharpened(search, fine, scores)[None], int(h), int(w))
+    return maps * detector.scale_, distances.amax().reshape(1)
 
 
 def _sharpened(search: Groups, fine: Tensor, grid: Tensor) -> Tensor:

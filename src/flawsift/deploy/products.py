@@ -190,8 +190,9 @@ def _regions(verdict: Verdict, size: tuple[int, int]) -> list[dict[str, Any]]:
     if not verdict.anomalous:
         return []
     values = np.nan_to_num(verdict.map.astype(np.float32))
-    if len(values) > GRID:
-        values = np.asarray(Image.fromarray(values).resize((GRID, GRID), Image.Resampling.BOX), np.float32)
+    if max(values.shape) > GRID:
+        height, width = (max(1, round(edge * GRID / max(values.shape))) for edge in values.shape)
+        values = np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BOX), np.float32)
     return [one._asdict() for one in regions_of(values, verdict.threshold, float(np.median(values)), size)]
 
 

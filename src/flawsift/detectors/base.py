@@ -27,7 +27,7 @@ from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import ModelError, NotFittedError, ParameterError, unknown_name
 from flawsift.features.devices import resolve_device
 from flawsift.files import content_digest, write_bytes, write_json
-from flawsift.types import Ids
+from flawsift.types import Ids, Size, as_shape
 
 T = TypeVar("T")
 # registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
@@ -54,7 +54,8 @@ class Prediction:
     Attributes:
         ids: (N,) global ids in the order asked.
         scores: (N,) float32, unbounded, higher is more anomalous.
-        maps: (N, H, W) float32 on the network's input grid, or None when not asked for.
+        maps: (N, H, W) float32 over the images, as many cells as the network's input has pixels, or None where not
+            asked for.
         map_medians: (N,) float32, what the median patch of each image scores: a defect leaves it low, another product
             does not. None where nobody has looked.
     """
@@ -71,14 +72,14 @@ class Scored(NamedTuple):
     Attributes:
         scores: (N,) float32.
         map_medians: (N,) float32, of the patches of each image.
-        grids: (N, h, w) maps; empty where they are not to be kept.
+        grids: (N, h, w) maps over the images; empty where they are not to be kept.
         size: Of the network's input.
     """
 
     scores: npt.NDArray[np.float32]
     map_medians: npt.NDArray[np.float32]
     grids: Tensor
-    size: int
+    size: Size
 
 
 @dataclass(kw_only=True, eq=False)
@@ -161,7 +162,7 @@ class Detector(ABC):
         Args:
             data: N images with features attached.
             device: "auto" takes a GPU where there is one.
-            maps: Also make (N, H, W) maps on the network's input grid.
+            maps: Also make (N, H, W) maps, in the size of the network's input.
             batch_size: Images at a time; does not change a score.
 
         Raises:
@@ -174,7 +175,7 @@ class Detector(ABC):
         grids, size = scored.grids, scored.size
         starts = range(0, len(grids), batch_size)
         full = [to_image_grid(grids[start : start + batch_size], size) for start in starts]
-        stacked = torch.cat(full).numpy() if full else np.empty((0, size, size), np.float32)
+        stacked = torch.cat(full).numpy() if full else np.empty((0, *as_shape(size)), np.float32)
         return Prediction(data.ids, scored.scores, stacked, scored.map_medians)
 
     def predict_patch_maps(self, data: ImageSet, *, device: str = "auto") -> tuple[npt.NDArray[np.float32], Tensor]:
@@ -184,7 +185,7 @@ class Detector(ABC):
 
     def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
         """(B, h, w) patch-grid maps and (B,) image scores."""
-        maps = self._maps(batch, device)
+        maps = batch.only_counted(self._maps(batch, device))
         return maps, self._image_scores(maps)
 
     def _score_roughly(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
@@ -192,8 +193,8 @@ class Detector(ABC):
         return self._score_batch(batch, device)
 
     def _map_medians(self, maps: Tensor) -> Tensor:
-        """(B,) the median of each of (B, h, w) maps, on the scale of held-out maps."""
-        return maps.flatten(1).median(1).values
+        """(B,) the median of each of (B, h, w) maps, nan aside, on the scale of held-out maps."""
+        return maps.flatten(1).nanmedian(1).values
 
     @property
     def n_drawn(self) -> int | None:
@@ -301,7 +302,8 @@ def score_together(
     for model in models:
         if not model.fitted:
             raise NotFittedError(f"This {type(model).__name__} is not fitted yet; call fit(images) first.")
-    target, size = resolve_device(device), 0
+    target = resolve_device(device)
+    size: Size = 0
     scores: list[list[Tensor]] = [[] for _ in models]
     medians: list[list[Tensor]] = [[] for _ in models]
     grids: list[list[Tensor]] = [[] for _ in models]
@@ -312,9 +314,9 @@ def score_together(
                 score = model._score_batch if keep_grids else model._score_roughly
                 batch_maps, batch_scores = score(batch, target)
                 scores[m].append(batch_scores.float().cpu())
-                medians[m].append(model._map_medians(batch_maps).float().cpu())
+                medians[m].append(model._map_medians(batch.counted_or_nan(batch_maps)).float().cpu())
                 if keep_grids:
-                    grids[m].append(batch_maps.float().cpu())
+                    grids[m].append(batch.over_image(batch_maps.float().cpu()))
     return [
         Scored(_joined(s), _joined(middle), torch.cat(g) if g else torch.empty(0, 1, 1), size)
         for s, middle, g in zip(scores, medians, grids, strict=True)

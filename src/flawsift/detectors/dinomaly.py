@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector
 from flawsift.detectors.parts import training
-from flawsift.detectors.parts.maps import on_one_grid, smooth, top_mean, upsample
+from flawsift.detectors.parts.maps import on_one_grid, scaled_shape, smooth, top_mean, upsample
 from flawsift.detectors.parts.networks import linear_attention
 from flawsift.detectors.parts.scaling import channel_statistics, scaled
 from flawsift.detectors.parts.training import UNWATCHED, StableAdamW, Watch, warmup_cosine, without_rejected
@@ -270,7 +270,8 @@ class Dinomaly(Detector):
         return torch.stack([1 - F.cosine_similarity(e, d, dim=1) for e, d in zip(groups, decoded, strict=True)]).mean(0)
 
     def _image_scores(self, maps: Tensor) -> Tensor:
-        return top_mean(smooth(upsample(maps, SCORE_SIZE), SCORE_SIGMA, radius=SCORE_RADIUS), self.top_share)
+        fine = upsample(maps, scaled_shape(maps, SCORE_SIZE))
+        return top_mean(smooth(fine, SCORE_SIGMA, radius=SCORE_RADIUS), self.top_share)
 
     def _expected(self, batch: Batch, device: str) -> Tensor:
         return torch.cat(self._net(device)(self._groups(batch, device)), 1)

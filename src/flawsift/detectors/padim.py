@@ -148,7 +148,7 @@ class PaDiM(Detector):
                 else:
                     learned = accepted.flatten(1).T.reshape(products.shape[:3])
                 maps = _held_out_norms(products.cpu(), learned, moments.n).T.reshape(-1, *self.grid_)
-                image_scores.append(self._image_scores(maps))
+                image_scores.append(self._image_scores(batch.only_counted(maps)))
             scores[alike] = torch.cat(image_scores).numpy()
         return scores
 

@@ -116,6 +116,7 @@ class PatchCore(Detector):
 
     def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
         maps, entries, embedding = self._search_batch(batch, device)
+        maps = batch.only_counted(maps)
         scores = self._image_scores(maps)
         if not self.reweight_neighbors:
             return maps, scores

@@ -1,7 +1,7 @@
 """Quorum: a patch is normal when several other images have one like it."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress, islice
 from typing import Any, ClassVar, Literal, Self
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flawsift.data.frames import Frame, with_lowest
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.groups import GroupNeighbors
@@ -20,6 +21,7 @@ from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.detectors.protocols import Evidence, HeldOut
 from flawsift.errors import InputError, NotFittedError
 from flawsift.features.devices import resolve_device
+from flawsift.types import Ids, as_shape
 
 AUTO: Literal["auto"] = "auto"
 FEWEST, MOST = 2, 16  # groups that are asked for by "auto": one alone is no quorum, more than 16 gained on no set
@@ -143,12 +145,13 @@ class Quorum(Detector):
         if not len(data):
             raise InputError("There is no image to score.")
         search = self._search(resolve_device(device))
-        grids, worst, patches, groups = [], [], [], []
+        grids, scores, worst, patches, groups = [], [], [], [], []
         with torch.inference_mode():
             for batch, own, grid in self._without_own(search, data):
                 place = grid.flatten(1).argmax(1)
-                grids.append(grid)
-                worst.append(place)
+                scores.append(self._image_scores(grid))
+                grids.append(batch.over_image(grid))
+                worst.append(place if batch.frame is None else batch.frame.place_over_image(place, *grid.shape[1:]))
                 patches.append(_rows(self._embed(batch))[torch.arange(len(place)), place])
                 groups.append(own)
             maps = torch.cat(grids)
@@ -161,11 +164,11 @@ class Quorum(Detector):
             grid=(maps.shape[1], maps.shape[2]),
             places=torch.cat(worst).numpy(),
             images=np.where(images >= 0, self.ids_.numpy()[images], -1),
-            image_places=places,
+            image_places=self._over_images(data, images, places, maps.shape[1:]),
             distances=distances,
             n_others=np.array([len(self.ids_) - sizes[group] for group in data.group_names]),
         )
-        return HeldOut(self._image_scores(maps).double().numpy(), maps, evidence)
+        return HeldOut(torch.cat(scores).double().numpy(), maps, evidence)
 
     def held_out_scores(self, data: ImageSet, *, device: str = "auto") -> npt.NDArray[np.float64]:
         """(N,) scores of training images, each without its own group."""
@@ -175,13 +178,14 @@ class Quorum(Detector):
         return self._score_batch(batch, device)[0]
 
     def _score_roughly(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
-        grids = self._to_grid(self._search(device), self._embed(batch))
+        grids = batch.only_counted(self._to_grid(self._search(device), self._embed(batch)))
         return grids * self.scale_, self._image_scores(grids)
 
     def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
         search = self._search(device)
-        grids = self._to_grid(search, self._embed(batch))
-        return self._sharpened(search, embed_batch(batch, self.layers), grids) * self.scale_, self._image_scores(grids)
+        grids = batch.only_counted(self._to_grid(search, self._embed(batch)))
+        maps = self._sharpened(search, embed_batch(batch, self.layers), grids)
+        return counted_as(batch, maps, *grids.shape[1:]) * self.scale_, self._image_scores(grids)
 
     def _map_medians(self, maps: Tensor) -> Tensor:
         return super()._map_medians(maps) / self.scale_  # held-out maps are means of four patches, not scaled
@@ -211,7 +215,17 @@ class Quorum(Detector):
         numbers, names = self._numbers, iter(data.group_names)
         for batch in data.batches(self.layers):
             own = torch.tensor([numbers.get(name, -1) for name in islice(names, len(batch))])
-            yield batch, own, self._to_grid(search, self._embed(batch), own)
+            yield batch, own, batch.only_counted(self._to_grid(search, self._embed(batch), own))
+
+    def _over_images(self, data: ImageSet, images: Ids, places: Ids, grid: Sequence[int]) -> Ids:
+        """Places of patches in the network's input, of (N, n) images of the bank, as places over these images."""
+        if not data.contents or data.reader is None:
+            return places
+        shape = as_shape(data.reader.size)
+        contents = [data.contents.get(int(self.ids_[i]), shape) for i in images.ravel()]
+        frame = Frame(shape, torch.tensor(contents, dtype=torch.float64))
+        over: Ids = frame.place_over_image(torch.from_numpy(places.ravel()), *grid).view(places.shape).numpy()
+        return over
 
     def _choose_k(self, device: str) -> int:
         """The largest number of groups that leaves the score of the median image within `GROWTH`."""
@@ -286,6 +300,15 @@ class Quorum(Detector):
         """(B, C, h, w): PatchCore's embedding, averaged over 2 x 2 patches."""
         embedding = embed_batch(batch, self.layers)
         return F.avg_pool2d(embedding, 2, ceil_mode=True)  # at an odd border fewer than four
+
+
+def counted_as(batch: Batch, maps: Tensor, h: int, w: int) -> Tensor:
+    """(B, H, W) maps where only that counts whose four patches count together, on the (h, w) grid of scores."""
+    counted = None if batch.frame is None else batch.frame.counted(h, w)
+    if counted is None:
+        return maps
+    rows, columns = (torch.arange(n) // 2 for n in maps.shape[1:])
+    return with_lowest(maps, counted[:, rows][:, :, columns])
 
 
 def _rows(embedding: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from flawsift.detectors.parts.networks import AttentionLayer
 from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.errors import InputError
 from flawsift.features.devices import resolve_device
+from flawsift.types import as_shape
 
 HEADS, WEIGHT_DECAY, CLIP_NORM = 8, 1e-4, 0.1  # section 4.1; weight decay on every parameter, as in the authors' code
 DROP_AT, DROP_TO = 0.8, 0.1  # the paper divides the learning rate by ten at epoch 800 of 1000
@@ -219,7 +220,7 @@ class UniAD(Detector):
         return distances
 
     def _image_scores(self, maps: Tensor) -> Tensor:
-        fine = upsample(maps, FINE * maps.shape[1])
+        fine = upsample(maps, (FINE * maps.shape[1], FINE * maps.shape[2]))
         return F.avg_pool2d(F.avg_pool2d(fine[:, None], (FINE, 1), 1), (1, FINE), 1).amax((1, 2, 3))
 
     def _expected(self, batch: Batch, device: str) -> Tensor:
@@ -238,13 +239,14 @@ class UniAD(Detector):
 
     def _embed(self, batch: Batch) -> Tensor:
         """(B, C, h, w): all taps at the grid of patches."""
-        side = max(1, batch.size // self.patch)
+        height, width = as_shape(batch.size)
+        grid = max(1, height // self.patch), max(1, width // self.patch)
         taps = [batch.features[layer] for layer in self.layers]
         if self.standardize:
             taps = list(map(standardized, taps, (self.statistics_[layer] for layer in self.layers)))
         if self.pooling == "average":
-            return torch.cat([F.adaptive_avg_pool2d(tap, side) for tap in taps], 1)
-        return torch.cat([F.interpolate(tap, (side, side), mode="bilinear", align_corners=True) for tap in taps], 1)
+            return torch.cat([F.adaptive_avg_pool2d(tap, grid) for tap in taps], 1)
+        return torch.cat([F.interpolate(tap, grid, mode="bilinear", align_corners=True) for tap in taps], 1)
 
     def _build(self) -> Transformer:
         return Transformer(self, *self.shape_)

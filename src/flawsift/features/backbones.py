@@ -14,6 +14,7 @@ Transformers with a class token have it as a layer of its own, with one cell per
 
 import contextlib
 import hashlib
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -28,12 +29,20 @@ from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import ImageSet
 from flawsift.errors import InputError, ParameterError, WeightsError, unknown_name
 from flawsift.features.runtimes import Engine, Runtime, device_for, make_engine
+from flawsift.features.tiling import GRID, LARGEST, TiledEngine, Tiles
 from flawsift.features.trunks import EMBEDDED, LayerInfo, Trunk, build, digest_of
+from flawsift.types import Shape, Size, as_shape
 
-# How `flawsift.data.images` brings an image to the network's square. Part of `key`: changing one changes all features.
-INTERPOLATION = "square-bilinear-antialias"
+# How `flawsift.data.frames` brings an image to the network's input, squeezed into a square or with its aspect ratio.
+# Part of `key`: changing one changes all features.
+SQUARE, FRAMED = "square-across-then-down", "framed-across-then-down"
 SIZES = (256, 384)  # of the default network's input, in pixels: for small images and for others, see `fitting_size`
 N_MEASURED = 20  # images by which that is told
+MULTIPLE = 16  # of the edges of an input that fits the images: the coarsest stride that the default detectors read
+MOST_REDUCED = 4  # pixels of the images for one of the network's input: a mark of 16 is then seen as 4
+# Patches of all images together, so that a search among them stays within minutes on two cores, and a bank within 160
+# megabytes: a set of a hundred is looked at with up to 1,150 x 1,150 pixels, one of four hundred with half of that.
+MOST_PATCHES, PATCH = 2**19, 16
 MAX_SIZE = 2**14  # the pixels of one image are then 3 GiB as floats
 MIN_SIZE = 32  # below, the deepest stage of the usual networks is smaller than one cell
 # Images at a time where layers are averaged: the eight blocks that Dinomaly averages are 20 MB per image at ViT-B.
@@ -51,7 +60,9 @@ class Backbone:
         std: Per-channel divisor after that.
         runtime: What runs it, "torch" or "openvino".
         device: Where it runs, "cpu" or "cuda".
-        size: Edge length in pixels of the square network input.
+        size: Of the network input in pixels, as given: the edge of a square that images are squeezed into, or (H, W).
+        shape: (H, W) of the network input in pixels.
+        tiles: How it is cut where it is large, or None.
         key: Short id of all that changes the features, safe as a file name.
         spec: Arguments of `load_backbone` that rebuild it.
     """
@@ -59,13 +70,19 @@ class Backbone:
     def __init__(self, trunk: Trunk, engine: Engine, *, name: str, device: str, spec: Mapping[str, Any]) -> None:
         self.trunk, self._engine = trunk, engine
         self.name, self.device, self.spec = name, device, dict(spec)
-        self.size: int = self.spec["size"]
+        size = self.spec["size"]
+        self.size: Size = size if isinstance(size, int) else as_shape(size)
+        self.shape = as_shape(size)
+        self.tiles = Tiles.of(self.spec.get("tiles"), self.shape)
         self.mean, self.std, self.layers = trunk.mean, trunk.std, trunk.layers
         self.runtime = engine.name
         self.weights_digest = self.parameters_digest()
-        pixels = hashlib.sha256(repr((self.mean, self.std, INTERPOLATION)).encode()).hexdigest()[:8]
+        pixels = hashlib.sha256(
+            repr((self.mean, self.std, SQUARE if isinstance(self.size, int) else FRAMED)).encode()
+        ).hexdigest()[:8]
+        cut = "" if self.tiles is None else f"-tiles{self.tiles.edge}.{self.tiles.overlap}"
         slug = re.sub(r"[^A-Za-z0-9_.]", "_", name)
-        self.key = f"{slug}-{self.weights_digest[:16]}-{self.size}-{self.runtime}-{pixels}"
+        self.key = f"{slug}-{self.weights_digest[:16]}-{size_text(self.size)}{cut}-{self.runtime}-{pixels}"
 
     def __repr__(self) -> str:
         return f"Backbone({self.key})"
@@ -98,7 +115,7 @@ class Backbone:
         """Feature maps of some images; only the network up to the deepest asked layer is run.
 
         Args:
-            pixels: (B, 3, size, size) uint8 RGB.
+            pixels: (B, 3, H, W) uint8 RGB.
             layers: Layer names or aliases, see `resolve`.
 
         Returns:
@@ -111,8 +128,8 @@ class Backbone:
         members = {layer: self.members(layer) for layer in layers}
         if not members:
             raise ParameterError("layers must name at least one layer, got none.")
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, self.size, self.size) or not len(pixels):
-            want = f"(B, 3, {self.size}, {self.size}) uint8 with B >= 1"
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, *self.shape) or not len(pixels):
+            want = f"(B, 3, {self.shape[0]}, {self.shape[1]}) uint8 with B >= 1"
             raise InputError(f"pixels must be {want}, got {tuple(pixels.shape)} {pixels.dtype}.")
         taps = sorted({tap for of_layer in members.values() for tap in of_layer})
         step = MEAN_BATCH if any(len(of_layer) > 1 for of_layer in members.values()) else len(pixels)
@@ -140,7 +157,8 @@ def load_backbone(
     name: str = EMBEDDED,
     *,
     weights: str | Path | None = None,
-    size: int = SIZES[0],
+    size: Size | Sequence[int] = SIZES[0],
+    tiles: Sequence[int] | None = None,
     runtime: Runtime = "auto",
     device: str = "auto",
 ) -> Backbone:
@@ -149,7 +167,10 @@ def load_backbone(
     Args:
         name: A name as listed in this module's docstring.
         weights: A local .safetensors or .pth state dict in timm's naming; never unpickled.
-        size: Edge length in pixels of the square input.
+        size: Of the input in pixels: the edge of a square that images are squeezed into, as papers do, or (height,
+            width) of a rectangle that they are fitted into with their aspect ratio.
+        tiles: Edge, and perhaps overlap, of tiles that a larger input is cut into, in pixels; None cuts what is larger
+            than `flawsift.features.tiling.LARGEST`. Memory then stays flat.
         runtime: "auto" takes OpenVINO on a CPU where it is installed and knows the network, else torch.
         device: A torch device; "auto" is the GPU if there is one.
 
@@ -159,32 +180,89 @@ def load_backbone(
     """
     if not isinstance(name, str) or not isinstance(weights, str | Path | None):
         raise ParameterError(f"The name of a backbone and its weights must be texts, got {name!r} and {weights!r}.")
-    if not isinstance(size, int) or size < MIN_SIZE:
-        raise ParameterError(f"size must be a whole number of at least {MIN_SIZE} pixels, got {size}.")
-    if size > MAX_SIZE:
-        raise ParameterError(f"size must be at most {MAX_SIZE} pixels, got {size}.")
+    size = _checked(size)
+    shape, cut = as_shape(size), Tiles.of(tiles, as_shape(size))
     place = device_for(runtime, device)
-    model, mean, std = build(name, Path(weights) if weights is not None else None, size)
+    seen: Size = size
+    if cut is not None:  # what the network sees at a time
+        if shape[0] % GRID or shape[1] % GRID:
+            raise ParameterError(f"An input that is cut into tiles needs edges of multiples of {GRID}, got {shape}.")
+        seen = min(cut.edge, shape[0]), min(cut.edge, shape[1])
+    model, mean, std = build(name, Path(weights) if weights is not None else None, seen)
     trunk = Trunk(model, mean, std, name)
-    engine = make_engine(trunk, name, size, runtime, place)
+    engine = make_engine(trunk, name, as_shape(seen), runtime, place)
+    if cut is not None:
+        engine = TiledEngine(engine, trunk.layers, shape, cut)
     path = str(weights) if weights is not None else None
-    spec = {"name": name, "weights": path, "size": size, "runtime": runtime, "device": device}
+    spec: dict[str, Any] = {"name": name, "weights": path, "size": size, "runtime": runtime, "device": device}
+    if tiles is not None:
+        spec["tiles"] = list(tiles)
     return Backbone(trunk, engine, name=name, device=str(place), spec=spec)
 
 
-def fitting_size(images: ImageSet) -> int:
-    """The size of the default network's input for some images, in pixels: 384 where they have so many, else 256.
+def _checked(size: Size | Sequence[int]) -> Size:
+    edges = tuple(size) if isinstance(size, tuple | list) else (size,)
+    if len(edges) > 2 or not all(isinstance(edge, int) and edge >= MIN_SIZE for edge in edges):
+        raise ParameterError(
+            f"size must be a whole number of at least {MIN_SIZE} pixels, or two (height, width), got {size}."
+        )
+    if max(edges) > MAX_SIZE:
+        raise ParameterError(f"size must be at most {MAX_SIZE} pixels, got {size_text(size)}.")
+    return edges[0] if len(edges) == 1 else as_shape(edges)
 
-    Small defects are found better at 384, at 5 times the cost of a search among patches; where most of the images have
-    fewer pixels on their shorter side, there is no more to see. Told by `N_MEASURED` of them, evenly spaced.
+
+def size_text(size: Size | Sequence[int]) -> str:
+    """A size as it is told: 256, or width x height."""
+    return str(size) if isinstance(size, int) else "x".join(map(str, reversed(size)))
+
+
+def fitting_size(images: ImageSet, longer: int | None = None, *, multiple: int = MULTIPLE) -> Shape:
+    """The network's input for some images: of their aspect ratio, and as large as it is worth.
+
+    It has as many pixels as a square of 384, or of 256 where most images have fewer pixels than 384 on their shorter
+    side: small defects are found better at 384, at 5 times the cost of a search among patches. Of images that are more
+    than `MOST_REDUCED` times as large it has more, as far as the number of images allows (`MOST_PATCHES`).
+
+    Args:
+        images: Of which up to `N_MEASURED`, evenly spaced, are measured.
+        longer: Pixels of the longer side of the input, instead.
+        multiple: What both edges are a multiple of.
     """
-    every = max(1, len(images) // N_MEASURED)
+    edges = _measured(images)
+    aspect = statistics.median(width / height for width, height in edges) if edges else 1.0
+    if longer is not None:
+        area = longer**2 * min(aspect, 1 / aspect)
+    else:
+        small, large = SIZES
+        least = large if edges and statistics.median(min(picture) for picture in edges) >= large else small
+        pixels = statistics.median(math.prod(picture) for picture in edges) if edges else 0
+        affordable = PATCH**2 * MOST_PATCHES / max(1, len(images))
+        area = max(least**2, min(pixels / MOST_REDUCED**2, affordable))
+    sides = math.sqrt(area / aspect), math.sqrt(area * aspect)  # height, width
+    if max(sides) > LARGEST - multiple:  # it is cut into tiles
+        multiple = math.lcm(multiple, GRID)
+    return _rounded(sides[0], multiple), _rounded(sides[1], multiple)
+
+
+def typical_picture(images: ImageSet) -> tuple[int, int] | None:
+    """The usual (width, height) of images: the medians of both; None where none can be read."""
+    edges = _measured(images)
+    return (int(statistics.median(w for w, _ in edges)), int(statistics.median(h for _, h in edges))) if edges else None
+
+
+def _measured(images: ImageSet) -> list[tuple[int, int]]:
+    """(width, height) of up to `N_MEASURED` images, evenly spaced."""
     edges = []
-    for id_ in images.ids[::every].tolist():
+    for id_ in images.ids[:: max(1, len(images) // N_MEASURED)].tolist():
         with contextlib.suppress(UnreadableImage):
-            edges.append(min(images.source.size(id_)))
-    small, large = SIZES
-    return large if edges and statistics.median(edges) >= large else small
+            edges.append(images.source.size(id_))
+    return edges
+
+
+def _rounded(edge: float, multiple: int) -> int:
+    """The nearest multiple that a network can have."""
+    least, most = -(-MIN_SIZE // multiple) * multiple, MAX_SIZE // multiple * multiple
+    return min(most, max(least, round(edge / multiple) * multiple))
 
 
 def _rebuild(spec: Mapping[str, Any], digest: str) -> Backbone:

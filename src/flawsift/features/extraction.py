@@ -1,5 +1,6 @@
 """Each image through the frozen backbone once: into the feature store, or piece by piece into memory."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from flawsift.data.decoding import UnreadableImage, to_pixels
 from flawsift.data.facts import ImageFacts, facts_of
+from flawsift.data.frames import content_of
 from flawsift.data.images import FeatureReader, ImageSet
 from flawsift.data.inputs import Images, as_images, in_pieces, is_stream
 from flawsift.data.values import ValueRange
@@ -22,8 +24,11 @@ from flawsift.features.readers import MemoryFeatures, StoredFeatures, view_diges
 from flawsift.features.store import DTYPES, Arrays, FeatureStore
 from flawsift.files import ensure_folder
 from flawsift.progress import Progress, silent
+from flawsift.types import Shape, Size, as_shape
 
-SHARD = 64  # images in a shard of the store, and in a piece: 10 s of work on 2 cores is the most that a kill can cost
+# Images in a shard of the store, and in a piece: 10 s of work on 2 cores is the most that a kill can cost. Of inputs of
+# more pixels than `SHARD_AREA` fewer, so that memory does not grow with them.
+SHARD, SHARD_AREA = 64, 512**2
 
 
 def attach(
@@ -106,6 +111,7 @@ def stream(
         InputError: As for `flawsift.data.inputs.as_images`.
     """
     given = images if is_stream(images) else as_images(images)
+    size = min(size, shard_of(backbone))
     total = len(given) if isinstance(given, ImageSet) else 0
     done = 0
     for piece in in_pieces(given, size):
@@ -142,6 +148,7 @@ def _attach_memory(
 ) -> tuple[ImageSet, dict[int, str], dict[int, ImageFacts]]:
     pixels, failed, facts = _decode(images, backbone.size)
     good = images.select([i for i in images.ids if int(i) in pixels])
+    good = replace(good, contents=_framed({i: (one.width, one.height) for i, one in facts.items()}, backbone.size))
     pictures = {("", int(i)): pixels[int(i)] for i in good.ids}
     pictures |= {(view, i): derive(pixels[i], view) for view in views for _, i in list(pictures)}
     arrays = _extract(backbone, list(pictures.values()), layers, "float16") if len(good) else {}
@@ -164,9 +171,10 @@ def _attach_stored(
         store.sweep()
         _check_space(store, backbone, list(names.values()), len(missing))
     undecodable: dict[str, str] = {}
-    for start in range(0, len(missing), SHARD):
+    n_shard = shard_of(backbone)
+    for start in range(0, len(missing), n_shard):
         progress("features", start, len(missing))
-        part = images.select(missing[start : start + SHARD])
+        part = images.select(missing[start : start + n_shard])
         pixels, bad, _ = _decode(part, backbone.size)
         undecodable.update((digests[i], reason) for i, reason in bad.items())
         if pixels:
@@ -184,7 +192,10 @@ def _attach_stored(
             f"The feature cache '{store.root}' does not give back what was just written to it. Its disk is damaged, "
             "or another program clears it; move it with FLAWSIFT_CACHE or --cache."
         )
-    return replace(good, reader=StoredFeatures(backbone.size, backbone.key, digests, entries, files)), failed
+    contents = _contents(good, backbone.size)
+    return replace(
+        good, contents=contents, reader=StoredFeatures(backbone.size, backbone.key, digests, entries, files)
+    ), failed
 
 
 def _joined(reader: FeatureReader | None, other: FeatureReader | None) -> FeatureReader | None:
@@ -205,8 +216,26 @@ def _digests(images: ImageSet) -> tuple[dict[int, str], dict[int, str]]:
     return digests, failed
 
 
-def _decode(images: ImageSet, size: int) -> tuple[dict[int, Tensor], dict[int, str], dict[int, ImageFacts]]:
-    """{id: (3, size, size) uint8} of the images that can be decoded, {id: reason} of the others, and their facts."""
+def shard_of(backbone: Backbone) -> int:
+    """How many images at a time go through a backbone."""
+    return max(1, SHARD * SHARD_AREA // max(SHARD_AREA, math.prod(backbone.shape)))
+
+
+def _contents(images: ImageSet, size: Size) -> dict[int, Shape]:
+    """{id: rows and columns of the network's input} of images that do not take all of it."""
+    if isinstance(size, int):
+        return {}
+    return _framed({i: images.source.size(i) for i in images.ids.tolist()}, size)
+
+
+def _framed(pictures: Mapping[int, tuple[int, int]], size: Size) -> dict[int, Shape]:
+    full = as_shape(size)
+    contents = {id_: content_of(picture, size) for id_, picture in pictures.items()}
+    return {id_: content for id_, content in contents.items() if content != full}
+
+
+def _decode(images: ImageSet, size: Size) -> tuple[dict[int, Tensor], dict[int, str], dict[int, ImageFacts]]:
+    """{id: (3, H, W) uint8} of the images that can be decoded, {id: reason} of the others, and their facts."""
 
     def one(id_: int) -> tuple[Tensor, ImageFacts] | UnreadableImage:
         try:
@@ -240,7 +269,7 @@ def _extract(backbone: Backbone, pixels: Sequence[Tensor], layers: Sequence[str]
 
 def _check_space(store: FeatureStore, backbone: Backbone, layers: Sequence[str], n: int) -> None:
     infos = [backbone.resolve(layer) for layer in layers]
-    cells = sum(info.channels * (backbone.size // info.stride) ** 2 for info in infos)
+    cells = sum(info.channels * math.prod(-(-edge // info.stride) for edge in backbone.shape) for info in infos)
     need = n * cells * np.dtype(DTYPES[store.dtype]).itemsize
     try:
         ensure_folder(store.root, need_bytes=need)

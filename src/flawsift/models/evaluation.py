@@ -25,6 +25,7 @@ class MapCollector:
         n_images: How many images there will be.
         kept: Maps in the order of the readable images; None if streamed.
         stream: Where they are streamed to; None if kept.
+        hits: {id: whether the highest place of the map lies in the mask} of images with a mask.
     """
 
     truth: GroundTruth
@@ -32,6 +33,7 @@ class MapCollector:
     n_images: int
     kept: list[npt.NDArray[np.float32]] | None = field(default_factory=list)
     stream: StreamingAUPRO | None = None
+    hits: dict[int, bool] = field(default_factory=dict)
 
     def __call__(self, images: ImageSet, prediction: Prediction) -> None:
         assert prediction.maps is not None
@@ -39,11 +41,15 @@ class MapCollector:
             self.kept, self.stream = None, self.stream or StreamingAUPRO()
         if self.kept is not None:
             self.kept.extend(prediction.maps)
-        if self.stream is None:
-            return
         for id_, anomaly_map in zip(prediction.ids.tolist(), prediction.maps, strict=True):
+            if self.stream is None and id_ not in self.truth.masks:
+                continue
             mask = self.truth.mask(id_, anomaly_map.shape)
-            if mask is not None:
+            if mask is None:
+                continue
+            if mask.any():
+                self.hits[id_] = bool(mask[np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)])
+            if self.stream is not None:
                 self.stream.update(anomaly_map, mask)
 
 
@@ -73,5 +79,7 @@ def measure(predictions: Predictions, truth: GroundTruth, maps: MapCollector | N
         mine = labels == label
         share = None if wrong is None or not mine.any() else float((wrong[mine] != bool(label)).mean())
         result[key] = None if share is None else 100 * share
+    found = [] if stopped is None or maps is None else [maps.hits[i] for i in ids[stopped].tolist() if i in maps.hits]
+    result["hits_per_100"] = 100 * float(np.mean(found)) if found else None
     result["n_unreadable"] = int((~readable).sum())
     return result

@@ -19,9 +19,11 @@ import numpy.typing as npt
 
 import flawsift
 from flawsift.data.decoding import UnreadableImage
+from flawsift.data.frames import Region
 from flawsift.data.images import ImageSet
 from flawsift.data.inputs import Images, as_images, is_stream
 from flawsift.data.mask_checks import usable_masks
+from flawsift.data.roi import REGION
 from flawsift.data.truth import GroundTruth
 from flawsift.data.values import VALUE_RANGE, ValueRange
 from flawsift.detectors.base import Detector, Prediction, load_detector
@@ -79,6 +81,11 @@ class Model:
     def value_range(self) -> ValueRange | None:
         """By which it reads images of more than 8 bits; None where it was trained on none."""
         return ValueRange.from_json(self.training.get(VALUE_RANGE))
+
+    @property
+    def region(self) -> Region | None:
+        """The part of each image that it looks at; None for all."""
+        return Region.from_json(self.training.get(REGION))
 
     def threshold(self, false_alarm_rate: float | None = None) -> Threshold | None:
         """The threshold at a false-alarm rate; None takes the model's."""
@@ -184,7 +191,8 @@ class Model:
 
         Returns:
             As `flawsift.metrics.ranking.evaluate`, with false_alarms_per_100 and missed_per_100 at the model's
-            threshold, and n_trained_on, the number of images that the model was trained on, which flatter it; and the
+            threshold; hits_per_100, of how many in 100 found defective images with a mask the highest place of the map
+            lies in it; and n_trained_on, the number of images that the model was trained on, which flatter it; and the
             predictions.
 
         Raises:
@@ -219,8 +227,9 @@ class Model:
         observed: Observed | None = None,
     ) -> Iterator[Predictions]:
         """Predictions of one piece after the other, as they are made."""
-        layers, ranged = self.detector.layers, self.value_range
+        layers, ranged, region = self.detector.layers, self.value_range, self.region
         for piece in stream(images, self.backbone, layers, size=size, progress=progress, value_range=ranged):
+            piece = piece._replace(data=piece.data.looked_at(region))
             scores: dict[int, float] = {}
             kept: dict[int, npt.NDArray[np.float32]] = {}
             failed = piece.failed
@@ -314,6 +323,7 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
         training, told = dict(content["training"]), content.get("profile")  # models of before have none
         calibration = calibration_of(content)
         profile = None if told is None else Profile.from_json(told)
+        Region.from_json(training.get(REGION))  # what is damaged is told now
         known = content.get("learned")
         learned = None if known is None else frozenset(map(str, known))
         detector = load_detector(folder, digest=str(content["detector_digest"]))

@@ -6,28 +6,40 @@ from typing import Any
 
 import flawsift
 from flawsift.data.images import ImageSet
+from flawsift.data.roi import REGION
 from flawsift.data.values import VALUE_RANGE, kept
 from flawsift.detectors.base import Detector
-from flawsift.features.backbones import Backbone
+from flawsift.features.backbones import Backbone, typical_picture
 from flawsift.screening.result import Screening
 
+PICTURES = "pictures"  # under which a screening and a model keep what their images' size is
 VERSIONED = ("torch", "timm", "openvino", "numpy", "pillow")  # packages whose version can change a score
 
 
 def provenance_of(detector: Detector, backbone: Backbone, images: ImageSet) -> dict[str, Any]:
-    """Detector, backbone, versions and, where the images have one, their range of values, ready for JSON."""
+    """Detector, backbone, versions and how the images were looked at, ready for JSON."""
     return {
         "detector": {"name": detector.name, "params": detector.params()},
         "backbone": {"spec": backbone.spec, "key": backbone.key, "weights_digest": backbone.weights_digest},
         "versions": versions(),
+        **how_seen(images),
+    }
+
+
+def how_seen(images: ImageSet) -> dict[str, Any]:
+    """What a screening and a model keep of how their images were looked at: range of values, region, usual size."""
+    picture = typical_picture(images)
+    return {
         **kept(images.value_range),
+        **({} if images.region is None else {REGION: images.region.as_json()}),
+        **({} if picture is None else {PICTURES: list(picture)}),
     }
 
 
 def is_made_by(screening: Screening | None, detector: Detector, backbone: Backbone, images: ImageSet) -> bool:
     """Whether the scores of a screening are this detector's: a threshold from another's would be nonsense."""
     mine = provenance_of(detector, backbone, images)
-    if screening is None or screening.provenance.get(VALUE_RANGE) != mine.get(VALUE_RANGE):
+    if screening is None or any(screening.provenance.get(key) != mine.get(key) for key in (VALUE_RANGE, REGION)):
         return False
     keys = (("detector", "name"), ("detector", "params"), ("backbone", "key"), ("backbone", "weights_digest"))
     return all(screening.provenance.get(part, {}).get(key) == mine[part][key] for part, key in keys)

@@ -41,6 +41,7 @@ METRICS = {
     "aupro": "AUPRO",
     "false_alarms_per_100": "False alarms per 100 good",
     "missed_per_100": "Missed per 100 defective",
+    "hits_per_100": "Hottest place in the mask, per 100 found",
 }
 
 

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flawsift.detectors.parts.maps import to_image_grid
+from flawsift.detectors.parts.maps import scaled_shape, to_image_grid
 from flawsift.reports.overlays import Scale
 from flawsift.screening.consensus import own_mask
 from flawsift.screening.result import Screening
@@ -52,9 +52,9 @@ def is_typical(screening: Screening) -> npt.NDArray[np.bool_]:
 
 
 def smoothed(patch_map: npt.NDArray[np.float16]) -> Tensor:
-    """A patch map (h, w) of the screening as it is drawn: smoothed, (MAP_SIZE, MAP_SIZE)."""
+    """A patch map (h, w) of the screening as it is drawn: smoothed, with a longer edge of MAP_SIZE."""
     finite = torch.from_numpy(np.nan_to_num(patch_map.astype(np.float32)))
-    return to_image_grid(finite.unsqueeze(0), MAP_SIZE)[0]
+    return to_image_grid(finite.unsqueeze(0), scaled_shape(finite.unsqueeze(0), MAP_SIZE))[0]
 
 
 def map_scale(screening: Screening) -> Scale | None:
@@ -67,5 +67,6 @@ def map_scale(screening: Screening) -> Scale | None:
         return None
     kept = screening.patch_maps[screening.is_kept]
     sample = kept[:: max(1, len(kept) // SCALE_SAMPLE)]
-    maps = to_image_grid(torch.from_numpy(np.nan_to_num(sample.astype(np.float32))), MAP_SIZE)
+    grids = torch.from_numpy(np.nan_to_num(sample.astype(np.float32)))
+    maps = to_image_grid(grids, scaled_shape(grids, MAP_SIZE))
     return Scale.of(maps.amax((1, 2)).numpy(), None)

@@ -144,7 +144,7 @@ def save_overlay(path: Path, image: Image.Image, map: "npt.NDArray[Any] | Tensor
 
 
 def _stretch(map: "npt.NDArray[Any] | Tensor", size: tuple[int, int], scale: Scale) -> npt.NDArray[np.float32]:
-    """(H, W) of a picture from (h, w): bilinear to a square, then to the picture's shape, as the network saw it."""
+    """(H, W) of a picture from (h, w) over it, bilinear."""
     import torch  # here, so that a machine without it can paint the maps of exported models
 
     from flawsift.detectors.parts.maps import upsample
@@ -153,10 +153,7 @@ def _stretch(map: "npt.NDArray[Any] | Tensor", size: tuple[int, int], scale: Sca
     values = torch.from_numpy(np.array(array, np.float32))  # a copy: torch warns of read-only arrays
     # one nan would spread over its neighbours, one infinity over the whole cell
     values = values.nan_to_num(nan=scale.low, posinf=2 * scale.threshold - scale.low, neginf=scale.low)
-    square = upsample(values.unsqueeze(0), max(size)).squeeze(0).numpy()
-    if size[0] == size[1]:
-        return np.asarray(square, np.float32)
-    return np.asarray(Image.fromarray(square).resize(size, Image.Resampling.BILINEAR), np.float32)
+    return np.asarray(upsample(values.unsqueeze(0), (size[1], size[0])).squeeze(0).numpy(), np.float32)
 
 
 def _draw_contour(colour: npt.NDArray[np.uint8], above: npt.NDArray[np.bool_]) -> None:

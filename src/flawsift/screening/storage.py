@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.damage import DAMAGE, json_object
+from flawsift.data.frames import Region
 from flawsift.data.images import FileSource, ImageSet
+from flawsift.data.roi import REGION
 from flawsift.data.values import VALUE_RANGE, ValueRange
 from flawsift.errors import InputError
 from flawsift.files import DamagedPart, Parts, new_result, settle, write_bytes, write_json
@@ -236,12 +238,17 @@ def _files(screening: Screening, folder: Path) -> ImageSet:
     """The files below a folder that a screening names, under its ids."""
     named = zip(screening.ids.tolist(), screening.names, strict=True)
     files = ImageSet.from_files(folder, {id_: find_name(folder, name) for id_, name in named})
-    return replace(files.within(range_of(screening)), groups=screening.groups)
+    return replace(files.within(range_of(screening)), groups=screening.groups, region=region_of(screening))
 
 
 def range_of(screening: Screening) -> ValueRange | None:
     """The range of values that its images of more than 8 bits were read by."""
     return ValueRange.from_json(screening.provenance.get(VALUE_RANGE))
+
+
+def region_of(screening: Screening) -> Region | None:
+    """The part of its images that was looked at; None for all."""
+    return Region.from_json(screening.provenance.get(REGION))
 
 
 def matched(screening: Screening, images: ImageSet) -> Screening:
@@ -283,7 +290,7 @@ def matched(screening: Screening, images: ImageSet) -> Screening:
 
 
 def grouped(screening: Screening, images: ImageSet) -> tuple[ImageSet, str | None]:
-    """The images to train on in the groups and the range of values of their screening, or in their own where given.
+    """The images to train on with groups, range of values and region of their screening, or their own where given.
 
     Args:
         screening: Of the same images, from disk or not, which are found by name.
@@ -294,6 +301,8 @@ def grouped(screening: Screening, images: ImageSet) -> tuple[ImageSet, str | Non
     """
     if images.value_range is None:
         images = images.within(range_of(screening))
+    if images.region is None:
+        images = images.looked_at(region_of(screening))
     by_name = _ids_by_name(images)
     new_id = {i: by_name.get(show(name)) for i, name in zip(screening.ids.tolist(), screening.names, strict=True)}
     known = {id_: group for i, group in screening.groups.items() if (id_ := new_id[i]) is not None}

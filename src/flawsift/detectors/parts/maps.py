@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flawsift.data.images import Batch
+from flawsift.types import Shape, Size, as_shape
 
 # Gaussian sigma 4 on a 256 px map is what PaDiM, PatchCore and RD share (their 224 to 288 px); it scales with the map.
 SIGMA_PER_PIXEL = 4.0 / 256
@@ -45,9 +46,15 @@ def _reflect_ids(n: int, radius: int, device: torch.device) -> Tensor:
     return torch.where(positions < n, positions, 2 * n - 1 - positions)
 
 
-def upsample(maps: Tensor, size: int) -> Tensor:
-    """Bilinear upsampling of (B, h, w) to (B, size, size), corners not aligned."""
-    return F.interpolate(maps.unsqueeze(1), (size, size), mode="bilinear", align_corners=False).squeeze(1)
+def upsample(maps: Tensor, size: Size) -> Tensor:
+    """Bilinear upsampling of (B, h, w) to (B, H, W), corners not aligned."""
+    return F.interpolate(maps.unsqueeze(1), as_shape(size), mode="bilinear", align_corners=False).squeeze(1)
+
+
+def scaled_shape(maps: Tensor, edge: int) -> Shape:
+    """(H, W) with the aspect ratio of (B, h, w) maps and a longer edge of so many cells."""
+    h, w = (int(n) for n in maps.shape[1:])  # under a tracer they are tensors
+    return max(1, round(edge * h / max(h, w))), max(1, round(edge * w / max(h, w)))
 
 
 def largest_grid(taps: Sequence[Tensor]) -> tuple[int, int]:
@@ -71,9 +78,9 @@ def on_one_grid(features: Sequence[Tensor], *, finest: bool = True) -> list[Tens
     return resized
 
 
-def to_image_grid(maps: Tensor, size: int) -> Tensor:
-    """Patch-grid maps (B, h, w) as smoothed maps (B, size, size) on the network's input grid of `size` pixels."""
-    return smooth(upsample(maps, size), SIGMA_PER_PIXEL * size)
+def to_image_grid(maps: Tensor, size: Size) -> Tensor:
+    """Patch-grid maps (B, h, w) as smoothed maps (B, H, W) in the size of the network's input, in pixels."""
+    return smooth(upsample(maps, size), SIGMA_PER_PIXEL * max(as_shape(size)))
 
 
 def top_mean(maps: Tensor, share: float) -> Tensor:

@@ -1,0 +1,112 @@
+"""Regions of interest: which part of every image is looked at, from a mask, a drawing or the images themselves."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from flawsift.damage import DAMAGE, json_object
+from flawsift.data.frames import ROI_EDGE, Region
+from flawsift.data.images import ImageSet
+from flawsift.data.masks import read_mask
+from flawsift.data.unreadable import UnreadableImage
+from flawsift.errors import InputError
+from flawsift.paths import show
+
+REGION = "region"  # under which a screening and a model keep it
+AUTO = "auto"
+N_SEEN = 32  # images that a constant background is looked for in, evenly spaced
+# Grey levels that a constant background may be off from its median: noise and JPEG, not texture.
+BACKGROUND = 12.0
+CONSTANT = 0.95  # share of the border's pixels that must be so
+MARGIN = 0.03  # of the longer edge, added around what was seen: the next part may lie a little elsewhere
+
+
+def read_region(given: str, images: ImageSet) -> Region:
+    """What --roi says.
+
+    Args:
+        given: "auto" for `foreground`; else a file. A mask is an image, white where to look. JSON is what labelme
+            writes, or {"size": [width, height], "polygons": [[[x, y], ...], ...]}, the polygons in pixels of images of
+            that size; what is in any of them is looked at.
+        images: For "auto".
+
+    Raises:
+        InputError: It is not there, cannot be read, or holds no region.
+    """
+    if given == AUTO:
+        return foreground(images)
+    path = Path(given)
+    if not path.is_file():
+        raise InputError(f"The region of interest '{show(path)}' is not there. Give a mask, a JSON file, or auto.")
+    return Region.of_mask(_drawn(path) if path.suffix.lower() == ".json" else read_mask([path]))
+
+
+def _drawn(path: Path) -> NDArray[np.bool_]:
+    """(H, W) of polygons."""
+    try:
+        content = json_object(path.read_bytes())
+        if "shapes" in content:  # of labelme
+            size = content["imageWidth"], content["imageHeight"]
+            polygons = [shape["points"] for shape in content["shapes"]]
+        else:
+            size, polygons = content["size"], content["polygons"]
+        width, height = (int(edge) for edge in size)
+        corners = [[(float(x), float(y)) for x, y in polygon] for polygon in polygons]
+        if (
+            min(width, height) < 1
+            or max(width, height) > 2**16
+            or not np.isfinite([at for polygon in corners for point in polygon for at in point]).all()
+        ):
+            raise ValueError("sizes and points must be numbers of pixels")
+    except (OSError, *DAMAGE) as error:
+        raise InputError(
+            f'{show(path)} holds no region: {error}. It must be what labelme writes, or {{"size": [width, height], '
+            '"polygons": [[[x, y], [x, y], [x, y]]]}.'
+        ) from error
+    mask = Image.new("1", (width, height))
+    for polygon in corners:
+        if len(polygon) < 3:
+            raise InputError(f"{show(path)} has a polygon of {len(polygon)} points. A region needs three at least.")
+        ImageDraw.Draw(mask).polygon(polygon, fill=1)
+    if not np.asarray(mask).any():
+        raise InputError(f"The polygons of {show(path)} hold no pixel of {width} x {height}.")
+    return np.asarray(mask)
+
+
+def foreground(images: ImageSet) -> Region:
+    """Where any of some images differs from their background, which must be of one colour all along their borders.
+
+    Raises:
+        InputError: It is not, or nothing differs, or no image can be read.
+    """
+    every = max(1, len(images) // N_SEEN)
+    pictures: list[NDArray[np.float32]] = []
+    for id_ in images.ids[::every].tolist():
+        with contextlib.suppress(UnreadableImage):
+            picture = images.image(id_)
+            if pictures:
+                picture = picture.resize(pictures[0].shape[1::-1], Image.Resampling.BOX)
+            else:
+                picture.thumbnail((ROI_EDGE, ROI_EDGE), Image.Resampling.BOX)
+            pictures.append(np.asarray(picture, np.float32))
+    if not pictures:
+        raise InputError("--roi auto finds no image that can be read.")
+    stack = np.stack(pictures)  # (N, h, w, 3)
+    border = np.concatenate([stack[:, [0, -1]].reshape(-1, 3), stack[:, :, [0, -1]].reshape(-1, 3)])
+    colour = np.median(border, axis=0)
+    share = float((np.abs(border - colour).max(1) <= BACKGROUND).mean())
+    if share < CONSTANT:
+        raise InputError(
+            f"--roi auto needs a background of one colour, but only {100 * share:.0f} % of the borders of the images "
+            "have it. Give a mask or polygons."
+        )
+    differs = (np.abs(stack - colour).max(3) > BACKGROUND).any(0)
+    differs = ndimage.binary_opening(differs)  # single noisy pixels are no part
+    if not differs.any():
+        raise InputError("--roi auto finds nothing before the background. Give a mask or polygons, or leave it out.")
+    grown = ndimage.binary_dilation(differs, iterations=max(1, round(MARGIN * max(differs.shape))))
+    return Region(ndimage.binary_fill_holes(grown))
