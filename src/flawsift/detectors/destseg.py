@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flawsift.data.corruption import corrupted, photo_views
+from flawsift.data.corruption import corrupted, drawn_views, photo_views
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector
 from flawsift.detectors.parts import training
@@ -156,9 +156,8 @@ class DeSTSeg(Detector):
     @property
     def views(self) -> tuple[str, ...]:
         """The corrupted copies of each training image."""
-        if self.textures is not None:
-            return photo_views([f"{self.seed}.{copy}" for copy in range(self.n_copies)], self.textures)
-        return tuple(f"perlin:{self.seed}:{copy}" for copy in range(self.n_copies))
+        keys = [f"{self.seed}.{copy}" for copy in range(self.n_copies)]
+        return drawn_views(keys) if self.textures is None else photo_views(keys, self.textures)
 
     def fit(self, data: ImageSet, *, device: str = "auto", watch: training.Watch = training.UNWATCHED) -> Self:
         """See `Detector.fit`."""
@@ -255,7 +254,7 @@ class DeSTSeg(Detector):
                 assert images.reader is not None
                 made = corrupted(images.pixels_of(id_, images.reader.size), view)
                 small = F.adaptive_avg_pool2d(made.image.float(), self.size_).round().to(torch.uint8)
-                copy = small, F.adaptive_avg_pool2d(made.mask[None].float(), grid)[0] > 0.5
+                copy = small, upsample(made.mask[None].float(), grid)[0] >= 0.5  # a sample of the mask, not a mean
                 if (len(drawn) + 1) * small.numel() <= COPIES_BYTES:
                     drawn[id_, view] = copy
             copies.append(copy)
