@@ -66,7 +66,10 @@ class Graph(nn.Module):
         given = pixels[None] / 255 if self.reads_pixels else None
         grids, score = _scored(self.detector, Batch(np.zeros(1, np.int64), features, given, self.size))
         p_value = cast(Tensor, self.rates)[(cast(Tensor, self.thresholds) < score).sum()].reshape(1)
-        return score, p_value, score > cast(Tensor, self.threshold), to_image_grid(grids.float(), self.size)[0]
+        return score, p_value, score > cast(Tensor, self.threshold), self._image_grid(grids)
+
+    def _image_grid(self, grids: Tensor) -> Tensor:
+        return to_image_grid(grids.float(), self.size, self.detector._map_sigma())[0]
 
 
 def resized(image: Tensor, size: int) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flawsift.data.images import Batch
 
-# Gaussian sigma 4 on a 256 px map is what PaDiM, PatchCore and RD share (their 224 to 288 px); it scales with the map.
+# Gaussian sigma 4 on a 256 px map is what PaDiM, PatchCore and RD share (their 224 to 288 px); it scales with the map,
+# so that at other sizes a defect of the same share of the image is smoothed as much.
 SIGMA_PER_PIXEL = 4.0 / 256
 TRUNCATE = 4.0  # scipy's default: kernel radius in sigmas, so that maps match `scipy.ndimage.gaussian_filter`
 
@@ -71,9 +72,12 @@ def on_one_grid(features: Sequence[Tensor], *, finest: bool = True) -> list[Tens
     return resized
 
 
-def to_image_grid(maps: Tensor, size: int) -> Tensor:
-    """Patch-grid maps (B, h, w) as smoothed maps (B, size, size) on the network's input grid of `size` pixels."""
-    return smooth(upsample(maps, size), SIGMA_PER_PIXEL * size)
+def to_image_grid(maps: Tensor, size: int, sigma: float | None = None) -> Tensor:
+    """Patch-grid maps (B, h, w) as smoothed maps (B, size, size) on the network's input grid of `size` pixels.
+
+    `sigma` is that of the Gaussian in pixels; None takes `SIGMA_PER_PIXEL` of `size`.
+    """
+    return smooth(upsample(maps, size), SIGMA_PER_PIXEL * size if sigma is None else sigma)
 
 
 def top_mean(maps: Tensor, share: float) -> Tensor:
