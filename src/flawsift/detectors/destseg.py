@@ -140,7 +140,7 @@ class DeSTSeg(Detector):
     head_steps: int = 800
     student_rate: float = 0.4
     residual_rate: float = 0.4
-    head_rate: float = 0.4
+    head_rate: float = 0.04
     anneal: bool = True
 
     def __post_init__(self) -> None:

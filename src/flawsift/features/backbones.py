@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import ImageSet
 from flawsift.errors import InputError, ParameterError, WeightsError, unknown_name
 from flawsift.features.runtimes import Engine, Runtime, device_for, make_engine
-from flawsift.features.trunks import EMBEDDED, LayerInfo, Trunk, build, digest_of
+from flawsift.features.trunks import DINOV2, EMBEDDED, LayerInfo, Positions, Trunk, build, digest_of
 
 # How `flawsift.data.images` brings an image to the network's square. Part of `key`: changing one changes all features.
 INTERPOLATION = "square-bilinear-antialias"
@@ -38,6 +38,8 @@ MAX_SIZE = 2**14  # the pixels of one image are then 3 GiB as floats
 MIN_SIZE = 32  # below, the deepest stage of the usual networks is smaller than one cell
 # Images at a time where layers are averaged: the eight blocks that Dinomaly averages are 20 MB per image at ViT-B.
 MEAN_BATCH = 8
+# What a `Backbone.spec` that does not say it was made with: models and screenings of before there was a choice.
+UNSAID: Mapping[str, Any] = {"positions": "timm"}
 
 
 class Backbone:
@@ -143,6 +145,7 @@ def load_backbone(
     size: int = SIZES[0],
     runtime: Runtime = "auto",
     device: str = "auto",
+    positions: Positions = "authors",
 ) -> Backbone:
     """Build a frozen backbone.
 
@@ -152,9 +155,12 @@ def load_backbone(
         size: Edge length in pixels of the square input.
         runtime: "auto" takes OpenVINO on a CPU where it is installed and knows the network, else torch.
         device: A torch device; "auto" is the GPU if there is one.
+        positions: How position embeddings of DINOv2 networks are brought to another size than 518: "authors" as the
+            code of DINOv2 and of Dinomaly does it (for networks with registers DINOv2's own loader does as timm does,
+            Dinomaly's does not), or "timm". They differ by a percent of the features. Other networks ignore it.
 
     Raises:
-        ParameterError: An unknown name, or a size, runtime or device that cannot be had.
+        ParameterError: An unknown name, or a size, runtime, device or `positions` that cannot be had.
         WeightsError: The weights are missing, unreachable or not the ones of this network.
     """
     if not isinstance(name, str) or not isinstance(weights, str | Path | None):
@@ -163,12 +169,16 @@ def load_backbone(
         raise ParameterError(f"size must be a whole number of at least {MIN_SIZE} pixels, got {size}.")
     if size > MAX_SIZE:
         raise ParameterError(f"size must be at most {MAX_SIZE} pixels, got {size}.")
+    if positions not in get_args(Positions):
+        raise ParameterError(unknown_name("positions", positions, get_args(Positions)))
     place = device_for(runtime, device)
-    model, mean, std = build(name, Path(weights) if weights is not None else None, size)
+    model, mean, std = build(name, Path(weights) if weights is not None else None, size, positions)
     trunk = Trunk(model, mean, std, name)
     engine = make_engine(trunk, name, size, runtime, place)
     path = str(weights) if weights is not None else None
     spec = {"name": name, "weights": path, "size": size, "runtime": runtime, "device": device}
+    if DINOV2 in name:
+        spec["positions"] = positions
     return Backbone(trunk, engine, name=name, device=str(place), spec=spec)
 
 
