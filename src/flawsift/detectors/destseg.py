@@ -80,12 +80,12 @@ class DeSTSeg(Detector):
     Differs from the paper: each image has a fixed bank of `n_copies` corrupted copies, whose teacher features are
         cached, instead of a new corruption at each step; without `textures`, textures are drawn or taken from the image
         itself instead of photographs (DTD), which is expected to cost accuracy; no rotated copies, which the paper has
-        for some products.
-        The default has narrow networks, sees 128 px, takes fewer and smaller steps under a falling rate, and
-        standardises features, whose student then ends in linear maps: the paper's ReLU fits the taps of a ResNet-18.
-        Dilations keep their share of the grid. At prediction, the segmentation net's whole-image branch is held within
-        what batch norm allows in training: else images that are anomalous as a whole can get low scores. Maps are
-        smoothed like those of all detectors. Always the last step.
+        for some products. The default has narrow networks, sees 128 px, takes fewer and smaller steps under a falling
+        rate, and standardises features, whose student then ends in linear maps: the paper's ReLU fits the taps of a
+        ResNet-18. Dilations keep their share of the grid. At prediction, the segmentation net's whole-image branch is
+        held within what batch norm allows in training: else images that are anomalous as a whole can get low scores.
+        Maps are smoothed like those of all detectors. Always the last step. On a GPU that has bfloat16, and on a CPU
+        that multiplies it, the forward pass of a step is in it, the authors' in float32.
     Reference: Zhang et al., "DeSTSeg: Segmentation Guided Denoising Student-Teacher for Anomaly Detection", CVPR 2023,
         arXiv 2211.11317, sections 3 and 4.1.
 

@@ -123,13 +123,14 @@ class FUNAD(Detector):
     Differs from the paper: Logits instead of their sigmoids, which saturate; the last step, never the best on a test
         set; channels are standardised in place of the backbone's last LayerNorm, which no layer has; where `layers`
         name no class token (such as "blocks.11.cls"; CNNs have none), the mean of an image's patches stands for it;
-        squared distances, as in the authors' code; never fewer than 8 images, or a tenth, in the bank. In the default
-        preset only: 3 x 3 means of the cells, as a CNN's see less than a ViT's tokens; distances between features, not
-        between adapted ones, which move with the large steps of a short training and take the labels along (`search`);
-        no neighbours from the same image, instead of the second one for copies (`exclude_own`); scales and candidates
-        by running quantiles and ranks, as extremes make anomalies in any batch (`scaling`); scores without noise in
-        the smoothness loss, whose pairs have none (`smooth_noisy`; in the authors' code it leaks); a decaying learning
-        rate, so that the last step is no draw; and sizes for a CPU.
+        squared distances, as in the authors' code; never fewer than 8 images, or a tenth, in the bank; on a GPU that
+        has bfloat16, the forward pass of a step is in it, but for the searches, and the authors' in float32. In the
+        default preset only: 3 x 3 means of the cells, as a CNN's see less than a ViT's tokens; distances between
+        features, not between adapted ones, which move with the large steps of a short training and take the labels
+        along (`search`); no neighbours from the same image, instead of the second one for copies (`exclude_own`);
+        scales and candidates by running quantiles and ranks, as extremes make anomalies in any batch (`scaling`);
+        scores without noise in the smoothness loss, whose pairs have none (`smooth_noisy`; in the authors' code it
+        leaks); a decaying learning rate, so that the last step is no draw; and sizes for a CPU.
     Reference: Im et al., "FUN-AD: Fully Unsupervised Learning for Anomaly Detection with Noisy Training Data", WACV
         2025, arXiv 2411.16110. Its authors give notice of a patent application and limit commercial use of the method.
 

@@ -73,8 +73,8 @@ class PaDiM(Detector):
         score says nothing there, so stage 1 must use out-of-subset scores.
     Differs from the paper: `standardize` measures eps in units of each channel's variance v (the paper's constant
         assumes ResNet taps; v = 1 in the paper preset); the default leaves out the finest tap, which costs four times
-        the positions and lowers the image AUROC with the embedded backbone; smoothing before the image score is done
-        on the patch grid with the same Gaussian in image units; in the default that Gaussian scales with the input, as
+        the positions and lowers the image AUROC with the embedded backbone; smoothing before the image score is done on
+        the patch grid with the same Gaussian in image units; in the default that Gaussian scales with the input, as
         with 4 px of any size small inputs lose their small defects (`sigma`); no centre crop.
     Reference: Defard et al., "PaDiM: a Patch Distribution Modeling Framework", ICPR 2021 workshops,
         arXiv 2011.08785, section 3.

@@ -76,8 +76,14 @@ class SimpleNet(Detector):
     Differs from the paper: Noise is in units of the embedding's standard deviation per dimension (`standardize`); the
         published 0.015 assumes pooled taps of a WideResNet-50. A step sees `patches` random patches of its images, not
         all. Training is counted in steps, not epochs, so small sets get as many. Weights are averaged over the last
-        half of the steps (`average`), as accuracy goes up and down from step to step; the published code keeps those
-        of the best test result. In the default the Gaussian on maps scales with the input (`sigma`). No centre crop.
+        half of the steps (`average`), as accuracy goes up and down from step to step; the published code keeps those of
+        the best test result. In the default the Gaussian on maps scales with the input (`sigma`). No centre crop. On a
+        GPU that has bfloat16, the forward pass of a step is in it, the authors' in float32.
+    Localization: Coarser than that of distances. Where features lie far from all that it was trained on, the
+        discriminator grows in directions that nothing has taught it, so a patch at the edge of a defect may score as
+        high as one inside. Dark spots on stripes at 64 px, read by the `tiny` backbone, AUPRO: 0.73 by default and 0.78
+        with 4000 steps, where PaDiM has 0.80 and PatchCore 0.84; at 256 px with the embedded network, where a spot is
+        many patches, all have 0.995 or more.
     Reference: Liu et al., "SimpleNet: A Simple Network for Image Anomaly Detection and Localization", CVPR 2023,
         arXiv 2303.15140, section 3.
 

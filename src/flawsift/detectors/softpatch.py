@@ -41,13 +41,13 @@ class SoftPatch(Detector):
         anyhow, a position has no meaning of its own and its patches scatter; the factors then say less.
         `outlier_share` is removed from a clean set, too, rare normal looks first.
     Differs from the paper: Its code draws the first entry of the coreset from the removed patches, too; here none of
-        them can enter, and the factors are clipped at `max_weight` (None in the paper preset), since copies of an
-        image make those of their neighbours explode. The default has plain distances, as the paper writes them; the
-        paper preset squared ones, as the authors' code has them (`squared`): w on these is sqrt(w) on plain ones, and
-        a map of squares is another one once it is smoothed. "nearest" and "gaussian" give 1 + v / median(v): the
-        code's 1 + v assumes the scale of ResNet taps, and its ridge is relative here. `max_patches` (None in the paper
-        preset) and a 1 % bank, as PatchCore has here; no centre crop; patches keep their own C channels. The published
-        figures were made with 5 neighbours, although the code's setting says 6.
+        them can enter, and the factors are clipped at `max_weight` (None in the paper preset), since copies of an image
+        make those of their neighbours explode. The default has plain distances, as the paper writes them; the paper
+        preset squared ones, as the authors' code has them (`squared`): w on these is sqrt(w) on plain ones, and a map
+        of squares is another one once it is smoothed. "nearest" and "gaussian" give 1 + v / median(v): the code's 1 + v
+        assumes the scale of ResNet taps, and its ridge is relative here. `max_patches` (None in the paper preset) and a
+        1 % bank, as PatchCore has here; no centre crop; patches keep their own C channels. The published figures were
+        made with 5 neighbours, although the code's setting says 6.
     Reference: Xi et al., "SoftPatch: Unsupervised Anomaly Detection with Noisy Data", NeurIPS 2022, arXiv 2403.14233,
         section 3; Breunig et al., "LOF: Identifying Density-Based Local Outliers", SIGMOD 2000.
 
