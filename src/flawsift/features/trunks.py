@@ -321,7 +321,7 @@ def _with_authors_positions(state: State, model: nn.Module) -> State:
     prefix = known.shape[1] - edge**2  # the class token's, which timm's own files have elsewhere
     if prefix > 1 or (rows, columns) == (edge, edge):
         return state
-    cells = known[:, prefix:].float().unflatten(1, (edge, edge)).permute(0, 3, 1, 2)
+    cells = known[:, prefix:].float().reshape(1, edge, edge, -1).permute(0, 3, 1, 2)
     ratio = [(n + OFFSET) / edge for n in (rows, columns)]
     resized = F.interpolate(cells, scale_factor=ratio, mode="bicubic", antialias=False).flatten(2).transpose(1, 2)
     return {**state, "pos_embed": torch.cat([known[:, :prefix], resized.to(known.dtype)], 1)}
