@@ -17,6 +17,7 @@ from flawsift.data.corruption import (
     _coloured,
     _from_itself,
     corrupted,
+    drawn_views,
     perlin_mask,
     perlin_noise,
     photo_views,
@@ -108,7 +109,7 @@ def test_noise_is_zero_at_the_nodes_and_within_one(seed: int, rows: int, columns
 
 def test_noise_equals_the_definition_at_a_point() -> None:
     noise = perlin_noise(64, 2, 4, 0.0, np.random.default_rng(5))
-    angle = np.random.default_rng(5).uniform(0, 2 * np.pi, (2 + 2 + 1, 4 + 4 + 1))  # one and two cells beyond each side
+    angle = np.random.default_rng(5).uniform(0, 2 * np.pi, (2 + 1, 4 + 1))
     y, x = 41, 22  # in cell (1, 1): 32 px high, 16 px wide
     dv, du = (y - 32) / 32, (x - 16) / 16
     fade = [6 * t**5 - 15 * t**4 + 10 * t**3 for t in (dv, du)]
@@ -116,7 +117,7 @@ def test_noise_equals_the_definition_at_a_point() -> None:
     for a in (0, 1):
         for b in (0, 1):
             weight = (fade[0] if a else 1 - fade[0]) * (fade[1] if b else 1 - fade[1])
-            gradient = angle[1 + 1 + a, 2 + 1 + b]
+            gradient = angle[1 + a, 1 + b]
             expected += weight * (np.cos(gradient) * (dv - a) + np.sin(gradient) * (du - b))
     assert noise[y, x] == pytest.approx(np.sqrt(2) * expected)
 
@@ -127,8 +128,29 @@ def test_a_quarter_turn_turns_the_noise() -> None:
     np.testing.assert_allclose(turned[1:], np.rot90(plain)[:-1], atol=1e-9)
 
 
+@pytest.mark.parametrize("degrees", [-60.0, 20.0, 45.0])
+def test_nothing_is_drawn_beyond_the_edges_of_the_turned_square(degrees: float) -> None:
+    noise = np.stack([perlin_noise(64, 8, 8, degrees, np.random.default_rng(seed)) for seed in range(20)])
+    # in the frame of the lattice, a unit square about its centre
+    y, x = np.meshgrid(np.arange(64) / 64 - 0.5, np.arange(64) / 64 - 0.5, indexing="ij")
+    turn = np.exp(1j * np.deg2rad(degrees)) * (x + 1j * y)
+    reach: Floats = np.stack([np.abs(turn.real), np.abs(turn.imag)]).max(0)
+    beyond, within = reach > 0.5 + 1e-6, reach < 0.5 - 1e-6
+    assert 0.05 < beyond.mean() < 0.2, "a turned square leaves the corners free"
+    assert not noise[:, beyond].any()
+    drawn: Floats = np.abs(noise).max(0)
+    assert (drawn[within] > 0).mean() > 0.99
+
+
+def test_names_change_with_the_drawing(monkeypatch: pytest.MonkeyPatch, photographs: Path) -> None:
+    before = drawn_views(["0.1"]) + photo_views(["0.1"], str(photographs))
+    monkeypatch.setattr(corruption, "DRAWING", 99)
+    after = drawn_views(["0.1"]) + photo_views(["0.1"], str(photographs))
+    assert not set(before) & set(after), "features of the old drawing would be taken for those of the new"
+
+
 def test_noise_is_smooth_across_cells() -> None:
-    noise = perlin_noise(256, 8, 8, 33.0, np.random.default_rng(2))
+    noise = perlin_noise(256, 8, 8, 33.0, np.random.default_rng(2))[40:-40, 40:-40]  # it ends in corners
     assert max(np.abs(np.diff(noise, axis=a)).max() for a in (0, 1)) < 0.15
 
 

@@ -63,7 +63,9 @@ def test_cells_over_the_image_and_in_the_input_are_each_others_inverse() -> None
     frame = Frame((64, 64), torch.tensor([[64, 32], [32, 64]], dtype=torch.float64))
     over = torch.zeros(2, 8, 8, dtype=torch.bool)
     over[0, 2, 6] = over[1, 6, 2] = True  # three quarters to the right, and down
-    inside = frame.from_image(over) & frame.counted(8, 8)
+    counted = frame.counted(8, 8)
+    assert counted is not None
+    inside = frame.from_image(over) & counted
     assert inside[0].nonzero().tolist() == [[2, 3]]
     assert inside[1].nonzero().tolist() == [[3, 2]]
     places = torch.tensor([2 * 8 + 3, 3 * 8 + 2])

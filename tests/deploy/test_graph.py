@@ -92,6 +92,17 @@ def test_pictures_of_other_shapes_and_a_region_count_alike(name: str, easy: Data
         assert off.mean() <= (0.1 if name == "quorum" else 0)
 
 
+def test_the_gaussian_of_the_detector_is_exported(easy: Dataset, tiny: Backbone, tmp_path: Path) -> None:
+    model = fitted("padim", easy, tiny, sigma=5.0)
+    picture = np.asarray(easy.images.image(45), np.uint8)
+    said, wanted = (
+        Inspector(export_model(model, tmp_path / "out"))(picture),
+        model.predict([picture], maps=True).item(),
+    )
+    assert wanted.map is not None
+    np.testing.assert_allclose(said.map, wanted.map, rtol=5e-3, atol=5e-3 * abs(wanted.map).max())
+
+
 @pytest.mark.parametrize("name", ["quorum", "padim", "patchcore"])
 def test_openvino_says_the_same(name: str, easy: Dataset, tiny: Backbone, tmp_path: Path) -> None:
     model = fitted(name, easy, tiny)

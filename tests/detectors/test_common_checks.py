@@ -1,5 +1,6 @@
 """Every registered detector passes every common check."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from flawsift.data.images import Batch
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import DETECTORS, Detector, make_detector
+from flawsift.detectors.base import DETECTORS, Detector, detector_class, make_detector
 from flawsift.testing import CHECKS, with_features
 
 # smaller than the defaults, so that a check takes a second
@@ -45,6 +46,17 @@ UNMET = {
 
 def test_every_detector_has_a_small_form() -> None:
     assert set(SMALL) == set(DETECTORS)
+
+
+@pytest.mark.parametrize("name", sorted(DETECTORS))
+def test_a_detector_that_trains_in_bfloat16_says_so(name: str) -> None:
+    cls = detector_class(name)
+    source = inspect.getsource(inspect.getmodule(cls) or cls)
+    if "Recipe(" not in source:  # nothing but `training.train` takes gradient steps
+        return
+    told = " ".join((cls.__doc__ or "").partition("Differs from the paper:")[2].split())
+    assert "bfloat16" in told
+    assert ("a CPU that multiplies it" in told) == ("large_products=" in source), "on a CPU as well"
 
 
 @pytest.mark.parametrize("name", sorted(DETECTORS))

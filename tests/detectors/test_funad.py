@@ -268,7 +268,7 @@ def test_the_loss_of_a_step_is_the_papers_formula(preset: str) -> None:
 
     patches = batch_of(data).features["a"].flatten(2).transpose(1, 2)  # (8, 16, 6)
     x = torch.cat([patches.mean(1, keepdim=True).expand(-1, 16, -1), patches], 2)  # (8, 16, 12)
-    sigma = torch.from_numpy(x.numpy().std(axis=0).max(axis=0))
+    sigma = torch.from_numpy(x.numpy().std(axis=0, ddof=1).max(axis=0))
     x = x.flatten(0, 1)
     adapted = [F.leaky_relu(head.adaptor(part), 0.2).detach() for part in (x, bank)]
     keys, entries = adapted if paper else (patches.flatten(0, 1), bank[:, 6:])
@@ -297,6 +297,45 @@ def test_the_loss_of_a_step_is_the_papers_formula(preset: str) -> None:
     t = s if paper else score(x)
     smooth = 0.5 * (t[pairs[:, 0]] - t[pairs[:, 1]]).abs().mean()
     torch.testing.assert_close(found, cross_entropy + 2.5 * smooth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_mixed_precision_finds_the_copies_in_the_bank(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    channels = 200
+    data = random_set(8, channels=channels)
+    detector = FUNAD(**{**FUNAD.presets[preset], "layers": ("a",), "hidden": (16, 8), "patch_size": 1})
+    detector.statistics_ = {"a": torch.stack([torch.zeros(channels), torch.ones(channels)])}
+    with seeded(1, "cpu"):
+        head = Head(channels, channels, (16, 8))
+        head.adaptor.weight.data.mul_(5)  # far larger than the distance of copies
+    patches = batch_of(data).features["a"].flatten(2).transpose(1, 2)  # (8, 16, 200)
+    x = torch.cat([patches.mean(1, keepdim=True).expand(-1, 16, -1), patches], 2).flatten(0, 1)
+    memory = filled(x[::2], torch.arange(8).repeat_interleave(8) + (0 if preset == "paper" else 100))
+    seen: list[Tensor] = []
+    scaled = FUNAD._scaled
+
+    def watch(self: FUNAD, memory: Memory, distances: Tensor) -> Tensor:
+        seen.append(distances.detach())
+        return scaled(self, memory, distances)
+
+    monkeypatch.setattr(FUNAD, "_scaled", watch)
+    for mixed in (False, True):
+        with seeded(3, "cpu"), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            detector._loss(head, memory, batch_of(data), "cpu")
+    assert seen[0].dtype == seen[1].dtype == torch.float32
+    assert torch.equal(*seen), "the search depends on the precision of the training"
+    if preset == "paper":  # a patch that is in the bank is compared with another one
+        with torch.no_grad():
+            adapted = F.leaky_relu(head.adaptor(x), 0.2)
+        gaps = torch.cdist(adapted, adapted[::2]).square().sort(dim=1).values
+        expected = torch.where(torch.arange(128) % 2 == 0, gaps[:, 1], gaps[:, 0])
+        torch.testing.assert_close(seen[1], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_one_image_has_no_deviation_and_gets_no_noise() -> None:
+    data = random_set(1)
+    fitted = small(exclude_own=False, tau=0.01, tau_sure=1e9, steps=2).fit(data)
+    assert np.isfinite(fitted.predict(data, maps=False).scores).all()
 
 
 def test_keys_and_bank_share_one_projection() -> None:

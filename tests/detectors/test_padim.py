@@ -1,5 +1,6 @@
 """PaDiM against closed forms and scipy."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import mahalanobis
 
 from flawsift.data.images import ImageSet
@@ -58,6 +60,41 @@ def test_distance_equals_scipy_at_every_position(standardize: bool) -> None:
             for i in range(6):
                 expected = mahalanobis(new[i, :, row, column], here.mean(0), inverse)
                 assert found[i, row, column] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_the_paper_smooths_by_four_pixels_of_any_size(size: int) -> None:
+    x = random_features(20, h=8, w=8)
+    images = feature_set(x)
+    data = ImageSet(
+        images.ids, images.source, {}, MemoryFeatures(size, "test", {("", i): i for i in range(20)}, {"a": x})
+    )
+    paper = PaDiM(**{**PaDiM.presets["paper"], "layers": ("a",)}).fit(data)
+    found = paper.predict(data)
+    grid = grids(paper, data)
+    assert found.maps is not None
+    for i in (0, 7):
+        fine = torch.nn.functional.interpolate(torch.from_numpy(grid[i])[None, None], (size, size), mode="bilinear")
+        np.testing.assert_allclose(found.maps[i], gaussian_filter(fine[0, 0].numpy(), 4.0), rtol=1e-4)
+        on_grid = gaussian_filter(grid[i], 4.0 * 8 / size)  # the same Gaussian in cells
+        assert found.scores[i] == pytest.approx(on_grid.max(), rel=1e-4)
+    half = paper.without(data.select(data.ids[:10]))
+    both = half.merged(paper.clone().fit(data.select(data.ids[:10])))
+    np.testing.assert_allclose(both.predict(data, maps=False).scores, found.scores, rtol=1e-3)
+
+
+def test_a_model_of_before_the_gaussian_was_a_choice_still_scores(tmp_path: Path) -> None:
+    data = feature_set(random_features(20))
+    padim = PaDiM(layers=("a",)).fit(data)
+    expected = padim.predict(data, maps=False).scores
+    padim.save(tmp_path)
+    told = json.loads((tmp_path / "detector.json").read_text())
+    del told["params"]["sigma"], told["state"]["size_"]
+    (tmp_path / "detector.json").write_text(json.dumps(told))
+    before = load_detector(tmp_path)
+    assert isinstance(before, PaDiM)
+    assert np.array_equal(before.predict(data, maps=False).scores, expected)
+    assert before.merged(padim).fitted
 
 
 def test_mean_squared_distance_over_the_training_set() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
@@ -256,6 +257,17 @@ def test_scores_are_minus_the_discriminator_in_eval_mode() -> None:
     scaled = centred * w["discriminator.1.weight"] + w["discriminator.1.bias"]
     expected = -(torch.where(scaled > 0, scaled, 0.2 * scaled) @ w["discriminator.3.weight"][0])
     torch.testing.assert_close(detector.predict_patch_maps(data)[1], expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_paper_smooths_by_four_pixels_of_any_size() -> None:
+    data = feature_set(a=normal(4))  # of 32 px, where the default has half a pixel
+    paper = {**SimpleNet.presets["paper"], **SMALL, "steps": 2}
+    for params, sigma in ((paper, 4.0), ({**paper, "sigma": None}, 0.5)):
+        detector = SimpleNet(**params).fit(data)
+        grid, maps = detector.predict_patch_maps(data)[1], detector.predict(data).maps
+        fine = torch.nn.functional.interpolate(grid[:, None], (32, 32), mode="bilinear")[:, 0].numpy()
+        assert maps is not None
+        np.testing.assert_allclose(maps, [gaussian_filter(m, sigma) for m in fine], rtol=1e-3, atol=1e-5)
 
 
 def test_a_step_sees_at_most_so_many_patches(monkeypatch: pytest.MonkeyPatch) -> None:

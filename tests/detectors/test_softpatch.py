@@ -67,6 +67,10 @@ def test_maps_are_distances_times_the_factor_of_the_nearest_entry() -> None:
     scores, maps = found.predict_patch_maps(test)
     np.testing.assert_allclose(maps.flatten(1), expected, rtol=1e-4)
     np.testing.assert_allclose(scores, expected.max(1), rtol=1e-4)
+    assert SoftPatch(**SoftPatch.presets["paper"]).squared
+    squared = SoftPatch(layers=LAYERS, coreset_ratio=1.0, lof_neighbors=5, squared=True).fit(train)
+    of_squares = distances.min(2) ** 2 * weights[distances.argmin(2)]  # the factor itself is not squared
+    np.testing.assert_allclose(squared.predict_patch_maps(test)[1].flatten(1), of_squares, rtol=1e-4)
     plain = SoftPatch(layers=LAYERS, coreset_ratio=1.0, lof_neighbors=5, soft_weights=False).fit(train)
     np.testing.assert_allclose(plain.predict_patch_maps(test)[1].flatten(1), distances.min(2), rtol=1e-4)
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 import pickle
 import subprocess
@@ -18,11 +19,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flawsift.data.images import ImageSet
+from flawsift.detectors.patchcore import PatchCore
 from flawsift.errors import InputError, ParameterError, WeightsError
 from flawsift.features import runtimes, trunks
 from flawsift.features.backbones import MOST_PATCHES, Backbone, fitting_size, load_backbone
+from flawsift.features.extraction import attach
 from flawsift.features.runtimes import Runtime
 from flawsift.features.trunks import EMBEDDED, LayerInfo
+from flawsift.models.calibration import Calibration
+from flawsift.models.model import Model, load_model
+from flawsift.testing import easy_set
 
 RESNET, VIT = "random:7:resnet18", "random:1:vit_tiny_patch16_224"
 RUNTIMES: tuple[Runtime, Runtime] = ("torch", "openvino")
@@ -284,6 +290,88 @@ def test_weights_file_of_a_vit_is_resized(tmp_path: Path) -> None:
     assert backbone.extract(images(1), ["blocks.11"])["blocks.11"].shape == (1, 192, 4, 4)
 
 
+DINO = "vit_small_patch14_dinov2"
+DINO_REGISTERS = "vit_small_patch14_reg4_dinov2"
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks of one block: position embeddings come before all of them."""
+    import timm
+
+    make = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: make(name, depth=1, **options))
+
+
+def dino_state(name: str, form: str, path: Path) -> Path:
+    """Random weights at 518 px: under timm's names, or as the authors publish them."""
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(3)
+        state = dict(timm.create_model(name, pretrained=False, num_classes=0, img_size=518).state_dict())
+        if form == "authors":
+            state["mask_token"] = torch.zeros(1, 384)
+            if name == DINO_REGISTERS:
+                state["register_tokens"] = state.pop("reg_token")
+                state["pos_embed"] = torch.cat([torch.randn(1, 1, 384), state["pos_embed"]], 1)
+    return save(state, path)
+
+
+def cubic_weights(n_old: int, n_new: int) -> Tensor:
+    """(n_new, n_old): cubic convolution (a = -0.75) at samples that lie 37 / (n + 0.1) cells apart, edges repeated."""
+    weights = torch.zeros(n_new, n_old, dtype=torch.float64)
+    for i in range(n_new):
+        at = (i + 0.5) * n_old / (n_new + 0.1) - 0.5
+        for j in range(math.floor(at) - 1, math.floor(at) + 3):
+            x, a = abs(at - j), -0.75
+            near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+            weight = near if x <= 1 else a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+            weights[i, min(max(j, 0), n_old - 1)] += weight
+    return weights
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize("form", ["timm", "authors"])
+@pytest.mark.parametrize("name", [DINO, DINO_REGISTERS])
+def test_positions_of_dinov2_are_resized_as_by_its_authors(name: str, form: str, tmp_path: Path) -> None:
+    path = dino_state(name, form, tmp_path / "dino.pth")
+    state = torch.load(path, weights_only=True)
+    known = state["pos_embed"][0, -(37 * 37) :].double().view(37, 37, 384)
+    for size in (56, 98):
+        weights = cubic_weights(37, size // 14)
+        expected = torch.einsum("ya,xb,abc->yxc", weights, weights, known).flatten(0, 1)
+        backbone = load_backbone(name, weights=path, size=size, runtime="torch")
+        found = backbone.trunk.model.state_dict()["pos_embed"][0]
+        torch.testing.assert_close(found[-len(expected) :].double(), expected, rtol=1e-4, atol=1e-5)
+        first = state["pos_embed"][0, 0] if name == DINO else None  # the class token keeps its own
+        assert first is None or torch.equal(found[0], first)
+        other = load_backbone(name, weights=path, size=size, runtime="torch", positions="timm")
+        gap = (other.trunk.model.state_dict()["pos_embed"][0, -len(expected) :] - expected).abs().max()
+        assert gap > 1e-3
+        assert other.key != backbone.key, "features of the one would be taken for those of the other"
+        assert (backbone.spec["positions"], other.spec["positions"]) == ("authors", "timm")
+    whole = load_backbone(name, weights=path, size=518, runtime="torch").trunk.model.state_dict()["pos_embed"]
+    assert torch.equal(whole[0, -(37 * 37) :], state["pos_embed"][0, -(37 * 37) :])
+
+
+@pytest.mark.usefixtures("shallow")
+def test_a_model_of_before_has_the_positions_that_it_was_fitted_with(tmp_path: Path) -> None:
+    path = dino_state(DINO, "timm", tmp_path / "dino.pth")
+    backbone = load_backbone(DINO, weights=path, size=56, runtime="torch", positions="timm")
+    images, _ = attach(easy_set().images.select(range(6)), backbone, ("blocks.0",))
+    detector = PatchCore(layers=("blocks.0",)).fit(images)
+    scores = detector.predict(images, maps=False).scores
+    del backbone.spec["positions"]
+    Model(detector, backbone, Calibration.of(scores), {"false_alarm_rate": 0.1}).save(tmp_path / "model")
+    assert load_model(tmp_path / "model", weights=path).backbone.weights_digest == backbone.weights_digest
+
+
+def test_unknown_positions_are_told() -> None:
+    with pytest.raises(ParameterError, match="Unknown positions 'bicubic'"):
+        load_backbone("tiny", positions="bicubic")  # type: ignore[arg-type]
+
+
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     state = resnet_state()
     for key in [key for key in state if key.startswith("layer2.0.")]:
@@ -415,7 +503,7 @@ def test_tiny_is_small_and_no_channel_is_dead() -> None:
 @pytest.mark.parametrize("name", [VIT, "random:1:vit_small_patch14_reg4_dinov2"])
 def test_class_tokens_are_those_of_the_network(name: str, runtime: Runtime) -> None:
     backbone = load_backbone(name, size=64 if name == VIT else 56, runtime=runtime)
-    pixels = images(3, backbone.size)
+    pixels = images(3, backbone.shape[0])
     found = backbone.extract(pixels, ["blocks.2", "blocks.11.cls", "blocks.11"])
     model = backbone.trunk.model
     with torch.no_grad():

@@ -25,6 +25,7 @@ from flawsift.types import Floats
 
 Field = Callable[[int, np.random.Generator], Floats]  # (S, S) levels in [0, 1]
 
+DRAWING = 2  # raised when a name comes to mean another picture: part of what features of views are cached by
 SMALLEST_CELL = 8  # pixels: 2^5 cells at the papers' 256 px
 NOISE_ABOVE = 0.5  # where the mask lies: on average 5 % of the image
 MOST_KEPT = 0.8  # largest share of the image where a texture is blended with it
@@ -70,10 +71,16 @@ def corrupted(pixels: Tensor, name: str) -> Corruption:
         texture = _from_itself(plain, generator)
     else:
         texture = _drawn(size, generator)
-    mask, texture = (drawn[..., : plain.shape[1], : plain.shape[2]] for drawn in (mask, texture))
+    height, width = plain.shape[1:]
+    mask, texture = mask[:height, :width], texture[:, :height, :width]
     blend = np.rint((1 - kept) * texture + kept * plain).astype(np.uint8)
     image = np.where(mask, blend, plain)
     return Corruption(torch.from_numpy(image), torch.from_numpy(mask), torch.from_numpy(texture), kept)
+
+
+def drawn_views(keys: Iterable[str]) -> tuple[str, ...]:
+    """The names that draw with drawn textures: every key draws another defect."""
+    return tuple(f"perlin:{DRAWING}.{key}" for key in keys)
 
 
 def photo_views(keys: Iterable[str], folder: str) -> tuple[str, ...]:
@@ -98,6 +105,7 @@ def _photographs(folder: str) -> list[str]:
 
 def _fingerprint(folder: str, names: Sequence[str]) -> str:
     listed = "\n".join(f"{name} {(Path(folder) / name).stat().st_size}" for name in names)
+    listed = f"{DRAWING}\n{listed}"
     return hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -131,17 +139,19 @@ def perlin_mask(size: int, generator: np.random.Generator) -> npt.NDArray[np.boo
 
 
 def perlin_noise(size: int, rows: int, columns: int, degrees: float, generator: np.random.Generator) -> Floats:
-    """(size, size) in [-1, 1], 0 at the nodes of a lattice of rows x columns cells, turned about the centre."""
+    """(size, size) in [-1, 1], 0 at the nodes of a lattice of rows x columns cells, turned about the centre.
+
+    What lies outside of the turned square is 0, as in DRAEM's recipe, which DeSTSeg takes over: no defect is there.
+    """
     axis = np.arange(size) / size - 0.5
     y, x = np.meshgrid(axis, axis, indexing="ij")
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
-    # a turned square reaches 0.21 of its side beyond itself: the lattice goes on there
-    over = (rows // 4 + 1, columns // 4 + 1)
-    v = (sin * x + cos * y + 0.5) * rows + over[0]
-    u = (cos * x - sin * y + 0.5) * columns + over[1]
-    angle = generator.uniform(0, 2 * np.pi, (rows + 2 * over[0] + 1, columns + 2 * over[1] + 1))
+    v, u = (sin * x + cos * y + 0.5) * rows, (cos * x - sin * y + 0.5) * columns
+    edge = 1e-9  # a quarter turn is rounded, and must not lose a row of pixels
+    inside = (v > -edge) & (v < rows) & (u > -edge) & (u < columns)
+    angle = generator.uniform(0, 2 * np.pi, (rows + 1, columns + 1))
     north, west = np.cos(angle), np.sin(angle)
-    i, j = np.floor(v).astype(np.int64), np.floor(u).astype(np.int64)
+    i, j = (np.clip(np.floor(at).astype(np.int64), 0, n - 1) for at, n in ((v, rows), (u, columns)))
     dv, du = v - i, u - j
 
     def corner(a: int, b: int) -> Floats:
@@ -151,8 +161,8 @@ def perlin_noise(size: int, rows: int, columns: int, degrees: float, generator: 
     fade_v, fade_u = (t**3 * (t * (6 * t - 15) + 10) for t in (dv, du))
     top = corner(0, 0) + fade_u * (corner(0, 1) - corner(0, 0))
     bottom = corner(1, 0) + fade_u * (corner(1, 1) - corner(1, 0))
-    result: Floats = np.sqrt(2) * (top + fade_v * (bottom - top))  # plain values reach 1 / sqrt(2)
-    return result
+    plain = np.sqrt(2) * (top + fade_v * (bottom - top))  # without the root they reach 1 / sqrt(2)
+    return np.where(inside, plain, 0.0)
 
 
 # ---- the texture -----------------------------------------------------------------------------------------------------

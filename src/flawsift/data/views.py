@@ -65,7 +65,7 @@ def perlin(pixels: Tensor, key: str) -> Tensor:
     """With a drawn defect; a key is any text, and every key draws another. See `flawsift.data.corruption`.
 
     `corrupted(pixels, "perlin:" + key)` gives the mask too. Cached features know a view by its name only, so a change
-    of the drawing needs another name.
+    of the drawing needs another name: those of `flawsift.data.corruption.drawn_views` have a number for that.
     """
     return corrupted(pixels, f"perlin:{key}").image
 

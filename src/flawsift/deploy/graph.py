@@ -80,7 +80,10 @@ class Graph(nn.Module):
         grids, score = _scored(self.detector, Batch(np.zeros(1, np.int64), features, given, self.size, frame=frame))
         grids = grids.float() if frame is None else frame.over_image(grids.float())
         p_value = cast(Tensor, self.rates)[(cast(Tensor, self.thresholds) < score).sum()].reshape(1)
-        return score, p_value, score > cast(Tensor, self.threshold), to_image_grid(grids, self.size)[0]
+        return score, p_value, score > cast(Tensor, self.threshold), self._image_grid(grids)
+
+    def _image_grid(self, grids: Tensor) -> Tensor:
+        return to_image_grid(grids, self.size, self.detector._map_sigma())[0]
 
 
 def resized(image: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:

@@ -174,7 +174,7 @@ class Detector(ABC):
         # in pieces: the image grid is many times larger than the patch grid
         grids, size = scored.grids, scored.size
         starts = range(0, len(grids), batch_size)
-        full = [to_image_grid(grids[start : start + batch_size], size) for start in starts]
+        full = [to_image_grid(grids[start : start + batch_size], size, self._map_sigma()) for start in starts]
         stacked = torch.cat(full).numpy() if full else np.empty((0, *as_shape(size)), np.float32)
         return Prediction(data.ids, scored.scores, stacked, scored.map_medians)
 
@@ -182,6 +182,10 @@ class Detector(ABC):
         """(N,) scores and (N, h, w) maps on the patch grid, not upsampled: all that stage 1 needs."""
         (scored,) = score_together([self], data, device, 32, keep_grids=True)
         return scored.scores, scored.grids
+
+    def _map_sigma(self) -> float | None:
+        """Of the Gaussian on maps, in pixels; None for that of all detectors, which scales with the input's size."""
+        return None
 
     def _score_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
         """(B, h, w) patch-grid maps and (B,) image scores."""

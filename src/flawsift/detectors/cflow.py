@@ -27,8 +27,8 @@ from flawsift.detectors.parts.training import (
 from flawsift.errors import InputError
 from flawsift.features.devices import resolve_device
 
-# The published code's schedule.
-WARMUP = 0.08  # of the steps: the first 2 of the paper's 25 meta epochs
+# Of the authors' code; see the schedule in `CFlow`.
+WARMUP = 0.08  # of the steps: the first 2 of 25 meta epochs
 FLOOR = 1e-3  # of the learning rate, at the last step
 RIDGE = 0.01  # of the whitening, in variances of a channel: PaDiM's epsilon
 
@@ -55,7 +55,13 @@ class CFlow(Detector):
         batch, and the same share of every grid. Training is counted in steps, not passes, so small sets get as many.
         The default whitens the fibres, reads two taps and takes far fewer steps at a higher rate. The image score is
         the maximum on the patch grid, before upsampling. Maps are smoothed like those of all detectors, and upsampled
-        without aligned corners.
+        without aligned corners. On a GPU that has bfloat16, the forward pass of a step is in it, the authors' in
+        float32.
+    Schedule of the paper preset: from the authors' code are Adam at 2e-4, 25 meta epochs of 8 passes, a warm-up over
+        the first two, and a cosine to a thousandth. Ours is that both move at every step, the warm-up from 0: there the
+        cosine moves once per meta epoch, and the warm-up goes from a tenth of the rate to where the cosine then is.
+        Ours, too, is that a step trains the flows of all taps: there every tap has steps of its own on 256 fibres,
+        coarser ones fewer, and `steps` counts those of the finest.
     Reference: Gudovskiy et al., "CFLOW-AD: Real-Time Unsupervised Anomaly Detection with Localization via Conditional
         Normalizing Flows", WACV 2022, arXiv 2107.12571, sections 4.1 to 4.3.
 
@@ -79,7 +85,7 @@ class CFlow(Detector):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
         "budget": {"n_blocks": 4, "position_dim": 32, "steps": 300},
-        # section 5.1 and the published code: three taps, 200 passes over 242 images (MVTec AD's mean) at 256 px in
+        # the published code: three taps, 200 passes over 242 images (MVTec AD's mean) at 256 px in
         # batches of 32, each of 128 steps on 256 fibres of the largest grid
         "paper": {
             "layers": ("stride8", "stride16", "stride32"),

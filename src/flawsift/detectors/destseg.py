@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flawsift.data.corruption import corrupted, photo_views
+from flawsift.data.corruption import corrupted, drawn_views, photo_views
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector
 from flawsift.detectors.parts import training
@@ -19,6 +19,7 @@ from flawsift.detectors.parts.networks import MULTIPLE, STRIDES, DenoisingStuden
 from flawsift.detectors.parts.scaling import channel_statistics, standardized
 from flawsift.errors import InputError
 from flawsift.features.devices import resolve_device
+from flawsift.types import Shape, as_shape
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # section 4.1
 GAMMA = 4.0  # exponent of the focal loss
@@ -80,12 +81,12 @@ class DeSTSeg(Detector):
     Differs from the paper: each image has a fixed bank of `n_copies` corrupted copies, whose teacher features are
         cached, instead of a new corruption at each step; without `textures`, textures are drawn or taken from the image
         itself instead of photographs (DTD), which is expected to cost accuracy; no rotated copies, which the paper has
-        for some products.
-        The default has narrow networks, sees 128 px, takes fewer and smaller steps under a falling rate, and
-        standardises features, whose student then ends in linear maps: the paper's ReLU fits the taps of a ResNet-18.
-        Dilations keep their share of the grid. At prediction, the segmentation net's whole-image branch is held within
-        what batch norm allows in training: else images that are anomalous as a whole can get low scores. Maps are
-        smoothed like those of all detectors. Always the last step.
+        for some products. The default has narrow networks, sees 128 px, takes fewer and smaller steps under a falling
+        rate, and standardises features, whose student then ends in linear maps: the paper's ReLU fits the taps of a
+        ResNet-18. Dilations keep their share of the grid. At prediction, the segmentation net's whole-image branch is
+        held within what batch norm allows in training: else images that are anomalous as a whole can get low scores.
+        Maps are smoothed like those of all detectors. Always the last step. On a GPU that has bfloat16, and on a CPU
+        that multiplies it, the forward pass of a step is in it, the authors' in float32.
     Reference: Zhang et al., "DeSTSeg: Segmentation Guided Denoising Student-Teacher for Anomaly Detection", CVPR 2023,
         arXiv 2211.11317, sections 3 and 4.1.
 
@@ -140,7 +141,7 @@ class DeSTSeg(Detector):
     head_steps: int = 800
     student_rate: float = 0.4
     residual_rate: float = 0.4
-    head_rate: float = 0.4
+    head_rate: float = 0.04
     anneal: bool = True
 
     def __post_init__(self) -> None:
@@ -156,9 +157,8 @@ class DeSTSeg(Detector):
     @property
     def views(self) -> tuple[str, ...]:
         """The corrupted copies of each training image."""
-        if self.textures is not None:
-            return photo_views([f"{self.seed}.{copy}" for copy in range(self.n_copies)], self.textures)
-        return tuple(f"perlin:{self.seed}:{copy}" for copy in range(self.n_copies))
+        keys = [f"{self.seed}.{copy}" for copy in range(self.n_copies)]
+        return drawn_views(keys) if self.textures is None else photo_views(keys, self.textures)
 
     def fit(self, data: ImageSet, *, device: str = "auto", watch: training.Watch = training.UNWATCHED) -> Self:
         """See `Detector.fit`."""
@@ -202,10 +202,17 @@ class DeSTSeg(Detector):
 
     def _read_taps(self, batch: Batch) -> None:
         shapes = [batch.features[layer].shape for layer in self.layers]
-        self.size_ = self.student_size or batch.size
-        self.taps_ = [[batch.size // shape[2], shape[1]] for shape in shapes]  # (stride, channels) of each layer
+        shape = as_shape(batch.size)
+        if self.student_size is not None:  # as many pixels as a square of that edge
+            scale = self.student_size / math.sqrt(math.prod(shape))
+            down, across = (max(1, round(edge * scale / MULTIPLE)) * MULTIPLE for edge in shape)
+            shape = down, across
+        self.size_ = shape[0] if shape[0] == shape[1] else list(shape)
+        height, _ = as_shape(batch.size)
+        self.taps_ = [[height // tap[2], tap[1]] for tap in shapes]  # (stride, channels) of each layer
         strides = [stride for stride, _ in self.taps_]
-        if not set(strides) <= set(STRIDES) or len(set(strides)) < len(strides) or self.size_ % MULTIPLE:
+        fits = not any(edge % MULTIPLE for edge in shape)
+        if not (set(strides) <= set(STRIDES) and len(set(strides)) == len(strides) and fits):
             raise InputError(
                 f"DeSTSeg.fit needs layers of different strides among {STRIDES} and an input edge that is a multiple "
                 f"of {MULTIPLE}, got {strides} and {self.size_}."
@@ -222,7 +229,7 @@ class DeSTSeg(Detector):
         return shares
 
     def _image_scores(self, maps: Tensor) -> Tensor:
-        return top_mean(upsample(maps, PIXELS_PER_CELL * maps.shape[1]), TOP_SHARE)
+        return top_mean(upsample(maps, (PIXELS_PER_CELL * maps.shape[1], PIXELS_PER_CELL * maps.shape[2])), TOP_SHARE)
 
     def _expected(self, batch: Batch, device: str) -> Tensor:
         student = self._net(device).student(self._pixels(batch, device))
@@ -230,7 +237,7 @@ class DeSTSeg(Detector):
 
     def _pixels(self, batch: Batch, device: str) -> Tensor:
         assert batch.pixels is not None
-        return F.adaptive_avg_pool2d(batch.pixels.to(device), self.size_)
+        return F.adaptive_avg_pool2d(batch.pixels.to(device), as_shape(self.size_))
 
     def _teacher(self, images: ImageSet, device: str) -> Levels:
         return self._levels(next(images.batches(self.layers, batch_size=len(images))), device)
@@ -242,20 +249,24 @@ class DeSTSeg(Detector):
             tap = batch.features[layer].to(device)
             if self.standardize:
                 tap = standardized(tap, self.statistics_[layer])
-            levels[stride] = F.adaptive_avg_pool2d(tap, self.size_ // stride)
+            levels[stride] = F.adaptive_avg_pool2d(tap, self._grid(stride))
         return levels
+
+    def _grid(self, stride: int) -> Shape:
+        height, width = as_shape(self.size_)
+        return height // stride, width // stride
 
     def _copies(self, images: ImageSet, view: str, drawn: Copies) -> tuple[Tensor, Tensor]:
         """(B, 3, s, s) pixels in [0, 1] and (B, g, g) masks of corrupted copies, kept in `drawn` up to COPIES_BYTES."""
-        grid = self.size_ // min(stride for stride, _ in self.taps_)
+        grid = self._grid(min(stride for stride, _ in self.taps_))
         copies = []
         for id_ in images.ids.tolist():
             copy = drawn.get((id_, view))
             if copy is None:
                 assert images.reader is not None
                 made = corrupted(images.pixels_of(id_, images.reader.size), view)
-                small = F.adaptive_avg_pool2d(made.image.float(), self.size_).round().to(torch.uint8)
-                copy = small, F.adaptive_avg_pool2d(made.mask[None].float(), grid)[0] > 0.5
+                small = F.adaptive_avg_pool2d(made.image.float(), as_shape(self.size_)).round().to(torch.uint8)
+                copy = small, upsample(made.mask[None].float(), grid)[0] >= 0.5  # a sample of the mask, not a mean
                 if (len(drawn) + 1) * small.numel() <= COPIES_BYTES:
                     drawn[id_, view] = copy
             copies.append(copy)
@@ -264,7 +275,7 @@ class DeSTSeg(Detector):
     def _build(self) -> Networks:
         channels: dict[int, int] = {int(stride): int(width) for stride, width in self.taps_}
         student = DenoisingStudent(self.student_width, channels, linear=self.standardize)
-        side = self.size_ // min(channels)
+        side = max(self._grid(min(channels)))
         return Networks(student, Segmenter(sum(channels.values()), self.head_width, side, self.batch_size))
 
     def _net(self, device: str) -> Networks:

@@ -24,13 +24,13 @@ HEAD_DIM = 64  # channels per attention head, as in all ViTs of the paper
 SCORE_SIZE, SCORE_SIGMA, SCORE_RADIUS = 256, 4.0, 2
 LAYER_NORM_EPS = 1e-8  # the authors'
 STABLE_EPS = 1e-10  # of StableAdamW in most of the authors' scripts, 1e-8 in some: far below any gradient's size
-ADAM_BETAS = (0.5, 0.999)  # of the two-stage paper's code
+ADAM_BETAS = (0.5, 0.999)  # of the two-stage paper's code, not of its text
 # groups of ViT-S and ViT-B; a ViT-L has them at 4+6+8+10 and 12+14+16+18
 VIT_GROUPS = ("blocks.2+3+4+5", "blocks.6+7+8+9")
-# sections 3 and 4.1 with the class-separated schedule of the authors' code; for vit_base_patch14_reg4_dinov2 at 392 px
+# sections 3 and 4.1 with the authors' steps for one product; for vit_base_patch14_reg4_dinov2 at 392 px
 PAPER = {"layers": VIT_GROUPS, "width": None, "n_blocks": 8, "scale": False, "steps": 5000, "warmup": 100}
 PAPER |= {"easy_ramp": 1000}
-# the sub-models of arXiv 2508.07441 as its code trains them: 1000 steps, within which its rate does not decay
+# the sub-models of arXiv 2508.07441: its 1000 steps by its code's recipe; see the schedules in `Dinomaly`
 LLBNAD = {**PAPER, "steps": 1000, "optimizer": "adam", "learning_rate": 5e-3, "warmup": 0, "final_rate": 1.0}
 LLBNAD |= {"weight_decay": 0.0, "clip_norm": 5.0, "init_std": None, "easy_ramp": 0, "easy_gradient": 0.0}
 
@@ -137,10 +137,17 @@ class Dinomaly(Detector):
         upsampling does not align corners, and pixel maps have the Gaussian of all detectors. The attention's
         denominator is guarded. Where layers differ in shape (the default), channels are divided by their standard
         deviations, groups are brought to one grid and concatenated, and a linear head leads back to each group's
-        channels; the default decoder is small.
+        channels; the default decoder is small. On a GPU that has bfloat16, and on a CPU that multiplies it, the forward
+        pass of a step is in it, the authors' in float32.
+    Schedules: of the paper preset, warm-up, cosine and ramp of the easy points are the paper's; its 5000 steps are
+        those of the authors' scripts for one product, which train 10 000 for all of MVTec AD together. Those of the
+        default are ours. Of the preset "llbnad" (arXiv 2508.07441), the 1000 steps and easy points without gradient are
+        that paper's; Adam and its rate, torch's initial weights, the clipping and easy points from the first step on
+        are its code's alone. A constant rate is ours: the code's falls to a tenth after so many passes that 1000 steps
+        see none of it where stage 2 takes 100, and vanishes in the released test setting, of 10 steps and 2 passes. An
+        epoch's incomplete last batch, which that code keeps, is left out; maps and scores are Dinomaly's.
     Reference: Guo et al., "Dinomaly: The Less Is More Philosophy in Multi-Class Unsupervised Anomaly Detection", CVPR
-        2025, arXiv 2405.14325, section 3. The preset "llbnad" is what the code of arXiv 2508.07441 trains, except for
-        an epoch's incomplete last batch, which that code keeps; maps and scores are Dinomaly's.
+        2025, arXiv 2405.14325, section 3.
 
     Attributes:
         width: Channels of the decoder; None takes those of its input.

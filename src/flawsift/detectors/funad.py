@@ -123,13 +123,14 @@ class FUNAD(Detector):
     Differs from the paper: Logits instead of their sigmoids, which saturate; the last step, never the best on a test
         set; channels are standardised in place of the backbone's last LayerNorm, which no layer has; where `layers`
         name no class token (such as "blocks.11.cls"; CNNs have none), the mean of an image's patches stands for it;
-        squared distances, as in the authors' code; never fewer than 8 images, or a tenth, in the bank. In the default
-        preset only: 3 x 3 means of the cells, as a CNN's see less than a ViT's tokens; distances between features, not
-        between adapted ones, which move with the large steps of a short training and take the labels along (`search`);
-        no neighbours from the same image, instead of the second one for copies (`exclude_own`); scales and candidates
-        by running quantiles and ranks, as extremes make anomalies in any batch (`scaling`); scores without noise in
-        the smoothness loss, whose pairs have none (`smooth_noisy`; in the authors' code it leaks); a decaying learning
-        rate, so that the last step is no draw; and sizes for a CPU.
+        squared distances, as in the authors' code; never fewer than 8 images, or a tenth, in the bank; on a GPU that
+        has bfloat16, the forward pass of a step is in it, but for the searches, and the authors' in float32. In the
+        default preset only: 3 x 3 means of the cells, as a CNN's see less than a ViT's tokens; distances between
+        features, not between adapted ones, which move with the large steps of a short training and take the labels
+        along (`search`); no neighbours from the same image, instead of the second one for copies (`exclude_own`);
+        scales and candidates by running quantiles and ranks, as extremes make anomalies in any batch (`scaling`);
+        scores without noise in the smoothness loss, whose pairs have none (`smooth_noisy`; in the authors' code it
+        leaks); a decaying learning rate, so that the last step is no draw; and sizes for a CPU.
     Reference: Im et al., "FUN-AD: Fully Unsupervised Learning for Anomaly Detection with Noisy Training Data", WACV
         2025, arXiv 2411.16110. Its authors give notice of a patent application and limit commercial use of the method.
 
@@ -288,17 +289,16 @@ class FUNAD(Detector):
             patches = patches[:, torch.randperm(patches.shape[1], device=patches.device)[: self.patches_per_image]]
         clean = head.adapt(image, patches).flatten(0, 1)  # (B P, D)
         x = torch.cat([image.unsqueeze(1).expand(-1, patches.shape[1], -1), patches], 2)  # (B, P, D)
-        if self.search == "patch":
-            keys, bank = patches.flatten(0, 1), memory.bank[:, image.shape[1] :]
-        else:
-            keys, bank = clean, head.adaptor(memory.bank)
-        keys, bank = self._searchable(keys), self._searchable(bank)
+        entries = memory.bank.unsqueeze(1)  # each an image of one patch
+        bank = self._keys(head, entries[:, 0, : image.shape[1]], entries[:, :, image.shape[1] :])
+        keys = self._keys(head, image, patches)
         scaled = self._scaled(memory, self._distances(memory, bank, keys, batch))
         labels = scaled > self.tau
         follow(memory.positive, labels.float().mean())
         unsure = (labels & (scaled < self.tau_sure)).nonzero()[:, 0]
         # the largest deviation over the batch at any place; the adaptor being linear, its image adds to what is adapted
-        noise = torch.randn(len(unsure), x.shape[2], device=x.device) * x.std(0, correction=0).amax(0)
+        sigma = x.std(0, correction=min(1, len(x) - 1)).amax(0)
+        noise = torch.randn(len(unsure), x.shape[2], device=x.device) * sigma
         logits = head.discriminate(clean.index_add(0, unsure, F.linear(noise, head.adaptor.weight)))
         loss = balanced_loss(logits, labels)
         if self.smoothness:
@@ -306,6 +306,17 @@ class FUNAD(Detector):
                 logits = logits.index_copy(0, unsure, head.discriminate(clean[unsure]))
             loss = loss + self.smoothness * smoothness_loss(logits.sigmoid(), mutual_pairs(keys))
         return loss
+
+    @torch.no_grad()
+    def _keys(self, head: Head, image: Tensor, patches: Tensor) -> Tensor:
+        """(B P, d) what distances are between, of (B, I) and (B, P, C), by one way for a batch and for the bank.
+
+        In float32 whatever the training is in: bfloat16 moves the copies of a patch further apart than `COPY`, so that
+        an anomaly in the bank is compared with itself, and counts as normal.
+        """
+        with torch.autocast(patches.device.type, enabled=False):
+            features = patches if self.search == "patch" else head.adapt(image, patches)
+            return self._searchable(features.flatten(0, 1))
 
     def _searchable(self, features: Tensor) -> Tensor:
         """(N, d) what distances are between, from (N, D) features or adapted ones before their LeakyReLU."""

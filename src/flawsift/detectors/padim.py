@@ -17,6 +17,7 @@ from flawsift.detectors.parts.neighbors import in_threads
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError, NotFittedError
 from flawsift.features.devices import resolve_device
+from flawsift.types import as_shape
 
 CHUNK = 32  # positions that a thread works on at a time: 1.3 MB of 100 x 100 matrices; 16 to 64 are as quick
 LARGE_GROUP = 16  # images: larger groups are taken out of the model one by one, as their products grow with the square
@@ -73,8 +74,9 @@ class PaDiM(Detector):
         score says nothing there, so stage 1 must use out-of-subset scores.
     Differs from the paper: `standardize` measures eps in units of each channel's variance v (the paper's constant
         assumes ResNet taps; v = 1 in the paper preset); the default leaves out the finest tap, which costs four times
-        the positions and lowers the image AUROC with the embedded backbone; smoothing before the image score is done
-        on the patch grid with the same Gaussian in image units; no centre crop.
+        the positions and lowers the image AUROC with the embedded backbone; smoothing before the image score is done on
+        the patch grid with the same Gaussian in image units; in the default that Gaussian scales with the input, as
+        with 4 px of any size small inputs lose their small defects (`sigma`); no centre crop.
     Reference: Defard et al., "PaDiM: a Patch Distribution Modeling Framework", ICPR 2021 workshops,
         arXiv 2011.08785, section 3.
 
@@ -82,6 +84,7 @@ class PaDiM(Detector):
         n_features: Channels kept (d); all where there are fewer.
         eps: Regularisation of the covariance.
         standardize: Whether eps is relative to the channel's variance.
+        sigma: Of the Gaussian on maps, in pixels of the network's input; None takes 4 px of 256, scaled with its size.
     """
 
     name: ClassVar[str] = "padim"
@@ -89,15 +92,20 @@ class PaDiM(Detector):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
         # section 4.1: ResNet-18 with 100 of 448 channels, epsilon 0.01 (550 of 1792 for WideResNet-50)
-        "paper": {"layers": ("stride4", "stride8", "stride16"), "n_features": 100, "eps": 0.01, "standardize": False},
+        "paper": {
+            **{"layers": ("stride4", "stride8", "stride16"), "n_features": 100, "eps": 0.01, "standardize": False},
+            "sigma": 4.0,  # at 224 px, in the public code that the field compares with
+        },
     }
     layers: Sequence[str] = ("stride8", "stride16")
     n_features: int = 100
     eps: float = 0.01
     standardize: bool = True
+    sigma: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require("sigma", self.sigma is None or self.sigma >= 0, "not be negative")
         self._require("n_features", self.n_features >= 1, "be at least 1")
         self._require("eps", self.eps > 0, "be positive")
 
@@ -171,7 +179,11 @@ class PaDiM(Detector):
         return torch.einsum("pdgi,pdgj->pgij", columns, columns)
 
     def _image_scores(self, maps: Tensor) -> Tensor:
-        return smooth(maps, SIGMA_PER_PIXEL * maps.shape[2]).amax((1, 2))
+        share = SIGMA_PER_PIXEL if self.sigma is None else self.sigma / self.size_
+        return smooth(maps, share * maps.shape[2]).amax((1, 2))
+
+    def _map_sigma(self) -> float | None:
+        return self.sigma
 
     def _embed(self, batch: Batch) -> tuple[Tensor, list[int]]:
         """(P, d, B): the drawn channels of all taps at the positions of the largest grid, and that grid's (h, w).
@@ -199,6 +211,7 @@ class PaDiM(Detector):
             if "channels_" not in vars(self):
                 self._draw_channels(batch)
             embedded, self.grid_ = self._embed(batch)
+            self.size_ = max(as_shape(batch.size))  # models of before, whose Gaussian scales, have none
             x = embedded.to(device)  # (P, d, B)
             accepted = batch.accepted(*self.grid_)
             weights = x.new_ones(x.shape[0], len(batch)) if accepted is None else accepted.flatten(1).T.to(x)  # (P, B)
@@ -233,9 +246,8 @@ class PaDiM(Detector):
         return self
 
     def _like(self, moments: Moments) -> Self:
-        other = self.clone()
-        other.channels_, other.grid_ = self.channels_, self.grid_
-        return other._set(moments)
+        drawn = {name: value for name, value in self.state().items() if name in ("channels_", "grid_", "size_")}
+        return self.with_state(drawn)._set(moments)
 
     def _stored_moments(self) -> Moments:
         if not self.fitted:

@@ -130,11 +130,12 @@ class RD(Detector):
     Contamination: Mild: rare defects are reconstructed badly as long as training is short; long training on few images
         fits the defects, too.
     Differs from the paper: `loss` is by default that of the authors' code, which is the more stable one. The default
-        divides channels by their standard deviations, ends no decoder stage with a ReLU, since the taps of the
-        embedded network are signed, and trains for fewer epochs. Upsampling does not align corners. Smoothing before
-        the image score is done on the patch grid with the same Gaussian in image units. A position where teacher and
-        student are both zero vectors counts as equal. An epoch's incomplete last batch, and a convolution that the
-        authors' module holds but never uses, are left out.
+        divides channels by their standard deviations, ends no decoder stage with a ReLU, since the taps of the embedded
+        network are signed, and trains for fewer epochs. Upsampling does not align corners. Smoothing before the image
+        score is done on the patch grid with the same Gaussian in image units. A position where teacher and student are
+        both zero vectors counts as equal. An epoch's incomplete last batch, and a convolution that the authors' module
+        holds but never uses, are left out. On a GPU that has bfloat16, and on a CPU that multiplies it where grids
+        allow, the forward pass of a step is in it, the authors' in float32.
     Reference: Deng & Li, "Anomaly Detection via Reverse Distillation from One-Class Embedding", CVPR 2022, arXiv
         2201.10703, section 3.
 

@@ -76,8 +76,14 @@ class SimpleNet(Detector):
     Differs from the paper: Noise is in units of the embedding's standard deviation per dimension (`standardize`); the
         published 0.015 assumes pooled taps of a WideResNet-50. A step sees `patches` random patches of its images, not
         all. Training is counted in steps, not epochs, so small sets get as many. Weights are averaged over the last
-        half of the steps (`average`), as accuracy goes up and down from step to step; the published code keeps those
-        of the best test result. No centre crop.
+        half of the steps (`average`), as accuracy goes up and down from step to step; the published code keeps those of
+        the best test result. In the default the Gaussian on maps scales with the input (`sigma`). No centre crop. On a
+        GPU that has bfloat16, the forward pass of a step is in it, the authors' in float32.
+    Localization: Coarser than that of distances. Where features lie far from all that it was trained on, the
+        discriminator grows in directions that nothing has taught it, so a patch at the edge of a defect may score as
+        high as one inside (in 43 % of the pairs; by PatchCore in 20 %). Dark spots on stripes at 64 px, read by the
+        `tiny` backbone, AUPRO: 0.73 by default and 0.78 with 4000 steps, where PaDiM has 0.80 and PatchCore 0.84; at
+        256 px with the embedded network, where a spot is many patches, all have 0.995 or more.
     Reference: Liu et al., "SimpleNet: A Simple Network for Image Anomaly Detection and Localization", CVPR 2023,
         arXiv 2303.15140, section 3.
 
@@ -93,6 +99,7 @@ class SimpleNet(Detector):
         discriminator_rate: Learning rate of the discriminator.
         average: Share of the steps, the last ones, over which weights are averaged; 0 takes those of the last step.
         standardize: Whether embeddings are brought to mean 0 and standard deviation 1 in each dimension first.
+        sigma: Of the Gaussian on maps, in pixels of the network's input; None takes 4 px of 256, scaled with its size.
         statistics_: (2, D) mean and standard deviation by which embeddings are standardised.
         weights_: Of adaptor and discriminator.
     """
@@ -115,6 +122,7 @@ class SimpleNet(Detector):
             "discriminator_rate": 2e-4,
             "average": 0.0,
             "standardize": False,
+            "sigma": 4.0,  # at 288 px
         },
     }
 
@@ -129,6 +137,7 @@ class SimpleNet(Detector):
     discriminator_rate: float = 2e-4
     average: float = 0.5
     standardize: bool = True
+    sigma: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,6 +145,7 @@ class SimpleNet(Detector):
             self._require(parameter, getattr(self, parameter) >= 1, "be at least 1")
         for parameter in ("noise", "margin", "adaptor_rate", "discriminator_rate"):
             self._require(parameter, getattr(self, parameter) > 0, "be positive")
+        self._require("sigma", self.sigma is None or self.sigma >= 0, "not be negative")
         self._require("average", 0 <= self.average <= 1, "be in [0, 1]")
         self._require("patches", self.patches is None or self.patches >= 1, "be at least 1, or None")
 
@@ -177,6 +187,9 @@ class SimpleNet(Detector):
     def _maps(self, batch: Batch, device: str) -> Tensor:
         normal: Tensor = self._net(device)(self._patches(batch).to(device))
         return -normal.view(len(batch), *self._embed(batch).shape[2:])
+
+    def _map_sigma(self) -> float | None:
+        return self.sigma
 
     def _build(self) -> Net:
         with seeded(self.seed, "cpu"):

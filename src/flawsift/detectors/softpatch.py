@@ -41,12 +41,13 @@ class SoftPatch(Detector):
         anyhow, a position has no meaning of its own and its patches scatter; the factors then say less.
         `outlier_share` is removed from a clean set, too, rare normal looks first.
     Differs from the paper: Its code draws the first entry of the coreset from the removed patches, too; here none of
-        them can enter, and the factors are clipped at `max_weight` (None in the paper preset), since copies of an
-        image make those of their neighbours explode. Plain, not squared, distances, as the paper writes them (the
-        weight w on the code's squared ones is sqrt(w) on these). "nearest" and "gaussian" give 1 + v / median(v): the
-        code's 1 + v assumes the scale of ResNet taps, and its ridge is relative here. `max_patches` (None in the paper
-        preset) and a 1 % bank, as PatchCore has here; no centre crop; patches keep their own C channels. The published
-        figures were made with 5 neighbours, although the code's setting says 6.
+        them can enter, and the factors are clipped at `max_weight` (None in the paper preset), since copies of an image
+        make those of their neighbours explode. The default has plain distances, as the paper writes them; the paper
+        preset squared ones, as the authors' code has them (`squared`): w on these is sqrt(w) on plain ones, and a map
+        of squares is another one once it is smoothed. "nearest" and "gaussian" give 1 + v / median(v): the code's 1 + v
+        assumes the scale of ResNet taps, and its ridge is relative here. `max_patches` (None in the paper preset) and a
+        1 % bank, as PatchCore has here; no centre crop; patches keep their own C channels. The published figures were
+        made with 5 neighbours, although the code's setting says 6.
     Reference: Xi et al., "SoftPatch: Unsupervised Anomaly Detection with Noisy Data", NeurIPS 2022, arXiv 2403.14233,
         section 3; Breunig et al., "LOF: Identifying Density-Based Local Outliers", SIGMOD 2000.
 
@@ -57,6 +58,7 @@ class SoftPatch(Detector):
         outlier_share: Share of the patches that the bank is not chosen from (tau).
         soft_weights: Whether entries keep their factors; else all weigh 1.
         max_weight: Most that a factor counts; None for no bound.
+        squared: Whether the factor multiplies the squared distance.
         coreset_ratio: Size of the bank as a share of all pooled patches, the removed ones counted.
         max_patches: Most patches pooled, but always those of 3 images at each position; None for all.
         projection_dim: Dimension of the random projections for the factors and for the coreset.
@@ -65,8 +67,8 @@ class SoftPatch(Detector):
     name: ClassVar[str] = "softpatch"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
-        # the authors' code: tau 0.15, a 10 % coreset
-        "paper": {"coreset_ratio": 0.1, "max_patches": None, "max_weight": None},
+        # the authors' code: tau 0.15, a 10 % coreset, squared distances as its search returns them
+        "paper": {"coreset_ratio": 0.1, "max_patches": None, "max_weight": None, "squared": True},
     }
 
     discriminator: Literal["lof", "nearest", "gaussian"] = "lof"
@@ -74,6 +76,7 @@ class SoftPatch(Detector):
     outlier_share: float = 0.15
     soft_weights: bool = True
     max_weight: float | None = 10.0
+    squared: bool = False
     coreset_ratio: float = 0.01
     max_patches: int | None = 200_000
     projection_dim: int = 128
@@ -156,7 +159,8 @@ class SoftPatch(Detector):
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
         distances, entries = self._search(batch, device)
-        return distances[..., 0] * self.weight_.to(device)[entries[..., 0]]
+        nearest = distances[..., 0].square() if self.squared else distances[..., 0]
+        return nearest * self.weight_.to(device)[entries[..., 0]]
 
     def _expected(self, batch: Batch, device: str) -> Tensor:
         _, entries = self._search(batch, device)

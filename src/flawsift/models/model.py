@@ -28,7 +28,7 @@ from flawsift.data.truth import GroundTruth
 from flawsift.data.values import VALUE_RANGE, ValueRange
 from flawsift.detectors.base import Detector, Prediction, load_detector
 from flawsift.errors import ModelError, ParameterError
-from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.features.backbones import UNSAID, Backbone, load_backbone
 from flawsift.features.extraction import SHARD, stream
 from flawsift.features.readers import StoredFeatures
 from flawsift.files import new_result, write_json
@@ -327,7 +327,7 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
         known = content.get("learned")
         learned = None if known is None else frozenset(map(str, known))
         detector = load_detector(folder, digest=str(content["detector_digest"]))
-        of_backbone = {**spec, "runtime": runtime, **({"weights": weights} if weights else {})}
+        of_backbone = {**UNSAID, **spec, "runtime": runtime, **({"weights": weights} if weights else {})}
         inspect.signature(load_backbone).bind(**of_backbone)
     backbone = load_backbone(**of_backbone)
     if backbone.weights_digest != digest:

@@ -16,7 +16,7 @@ from typing import Any
 from flawsift.damage import DAMAGE, json_object
 from flawsift.detectors.base import Detector, make_detector
 from flawsift.errors import FlawsiftError, InputError
-from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.features.backbones import UNSAID, Backbone, load_backbone
 from flawsift.features.store import FeatureStore
 from flawsift.models.calibration import DEFAULT_RATE
 from flawsift.paths import show
@@ -76,7 +76,7 @@ def _parts(stage1: Screening, out: Path) -> tuple[Detector, Backbone, float]:
             stage1.provenance["backbone"]["spec"],
             DEFAULT_RATE,
         )
-        return make_detector(detector["name"], **detector["params"]), load_backbone(**spec), rate
+        return make_detector(detector["name"], **detector["params"]), load_backbone(**{**UNSAID, **spec}), rate
     except DAMAGE as error:
         raise InputError(f"The screening does not say how it was made: {error!r}. Screen the folder again.") from error
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from flawsift.data.images import Batch
 from flawsift.types import Shape, Size, as_shape
 
-# Gaussian sigma 4 on a 256 px map is what PaDiM, PatchCore and RD share (their 224 to 288 px); it scales with the map.
+# Gaussian sigma 4 on a 256 px map is what PaDiM, PatchCore and RD share (their 224 to 288 px); it scales with the map,
+# so that at other sizes a defect of the same share of the image is smoothed as much.
 SIGMA_PER_PIXEL = 4.0 / 256
 TRUNCATE = 4.0  # scipy's default: kernel radius in sigmas, so that maps match `scipy.ndimage.gaussian_filter`
 
@@ -78,9 +79,12 @@ def on_one_grid(features: Sequence[Tensor], *, finest: bool = True) -> list[Tens
     return resized
 
 
-def to_image_grid(maps: Tensor, size: Size) -> Tensor:
-    """Patch-grid maps (B, h, w) as smoothed maps (B, H, W) in the size of the network's input, in pixels."""
-    return smooth(upsample(maps, size), SIGMA_PER_PIXEL * max(as_shape(size)))
+def to_image_grid(maps: Tensor, size: Size, sigma: float | None = None) -> Tensor:
+    """Patch-grid maps (B, h, w) as smoothed maps (B, H, W) in the size of the network's input, in pixels.
+
+    `sigma` is that of the Gaussian in pixels; None takes `SIGMA_PER_PIXEL` of the longer edge.
+    """
+    return smooth(upsample(maps, size), SIGMA_PER_PIXEL * max(as_shape(size)) if sigma is None else sigma)
 
 
 def top_mean(maps: Tensor, share: float) -> Tensor:

@@ -79,9 +79,9 @@ def kaiming_(module: nn.Module) -> None:
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
 
-def resnet_conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+def resnet_conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1) -> nn.Sequential:
     """`conv` with a ResNet's initial weights."""
-    layer = conv(inputs, outputs, kernel, stride=stride, dilation=dilation)
+    layer = conv(inputs, outputs, kernel, stride=stride)
     kaiming_(layer)
     return layer
 
@@ -152,7 +152,7 @@ class WholeImage(nn.Module):
 
     def __init__(self, width: int, batch_size: int) -> None:
         super().__init__()
-        self.layer = resnet_conv(width, width, 1)
+        self.layer = conv(width, width, 1)
         self.limit = (batch_size - 1) ** 0.5
 
     def forward(self, x: Tensor) -> Tensor:
@@ -171,6 +171,8 @@ class WholeImage(nn.Module):
 class Segmenter(nn.Module):
     """From (B, C, h, w) products of teacher and student to (B, h, w) logits of a defect.
 
+    Its residual blocks start with a ResNet's weights, what follows with torch's, as in the authors' code.
+
     Args:
         channels: C, of all levels together.
         width: Channels of every layer but the last.
@@ -183,12 +185,10 @@ class Segmenter(nn.Module):
         self.residual = nn.Sequential(BasicBlock(channels, width), BasicBlock(width, width))
         self.whole = WholeImage(width, batch_size)
         reaches = [max(1, round(share * side)) for share in DILATIONS]
-        self.pyramid = nn.ModuleList(
-            nn.Sequential(resnet_conv(width, width, 3, dilation=d), nn.ReLU()) for d in reaches
-        )
+        self.pyramid = nn.ModuleList(nn.Sequential(conv(width, width, 3, dilation=d), nn.ReLU()) for d in reaches)
         joined = (1 + len(reaches)) * width
         self.out = nn.Sequential(
-            resnet_conv(joined, width, 3), nn.ReLU(), resnet_conv(width, width, 3), nn.ReLU(), nn.Conv2d(width, 1, 1)
+            conv(joined, width, 3), nn.ReLU(), conv(width, width, 3), nn.ReLU(), nn.Conv2d(width, 1, 1)
         )
 
     def forward(self, x: Tensor) -> Tensor:
