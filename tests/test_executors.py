@@ -256,7 +256,7 @@ def test_a_resumed_run_merges_no_submodels_of_other_partitions(easy: Dataset, ti
     run = Run(checkpoint=tmp_path / "p", executor=Processes(workers=1))
     rank_by_submodels(data, detector, options, run)
     for m in range(1, 6):  # the first of the first partition is there, the five others are not
-        (tmp_path / "p" / f"scores-{m}.safetensors").unlink()
+        (tmp_path / "p" / f"scores-{m}.unfinished").unlink()
     assert rank_by_submodels(data, detector, options, run, wants_fitted=True).fitted is None
 
 
@@ -278,7 +278,7 @@ def test_fan_out_goes_on_where_it_was(easy: Dataset, tiny: Backbone, tmp_path: P
     first = screen(
         data, detector, ScreenOptions(n_subsets=3), Run(checkpoint=tmp_path / "p", executor=Processes(workers=1))
     )
-    (tmp_path / "p" / "scores-1.safetensors").unlink()
+    (tmp_path / "p" / "scores-1.unfinished").unlink()
     counting = Counting(Processes(workers=1))
     again = screen(data, detector, ScreenOptions(n_subsets=3), Run(checkpoint=tmp_path / "p", executor=counting))
     assert counting.items == [1]

@@ -25,7 +25,7 @@ from flawsift.data.mask_checks import usable_masks
 from flawsift.data.truth import GroundTruth
 from flawsift.data.values import VALUE_RANGE, ValueRange
 from flawsift.detectors.base import Detector, Prediction, load_detector
-from flawsift.errors import ModelError, ParameterError
+from flawsift.errors import FlawsiftError, ModelError, ParameterError
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import SHARD, stream
 from flawsift.features.readers import StoredFeatures
@@ -319,7 +319,10 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
         detector = load_detector(folder, digest=str(content["detector_digest"]))
         of_backbone = {**spec, "runtime": runtime, **({"weights": weights} if weights else {})}
         inspect.signature(load_backbone).bind(**of_backbone)
-    backbone = load_backbone(**of_backbone)
+    try:
+        backbone = load_backbone(**of_backbone)
+    except FlawsiftError as error:
+        raise type(error)(f"The backbone of the model in '{show(folder)}': {error}") from error
     if backbone.weights_digest != digest:
         raise ModelError(
             f"The model in '{folder}' was fitted with other weights of {backbone.name} "
