@@ -342,7 +342,7 @@ class Parts:
             raise DamagedPart(f"{MANIFEST} cannot be read: {error!r}") from error
 
     def __contains__(self, name: object) -> bool:
-        return (self.folder / str(name)).exists() if self.digests is None else name in self.digests
+        return name in (self.digests or {}) or (self.folder / str(name)).exists()  # one that is not listed is damage
 
     def is_unchanged(self, name: str) -> bool:
         """Whether a file is what was written; True where that is not known."""

@@ -328,6 +328,8 @@ def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) ->
         (["screen", "{images}", "--out", "{out}", "--set", "max_images"], "needs name=value"),
         (["screen", "{images}", "--out", "{out}", "--set", "max_images=0"], "must be at least 1"),
         (["screen", "{images}", "--out", "{out}", "--set", "max_images=big"], "must be of type int or None, got 'big'"),
+        (["screen", "{images}", "--out", "{out}", "--set", f"max_images={10**30}"], "have at most 18 digits"),
+        (["screen", "{images}", "--out", "{out}", "--set", f"layers=[{-(10**19)}]"], "have at most 18 digits"),
         (["screen", "{images}", "--out", "{out}", "--set", "groups=1"], "Unknown parameter of Quorum 'groups'"),
         (["screen", "{images}", "--out", "{out}", "--groups", "{missing}"], "cannot be read"),
         (["screen", "{images}"], "Missing option '--out'"),

@@ -158,6 +158,14 @@ def test_other_content_is_an_error_and_no_traceback(folder: Path, content: Any) 
         load_model(folder)
 
 
+@pytest.mark.parametrize("spec", [{"name": "resnet81"}, {"name": "tiny", "size": 7}, {"name": "tiny", "weights": "x"}])
+def test_a_backbone_that_cannot_be_had_is_told_with_its_folder(folder: Path, spec: dict[str, Any]) -> None:
+    (folder / MANIFEST).unlink()
+    _edit_model(folder, backbone={"spec": spec, "weights_digest": ""})
+    with pytest.raises(FlawsiftError, match=f"The backbone of the model in '{folder}'"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "3", '{"name": 3}', '{"name": "patchcore", "params": 3}', ""])
 def test_other_content_of_the_detector_is_an_error_too(folder: Path, content: str) -> None:
     (folder / MANIFEST).unlink()

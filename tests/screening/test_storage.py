@@ -68,6 +68,28 @@ def test_what_is_no_table_of_values_is_told(folder: Path, name: str, content: st
         load_screening(folder)
 
 
+@pytest.mark.parametrize("name", ["maps.npy", "descriptions.npy", "evidence.npz"])
+def test_an_array_that_its_manifest_has_lost_is_told(
+    name: str, easy_folder: Path, tiny: Backbone, tmp_path: Path
+) -> None:
+    pipeline.screen(easy_folder, None, tiny, out=tmp_path / "s")
+    path = tmp_path / "s" / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["files"][name]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"{name} is not what was written with the others"):
+        load_screening(tmp_path / "s")
+
+
+def test_the_head_of_an_array_may_be_anything(folder: Path) -> None:
+    whole = (folder / "maps.npy").read_bytes()
+    assert whole.startswith(b"\x93NUMPY")
+    for text in (b"{'descr': (", b"{'descr'", b"\x00" * 9, b"'" * 3, b"{}", b"1 +", b"lambda: 0"):
+        (folder / "maps.npy").write_bytes(whole[:10] + text.ljust(54) + whole[64:])
+        with pytest.raises(InputError, match="is damaged"):
+            load_screening(folder)
+
+
 @pytest.mark.parametrize("content", ["", "id,path\n", "id,path,kept,error\n" + "a" * 200_000 + ",b,1,\n", '"', "\0"])
 def test_a_table_that_cannot_be_read_is_told(folder: Path, content: str) -> None:
     (folder / "screening.csv").write_text(content)

@@ -25,7 +25,19 @@ PATHS = (AT, "/v1", "/health", "/ready", "/metrics", "/", "/page.js", "/openapi.
     "//evil.example/", "/v1/default/inspect/", "/v1/default/inspect?regions=%ff", f"{AT}?map=svg", f"{AT}?map=png&regions=1",
     f"{AT}?map=../../x", f"{AT}?regions={'1' * 900}", f"/{'a' * 300}", "/v1/é/inspect", "*", "http://evil.example/v1",
     f"{AT}?{'&'.join(f'a{n}=1' for n in range(400))}", "/static/../serve.py", f"{AT};x=1", f"{AT}#x", "/v1/\\..\\x")  # fmt: skip
-METHODS = ("POST",) * 8 + ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "CONNECT", "post", "X" * 100, "BREW")
+METHODS = ("POST",) * 8 + (
+    "GET",
+    "PUT",
+    "DELETE",
+    "PATCH",
+    "OPTIONS",
+    "HEAD",
+    "TRACE",
+    "CONNECT",
+    "post",
+    "X" * 100,
+    "BREW",
+)
 TYPES = ("", "application/json", "application/json; charset=utf-16", "image/png", "multipart/form-data",
     "multipart/form-data; boundary=x", "multipart/form-data; boundary=", f"multipart/form-data; boundary={'x' * 900}",
     "multipart/form-data; boundary=\"é\"", "application/x-www-form-urlencoded", "text/plain", "a/b/c", ";;;", "é")  # fmt: skip
@@ -34,7 +46,19 @@ HEADERS = (("Host", "evil.example"), ("Host", ""), ("Origin", "http://evil.examp
     ("Transfer-Encoding", "chunked"), ("Transfer-Encoding", "gzip"), ("Expect", "100-continue"), ("Connection", "upgrade"),
     ("Upgrade", "websocket"), ("Content-Encoding", "gzip"), ("X-API-Key", "é" * 30), ("Authorization", "Bearer"),
     ("Cookie", "a" * 4000), ("Range", "bytes=0-"), ("X-Long", "a" * 9000), ("Accept", "\x7f"), ("Bad Name", "x"))  # fmt: skip
-NAMES = ("part.png", "../../etc/passwd", "/etc/passwd", "a\\..\\b", "", "é", "\x00", "x" * 3000, "a\r\nX-Injected: 1", '"', "%2e%2e")
+NAMES = (
+    "part.png",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a\\..\\b",
+    "",
+    "é",
+    "\x00",
+    "x" * 3000,
+    "a\r\nX-Injected: 1",
+    '"',
+    "%2e%2e",
+)
 
 
 class Requests:
@@ -103,7 +127,11 @@ class Requests:
         content = head.encode("utf-8", "surrogatepass") + body
         odd = method not in ("POST", "GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD") or not path.startswith("/")
         is_http = is_http and not odd and path.isascii() and "#" not in path
-        return f"{method} {path[:60]} {kind}, {headers['Content-Type'][:40]}, {headers['Content-Length']}", content, is_http
+        return (
+            f"{method} {path[:60]} {kind}, {headers['Content-Type'][:40]}, {headers['Content-Length']}",
+            content,
+            is_http,
+        )
 
     def _body(self, draw: Generator) -> tuple[str, bytes, str]:
         way = int(draw.integers(4))

@@ -95,9 +95,7 @@ class Tables:
         if name.startswith("results") and answer.code == 0 and not answer.result:
             return Outcome("fault", f"{name}: {what}", "whole rows were lost")
         is_checked = name.startswith("results")
-        return judged(
-            answer, self.expected[name, use], f"{name}: {what}", [name], is_checked=is_checked, view=_plain
-        )
+        return judged(answer, self.expected[name, use], f"{name}: {what}", [name], is_checked=is_checked, view=_plain)
 
 
 def _plain(result: Any) -> Any:
@@ -178,7 +176,18 @@ def _other_value(grid: str, draw: Generator) -> tuple[str, bytes]:
     n = at[int(draw.integers(len(at)))]
     key = lines[n].partition(" = ")[0]
     odd = ODD_VALUES[int(draw.integers(len(ODD_VALUES)))]
-    texts = (json.dumps(odd), "nan", "-inf", "1979-05-27", "[[1]]", "{}", "{ x = 1 }", "'''", "0x" + "f" * 40, "[-1, 0.5, 2]")
+    texts = (
+        json.dumps(odd),
+        "nan",
+        "-inf",
+        "1979-05-27",
+        "[[1]]",
+        "{}",
+        "{ x = 1 }",
+        "'''",
+        "0x" + "f" * 40,
+        "[-1, 0.5, 2]",
+    )
     text = texts[int(draw.integers(len(texts)))]
     lines[n] = f"{key} = {text}" if draw.random() < 0.8 else f"{key}x = {text}"
     return f"{lines[n][:60]!r}", "\n".join(lines).encode("utf-8", "surrogatepass")

@@ -92,7 +92,9 @@ def _replaced(out: Path) -> tuple[Detector, Backbone, float] | None:
         if JSON not in parts:
             return None
         model, detector = content_of(out), json_object(parts.read("detector.json"))
-        return *_made(detector, model["backbone"]["spec"]), float(model["training"].get("false_alarm_rate", DEFAULT_RATE))
+        return *_made(detector, model["backbone"]["spec"]), float(
+            model["training"].get("false_alarm_rate", DEFAULT_RATE)
+        )
 
 
 def _made(detector: Mapping[str, Any], spec: Mapping[str, Any]) -> tuple[Detector, Backbone]:
