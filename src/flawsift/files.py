@@ -175,8 +175,8 @@ def sync(path: Path) -> None:
 def sync_tree(folder: Path) -> None:
     """Wait until a folder with all that is in it is on the disk."""
     for place, _, names in os.walk(folder):
-        for name in names:
-            sync(Path(place) / name)
+        for path in (Path(place) / name for name in names):
+            None if path.is_symlink() else sync(path)  # what a link points to is somebody else's
         sync(Path(place))
 
 

@@ -160,7 +160,7 @@ class Models:
         run, view = self.uses[use]
         # a person may edit the column kept; and who makes the digests fit may write what means something
         is_checked = not is_sealed and name.name != "screening.csv"
-        names = [name.name, str(self.folder), "screening"]
+        names = [name.name, str(self.folder), "screening", "predictions.csv"]
         what = f"{what}{', digests made to fit' if is_sealed else ''}; {use}"
         return judged(run(), self.expected[use], what, names, is_checked=is_checked, view=view)
 

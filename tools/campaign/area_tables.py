@@ -12,6 +12,9 @@ from tools.campaign.mutate import ODD_VALUES, Generator, change_bytes, change_ta
 from tools.campaign.outcome import Answer, Outcome, command, judged
 
 
+CALLED = {"decisions.csv": "decisions", "reviewed.csv": "decisions", "groups.csv": "groups", "labels.csv": "labelled"}
+
+
 class Tables:
     """Decisions, groups, labels, tables of predictions, and the results of a watch."""
 
