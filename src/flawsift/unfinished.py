@@ -1,4 +1,4 @@
-"""Unfinished work on disk: tensors that a later run goes on with, or makes again where they are not what was written."""
+"""Unfinished work on disk: tensors that a later run goes on with, or makes again where they are damaged."""
 
 import hashlib
 import logging

@@ -242,15 +242,15 @@ class Caches:
         shutil.rmtree(self.out, ignore_errors=True)
         of_run = draw.random() < 0.3
         if of_run:
-            folder, files, more, expected = self.out / ".resume", self.unfinished, SUBMODELS, self.expected_submodels
+            folder, files, expected = self.out / ".resume", self.unfinished, self.expected_submodels
             fresh_copy(self.resume, folder)
         else:
-            folder, files, more, expected = self.cache, self.files, (), self.expected
+            folder, files, expected = self.cache, self.files, self.expected
         name = files[int(draw.integers(len(files)))]
         what = mutate_file(folder, name, self.resume if of_run else self.cache, draw)
         verifies = not of_run and draw.random() < 0.2
         verified = command("cache", "verify", "--cache", self.cache, "--json") if verifies else None
-        answer = command(*self._arguments(*more))
+        answer = command(*self._arguments(*(SUBMODELS if of_run else ())))
         names = [name.name, *name.parts[-2:-1], str(self.cache)]
 
         def view(_: Any) -> Any:

@@ -11,7 +11,6 @@ from tools.campaign.material import BACKBONE, Material
 from tools.campaign.mutate import ODD_VALUES, Generator, change_bytes, change_table
 from tools.campaign.outcome import Answer, Outcome, command, judged
 
-
 CALLED = {"decisions.csv": "decisions", "reviewed.csv": "decisions", "groups.csv": "groups", "labels.csv": "labelled"}
 
 
@@ -110,11 +109,63 @@ def _plain(result: Any) -> Any:
 
 # Values of options: of other types, beyond every range, and a few that are right. Of whole numbers no large ones: work
 # that takes hours when it is asked for is no fault.
-VALUES = ("0", "-1", "1", "2", "0.5", "1.5", "nan", "inf", "-inf", "1e308", "x", "", "None", "null", "true", "[]", "{}",
-    "[1]", '"x"', "[" * 3000, "é", "auto", "mean", "quorum", "../x", "0.001", "5", "٣", "1_0", "\x00", "9" * 30)  # fmt: skip
-FLAGS = ("--keep", "--subsets", "--partitions", "--size", "--seed", "--false-alarm-rate", "--backbone", "--runtime",
-    "--detector", "--detector-preset", "--preset", "--rank-by", "--device", "--executor", "--screener", "--consensus",
-    "--groups", "--decisions", "--weights", "--screening", "--normalize", "--set")  # fmt: skip
+VALUES = (
+    "0",
+    "-1",
+    "1",
+    "2",
+    "0.5",
+    "1.5",
+    "nan",
+    "inf",
+    "-inf",
+    "1e308",
+    "x",
+    "",
+    "None",
+    "null",
+    "true",
+    "[]",
+    "{}",
+    "[1]",
+    '"x"',
+    "[" * 3000,
+    "é",
+    "auto",
+    "mean",
+    "quorum",
+    "../x",
+    "0.001",
+    "5",
+    "٣",
+    "1_0",
+    "\x00",
+    "9" * 30,
+)
+FLAGS = (
+    "--keep",
+    "--subsets",
+    "--partitions",
+    "--size",
+    "--seed",
+    "--false-alarm-rate",
+    "--backbone",
+    "--runtime",
+    "--detector",
+    "--detector-preset",
+    "--preset",
+    "--rank-by",
+    "--device",
+    "--executor",
+    "--screener",
+    "--consensus",
+    "--groups",
+    "--decisions",
+    "--weights",
+    "--screening",
+    "--normalize",
+    "--set",
+)
 DETECTORS = ("quorum", "padim", "patchcore", "softpatch", "inreach")
 
 

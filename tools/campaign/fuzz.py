@@ -71,7 +71,7 @@ class Worker:
         command = [sys.executable, "-m", "tools.campaign", "work", "--area", self.name, "--seed", str(self.seed)]
         command += ["--material", str(self.material), "--first", str(self.next)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # until the process has ended
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors, env=environment)
         self.lines: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self._read, args=(self.process, self.lines), daemon=True).start()

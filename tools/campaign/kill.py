@@ -7,7 +7,7 @@ import signal
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Job:
         run: Does it in a folder, and returns the exit code.
         result: What it has written there, as far as a rerun gives the same; raises where that cannot be read.
         prepare: Makes the folder what it is before, such as with an earlier result.
-        holds: What is true of the folder after a kill, where that is more than that the result is the old or the new one.
+        holds: What is true of the folder after a kill, beside that the result is the old or the new one.
     """
 
     run: Callable[[Path], int]
@@ -285,7 +285,7 @@ def ended(child: int, seconds: float) -> int | None:
 class Killer:
     """Kills one job after the other."""
 
-    def __init__(self, material: Material, root: Path, names: list[str] | None = None) -> None:
+    def __init__(self, material: Material, root: Path, names: Sequence[str] | None) -> None:
         self.root = root
         self.jobs = {name: job for name, job in jobs_of(material).items() if names is None or name in names}
         self.before, self.after, self.seconds = dict[str, Any](), dict[str, Any](), dict[str, float]()
@@ -359,7 +359,9 @@ def _is_absent(left: Any, name: str) -> bool:
     return apart and isinstance(left, str) and left.startswith("FileNotFoundError")
 
 
-def kill(tries: Iterable[int], seed: int, root: Path, say: Callable[[str], object]) -> dict[str, Counter[str]]:
+def kill(
+    tries: Iterable[int], seed: int, root: Path, say: Callable[[str], object], names: Sequence[str] | None = None
+) -> dict[str, Counter[str]]:
     """Kill each command in turn; counts of outcomes by command.
 
     Args:
@@ -367,15 +369,16 @@ def kill(tries: Iterable[int], seed: int, root: Path, say: Callable[[str], objec
         seed: Of all moments.
         root: A new folder for all of it.
         say: Told of faults.
+        names: Of the commands; None for all.
     """
     root.mkdir()
     # in a process of its own, since threads of a runtime would not be there in those that are forked
     if ended(started(lambda: _made(root / "material"), root / "log"), LIMIT) != 0:
         raise RuntimeError((root / "log").read_text("utf-8"))
-    killer, counts = Killer(Material(root / "material"), root), dict[str, Counter[str]]()
-    names = sorted(killer.jobs)
+    killer, counts = Killer(Material(root / "material"), root, names), dict[str, Counter[str]]()
+    chosen = sorted(killer.jobs)
     for k in tries:
-        name, share = names[k % len(names)], float(np.random.default_rng([seed, k]).uniform(0, 1.05))
+        name, share = chosen[k % len(chosen)], float(np.random.default_rng([seed, k]).uniform(0, 1.05))
         outcome = killer.kill(name, share)
         counts.setdefault(name, Counter())[outcome.kind] += 1
         if outcome.kind == "fault":

@@ -1,4 +1,4 @@
-"""What is mutated: images, a model with its screening, exports, a cache and tables, small enough for thousands of tries."""
+"""What is mutated: images, a model with its screening, exports, a cache and tables, all small."""
 
 import csv
 import json

@@ -12,13 +12,68 @@ import numpy as np
 Generator = np.random.Generator
 # Values where something else was expected: other types, what overflows, what no number is, what leads out of a folder.
 ODD_VALUES: Sequence[Any] = (
-    None, True, 0, -1, 1, 10**40, -(10**40), 2**63, 1e308, math.nan, math.inf, -math.inf, 0.5, "", "x", "nan", "\0",
-    "../../x", "/etc/passwd", "é" * 300, "fit", "__class__", "\ud800", [], [1], [[]], {}, {"a": 1}, [None] * 3,
-)  # fmt: skip
+    None,
+    True,
+    0,
+    -1,
+    1,
+    10**40,
+    -(10**40),
+    2**63,
+    1e308,
+    math.nan,
+    math.inf,
+    -math.inf,
+    0.5,
+    "",
+    "x",
+    "nan",
+    "\0",
+    "../../x",
+    "/etc/passwd",
+    "é" * 300,
+    "fit",
+    "__class__",
+    "\ud800",
+    [],
+    [1],
+    [[]],
+    {},
+    {"a": 1},
+    [None] * 3,
+)
 ODD_CELLS: Sequence[str] = (
-    "", " ", "nan", "inf", "-inf", "1e999", "-1", "99999999999999999999999999", "1.5", "keep", "yes", "no", "x", "=1+1",
-    "'", '"', "a,b", "../../x", "/etc/passwd", "\0", "é", "\u202e", "\r", "0x10", "١", "٣", "1_0", "½", "²", "x" * 5000,
-)  # fmt: skip
+    "",
+    " ",
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "-1",
+    "99999999999999999999999999",
+    "1.5",
+    "keep",
+    "yes",
+    "no",
+    "x",
+    "=1+1",
+    "'",
+    '"',
+    "a,b",
+    "../../x",
+    "/etc/passwd",
+    "\0",
+    "é",
+    "\u202e",
+    "\r",
+    "0x10",
+    "١",
+    "٣",
+    "1_0",
+    "½",
+    "²",
+    "x" * 5000,
+)
 
 
 def change_bytes(content: bytes, draw: Generator, others: Sequence[bytes] = ()) -> tuple[str, bytes]:
@@ -117,9 +172,16 @@ def change_table(content: bytes, draw: Generator) -> tuple[str, bytes]:
     odd = ODD_CELLS[int(draw.integers(len(ODD_CELLS)))]
     way = int(draw.integers(9))
     what = (
-        f"a cell of '{rows[0][column]}' set to {odd[:20]!r}", "a row taken out", "a row doubled", "a column taken out",
-        "a cell added", "another separator", "another encoding", "line ends", "a name of a column changed",
-    )[way]  # fmt: skip
+        f"a cell of '{rows[0][column]}' set to {odd[:20]!r}",
+        "a row taken out",
+        "a row doubled",
+        "a column taken out",
+        "a cell added",
+        "another separator",
+        "another encoding",
+        "line ends",
+        "a name of a column changed",
+    )[way]
     if way == 0:
         rows[row or len(rows) - 1][column] = odd
     elif way == 1:
