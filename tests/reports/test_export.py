@@ -6,8 +6,8 @@ import os
 import shlex
 import shutil
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote

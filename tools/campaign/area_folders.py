@@ -87,7 +87,7 @@ def seal(folder: Path) -> None:
             content = json.loads(model.read_bytes())
             model.write_text(json.dumps({**content, "detector_digest": _digest(detector)}), "utf-8")
             known |= {detector.name: _digest(detector), model.name: _digest(model)}
-        except (OSError, ValueError, TypeError, StopIteration):
+        except (OSError, ValueError, TypeError, StopIteration, RecursionError):
             pass  # what was mutated is no such file any more
         (place / MANIFEST).write_text(json.dumps({"files": known}), "utf-8")
 
