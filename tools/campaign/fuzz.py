@@ -91,9 +91,9 @@ class Worker:
             if left <= 0:
                 break
             try:
-                line = self.lines.get(timeout=min(LIMIT, left) if begun else max(LIMIT, left))
+                line = self.lines.get(timeout=min(LIMIT, left) if begun else left)
             except queue.Empty:
-                if time.monotonic() >= until and begun:
+                if time.monotonic() >= until:
                     break
                 yield self._died(f"a hang: no end within {LIMIT:g} s")
                 begun = False
