@@ -183,10 +183,11 @@ def campaign(results: Path) -> str | None:
     ]
     header = ["", "tries", "same answer", "clear error", "told", "other valid input", "faults"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    commits = ", ".join(
-        f"`{task}` at `{some['commit'].iloc[0]}`, seed {some['seed'].iloc[0]}" for task, some in rows.groupby("task")
-    )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{commits}."
+    runs = [
+        f"`{name}` at `{commit}`, seed {seed}: {', '.join(some['name']) if name == 'fuzz' else 'all'}"
+        for (name, commit, seed), some in rows.groupby(["task", "commit", "seed"], sort=False)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{'; '.join(runs)}."
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
