@@ -11,7 +11,13 @@ from tools.campaign.material import BACKBONE, Material
 from tools.campaign.mutate import ODD_VALUES, Generator, change_bytes, change_table
 from tools.campaign.outcome import Answer, Outcome, command, judged
 
-CALLED = {"decisions.csv": "decisions", "reviewed.csv": "decisions", "groups.csv": "groups", "labels.csv": "labelled"}
+# What errors call the rows of a table that was given by an option of that name, or by the argument LABELLED.
+CALLED = {
+    "decisions.csv": ["decisions"],
+    "reviewed.csv": ["decisions", "labelled"],
+    "groups.csv": ["groups"],
+    "labels.csv": ["labels"],
+}
 
 
 class Tables:
@@ -97,7 +103,8 @@ class Tables:
         if name.startswith("results") and answer.code == 0 and not answer.result:
             return Outcome("fault", f"{name}: {what}", "whole rows were lost")
         is_checked = name.startswith("results")
-        return judged(answer, self.expected[name, use], f"{name}: {what}", [name], is_checked=is_checked, view=_plain)
+        names, expected = [name, *CALLED.get(name, ())], self.expected[name, use]
+        return judged(answer, expected, f"{name}: {what}", names, is_checked=is_checked, view=_plain)
 
 
 def _plain(result: Any) -> Any:

@@ -217,7 +217,7 @@ def read_labels(path: str | Path, images: ImageSet) -> GroundTruth:
     name_of = images_named(labels, images.names, "labels", quiet=True)
     if unknown := sorted(set(labels) - set(name_of)):
         raise InputError(
-            f"{len(unknown)} labelled files are not among the images: {name_some(unknown)}. "
+            f"{len(unknown)} labelled files of '{show(path)}' are not among the images: {name_some(unknown)}. "
             "Write paths relative to the image folder."
         )
     labels = {name_of[file]: label for file, label in labels.items()}
