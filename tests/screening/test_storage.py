@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flawsift import pipeline
@@ -79,6 +80,14 @@ def test_an_array_that_its_manifest_has_lost_is_told(
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=f"{name} is not what was written with the others"):
         load_screening(tmp_path / "s")
+
+
+def test_an_array_with_values_that_are_no_numbers_is_told(folder: Path) -> None:
+    values = np.load(folder / "maps.npy")
+    values[1, 0, 0] = np.nan
+    np.save(folder / "maps.npy", values)
+    with pytest.raises(InputError, match=r"maps\.npy holds values that are no numbers"):
+        load_screening(folder)
 
 
 def test_the_head_of_an_array_may_be_anything(folder: Path) -> None:
