@@ -10,7 +10,12 @@ COVERED := 95
 # A process for each core, but no more than fit into 8 GiB.
 SPREAD := --numprocesses auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test cover lint types check hooks wheel ray clean
+# Of `make fuzz`, for all kinds of input together; two of them at a time.
+FUZZ_MINUTES ?= 10
+# Where the figures of docs/reliability.md come from; benchmarks/render.py writes them there.
+CAMPAIGN := benchmarks/results/campaign.csv
+
+.PHONY: demo test cover lint types check fuzz kill hooks wheel ray clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +40,12 @@ types: $(READY)
 	$(BIN)/mypy
 
 check: lint types test  ## what a change must pass
+
+fuzz: $(READY)  ## mutated input of every kind; fails where one ends in anything but a clear word
+	PYTHONPATH=. $(BIN)/python -m tools.campaign fuzz --minutes $(FUZZ_MINUTES) --results $(CAMPAIGN)
+
+kill: $(READY)  ## every command that writes, killed at random moments
+	PYTHONPATH=. $(BIN)/python -m tools.campaign kill --results $(CAMPAIGN)
 
 hooks: $(READY)  ## let git run lint before each commit, and the type checker before each push
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pre-commit

@@ -23,7 +23,10 @@ from _rows import CONFIRMATION, DEVELOPMENT
 from flawsift.files import write_text
 from flawsift.screening.options import FINAL
 
-PAGES = tuple(_rows.ROOT / page for page in ("benchmarks/README.md", "README.md", "docs/method.md", "docs/deploy.md"))
+PAGES = tuple(
+    _rows.ROOT / page
+    for page in ("benchmarks/README.md", "README.md", "docs/method.md", "docs/deploy.md", "docs/reliability.md")
+)
 MARKERS = re.compile(r"(<!-- rows:([\w-]+) -->\n)(.*?)(<!-- /rows -->)", re.DOTALL)
 SPEED = Path(__file__).with_name("speed.csv")  # the lines of `speed`: script, key of its figures, text, format and goal
 
@@ -162,6 +165,31 @@ def export(results: Path) -> str | None:
     return table(header, body, rows)
 
 
+def campaign(results: Path) -> str | None:
+    """What came of mutated input and of kills in the last campaign."""
+    path = results / "campaign.csv"
+    if not path.exists():
+        return None
+    rows = pd.read_csv(path, dtype={"commit": str})
+    called = {"fuzz": "input", "kill": "killed"}
+    outcomes = ["same", "error", "told", "valid", "fault"]
+    body = [
+        [
+            f"{called[row['task']]}: {row['name']}",
+            f"{sum(row[o] for o in outcomes):,}",
+            *(f"{row[o]:,}" for o in outcomes),
+        ]
+        for row in rows.to_dict("records")
+    ]
+    header = ["", "tries", "same answer", "clear error", "told", "other valid input", "faults"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    runs = [
+        f"`{name}` at `{commit}`, seed {seed}: {', '.join(some['name']) if name == 'fuzz' else 'all'}"
+        for (name, commit, seed), some in rows.groupby(["task", "commit", "seed"], sort=False)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{'; '.join(runs)}."
+
+
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +235,7 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "semantic": _tables.semantic,
     "peers": peers,
     "export": export,
+    "campaign": campaign,
 }
 
 

@@ -16,7 +16,7 @@ import flawsift
 
 ROOT = Path(flawsift.__file__).parent
 # Modules of the first line are leaves: they import nothing of flawsift but each other.
-LEAVES = ["damage", "errors", "executors", "files", "paths", "progress", "tables", "types", "workers"]
+LEAVES = ["damage", "errors", "executors", "files", "paths", "progress", "tables", "types", "unfinished", "workers"]
 ROOMS = ["data", "runtime", "datasets", "features", "metrics", "detectors", "screening", "models"]
 ROOMS += ["reports", "deploy", "pipeline"]
 ROOMS += ["review", "benchmark", "cli", "testing"]

@@ -256,7 +256,7 @@ def test_a_resumed_run_merges_no_submodels_of_other_partitions(easy: Dataset, ti
     run = Run(checkpoint=tmp_path / "p", executor=Processes(workers=1))
     rank_by_submodels(data, detector, options, run)
     for m in range(1, 6):  # the first of the first partition is there, the five others are not
-        (tmp_path / "p" / f"scores-{m}.safetensors").unlink()
+        (tmp_path / "p" / f"scores-{m}.unfinished").unlink()
     assert rank_by_submodels(data, detector, options, run, wants_fitted=True).fitted is None
 
 
@@ -278,11 +278,50 @@ def test_fan_out_goes_on_where_it_was(easy: Dataset, tiny: Backbone, tmp_path: P
     first = screen(
         data, detector, ScreenOptions(n_subsets=3), Run(checkpoint=tmp_path / "p", executor=Processes(workers=1))
     )
-    (tmp_path / "p" / "scores-1.safetensors").unlink()
+    (tmp_path / "p" / "scores-1.unfinished").unlink()
     counting = Counting(Processes(workers=1))
     again = screen(data, detector, ScreenOptions(n_subsets=3), Run(checkpoint=tmp_path / "p", executor=counting))
     assert counting.items == [1]
     equal(first, again)
+
+
+@pytest.mark.parametrize("executor", ["serial", "process:1"])
+def test_damaged_unfinished_work_is_told_and_made_again(
+    executor: str, easy: Dataset, tiny: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    detector = make_detector("patchcore", coreset_ratio=0.1)
+    data, options = stored(easy, tiny, detector, tmp_path), ScreenOptions(rank_by="submodels", n_subsets=3)
+    run = Run(checkpoint=tmp_path / "p", executor=make_executor(executor))
+    first = screen(data, detector, options, run)
+    assert not caplog.text
+    scores = [tmp_path / "p" / f"scores-{m}.unfinished" for m in range(3)]
+    wholes = [path.read_bytes() for path in scores]
+    for changed in (wholes[1][:-1] + b"x", wholes[1][:50], b"", wholes[0]):  # the last is that of another sub-model
+        scores[1].write_bytes(changed)
+        caplog.clear()
+        equal(first, screen(data, detector, options, run))
+        assert "scores-1.unfinished' is damaged and is made again" in caplog.text
+        assert scores[1].read_bytes() == wholes[1]
+
+
+@pytest.mark.parametrize("name", ["detector.json", "saved"])
+def test_a_damaged_submodel_is_told_and_trained_again(
+    name: str, easy: Dataset, tiny: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    detector = make_detector("patchcore", coreset_ratio=0.1)
+    data, options = stored(easy, tiny, detector, tmp_path), ScreenOptions(rank_by="submodels", n_subsets=3)
+    first = screen(data, detector, options, Run())
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("sub-models", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        screen(data, detector, options, Run(checkpoint=tmp_path / "p", progress=stop))
+    path = tmp_path / "p" / "model-0" / name
+    path.write_bytes(path.read_bytes()[:-1] + b" ")
+    equal(first, screen(data, detector, options, Run(checkpoint=tmp_path / "p")))
+    assert "model-0' is damaged and is made again" in caplog.text
 
 
 def test_the_pipeline_fans_out(easy_folder: Path, tiny: Backbone, tmp_path: Path) -> None:

@@ -80,6 +80,14 @@ def test_without_a_screening_no_earlier_one_stays(
     assert visible(model) == {*BARE, "earlier-1", "earlier-2"}
 
 
+def test_one_kept_image_gives_a_model_and_a_page_without_a_threshold(
+    easy_folder: Path, tiny: Backbone, store: FeatureStore, tmp_path: Path
+) -> None:
+    fit(easy_folder, tiny, store, tmp_path / "m", options=ScreenOptions(keep=0.001))
+    assert load_model(tmp_path / "m").threshold() is None
+    assert "There is no threshold" in (tmp_path / "m" / "report.html").read_text("utf-8")
+
+
 def test_a_screening_from_elsewhere_takes_the_place_of_an_earlier_one(
     model: Path, other: Path, easy_folder: Path, tiny: Backbone, store: FeatureStore
 ) -> None:

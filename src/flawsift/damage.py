@@ -2,13 +2,15 @@
 
 import csv
 import json
+import tokenize
 import zipfile
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 # Of JSON with values of other kinds, CSV, arrays and archives: texts that are no numbers, keys and rows that are not
 # there, numbers too large for an array, brackets within brackets. An archive whose bits have changed may seem
-# encrypted, which is a RuntimeError.
+# encrypted, which is a RuntimeError; the head of an array is Python, which numpy reads by tokens.
 DAMAGE = (
     ValueError,
     LookupError,
@@ -20,17 +22,23 @@ DAMAGE = (
     csv.Error,
     zipfile.BadZipFile,
     zlib.error,
+    SyntaxError,
+    tokenize.TokenError,
 )
 
 
-def parse_json(content: str | bytes) -> Any:
+def parse_json(content: str | bytes, *, parse_int: Callable[[str], Any] | None = None) -> Any:
     """The value of a JSON text.
+
+    Args:
+        content: The text.
+        parse_int: Makes a whole number of its digits; None for `int`.
 
     Raises:
         ValueError: It is none, or nested deeper than Python reads.
     """
     try:
-        return json.loads(content)
+        return json.loads(content, parse_int=parse_int)
     except RecursionError as error:
         raise ValueError("brackets are nested too deeply") from error
 

@@ -175,8 +175,8 @@ def sync(path: Path) -> None:
 def sync_tree(folder: Path) -> None:
     """Wait until a folder with all that is in it is on the disk."""
     for place, _, names in os.walk(folder):
-        for name in names:
-            sync(Path(place) / name)
+        for path in (Path(place) / name for name in names):
+            None if path.is_symlink() else sync(path)  # what a link points to is somebody else's
         sync(Path(place))
 
 
@@ -342,7 +342,7 @@ class Parts:
             raise DamagedPart(f"{MANIFEST} cannot be read: {error!r}") from error
 
     def __contains__(self, name: object) -> bool:
-        return (self.folder / str(name)).exists() if self.digests is None else name in self.digests
+        return name in (self.digests or {}) or (self.folder / str(name)).exists()  # one that is not listed is damage
 
     def is_unchanged(self, name: str) -> bool:
         """Whether a file is what was written; True where that is not known."""

@@ -8,6 +8,7 @@
 """
 
 import functools
+import hashlib
 import importlib
 import math
 import sys
@@ -27,6 +28,8 @@ from flawsift.files import content_digest
 
 OUTPUTS = ("score", "p_value", "anomalous", "map")  # of the graph, in this order
 CARD = "flawsift"  # the key under which a file carries its model card
+CARD_FORMAT = 2  # from which on files end with `seal`
+SEAL = "flawsift.sha256"  # the key of that; what reads these formats passes over it
 Image = npt.NDArray[np.uint8]
 Run = Callable[[Image], list[npt.NDArray[Any]]]
 
@@ -75,6 +78,7 @@ class Inspector:
         if n_threads is not None and n_threads < 1:
             raise ParameterError(f"n_threads must be at least 1, got {n_threads}.")
         self.path = _file_of(Path(path))
+        is_sealed = _is_sealed(self.path)
         load = _load_onnx if self.path.suffix == ".onnx" else _load_openvino
         self._run, content = load(self.path, n_threads)
         try:
@@ -83,8 +87,14 @@ class Inspector:
             self._rates = np.array(self.card["calibration"]["rates"], np.float64)
             self.threshold = float(self.card["threshold"]["value"])
             self._range = self.card["training"].get("value_range")  # of images of more than 8 bits
+            is_known = self.card["format"] <= CARD_FORMAT
+            is_whole = is_sealed or self.card["format"] < CARD_FORMAT
         except DAMAGE as error:
             raise ModelError(f"'{self.path}' carries no model card of flawsift: it was not exported by it.") from error
+        if not is_known:
+            raise ModelError(f"'{self.path}' was written by a newer flawsift; update flawsift to read it.")
+        if not is_whole:
+            raise ModelError(f"'{self.path}' is damaged: its end is missing. Take a copy of it, or export it again.")
         if false_alarm_rate is not None:
             self.threshold = self._threshold_at(false_alarm_rate)
 
@@ -147,6 +157,44 @@ def _file_of(path: Path) -> Path:
     if path.suffix not in (".onnx", ".xml"):
         raise ModelError(f"'{path}' is neither .onnx nor .xml.")
     return path
+
+
+def seal(content: bytes, weights: bytes | None) -> bytes:
+    """What an exported file ends with: the SHA-256 of all before it, for neither format tells a changed number.
+
+    Args:
+        content: The file without it.
+        weights: Of the file beside it, of OpenVINO; None of ONNX.
+
+    Returns:
+        An XML comment; or an entry of ONNX metadata, which is field 14 of the file with a key (1) and a value (2).
+    """
+    digest = hashlib.sha256(content + (weights or b"")).hexdigest()
+    if weights is not None:
+        return f"<!-- {SEAL} {digest} -->\n".encode()
+    entry = b"".join(bytes([8 * n + 2, len(text)]) + text.encode() for n, text in ((1, SEAL), (2, digest)))
+    return bytes([8 * 14 + 2, len(entry)]) + entry
+
+
+def _is_sealed(path: Path) -> bool:
+    """Whether a file ends with `seal`; those of earlier versions do not.
+
+    Raises:
+        ModelError: It does, and is not what was written; or it cannot be read.
+    """
+    beside = path.with_suffix(".bin") if path.suffix == ".xml" else None
+    try:
+        content = path.read_bytes()
+        weights = None if beside is None else beside.read_bytes()
+    except OSError as error:
+        raise ModelError(f"'{error.filename or path}' cannot be read: {error.strerror or error}.") from error
+    start = len(content) - len(seal(b"", weights))
+    if SEAL.encode() not in content[max(start, 0) :]:
+        return False
+    if content[start:] != seal(content[:start], weights):
+        files = f"'{path}'" if beside is None else f"'{path}' or '{beside.name}'"
+        raise ModelError(f"{files} is damaged: it does not match its SHA-256. Take a copy of it, or export it again.")
+    return True
 
 
 def _load_onnx(path: Path, n_threads: int | None) -> tuple[Run, str]:

@@ -28,7 +28,7 @@ from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import attach
 from flawsift.models.calibration import Calibration
 from flawsift.models.model import Model, load_model
-from flawsift.runtime import Inspector
+from flawsift.runtime import CARD, SEAL, Inspector, seal
 from flawsift.types import Size
 from tests.detectors.test_common_checks import SMALL
 
@@ -202,6 +202,50 @@ def test_what_is_wrong_is_said(easy: Dataset, tiny: Backbone, tmp_path: Path) ->
     damaged.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cannot be loaded"):
         Inspector(damaged)
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_a_changed_byte_of_an_exported_file_is_told(to: Any, easy: Dataset, tiny: Backbone, tmp_path: Path) -> None:
+    path = export_model(fitted("padim", easy, tiny), tmp_path / "model", to)
+    generator = np.random.default_rng(0)
+    for part in [path] if to == "onnx" else [path, path.with_suffix(".bin")]:
+        whole = part.read_bytes()
+        for at in (*generator.integers(0, len(whole) - 100, 30).tolist(), len(whole) - 1, len(whole) - 40):
+            part.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(ModelError, match=part.name.replace(".", r"\.")):
+                Inspector(path)
+        for n in (1, 3, len(seal(b"", None if to == "onnx" else b""))):  # the last takes all of the seal away
+            part.write_bytes(whole[:-n])
+            with pytest.raises(ModelError, match=r"model\.(onnx|xml|bin)"):
+                Inspector(path)
+        part.write_bytes(whole)
+    assert Inspector(path).threshold > 0
+    if to == "openvino":
+        path.with_suffix(".bin").unlink()
+        with pytest.raises(ModelError, match=r"model\.bin' cannot be read"):
+            Inspector(path)
+
+
+def test_files_of_earlier_versions_have_no_seal_and_those_of_later_ones_are_refused(
+    easy: Dataset, tiny: Backbone, tmp_path: Path
+) -> None:
+    import onnx
+
+    path = export_model(fitted("padim", easy, tiny), tmp_path / "model")
+    picture = np.asarray(easy.images.image(45), np.uint8)
+    expected = Inspector(path)(picture).score
+    for card_format, told in ((1, None), (2, "its end is missing"), (3, "newer flawsift")):
+        model = onnx.load(path)
+        entries = {entry.key: entry.value for entry in model.metadata_props if entry.key != SEAL}
+        card = json.loads(entries[CARD]) | {"format": card_format}
+        onnx.helper.set_model_props(model, {**entries, CARD: json.dumps(card)})
+        other = tmp_path / f"{card_format}.onnx"
+        other.write_bytes(model.SerializeToString())
+        if told is None:
+            assert Inspector(other)(picture).score == expected
+        else:
+            with pytest.raises(ModelError, match=told):
+                Inspector(other)
 
 
 @pytest.mark.real

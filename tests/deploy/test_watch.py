@@ -318,7 +318,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-TEXT = st.text(st.characters(codec=None, exclude_characters="\0"), min_size=1, max_size=20)
+TEXT = st.text(st.characters(codec=None, exclude_characters="\0"), min_size=1, max_size=20).filter(
+    lambda text: not Path(text).is_absolute() and ".." not in Path(text).parts
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -350,6 +352,32 @@ def test_a_file_of_something_else_is_refused(folder: Path, tmp_path: Path, conte
         with pytest.raises(InputError, match="no file of results"):
             FolderWatch(brightness, folder, tmp_path / name)
         assert (tmp_path / name).read_text() == content
+
+
+WHOLE_ROW = asdict(Row("0.png", 5, 7, "ok", 0.5, 0.5, 1.0, "ok/0.png"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"size": "5"}, {"size": 5.0}, {"mtime_ns": None}, {"mtime_ns": True}, {"status": "fine"}, {"status": 3},
+     {"score": "0.5"}, {"score": float("nan")}, {"to": 3}, {"file": None}, {"to": "../0.png"}, {"to": "/tmp/0.png"},
+     {"file": "a/../../0.png"}, {"to": "a\0"}, {"p_value": []}],
+)  # fmt: skip
+def test_a_row_that_no_watch_writes_is_refused(folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text(json.dumps(WHOLE_ROW) + "\n")
+    assert FolderWatch(brightness, folder, out).results.path == out
+    out.write_text(json.dumps(WHOLE_ROW | change) + "\n")
+    with pytest.raises(InputError, match="no file of results"):
+        FolderWatch(brightness, folder, out)
+
+
+def test_a_table_with_another_head_is_refused(filled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    go(filled, out)
+    out.write_text(out.read_text("utf-8").replace("file", "\r", 1), "utf-8", newline="")
+    with pytest.raises(InputError, match="no file of results"):
+        go(filled, out)
 
 
 def test_what_is_wrong_is_said(folder: Path, tmp_path: Path) -> None:

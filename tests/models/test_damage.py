@@ -158,6 +158,25 @@ def test_other_content_is_an_error_and_no_traceback(folder: Path, content: Any) 
         load_model(folder)
 
 
+@pytest.mark.parametrize("change", [{"layers": ["stride8"]}, {"coreset_ratio": 0.5}, {"n_neighbors": 5}])
+def test_other_parameters_than_were_trained_are_told(folder: Path, change: dict[str, Any]) -> None:
+    (folder / MANIFEST).unlink()
+    detector = json.loads((folder / "detector.json").read_text())
+    detector["params"] |= change
+    (folder / "detector.json").write_text(json.dumps(detector))
+    _edit_model(folder, detector_digest=_digest(folder / "detector.json"))
+    with pytest.raises(ModelError, match=r"detector\.json has other parameters"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("spec", [{"name": "resnet81"}, {"name": "tiny", "size": 7}, {"name": "tiny", "weights": "x"}])
+def test_a_backbone_that_cannot_be_had_is_told_with_its_folder(folder: Path, spec: dict[str, Any]) -> None:
+    (folder / MANIFEST).unlink()
+    _edit_model(folder, backbone={"spec": spec, "weights_digest": ""})
+    with pytest.raises(FlawsiftError, match=f"The backbone of the model in '{folder}'"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "3", '{"name": 3}', '{"name": "patchcore", "params": 3}', ""])
 def test_other_content_of_the_detector_is_an_error_too(folder: Path, content: str) -> None:
     (folder / MANIFEST).unlink()

@@ -264,7 +264,7 @@ def test_a_recurring_defect_in_a_folder_is_told(
         ("file,label\npart-00.png\n", "must be 0 or 1"),
         ("file,label\npart-00.png,1\npart-01.png,0\npart-00.png,0\n", "1 files have two labels in"),
         ("label,file\n1\n0,part-77.png\n0,part-01.png\n", "2 labelled files are not among the images: , part-77"),
-        ("file,label\npart-77.png,1\npart-00.png,0\n", "1 labelled files are not among the images: part-77.png"),
+        ("file,label\npart-77.png,1\npart-00.png,0\n", "images: part-77.png. Write paths in '"),
         ("file,label\n" + "".join(f"part-{i:02d}.png,0\n" for i in range(9)), "at least 2 normal and 2 anomalous"),
         ("file,label\npart-00.png,0\n", "at least 4 images, got 1"),
     ],

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,21 @@ def test_what_is_missing_is_counted(screened: Any, tmp_path: Path) -> None:
     there = images_of(screening, root)
     for to in ("folder", "coco"):
         assert export(screening, there, tmp_path / to, to)["missing"] == 1
+
+
+def test_an_export_that_is_ended_leaves_an_empty_folder_for_the_next(
+    screened: Any, tmp_path: Path, killed_at: Callable[[int, Callable[[], object]], bool]
+) -> None:
+    screening, images = screened
+    whole = tmp_path / "whole"
+    export(screening, images, whole, "folder")
+    expected = digests(whole)
+    for n in (1, 8, 60):
+        out = tmp_path / f"{n}"
+        assert killed_at(n, lambda: export(screening, images, out, "folder"))  # noqa: B023  # called at once
+        if not digests(out):
+            export(screening, images, out, "folder")
+        assert digests(out) == expected
 
 
 def test_refusals(screened: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 
 from flawsift import pipeline
 from flawsift.detectors.base import make_detector
+from flawsift.errors import ModelError
 from flawsift.features.backbones import Backbone
 from flawsift.models import model as models
 from flawsift.review.refit import refit, summary_of
@@ -117,6 +118,22 @@ def test_a_refit_replaces_a_model_by_one_of_its_kind(folder: Path, screened: Pat
     model = models.load_model(out)
     assert (model.detector.name, model.detector.params()) == ("patchcore", final.params()), "the screening's is padim"
     assert model.training["false_alarm_rate"] == 0.07
+
+
+@pytest.mark.parametrize("name", ["model.json", "detector.json", "manifest.json"])
+def test_a_damaged_model_is_not_replaced_by_one_of_another_kind(
+    name: str, folder: Path, screened: Path, tiny: Backbone
+) -> None:
+    out = folder / "model"
+    pipeline.fit(screened / "parts", make_detector("patchcore", coreset_ratio=0.02), tiny, screening=folder, out=out)
+    (folder / "d.csv").write_text("path,decision\n")
+    whole = (out / name).read_bytes()
+    for content in (whole.replace(b"0.02", b"0.03").replace(b'files"', b'file"'), b"", None):
+        (out / name).unlink() if content is None else (out / name).write_bytes(content)
+        if content is None and name == "manifest.json":
+            break  # as of an earlier version
+        with pytest.raises(ModelError, match="is damaged"):
+            refit(folder, out, decisions=folder / "d.csv")
 
 
 @pytest.mark.parametrize("named", [None, "patchcore"])

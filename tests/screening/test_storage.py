@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flawsift import pipeline
@@ -66,6 +67,36 @@ def test_what_is_no_table_of_values_is_told(folder: Path, name: str, content: st
     (folder / name).write_text(content)
     with pytest.raises(InputError, match="is damaged"):
         load_screening(folder)
+
+
+@pytest.mark.parametrize("name", ["maps.npy", "descriptions.npy", "evidence.npz"])
+def test_an_array_that_its_manifest_has_lost_is_told(
+    name: str, easy_folder: Path, tiny: Backbone, tmp_path: Path
+) -> None:
+    pipeline.screen(easy_folder, None, tiny, out=tmp_path / "s")
+    path = tmp_path / "s" / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["files"][name]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"{name} is not what was written with the others"):
+        load_screening(tmp_path / "s")
+
+
+def test_an_array_with_values_that_are_no_numbers_is_told(folder: Path) -> None:
+    values = np.load(folder / "maps.npy")
+    values[1, 0, 0] = np.nan
+    np.save(folder / "maps.npy", values)
+    with pytest.raises(InputError, match=r"maps\.npy holds values that are no numbers"):
+        load_screening(folder)
+
+
+def test_the_head_of_an_array_may_be_anything(folder: Path) -> None:
+    whole = (folder / "maps.npy").read_bytes()
+    assert whole.startswith(b"\x93NUMPY")
+    for text in (b"{'descr': (", b"{'descr'", b"\x00" * 9, b"'" * 3, b"{}", b"1 +", b"lambda: 0"):
+        (folder / "maps.npy").write_bytes(whole[:10] + text.ljust(54) + whole[64:])
+        with pytest.raises(InputError, match="is damaged"):
+            load_screening(folder)
 
 
 @pytest.mark.parametrize("content", ["", "id,path\n", "id,path,kept,error\n" + "a" * 200_000 + ",b,1,\n", '"', "\0"])

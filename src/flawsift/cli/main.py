@@ -89,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""))
     except MemoryError:
         code = _fail("out of memory. Use a smaller --size, fewer images or a detector with a smaller state.")
+    except OverflowError as error:
+        code = _fail(f"a number is too large to compute with ({error}). Use smaller parameters.")
     finally:
         logging.getLogger("flawsift").removeHandler(TOLD)
     sys.exit(code or 0)

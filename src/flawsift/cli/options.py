@@ -146,7 +146,9 @@ class DetectorChoice:
             if not equals:
                 raise ParameterError(f"--set needs name=value, got '{setting}'.")
             try:
-                params[key] = parse_json(value)
+                params[key] = parse_json(value, parse_int=_whole_number)
+            except ParameterError as error:
+                raise ParameterError(f"--set {key}: {error}") from None
             except ValueError:
                 params[key] = value  # a bare word is a text: coreset=random
         return make_detector(self.detector, self.detector_preset, **params)
@@ -366,6 +368,14 @@ def store_of(cache: Path | None) -> "FeatureStore":
     from flawsift.features.store import FeatureStore
 
     return FeatureStore() if cache is None else FeatureStore(cache)
+
+
+def _whole_number(digits: str) -> int:
+    """One that arrays can hold; no parameter needs a larger one."""
+    number = int(digits)
+    if not -(2**63) <= number < 2**63:
+        raise ParameterError(f"whole numbers have at most 18 digits, got {digits[:30]}.")
+    return number
 
 
 def _share(keep: str) -> float | str:

@@ -21,7 +21,7 @@ from flawsift.errors import ModelError, ParameterError, unknown_name
 from flawsift.features.backbones import load_backbone
 from flawsift.files import new_folder, write_bytes, write_json
 from flawsift.models.model import Model
-from flawsift.runtime import CARD, OUTPUTS, Inspector, Verdict, import_openvino
+from flawsift.runtime import CARD, CARD_FORMAT, OUTPUTS, Inspector, Verdict, import_openvino, seal
 from flawsift.types import Size, as_shape
 
 Format = Literal["onnx", "openvino"]
@@ -86,7 +86,7 @@ def card_of(model: Model, now: datetime) -> dict[str, Any]:
         raise ModelError("The model has no threshold, since it was fitted on too few images. Fit it on more.")
     training = dict(model.training)
     return {
-        "format": 1,
+        "format": CARD_FORMAT,
         "product": None,
         "exported": now.isoformat(timespec="seconds"),
         "flawsift": flawsift.__version__,
@@ -197,7 +197,8 @@ def _to_onnx(model: Model) -> Any:
 def _write_onnx(graph: Any, card: dict[str, Any], path: Path) -> None:
     entry = graph.metadata_props.add()
     entry.key, entry.value = CARD, json.dumps(card, allow_nan=False)
-    write_bytes(path, graph.SerializeToString())
+    content = graph.SerializeToString()
+    write_bytes(path, content + seal(content, None))
 
 
 def _write_openvino(graph: Any, card: dict[str, Any], path: Path) -> None:
@@ -207,6 +208,8 @@ def _write_openvino(graph: Any, card: dict[str, Any], path: Path) -> None:
         output.tensor.set_names({name})
     model.set_rt_info(json.dumps(card, allow_nan=False), [CARD])
     openvino.save_model(model, str(path), compress_to_fp16=False)
+    content = path.read_bytes()
+    write_bytes(path, content + seal(content, path.with_suffix(".bin").read_bytes()))
 
 
 def _require(*packages: str) -> None:

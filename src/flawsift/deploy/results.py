@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from flawsift import tables
+from flawsift.damage import DAMAGE, json_object
 from flawsift.errors import InputError, OutputError
 from flawsift.files import write_bytes
 
+STATUSES = ("ok", "defect", "unreadable", "skipped")
 Key = tuple[str, int, int]  # path in the folder, size, time of the last change in ns
 
 
@@ -128,7 +131,7 @@ class ResultsFile:
                     continue
                 try:
                     yield self._row(line.decode()), end
-                except (ValueError, TypeError) as error:
+                except DAMAGE as error:
                     raise InputError(
                         f"'{self.path}' is no file of results, by the line that ends at byte {end}. Name another one "
                         "with --out."
@@ -149,11 +152,11 @@ class ResultsFile:
 
     def _row(self, line: str) -> Row:
         if not self.is_csv:
-            return Row(**_checked(json.loads(line)))
+            return _checked(json_object(line))
         (cells,) = csv.reader([line], strict=True)
         given: dict[str, Any] = dict(zip(COLUMNS, map(_text_of, cells), strict=True))
         numbers = {name: float(given[name]) if given[name] else None for name in ("score", "p_value", "threshold")}
-        return Row(**{**given, **numbers, "size": int(given["size"]), "mtime_ns": int(given["mtime_ns"])})
+        return _checked({**given, **numbers, "size": int(given["size"]), "mtime_ns": int(given["mtime_ns"])})
 
     def _cut_incomplete_line(self) -> None:
         with open(self.path, "rb+") as file:
@@ -186,10 +189,20 @@ def sole_writer(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _checked(values: Any) -> Mapping[str, Any]:
-    if not isinstance(values, dict) or not isinstance(values.get("file"), str):
-        raise TypeError("no row")
-    return values
+def _checked(values: Mapping[str, Any]) -> Row:
+    """A row, of values of its types; one of another type would be the row of no image, or of none that is there."""
+    row = Row(**values)
+    wholes, numbers = (row.size, row.mtime_ns), (row.score, row.p_value, row.threshold)
+    texts = (row.file, row.status, row.to, row.reason, row.model, row.time)
+    if not all(isinstance(text, str) for text in texts) or not all(type(whole) is int for whole in wholes):
+        raise TypeError("a value of another type")
+    if not all(number is None or (type(number) in (int, float) and math.isfinite(number)) for number in numbers):
+        raise ValueError("a number that is none")
+    if row.status not in STATUSES:
+        raise ValueError(f"'{row.status}' is no status")
+    if any(Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path for path in (row.file, row.to)):
+        raise ValueError("a path that leads out of the folder")
+    return row
 
 
 def one_line_of(text: str) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import inspect
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,11 @@ from flawsift.data.roi import REGION
 from flawsift.data.truth import GroundTruth
 from flawsift.data.values import VALUE_RANGE, ValueRange
 from flawsift.detectors.base import Detector, Prediction, load_detector
-from flawsift.errors import ModelError, ParameterError
+from flawsift.errors import FlawsiftError, ModelError, ParameterError
 from flawsift.features.backbones import UNSAID, Backbone, load_backbone
 from flawsift.features.extraction import SHARD, stream
 from flawsift.features.readers import StoredFeatures
-from flawsift.files import new_result, write_json
+from flawsift.files import DamagedPart, new_result, write_json
 from flawsift.models.calibration import DEFAULT_RATE, Calibration, Threshold
 from flawsift.models.evaluation import MapCollector, measure
 from flawsift.models.notices import Observed
@@ -327,15 +328,26 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
         known = content.get("learned")
         learned = None if known is None else frozenset(map(str, known))
         detector = load_detector(folder, digest=str(content["detector_digest"]))
+        _check_same(detector, training.get("detector"))
         of_backbone = {**UNSAID, **spec, "runtime": runtime, **({"weights": weights} if weights else {})}
         inspect.signature(load_backbone).bind(**of_backbone)
-    backbone = load_backbone(**of_backbone)
+    try:
+        backbone = load_backbone(**of_backbone)
+    except FlawsiftError as error:
+        raise type(error)(f"The backbone of the model in '{show(folder)}': {error}") from error
     if backbone.weights_digest != digest:
         raise ModelError(
             f"The model in '{folder}' was fitted with other weights of {backbone.name} "
             f"({digest[:12]}, these are {backbone.weights_digest[:12]}). Give them with --weights."
         )
     return Model(detector, backbone, calibration, training, profile, learned)
+
+
+def _check_same(detector: Detector, told: Mapping[str, Any] | None) -> None:
+    """Refuse a detector with other parameters than were trained; earlier versions did not know all of today's."""
+    params = json.loads(json.dumps(detector.params()))
+    if told is not None and any(params.get(name) != value for name, value in told["params"].items()):
+        raise DamagedPart(f"detector.json has other parameters than {JSON}")
 
 
 def set_digest(images: ImageSet) -> str:

@@ -218,7 +218,7 @@ def read_labels(path: str | Path, images: ImageSet) -> GroundTruth:
     if unknown := sorted(set(labels) - set(name_of)):
         raise InputError(
             f"{len(unknown)} labelled files are not among the images: {name_some(unknown)}. "
-            "Write paths relative to the image folder."
+            f"Write paths in '{show(path)}' relative to the image folder."
         )
     labels = {name_of[file]: label for file, label in labels.items()}
     ids = dict(zip(images.names, images.ids.tolist(), strict=True))

@@ -17,7 +17,7 @@ from flawsift import __version__
 from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.errors import OutputError, ParameterError, unknown_name
-from flawsift.files import ensure_folder, write_json, write_text
+from flawsift.files import ensure_folder, new_folder, write_json, write_text
 from flawsift.paths import show
 from flawsift.reports.evidence import map_scale
 from flawsift.reports.overlays import Scale
@@ -116,8 +116,9 @@ def export(
         decision = choices.get(name, "")
         listed.append(_Image(id_, name, source.path(id_), bool(is_kept[p]), decision, rank[id_], *scores, p))
     level = 0.0 if screening.patch_maps is None else normal_level(screening)
-    job = _Export(screening, listed, source, ensure_folder(out), link, map_scale(screening), level)
-    missing = FORMATS[to](job)
+    ensure_folder(out)  # what cannot be written is told before the pictures are copied
+    with new_folder(out) as folder:
+        missing = FORMATS[to](_Export(screening, listed, source, folder, link, map_scale(screening), level))
     return {"kept": int(is_kept.sum()), "removed": int((~is_kept).sum()), "missing": missing}
 
 

@@ -117,6 +117,7 @@ def _trained_model(model: Model, screening: Screening) -> dict[str, Any]:
     if threshold is None:
         return {
             "text": f"{text}. There is no threshold: one image or group gives no held-out scores.",
+            "warning": None,
             "histogram": None,
         }
     text += f". Images that score above {number(threshold.value)} are called anomalous: {threshold.promise}."

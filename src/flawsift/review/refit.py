@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from flawsift.detectors.base import Detector, make_detector
 from flawsift.errors import FlawsiftError, InputError
 from flawsift.features.backbones import UNSAID, Backbone, load_backbone
 from flawsift.features.store import FeatureStore
+from flawsift.files import Parts
 from flawsift.models.calibration import DEFAULT_RATE
+from flawsift.models.record import JSON, content_of, told_damage
 from flawsift.paths import show
 from flawsift.pipeline import FitResult, fit
 from flawsift.progress import Progress, silent
@@ -50,6 +52,7 @@ def refit(
 
     Raises:
         InputError: The screening, its images or the decisions cannot be used.
+        ModelError: The model that is replaced is damaged.
         OutputError: `out` cannot be written.
     """
     stage1 = load_screening(screening)
@@ -70,25 +73,32 @@ def refit(
 
 def _parts(stage1: Screening, out: Path) -> tuple[Detector, Backbone, float]:
     """Detector, backbone and false-alarm rate of the model to be."""
+    if (replaced := _replaced(out)) is not None:
+        return replaced
     try:
-        detector, spec, rate = _replaced(out) or (
-            stage1.provenance["detector"],
-            stage1.provenance["backbone"]["spec"],
-            DEFAULT_RATE,
-        )
-        return make_detector(detector["name"], **detector["params"]), load_backbone(**{**UNSAID, **spec}), rate
+        return *_made(stage1.provenance["detector"], stage1.provenance["backbone"]["spec"]), DEFAULT_RATE
     except DAMAGE as error:
         raise InputError(f"The screening does not say how it was made: {error!r}. Screen the folder again.") from error
 
 
-def _replaced(out: Path) -> tuple[dict[str, Any], dict[str, Any], float] | None:
-    """Of a model folder: its detector's name and parameters, its backbone's spec, its false-alarm rate; else None."""
-    try:
-        model = json_object((out / "model.json").read_bytes())
-        detector = json_object((out / "detector.json").read_bytes())
-        return detector, model["backbone"]["spec"], float(model["training"]["false_alarm_rate"])
-    except (OSError, *DAMAGE):
-        return None
+def _replaced(out: Path) -> tuple[Detector, Backbone, float] | None:
+    """Those of the model in a folder, unfitted; None where there is no model.
+
+    Raises:
+        ModelError: It is damaged: what it was made with is not guessed.
+    """
+    with told_damage(out):
+        parts = Parts.of(out)
+        if JSON not in parts:
+            return None
+        model, detector = content_of(out), json_object(parts.read("detector.json"))
+        return *_made(detector, model["backbone"]["spec"]), float(
+            model["training"].get("false_alarm_rate", DEFAULT_RATE)
+        )
+
+
+def _made(detector: Mapping[str, Any], spec: Mapping[str, Any]) -> tuple[Detector, Backbone]:
+    return make_detector(detector["name"], **detector["params"]), load_backbone(**{**UNSAID, **spec})
 
 
 def summary_of(result: FitResult, out: Path) -> dict[str, Any]:

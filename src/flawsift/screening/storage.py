@@ -380,4 +380,6 @@ def _array(parts: Parts, name: str, n: int, n_dims: int, kind: type[Kind]) -> np
     values = np.load(io.BytesIO(parts.read(name)), allow_pickle=False)
     if len(values) != n or values.ndim != n_dims:
         raise ValueError(f"{name} has the shape {values.shape}, {n} images are listed")
+    if np.isnan(values).any():
+        raise ValueError(f"{name} holds values that are no numbers")
     return np.asarray(values, kind)

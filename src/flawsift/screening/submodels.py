@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from flawsift.data.images import ImageSet
@@ -22,17 +21,19 @@ from flawsift.detectors.parts.maps import as_float16, top_mean
 from flawsift.detectors.parts.robust import robust_units
 from flawsift.detectors.parts.training import Watch
 from flawsift.detectors.protocols import Additive
-from flawsift.errors import InputError
+from flawsift.errors import InputError, ModelError
 from flawsift.executors import Executor, Run, Serial
 from flawsift.features.devices import resolve_device
 from flawsift.features.extraction import loaded
-from flawsift.files import write_bytes
+from flawsift.files import write_text
 from flawsift.progress import Progress, silent
 from flawsift.screening.consensus import combine, held_out_mean, normalize_scores, own_mask
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Ranking, SubModelScores
 from flawsift.types import Floats
+from flawsift.unfinished import read_unfinished, tell_made_again, write_unfinished
 
+SAVED = "saved"  # beside a sub-model that is whole: the SHA-256 that it is known by
 TOP_SHARE = 0.01  # of the patches, for an image's divergence: the paper's code scores images by the top 1 % too
 
 
@@ -135,12 +136,15 @@ class SubModels:
         """Sub-model m, from its checkpoint or trained now."""
         self.progress("sub-models", m, len(self.scores))
         folder = None if self.checkpoint is None else self.checkpoint / f"model-{m}"
-        if folder is not None and (folder / "detector.json").exists():
-            return load_detector(folder, like=self.detector)
+        if folder is not None and (folder / SAVED).exists():
+            try:
+                return load_detector(folder, like=self.detector, digest=(folder / SAVED).read_text("ascii", "replace"))
+            except (OSError, ModelError) as error:
+                tell_made_again(folder, error)
         model = self.detector.clone().fit(self._subset(m), device=self.device, watch=self._watch(m))
         if folder is not None and not isinstance(model, Additive):  # statistics are cheaper to make again
             folder.mkdir(parents=True, exist_ok=True)
-            model.save(folder)
+            write_text(folder / SAVED, model.save(folder))
         if on_submodel is not None:
             on_submodel(m, model)
         return model
@@ -200,22 +204,19 @@ class SubModels:
         return Watch(lambda _, done, total: self.progress(stage, done, total), path)
 
     def _path(self, m: int) -> Path | None:
-        return None if self.checkpoint is None else self.checkpoint / f"scores-{m}.safetensors"
+        return None if self.checkpoint is None else self.checkpoint / f"scores-{m}.unfinished"
 
     def _store_scores(self, m: int, scores: npt.NDArray[np.float32], grids: Tensor) -> None:
         path = self._path(m)
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, save({"scores": torch.from_numpy(scores), "grids": grids.contiguous()}))
+        write_unfinished(path, {"scores": torch.from_numpy(scores), "grids": grids})
         shutil.rmtree(path.parent / f"model-{m}", ignore_errors=True)
 
     def _resume_scores(self, m: int) -> tuple[npt.NDArray[np.float32], Tensor] | None:
         path = self._path(m)
-        if path is None or not path.exists():
-            return None
-        stored = load(path.read_bytes())
-        return stored["scores"].numpy(), stored["grids"]
+        stored = None if path is None else read_unfinished(path)
+        return None if stored is None else (stored["scores"].numpy(), stored["grids"])
 
 
 @dataclass(frozen=True, eq=False)

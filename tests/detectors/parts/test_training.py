@@ -128,9 +128,21 @@ def test_no_checkpoint_of_a_finished_training(data: ImageSet, tmp_path: Path, mo
     assert saved == [1, 2, 3], "resumed after its last step a training would have no loss"
 
 
-def test_a_torn_checkpoint_costs_its_steps_only(data: ImageSet, tmp_path: Path) -> None:
+def test_a_torn_checkpoint_costs_its_steps_only(
+    data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "state").write_bytes(b"torn")
     assert same(run(data, 4, watch=Watch(checkpoint=tmp_path / "state")), run(data, 4))
+    assert "made again" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("flawsift.detectors.parts.training.SAVE_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, 9, watch=Watch(checkpoint=tmp_path / "state"), stop_at=6)
+    flipped = bytearray((tmp_path / "state").read_bytes())
+    flipped[-5] ^= 1  # of a number that would be believed
+    (tmp_path / "state").write_bytes(flipped)
+    assert same(run(data, 9, watch=Watch(checkpoint=tmp_path / "state")), run(data, 9))
+    assert "made again" in caplog.text
 
 
 def test_training_is_seeded_and_leaves_the_global_generator(data: ImageSet) -> None:

@@ -14,18 +14,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from flawsift.damage import DAMAGE, json_object
 from flawsift.data.images import Batch, ImageSet
 from flawsift.errors import InputError, TrainingError
-from flawsift.files import write_bytes
 from flawsift.progress import Progress, silent
 from flawsift.types import Ids
+from flawsift.unfinished import read_unfinished, write_unfinished
 
 SAVE_SECONDS = 30.0  # between checkpoints: the most that a kill can cost
+_TOLD = "told"  # the tensor of a checkpoint that has its step and what it is of
 _SEPARATOR = "/"  # between the parts of a checkpoint's tensor names
 _BETAS = (0.9, 0.999)  # of StableAdamW: those of AdamW
 _REMEDY = "Lower the learning rate."
@@ -283,7 +281,8 @@ def _signature(
     ]
     rejected = {i: (mask.shape, np.packbits(mask).tobytes()) for i, mask in data.rejected.items()}
     features = data.reader.key if data.reader is not None else ""
-    seen = [data.ids.tolist(), data.names, data.derived, features, list(layers), sorted(rejected.items())]
+    region = None if data.region is None else data.region.as_json()
+    seen = [data.ids.tolist(), data.names, data.derived, features, list(layers), sorted(rejected.items()), region]
     return hashlib.sha256(repr([shapes, rule, seen]).encode("utf-8", "backslashreplace")).hexdigest()
 
 
@@ -291,22 +290,17 @@ def _save(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path, step:
     tensors = {f"module{_SEPARATOR}{name}": value for name, value in module.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer{_SEPARATOR}{index}{_SEPARATOR}{k}": torch.as_tensor(v) for k, v in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_bytes(path, save(plain, metadata={"step": str(step), "of": settings}))
+    told = torch.tensor([step, *bytes.fromhex(settings)])
+    write_unfinished(path, {_TOLD: told, **{k: v.detach().cpu() for k, v in tensors.items()}})
 
 
 def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path | None, settings: str) -> int:
     """The first step to take: 0, or where a checkpoint of the same training stands, which is then restored."""
-    if path is None or not path.exists():
+    tensors = None if path is None else read_unfinished(path)  # a torn one costs its steps, nothing else
+    if tensors is None:
         return 0
-    try:
-        content = path.read_bytes()
-        metadata = _metadata(content)
-        tensors = load(content)
-    except (OSError, *DAMAGE, SafetensorError):
-        return 0  # a torn checkpoint costs its steps, nothing else
-    if metadata.get("of") != settings:
+    step, *of = tensors[_TOLD].tolist()
+    if bytes(of).hex() != settings:
         return 0
     prefix = f"module{_SEPARATOR}"
     module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
@@ -316,11 +310,4 @@ def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path | No
             _, index, key = name.split(_SEPARATOR)
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"])
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    """The header's metadata of a safetensors file: 8 bytes of length, then JSON."""
-    length = int.from_bytes(content[:8], "little")
-    metadata: dict[str, str] = json_object(content[8 : 8 + length]).get("__metadata__", {})
-    return metadata
+    return int(step)
