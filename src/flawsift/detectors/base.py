@@ -45,6 +45,10 @@ DETECTORS: Mapping[str, tuple[str, str]] = {
     "softpatch": ("flawsift.detectors.softpatch", "SoftPatch"),
     "uniad": ("flawsift.detectors.uniad", "UniAD"),
 }
+ADAPTERS: Mapping[str, tuple[str, str]] = {  # of another library, whose model is a parameter: "pyod:IForest"
+    "anomalib": ("flawsift.adapters.anomalib", "Anomalib"),
+    "pyod": ("flawsift.adapters.pyod", "PyOD"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -366,9 +370,10 @@ def detector_class(name: str) -> type[Detector]:
     Raises:
         ParameterError: There is none; the closest name is suggested.
     """
-    if name.lower() not in DETECTORS:
-        raise ParameterError(unknown_name("detector", name, DETECTORS))
-    module, attribute = DETECTORS[name.lower()]
+    known, key = {**DETECTORS, **ADAPTERS}, name.partition(":")[0].lower()
+    if key not in known:
+        raise ParameterError(unknown_name("detector", name, known))
+    module, attribute = known[key]
     cls: type[Detector] = getattr(importlib.import_module(module), attribute)
     return cls
 
@@ -377,14 +382,15 @@ def make_detector(name: str, preset: str | None = None, **params: Any) -> Detect
     """An unfitted detector by registry name.
 
     Args:
-        name: Such as "patchcore"; case does not matter.
+        name: Such as "patchcore"; case does not matter. "pyod:IForest" is a model of PyOD, see `flawsift.adapters`.
         preset: "default", or another of the class, such as "paper" for the published constants.
         params: Hyper-parameters, above those of the preset.
 
     Raises:
         ParameterError: Unknown detector, preset or parameter, or a value out of range.
     """
-    cls = detector_class(name)
+    cls, model = detector_class(name), name.partition(":")[2]
+    params = {**params, "model": model} if model else params
     if preset is not None and preset not in cls.presets:
         raise ParameterError(unknown_name(f"preset of {name}", preset, cls.presets))
     known = {f.name for f in dataclasses.fields(cls)}
