@@ -10,7 +10,7 @@ COVERED := 95
 # A process for each core, but no more than fit into 8 GiB.
 SPREAD := --numprocesses auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test cover lint types check hooks wheel ray clean
+.PHONY: demo test cover lint types check hooks wheel container ray clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,6 +50,9 @@ wheel: $(READY)  ## build the wheel, install it into an empty environment, run i
 	build/wheel-venv/bin/flawsift demo --help >/dev/null
 	build/wheel-venv/bin/python tools/check_wheel.py
 	rm -rf build/wheel-venv
+
+container: $(READY)  ## build the image of the server and try it; where no docker or podman runs, the same in an environment
+	$(BIN)/python tools/check_container.py
 
 ray: $(READY)  ## what the tests of a cluster need; without it they are skipped
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,13 +17,11 @@ from flawsift.testing import CHECKS, SIZE, tiny_backbone, with_features
 pytest.importorskip("anomalib", reason="anomalib is not installed: pip install 'flawsift[anomalib]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what Lightning and anomalib warn of is theirs
 
-from flawsift.adapters.anomalib import (  # noqa: E402  # needs anomalib
-    ImageBatch,
-    ImageItem,
-    Trainer,
-    evaluate_file,
-    models,
-)
+# first, as it is quiet about what the others import
+from flawsift.adapters.anomalib import evaluate_file  # noqa: E402, I001
+from anomalib import models  # noqa: E402
+from anomalib.data import ImageBatch, ImageItem  # noqa: E402
+from lightning.pytorch import Trainer  # noqa: E402
 
 # random weights, as no test downloads any
 PATCHCORE: dict[str, Any] = {
@@ -87,7 +85,7 @@ def test_a_checkpoint_is_measured_by_its_own_scores(easy: Dataset, tmp_path: Pat
     )
     pixels = easy.images.select(range(30)).pixels(SIZE).float() / 255
     items = [ImageItem(image=image, gt_label=torch.tensor(False)) for image in pixels]
-    loader = torch.utils.data.DataLoader(items, batch_size=8, collate_fn=ImageBatch.collate)  # type: ignore[arg-type]
+    loader: Any = torch.utils.data.DataLoader(cast(Any, items), batch_size=8, collate_fn=ImageBatch.collate)
     trainer = Trainer(**{**plain.trainer_arguments, "accelerator": "cpu"}, logger=False, default_root_dir=tmp_path)
     trainer.fit(plain, train_dataloaders=loader)
     trainer.save_checkpoint(tmp_path / "model.ckpt")

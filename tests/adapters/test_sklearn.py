@@ -26,7 +26,7 @@ CHECKED = FlawsiftDetector(false_alarm_rate=0.1)
 UNMET = {"check_outliers_fit_predict": "fit_predict judges each row by the others, while predict has seen it"}
 
 
-@parametrize_with_checks([CHECKED], expected_failed_checks=lambda estimator: UNMET)
+@parametrize_with_checks([CHECKED], expected_failed_checks=lambda estimator: UNMET)  # type: ignore[untyped-decorator]
 def test_checks_of_scikit_learn(estimator: FlawsiftDetector, check: Any) -> None:
     check(estimator)
 
@@ -140,9 +140,9 @@ def test_seeding_leaves_the_global_generators_as_they_were() -> None:
 
     with seeded(7):
         first = drawn()
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index,union-attr]  # noqa: NPY002
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]  # noqa: NPY002
     with seeded(7):
         assert drawn() == first
     assert random.getstate() == states[0]
-    assert np.random.get_state()[1].tolist() == states[1]  # type: ignore[index,union-attr]  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == states[1]  # type: ignore[index]  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), states[2])

@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from flawsift.adapters.rows import seeded
 from flawsift.data.decoding import UnreadableImage
@@ -137,7 +138,7 @@ class Anomalib(Detector):
     def _loaded(self) -> nn.Module:
         """The model with what it learned, which includes its network's weights: none are looked for."""
         with seeded(self.seed):
-            model = self._made(self.size_, pre_trained=False)
+            model: nn.Module = self._made(self.size_, pre_trained=False)
         model.load_state_dict(self.weights_)
         return model.eval()
 
@@ -300,7 +301,8 @@ def _loader(pixels: Tensor) -> Any:
     items = [ImageItem(image=image.float() / 255, gt_label=torch.tensor(False)) for image in pixels]
     # a last batch of one image has no variance, which layers that normalise over batches refuse
     size = next((n for n in range(BATCH, 1, -1) if len(items) % n != 1), BATCH)
-    return torch.utils.data.DataLoader(items, batch_size=size, shuffle=True, collate_fn=ImageBatch.collate)
+    rows = cast("Dataset[Any]", items)  # a list has all that is asked of one
+    return DataLoader(rows, batch_size=size, shuffle=True, collate_fn=ImageBatch.collate)
 
 
 def _where(device: str) -> dict[str, Any]:
