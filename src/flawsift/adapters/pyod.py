@@ -9,7 +9,9 @@ Both need PyOD. No pickle is ever loaded.
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -89,12 +91,17 @@ class PyOD(Detector):
 
     def _refitted(self) -> tuple[Columns, Any]:
         rows = self.rows_.numpy()
-        columns, model = Columns.of(rows), self._made()
+        columns = Columns.of(rows)
         try:
-            with seeded(self.seed):
+            # where scores are made there are no gradients; some models print how far they are
+            with seeded(self.seed), torch.inference_mode(False), torch.enable_grad(), redirect_stdout(sys.stderr):
+                model = self._made()
                 model.fit(columns.standardized(rows))
+                model.decision_function(columns.standardized(rows[:1]))  # some take no single row
         except Exception as error:  # what its models raise is not documented
-            raise TrainingError(f"{self.model} of PyOD cannot learn {len(rows)} images: {one_line(error)}") from error
+            raise TrainingError(
+                f"{self.model} of PyOD cannot learn {len(rows)} images, or score one: {one_line(error)}"
+            ) from error
         return columns, model
 
     def _made(self) -> Any:
