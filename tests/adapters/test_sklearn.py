@@ -139,11 +139,11 @@ def test_seeding_leaves_the_global_generators_as_they_were() -> None:
         return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
 
     drawn()
-    states = random.getstate(), np.random.get_state()[1:3], torch.get_rng_state()  # noqa: NPY002
+    states = random.getstate(), tuple(np.random.get_state())[1:3], torch.get_rng_state()  # noqa: NPY002
     with seeded(7):
         first = drawn()
     with seeded(7):
         assert drawn() == first
     assert random.getstate() == states[0]
-    assert str(np.random.get_state()[1:3]) == str(states[1])  # noqa: NPY002
+    assert str(tuple(np.random.get_state())[1:3]) == str(states[1])  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), states[2])
