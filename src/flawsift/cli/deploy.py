@@ -134,7 +134,7 @@ def watch(
 
     with _exported(model) as path, sole_writer(out):
         inspector = Inspector(path, false_alarm_rate=rate)
-        watched: "FolderWatch | VideoWatch"
+        watched: FolderWatch | VideoWatch
         if _is_video(source):
             if sort is not Sorting.none or new_only:
                 raise ParameterError("--sort and --new-only are for a folder of images. Of frames take --keep.")
