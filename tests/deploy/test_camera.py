@@ -134,8 +134,15 @@ def test_a_lost_stream_is_opened_again(stream: str, tmp_path: Path, caplog: pyte
 
 
 def test_with_once_a_stream_is_read_to_its_end(stream: str, tmp_path: Path) -> None:
-    rows: list[Row] = []
-    VideoWatch(brightness, stream, tmp_path / "r.jsonl", every=0).run(threading.Event(), once=True, on_row=rows.append)
+    stop, rows = threading.Event(), list[Row]()
+
+    def on_row(row: Row) -> None:
+        rows.append(row)
+        if len(rows) > 40:  # it was opened again
+            stop.set()
+
+    watched = VideoWatch(brightness, stream, tmp_path / "r.jsonl", every=0, pauses=(0.01,))
+    watched.run(stop, once=True, on_row=on_row)
     assert len(rows) == 40
 
 
@@ -172,5 +179,5 @@ def test_the_command(exported: Path, tmp_path: Path) -> None:
         ["watch", str(exported), clip, "--sort", "move"],
         ["watch", str(exported), str(tmp_path), "--keep", "all"],
     ):
-        refused = CliRunner().invoke(app, [*wrong, "--out", out])
+        refused = CliRunner().invoke(app, [*wrong, "--once", "--out", out])
         assert isinstance(refused.exception, ParameterError)
