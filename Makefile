@@ -15,7 +15,7 @@ FUZZ_MINUTES ?= 10
 # Where the figures of docs/reliability.md come from; benchmarks/render.py writes them there.
 CAMPAIGN := benchmarks/results/campaign.csv
 
-.PHONY: demo test cover lint types check fuzz kill hooks wheel ray clean
+.PHONY: demo test cover lint types check fuzz kill hooks wheel container ray clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -61,6 +61,9 @@ wheel: $(READY)  ## build the wheel, install it into an empty environment, run i
 	build/wheel-venv/bin/flawsift demo --help >/dev/null
 	build/wheel-venv/bin/python tools/check_wheel.py
 	rm -rf build/wheel-venv
+
+container: $(READY)  ## build the image of the server and try it; where no docker or podman runs, the same in an environment
+	$(BIN)/python tools/check_container.py
 
 ray: $(READY)  ## what the tests of a cluster need; without it they are skipped
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'

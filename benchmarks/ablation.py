@@ -23,8 +23,9 @@ from accuracy import ALPHAS, LAYERS, SIZES, cell_of, load_set
 from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
-from flawsift.detectors.base import Detector, make_detector
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.robust import robust_units
+from flawsift.detectors.registry import make_detector
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import attach

@@ -29,7 +29,8 @@ from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
 from flawsift.datasets import CATEGORIES, Dataset, load
 from flawsift.datasets.folder import DATA_VARIABLE
-from flawsift.detectors.base import DETECTORS, Detector, detector_class, make_detector
+from flawsift.detectors.base import Detector
+from flawsift.detectors.registry import DETECTORS, detector_class, make_detector
 from flawsift.errors import InputError
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone

@@ -22,7 +22,7 @@ from _rows import DEVELOPMENT
 from accuracy import SIZES, cell_of, loaded_sets
 from flawsift.data.contamination import contaminate
 from flawsift.deploy.export import export_model, in_float32
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.executors import Run
 from flawsift.features.backbones import load_backbone
 from flawsift.metrics.ranking import image_auroc

@@ -40,7 +40,7 @@ def child(stage: str, n: int, folder: Path, cache: Path, size: int) -> dict[str,
     """One measurement."""
     from flawsift import pipeline
     from flawsift.data.images import ImageSet
-    from flawsift.detectors.base import make_detector
+    from flawsift.detectors.registry import make_detector
     from flawsift.features.backbones import load_backbone
     from flawsift.features.extraction import attach
     from flawsift.features.store import FeatureStore

@@ -39,7 +39,7 @@ def child(arm: str, detector_name: str, folder: Path, size: int) -> dict[str, An
 
     from flawsift import pipeline
     from flawsift.data.images import ImageSet
-    from flawsift.detectors.base import make_detector
+    from flawsift.detectors.registry import make_detector
     from flawsift.features.backbones import load_backbone
     from flawsift.features.extraction import attach
     from flawsift.features.store import FeatureStore

@@ -37,8 +37,8 @@ MATRIX = ("mm", "conv")  # parts of the names of operations that multiply matric
 def child(name: str, n: int, size: int, n_models: int, repeats: int, batched_only: bool) -> _rows.Row:
     """All figures of one detector, or only those of the batched comparison."""
     from flawsift.datasets.synthetic import synthetic
-    from flawsift.detectors.base import make_detector
     from flawsift.detectors.parts.training import Watch
+    from flawsift.detectors.registry import make_detector
     from flawsift.features.backbones import load_backbone
     from flawsift.features.extraction import attach
     from flawsift.features.store import FeatureStore

@@ -20,7 +20,7 @@ from decisions import right_choices
 from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.models.calibration import Calibration

@@ -18,7 +18,7 @@ ROOT = Path(flawsift.__file__).parent
 # Modules of the first line are leaves: they import nothing of flawsift but each other.
 LEAVES = ["damage", "errors", "executors", "files", "paths", "progress", "tables", "types", "unfinished", "workers"]
 ROOMS = ["data", "runtime", "datasets", "features", "metrics", "detectors", "screening", "models"]
-ROOMS += ["reports", "deploy", "pipeline"]
+ROOMS += ["reports", "deploy", "pipeline", "adapters"]
 ROOMS += ["review", "benchmark", "cli", "testing"]
 
 # What still fits on a screen or two. A function may be larger where a comment `# long: REASON` says why, beside its

@@ -15,7 +15,7 @@ import numpy as np
 from flawsift import pipeline
 from flawsift.cli import main as cli
 from flawsift.reports import diagnostics
-from flawsift.detectors.base import DETECTORS, detector_class
+from flawsift.detectors.registry import DETECTORS, detector_class
 from flawsift.features.readers import MemoryFeatures
 from flawsift.data.images import ImageSet
 

@@ -31,6 +31,23 @@ def test_the_quick_start_runs_as_printed(
     assert "DEFECTIVE" in printed
 
 
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")  # of numba and scikit-learn
+def test_the_snippets_about_adapters_run(easy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for that about a file of anomalib, which tests/adapters has where anomalib is installed."""
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adapters.md").read_text("utf-8"), re.DOTALL)
+    mine = [code for code in snippets if "anomalib" not in code]
+    assert len(mine) == len(snippets) - 1 == 4
+    for folder, numbers in (("parts", range(20, 44)), ("new_parts", range(38, 48))):
+        (tmp_path / folder).mkdir()
+        for number in numbers:
+            shutil.copy(easy_folder / f"part-{number}.png", tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, object] = {}
+    for code in mine:
+        exec(compile(code, "docs/adapters.md", "exec"), known)
+    assert (tmp_path / "model" / "model.json").is_file()
+
+
 @pytest.mark.parametrize("example", ["quickstart.py", "own_detector.py"])
 def test_examples_run(example: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from flawsift import pipeline
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import Detector, make_detector
+from flawsift.detectors.base import Detector
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import ExecutorError, ParameterError
 from flawsift.executors import SERIAL, Executor, Processes, Ray, Run, make_executor
 from flawsift.features.backbones import Backbone

@@ -12,7 +12,7 @@ import flawsift
 from flawsift import pipeline
 from flawsift.cli.main import main
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError, ParameterError
 from flawsift.executors import Processes, Run
 from flawsift.features.backbones import Backbone, load_backbone

@@ -17,8 +17,9 @@ import flawsift
 from flawsift import pipeline
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import Detector, make_detector
+from flawsift.detectors.base import Detector
 from flawsift.detectors.quorum import Quorum
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError, ModelError, OutputError, ParameterError
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import attach

@@ -21,7 +21,7 @@ from flawsift import pipeline
 from flawsift.benchmark.config import parse_config
 from flawsift.benchmark.runner import run
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import ExecutorError
 from flawsift.executors import Ray, Run
 from flawsift.features.backbones import Backbone

@@ -15,7 +15,7 @@ from flawsift.data.images import ImageSet
 from flawsift.data.inputs import as_images
 from flawsift.data.truth import GroundTruth
 from flawsift.data.values import ValueRange
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.features.backbones import Backbone
 from flawsift.models.model import load_model
 from flawsift.models.provenance import is_made_by

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SUFFIXES = {".py", ".md", ".toml", ".yaml", ".html", ".css", ".js", ".svg", ".txt"}
-NAMES = {"Makefile", ".ci/run", ".gitignore"}  # text files without one of these suffixes
+NAMES = {"Makefile", "Dockerfile", ".ci/run", ".gitignore", ".dockerignore"}  # text files without one of these suffixes
 # Measured rows are data; this script and its test hold samples of what it looks for.
 UNREAD = ("benchmarks/results/", "tools/check_text.py", "tests/test_text.py")
 

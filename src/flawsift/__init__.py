@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flawsift.data.inputs import as_images as as_images
     from flawsift.data.truth import GroundTruth as GroundTruth
     from flawsift.detectors.base import Detector as Detector
-    from flawsift.detectors.base import make_detector as make_detector
+    from flawsift.detectors.registry import make_detector as make_detector
     from flawsift.errors import FlawsiftError as FlawsiftError
     from flawsift.features.backbones import Backbone as Backbone
     from flawsift.features.backbones import load_backbone as load_backbone
@@ -56,7 +56,7 @@ _EXPORTS = {
     "load_backbone": "features.backbones",
     "load_model": "models.model",
     "load_screening": "screening.storage",
-    "make_detector": "detectors.base",
+    "make_detector": "detectors.registry",
     "predict": "models.model",
     "screen": "pipeline",
 }

@@ -15,9 +15,10 @@ import numpy as np
 from flawsift.data.checks import ready_to_train
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.data.inputs import Images, as_images
-from flawsift.detectors.base import Detector, make_detector
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.training import Watch
 from flawsift.detectors.protocols import Additive
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError, ParameterError, unknown_name
 from flawsift.executors import SERIAL, Executor, Run, make_executor
 from flawsift.features.backbones import Backbone, fitting_size, load_backbone

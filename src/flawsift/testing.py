@@ -32,7 +32,8 @@ from flawsift import pipeline
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
 from flawsift.datasets.synthetic import synthetic
-from flawsift.detectors.base import Detector, load_detector
+from flawsift.detectors.base import Detector
+from flawsift.detectors.registry import load_detector
 from flawsift.errors import NotFittedError
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import attach
@@ -307,7 +308,7 @@ class _NoPixels:
 
 
 def _registered(detector: Detector) -> bool:
-    from flawsift.detectors.base import DETECTORS
+    from flawsift.detectors.registry import DETECTORS
 
     return detector.name in DETECTORS
 

@@ -21,7 +21,8 @@ from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import Detector, make_detector
+from flawsift.detectors.base import Detector
+from flawsift.detectors.registry import make_detector
 from flawsift.executors import Processes, Run
 from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import attach

@@ -16,7 +16,7 @@ from PIL import Image
 from flawsift.data.contamination import contaminate
 from flawsift.datasets import CATEGORIES
 from flawsift.datasets.folder import DATA_VARIABLE
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks are not in the source distribution")

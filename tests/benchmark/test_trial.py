@@ -8,7 +8,7 @@ import pytest
 from flawsift import pipeline
 from flawsift.benchmark.trial import Trial
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import DETECTORS, make_detector
+from flawsift.detectors.registry import DETECTORS, make_detector
 from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore

@@ -20,7 +20,7 @@ from PIL import Image
 from flawsift import __version__
 from flawsift.cli.main import main
 from flawsift.datasets import write_mvtec
-from flawsift.detectors.base import DETECTORS
+from flawsift.detectors.registry import DETECTORS
 from flawsift.screening.storage import load_screening
 from flawsift.testing import easy_set
 

@@ -10,7 +10,7 @@ from PIL import Image
 from flawsift.data.decoding import to_pixels
 from flawsift.data.frames import STRETCH, Frame, Region, content_of
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError
 from flawsift.features.backbones import load_backbone
 from flawsift.features.extraction import attach

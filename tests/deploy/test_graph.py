@@ -21,8 +21,8 @@ from flawsift.data.roi import REGION
 from flawsift.datasets import Dataset
 from flawsift.deploy.export import AGREES, export_model, in_float32, made_up_pictures
 from flawsift.deploy.graph import resized
-from flawsift.detectors.base import DETECTORS, make_detector
 from flawsift.detectors.quorum import Quorum
+from flawsift.detectors.registry import DETECTORS, make_detector
 from flawsift.errors import InputError, ModelError, ParameterError
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import attach

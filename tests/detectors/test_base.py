@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import DETECTORS, detector_class, load_detector, make_detector
 from flawsift.detectors.patchcore import PatchCore
+from flawsift.detectors.registry import DETECTORS, detector_class, load_detector, make_detector
 from flawsift.detectors.softpatch import SoftPatch
 from flawsift.errors import ModelError, ParameterError
 from flawsift.testing import easy_set, with_features

@@ -9,7 +9,8 @@ import pytest
 
 from flawsift.data.images import Batch
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import DETECTORS, Detector, detector_class, make_detector
+from flawsift.detectors.base import Detector
+from flawsift.detectors.registry import DETECTORS, detector_class, make_detector
 from flawsift.testing import CHECKS, with_features
 
 # smaller than the defaults, so that a check takes a second

@@ -15,10 +15,10 @@ from flawsift.data.corruption import corrupted
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
 from flawsift.detectors import destseg
-from flawsift.detectors.base import make_detector
 from flawsift.detectors.destseg import DeSTSeg, cosine_loss, disagreement, mask_loss
 from flawsift.detectors.parts.networks import BasicBlock, DenoisingStudent, Segmenter, WholeImage, on_finest
 from flawsift.detectors.parts.training import Watch
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import attach

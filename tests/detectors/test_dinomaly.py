@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import make_detector
 from flawsift.detectors.dinomaly import (
     VIT_GROUPS,
     Block,
@@ -24,6 +23,7 @@ from flawsift.detectors.dinomaly import (
 )
 from flawsift.detectors.parts.networks import linear_attention
 from flawsift.detectors.parts.training import Recipe, StableAdamW, weights_of
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import attach

@@ -18,8 +18,9 @@ from scipy.spatial.distance import mahalanobis
 
 from flawsift.data.images import ImageSet
 from flawsift.detectors import padim as padim_module
-from flawsift.detectors.base import Detector, load_detector
+from flawsift.detectors.base import Detector
 from flawsift.detectors.padim import PaDiM, _held_out_norms, _inverse_factors, _packed
+from flawsift.detectors.registry import load_detector
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.readers import MemoryFeatures
 

@@ -16,9 +16,9 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import make_detector
 from flawsift.detectors.parts.training import Recipe, Watch
 from flawsift.detectors.rd import LOSSES, RD, Kind, Residual, Student, distances, flattened_loss, position_loss
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.extraction import attach
 from flawsift.features.readers import MemoryFeatures

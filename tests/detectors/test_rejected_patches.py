@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from flawsift.data.images import Batch, ImageSet
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import Detector, make_detector
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.training import without_rejected
+from flawsift.detectors.registry import make_detector
 from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import attach
 

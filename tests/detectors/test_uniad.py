@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from flawsift.data.images import Batch, ImageSet
 from flawsift.datasets.synthetic import synthetic
 from flawsift.detectors import uniad
-from flawsift.detectors.base import make_detector
 from flawsift.detectors.parts import training
 from flawsift.detectors.parts.maps import upsample
 from flawsift.detectors.parts.networks import AttentionLayer
+from flawsift.detectors.registry import make_detector
 from flawsift.detectors.uniad import Transformer, UniAD, jittered, neighbour_mask
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from flawsift import pipeline
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import FlawsiftError, ModelError
 from flawsift.features.backbones import load_backbone
 from flawsift.files import MANIFEST

@@ -10,7 +10,7 @@ from flawsift.data.contamination import contaminate
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
 from flawsift.datasets.synthetic import synthetic
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import attach

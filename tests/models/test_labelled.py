@@ -11,7 +11,7 @@ import pytest
 from flawsift.data.images import ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError, ModelError, OutputError, ParameterError
 from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import attach

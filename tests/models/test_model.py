@@ -15,7 +15,7 @@ import flawsift
 from flawsift.data.decoding import NotAnImage
 from flawsift.data.inputs import as_images
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import SHARD, attach

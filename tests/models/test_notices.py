@@ -13,7 +13,8 @@ from PIL import Image
 from flawsift.data.facts import ImageFacts
 from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
-from flawsift.detectors.base import Prediction, make_detector
+from flawsift.detectors.base import Prediction
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import ModelError
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.features.extraction import attach

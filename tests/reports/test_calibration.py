@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flawsift.data.truth import GroundTruth
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.models.calibration import Calibration
 from flawsift.models.labelled import Recalibration
 from flawsift.models.model import Model

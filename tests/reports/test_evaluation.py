@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import Prediction, make_detector
+from flawsift.detectors.base import Prediction
+from flawsift.detectors.registry import make_detector
 from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.model import Model, evaluate, predict
 from flawsift.models.predictions import Predictions

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError
 from flawsift.models.calibration import Calibration
 from flawsift.models.model import Model

@@ -10,7 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from flawsift import pipeline
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import ModelError
 from flawsift.features.backbones import Backbone
 from flawsift.models import model as models

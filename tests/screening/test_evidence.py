@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import make_detector
 from flawsift.detectors.protocols import Evidence
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Ranking, Screening

@@ -15,7 +15,7 @@ from flawsift import pipeline
 from flawsift.cli.main import main
 from flawsift.data.images import ImageSet
 from flawsift.data.inputs import as_images
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError
 from flawsift.features.backbones import Backbone
 from flawsift.features.store import FeatureStore

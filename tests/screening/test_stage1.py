@@ -15,9 +15,10 @@ from scipy.stats import norm
 from torch import Tensor
 
 from flawsift.data.images import Batch, ImageSet
-from flawsift.detectors.base import Detector, make_detector
+from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.robust import robust_units
 from flawsift.detectors.parts.training import UNWATCHED, Watch
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError, ParameterError
 from flawsift.executors import Run
 from flawsift.features.readers import MemoryFeatures

@@ -186,7 +186,7 @@ class Options:
         work.mkdir(parents=True)
         self.grid = (material.tables / "grid.toml").read_text("utf-8")
         self.plan = command("benchmark", material.tables / "grid.toml", "--out", self.out, "--dry-run", "--json").result
-        from flawsift.detectors.base import detector_class
+        from flawsift.detectors.registry import detector_class
 
         self.params = {name: sorted(detector_class(name)().params()) for name in DETECTORS}
 

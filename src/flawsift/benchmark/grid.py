@@ -17,7 +17,8 @@ import numpy as np
 
 from flawsift.benchmark.rows import Row
 from flawsift.datasets.realiad import ALPHAS as FUIAD_ALPHAS
-from flawsift.detectors.base import Detector, make_detector
+from flawsift.detectors.base import Detector
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import ParameterError, unknown_name
 from flawsift.features.backbones import Backbone, load_backbone
 from flawsift.screening.options import PRESETS, ScreenOptions

@@ -34,7 +34,7 @@ from flawsift.benchmark.grid import (
 )
 from flawsift.datasets import CATEGORIES
 from flawsift.datasets.folder import DATA_VARIABLE
-from flawsift.detectors.base import detector_class
+from flawsift.detectors.registry import detector_class
 from flawsift.errors import ParameterError, unknown_name
 from flawsift.executors import make_executor
 from flawsift.features.runtimes import Runtime

@@ -13,7 +13,7 @@ from flawsift.data.contamination import contaminate
 from flawsift.data.listing import MAPS
 from flawsift.data.truth import GroundTruth
 from flawsift.datasets import load
-from flawsift.detectors.base import make_detector
+from flawsift.detectors.registry import make_detector
 from flawsift.features.backbones import load_backbone
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -19,13 +20,15 @@ import typer
 
 from flawsift.cli.lines import threshold_lines, warning_lines
 from flawsift.cli.options import AsJson, ModelChoice, Rate, say, takes_groups
-from flawsift.errors import InputError
+from flawsift.errors import InputError, ParameterError
 from flawsift.paths import show
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from flawsift.deploy.camera import VideoWatch
     from flawsift.deploy.results import Row
+    from flawsift.deploy.watch import FolderWatch
     from flawsift.models.model import Model
 
 MAX_CHECKED = 200  # pictures that an export is compared on: a minute
@@ -44,6 +47,14 @@ class Sorting(StrEnum):
     none = "none"
     move = "move"
     link = "link"
+
+
+class Keeping(StrEnum):
+    """As `flawsift.deploy.camera.Keep`."""
+
+    none = "none"
+    defect = "defect"
+    all = "all"
 
 
 Exported = Annotated[
@@ -93,7 +104,9 @@ def export_model(
 # long: the options of the command
 def watch(
     model: Exported,
-    folder: Annotated[Path, typer.Argument(help="Where images appear.", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(help="Folder where images appear; camera:0, rtsp://..., or a video.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", help="Results, a line an image: .jsonl, or .csv.")] = Path(
         "results.jsonl"
     ),
@@ -107,26 +120,44 @@ def watch(
     timeout: Annotated[
         float, typer.Option("--timeout", min=0, help="Seconds after which a broken file is listed as unreadable.")
     ] = 30.0,
+    every: Annotated[
+        float | None, typer.Option("--every", min=0, help="Of a camera or video: seconds between frames. [1]")
+    ] = None,
+    keep: Annotated[
+        Keeping, typer.Option("--keep", help="Frames that are saved, of a camera or video.")
+    ] = Keeping.none,
     rate: Rate = None,
 ) -> None:
-    """Score images of a folder as they appear; started again, it goes on where it was."""
+    """Score images of a folder as they appear, or frames; started again, it goes on where it was."""
     from flawsift.deploy.results import one_line_of, sole_writer
-    from flawsift.deploy.watch import FolderWatch
     from flawsift.deploy.webhook import Webhook
     from flawsift.runtime import Inspector
 
     with _exported(model) as path, sole_writer(out):
         inspector = Inspector(path, false_alarm_rate=rate)
-        watched = FolderWatch(
-            inspector,
-            folder,
-            out,
-            sort=sort.value,
-            new_only=new_only,
-            settle=settle,
-            timeout=timeout,
-            model=inspector.digest,
-        )
+        watched: FolderWatch | VideoWatch
+        if _is_video(source):
+            if sort is not Sorting.none or new_only:
+                raise ParameterError("--sort and --new-only are for a folder of images. Of frames take --keep.")
+            from flawsift.deploy import camera
+
+            seconds = 1.0 if every is None else every
+            watched = camera.VideoWatch(inspector, source, out, every=seconds, keep=keep.value, model=inspector.digest)
+        else:
+            if every is not None or keep is not Keeping.none:
+                raise ParameterError("--every and --keep are for a camera or a video. Of a folder take --sort.")
+            from flawsift.deploy import watch as of_folders
+
+            watched = of_folders.FolderWatch(
+                inspector,
+                source,
+                out,
+                sort=sort.value,
+                new_only=new_only,
+                settle=settle,
+                timeout=timeout,
+                model=inspector.digest,
+            )
         hook = None if webhook is None else Webhook(webhook, watched.results)
 
         def on_row(row: "Row") -> None:
@@ -136,7 +167,7 @@ def watch(
             typer.echo(f"{row.status:<10} {one_line_of(row.file)}  {score}")
             sys.stdout.flush()
 
-        typer.echo(f"Watching '{show(folder)}'; results go to '{show(out)}'. Stop with Ctrl-C.", err=True)
+        typer.echo(f"Watching '{_shown(source)}'; results go to '{show(out)}'. Stop with Ctrl-C.", err=True)
         with _stopped_by_signals() as stop:
             if hook is not None:
                 hook.start()
@@ -148,6 +179,16 @@ def watch(
         typer.echo(f"{word}: {counts}.{unsent} The same command goes on where it was.", err=True)
         if stop.number is not None:
             raise typer.Exit(128 + stop.number)
+
+
+def _is_video(source: str) -> bool:
+    """Whether it is a camera, an address or a file, and no folder."""
+    return source.startswith("camera:") or "://" in source or Path(source).is_file()
+
+
+def _shown(source: str) -> str:
+    """Without what may be a secret of an address: its user, password and path."""
+    return show(urllib.parse.urlsplit(source).hostname or "stream") if "://" in source else show(source)
 
 
 # long: the options of the command

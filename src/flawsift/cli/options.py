@@ -138,7 +138,7 @@ class DetectorChoice:
 
     def make(self, seed: int) -> "Detector":
         """The unfitted detector."""
-        from flawsift.detectors.base import make_detector
+        from flawsift.detectors.registry import make_detector
 
         params: dict[str, Any] = {"seed": seed}
         for setting in self.settings or ():

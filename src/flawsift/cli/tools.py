@@ -134,7 +134,7 @@ def demo(
 
 def detectors(as_json: AsJson = False) -> None:
     """List the detectors with their parameters."""
-    from flawsift.detectors.base import DETECTORS, detector_class
+    from flawsift.detectors.registry import DETECTORS, detector_class
 
     table: dict[str, Any] = {}
     lines = []

@@ -17,6 +17,7 @@ import torch
 
 import flawsift
 from flawsift.deploy.graph import Graph, traceable_pooling
+from flawsift.detectors.registry import ADAPTERS
 from flawsift.errors import ModelError, ParameterError, unknown_name
 from flawsift.features.backbones import load_backbone
 from flawsift.files import new_folder, write_bytes, write_json
@@ -58,6 +59,8 @@ def export_model(model: Model, out: str | Path, to: Format = "onnx", *, now: dat
     """
     if to not in get_args(Format):
         raise ParameterError(unknown_name("format", to, get_args(Format)))
+    if model.detector.name in ADAPTERS:
+        raise ModelError(f"{model.detector.name} is another library's model, which cannot be written as our graph.")
     _require("onnx", *(["onnxruntime"] if to == "onnx" else ["openvino"]))
     out = Path(out)
     _check_replaceable(out)

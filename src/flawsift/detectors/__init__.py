@@ -1,4 +1,4 @@
-"""One method, one file. `flawsift.detectors.base.DETECTORS` maps registry names to these classes.
+"""One method, one file. `flawsift.detectors.registry.DETECTORS` maps registry names to these classes.
 
 cflow      CFlow       the likelihood of a patch under a flow conditioned on its position
 destseg    DeSTSeg     where a student that restores corrupted images differs from its teacher

@@ -4,7 +4,6 @@ An author of a detector writes `fit` and `_maps`; `predict`, `clone`, `save` and
 """
 
 import dataclasses
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,36 +14,19 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast, get_args, get
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-from flawsift.damage import DAMAGE, json_object
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.parts.maps import to_image_grid
-from flawsift.detectors.parts.state import check, flat, holds_tensors, nested, shapes_of
+from flawsift.detectors.parts.state import flat, holds_tensors, shapes_of
 from flawsift.detectors.parts.training import UNWATCHED, Watch
-from flawsift.errors import ModelError, NotFittedError, ParameterError, unknown_name
+from flawsift.errors import ModelError, NotFittedError, ParameterError
 from flawsift.features.devices import resolve_device
 from flawsift.files import content_digest, write_bytes, write_json
 from flawsift.types import Ids, Size, as_shape
 
 T = TypeVar("T")
-# registry name -> (module, class); imported on first use, so that naming the detectors costs nothing
-DETECTORS: Mapping[str, tuple[str, str]] = {
-    "cflow": ("flawsift.detectors.cflow", "CFlow"),
-    "destseg": ("flawsift.detectors.destseg", "DeSTSeg"),
-    "dinomaly": ("flawsift.detectors.dinomaly", "Dinomaly"),
-    "funad": ("flawsift.detectors.funad", "FUNAD"),
-    "inreach": ("flawsift.detectors.inreach", "InReaCh"),
-    "padim": ("flawsift.detectors.padim", "PaDiM"),
-    "patchcore": ("flawsift.detectors.patchcore", "PatchCore"),
-    "quorum": ("flawsift.detectors.quorum", "Quorum"),
-    "rd": ("flawsift.detectors.rd", "RD"),
-    "simplenet": ("flawsift.detectors.simplenet", "SimpleNet"),
-    "softpatch": ("flawsift.detectors.softpatch", "SoftPatch"),
-    "uniad": ("flawsift.detectors.uniad", "UniAD"),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,70 +313,3 @@ def _joined(parts: Sequence[Tensor]) -> npt.NDArray[np.float32]:
     """(N,) numbers of all batches."""
     joined: npt.NDArray[np.float32] = torch.cat([torch.empty(0), *parts]).numpy()
     return joined
-
-
-def load_detector(folder: str | Path, like: Detector | None = None, *, digest: str | None = None) -> Detector:
-    """Read what `Detector.save` wrote.
-
-    Args:
-        folder: The folder.
-        like: An unfitted detector of the same class and parameters, for classes that are not registered; else the
-            detector is made by its registry name.
-        digest: What `Detector.save` returned, where it is known.
-
-    Raises:
-        ModelError: The folder is missing or damaged, holds another detector than `digest` says or another
-            `state_format`, or names an unknown detector.
-    """
-    folder = Path(folder)
-    try:
-        told = (folder / "detector.json").read_bytes()
-        if digest is not None and content_digest(told) != digest:
-            raise ModelError(f"'{folder}' holds parts of two models, or a damaged detector.json. Fit the model again.")
-        content = json_object(told)
-        detector = like if like else make_detector(content["name"], **content["params"])
-        if content.get("state_format", 1) != detector.state_format:
-            raise ModelError(f"'{folder}' was written by another version of flawsift; fit the model again.")
-        tensors = (folder / content["file"]).read_bytes()
-        if content_digest(tensors) != content["sha256"]:
-            raise ModelError(f"'{folder / content['file']}' does not match detector.json. Fit the model again.")
-        by_name = load(tensors)
-        check(by_name, content.get("tensors"))  # of earlier versions, only that they are numbers
-        state = {**content["state"], **nested(by_name)}
-        return detector.with_state(state)
-    except (OSError, *DAMAGE, SafetensorError) as error:
-        raise ModelError(f"'{folder}' is not a readable detector folder: {error}.") from error
-
-
-def detector_class(name: str) -> type[Detector]:
-    """The class behind a registry name, in upper or lower case.
-
-    Raises:
-        ParameterError: There is none; the closest name is suggested.
-    """
-    if name.lower() not in DETECTORS:
-        raise ParameterError(unknown_name("detector", name, DETECTORS))
-    module, attribute = DETECTORS[name.lower()]
-    cls: type[Detector] = getattr(importlib.import_module(module), attribute)
-    return cls
-
-
-def make_detector(name: str, preset: str | None = None, **params: Any) -> Detector:
-    """An unfitted detector by registry name.
-
-    Args:
-        name: Such as "patchcore"; case does not matter.
-        preset: "default", or another of the class, such as "paper" for the published constants.
-        params: Hyper-parameters, above those of the preset.
-
-    Raises:
-        ParameterError: Unknown detector, preset or parameter, or a value out of range.
-    """
-    cls = detector_class(name)
-    if preset is not None and preset not in cls.presets:
-        raise ParameterError(unknown_name(f"preset of {name}", preset, cls.presets))
-    known = {f.name for f in dataclasses.fields(cls)}
-    for key in params:
-        if key not in known:
-            raise ParameterError(unknown_name(f"parameter of {cls.__name__}", key, known))
-    return cls(**{**(cls.presets[preset] if preset else {}), **params})

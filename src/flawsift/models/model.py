@@ -27,7 +27,8 @@ from flawsift.data.mask_checks import usable_masks
 from flawsift.data.roi import REGION
 from flawsift.data.truth import GroundTruth
 from flawsift.data.values import VALUE_RANGE, ValueRange
-from flawsift.detectors.base import Detector, Prediction, load_detector
+from flawsift.detectors.base import Detector, Prediction
+from flawsift.detectors.registry import load_detector
 from flawsift.errors import FlawsiftError, ModelError, ParameterError
 from flawsift.features.backbones import UNSAID, Backbone, load_backbone
 from flawsift.features.extraction import SHARD, stream

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from flawsift.damage import DAMAGE, json_object
-from flawsift.detectors.base import Detector, make_detector
+from flawsift.detectors.base import Detector
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import FlawsiftError, InputError
 from flawsift.features.backbones import UNSAID, Backbone, load_backbone
 from flawsift.features.store import FeatureStore

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import Detector, make_detector
+from flawsift.detectors.base import Detector
 from flawsift.detectors.protocols import LeavesOut
+from flawsift.detectors.registry import make_detector
 from flawsift.errors import ParameterError
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from flawsift.data.images import ImageSet
-from flawsift.detectors.base import Detector, load_detector, score_together
+from flawsift.detectors.base import Detector, score_together
 from flawsift.detectors.parts.maps import as_float16, top_mean
 from flawsift.detectors.parts.robust import robust_units
 from flawsift.detectors.parts.training import Watch
 from flawsift.detectors.protocols import Additive
+from flawsift.detectors.registry import load_detector
 from flawsift.errors import InputError, ModelError
 from flawsift.executors import Executor, Run, Serial
 from flawsift.features.devices import resolve_device
