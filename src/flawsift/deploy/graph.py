@@ -32,6 +32,7 @@ UNIT = 64  # of norms: a power of two, so that it is a whole number in coarser s
 COARSEST = 6.0  # two to the power of it is the coarsest: patches 64 times beyond the range of the bank
 ZERO = 128  # what stands for nought among unsigned bytes
 N_EXACT = 8  # patches, the worst ones, whose distances are measured by subtraction
+N_MEASURED = 4  # patches of each of the nearest images that are measured so
 CHUNK = 8  # images of the bank whose distances are made at a time: more do not fit a processor's cache
 
 
@@ -128,14 +129,15 @@ def _averaged(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
     edges = [(torch.as_tensor(n), block) for n, block in zip(x.shape[1:], (down, across), strict=True)]
     (h, rows), (w, columns) = ((_over(n + block - 1, block), block) for n, block in edges)
     missing = [_whole(cells * block - n) for (n, block), cells in zip(edges, (h, w), strict=True)]
-    padded = F.pad(x.int(), (0, missing[1], 0, missing[0]))
+    padded = F.pad(x.float(), (0, missing[1], 0, missing[0]))  # whole numbers: these are the quicker ones in a runtime
     shape = [3, *(_whole(edge) for edge in (h, rows, w, columns))]
     sums = padded.reshape(shape).sum((2, 4))
     there = [
         torch.minimum(block, n - torch.arange(_whole(c)) * block) for (n, block), c in zip(edges, (h, w), strict=True)
     ]
-    counts = there[0][:, None] * there[1]
-    return _over((sums + _over(counts, 2)) * _over(2**24, counts), 2**24).to(torch.uint8)
+    counts = (there[0][:, None] * there[1]).double()
+    share = (2**24 / counts).floor() / 2**24  # of 24 bits, as Pillow has it
+    return ((sums.double() + (counts / 2).floor()) * share).floor().to(torch.uint8)
 
 
 def _limbs(n: Tensor, block: Tensor, size: Tensor, full: int) -> Tensor:
@@ -241,22 +243,34 @@ class Groups:
 
     def images(self, queries: Tensor) -> Tensor:
         """(Q, N) about half the squared distances of (Q, C) patches to the nearest patch of each image."""
-        steps = (queries - self._mean) / self._step
-        coarser = 2 ** (steps.abs().amax(1, keepdim=True) / 127).clamp_min(1).log2().ceil().clamp_max(COARSEST)
-        rounded = (steps / coarser).round().clamp(-127, 127)
-        unit = UNIT / coarser  # (Q, 1) a whole number
-        wide = torch.cat([rounded, unit.expand(-1, self._n_columns), (unit / UNIT).floor()], 1) + ZERO
-        bytes_, patches = wide.to(torch.uint8), self.bank.shape[1]
-        parts = [_SignedProduct.apply(bytes_, keys).view(len(wide), -1, patches).amin(2) for keys in self._keys]
+        rounded, coarser = self._rounded(queries)
+        parts = [part.amin(2) for part in self._products(rounded, coarser)]
         halves = torch.cat(parts, 1).float() * coarser + rounded.square().sum(1, keepdim=True) * coarser.square() / 2
         return (halves - self._added * (1 + coarser.square())).clamp_min(0) * self._step**2
+
+    def _rounded(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """(Q, C) whole numbers up to 127, and (Q, 1) how many steps one of them stands for."""
+        steps = (queries - self._mean) / self._step
+        coarser = 2 ** (steps.abs().amax(1, keepdim=True) / 127).clamp_min(1).log2().ceil().clamp_max(COARSEST)
+        return (steps / coarser).round().clamp(-127, 127), coarser
+
+    def _products(self, rounded: Tensor, coarser: Tensor) -> Iterator[Tensor]:
+        """(Q, n, P) of some images after the other: half the squared distance to each patch, less |q|^2 / 2."""
+        unit = UNIT / coarser  # (Q, 1) a whole number
+        wide = torch.cat([rounded, unit.expand(-1, self._n_columns), (unit / UNIT).floor()], 1) + ZERO
+        bytes_ = wide.to(torch.uint8)
+        for keys in self._keys:
+            yield _SignedProduct.apply(bytes_, keys).view(len(wide), -1, self.bank.shape[1])
 
     def query(self, halves: Tensor) -> Tensor:
         """(Q,) means of the distances to the k nearest groups."""
         return (2 * self._by_group(halves).topk(self.k, dim=1, largest=False).values).sqrt().mean(1)
 
     def exact(self, queries: Tensor, halves: Tensor) -> Tensor:
-        """The same, with the distances of twice as many groups measured by subtraction; for a few queries."""
+        """The same, with the distances of twice as many groups measured by subtraction; for a few queries.
+
+        Of each of their images, the patches that seem nearest are measured: rounding may exchange neighbours.
+        """
         by_group = self._by_group(halves)
         near = by_group.topk(min(2 * self.k, self._n_groups), dim=1, largest=False).indices  # (Q, G')
         members = self._members[near]  # (Q, G', most)
@@ -265,7 +279,13 @@ class Groups:
         else:  # the nearest image of each group stands for it
             closest = halves.gather(1, members.flatten(1)).view(members.shape).argmin(2, keepdim=True)
             images = members.gather(2, closest)[..., 0]
-        distances = (self.bank[images].float() - queries[:, None, None]).square().sum(3).amin(2)
+        seeming = torch.cat(list(self._products(*self._rounded(queries))), 1)  # (Q, N, P)
+        patches = self.bank.shape[1]
+        of_near = seeming.gather(1, images[..., None].expand(-1, -1, patches))  # (Q, G', P)
+        nearest = of_near.float().topk(min(N_MEASURED, patches), dim=2, largest=False).indices
+        rows = (images[..., None] * patches + nearest).flatten()
+        measured = self.bank.flatten(0, 1)[rows].float().view(*nearest.shape, -1)  # (Q, G', n, C)
+        distances = (measured - queries[:, None, None]).square().sum(3).amin(2)
         return distances.topk(self.k, dim=1, largest=False).values.sqrt().mean(1)
 
     def _by_group(self, halves: Tensor) -> Tensor:
