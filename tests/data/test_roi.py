@@ -36,6 +36,11 @@ def test_a_mask_is_white_where_to_look(tmp_path: Path) -> None:
             "imageHeight": 10,
             "shapes": [{"label": "part", "points": [[0, 0], [9, 0], [9, 9], [0, 9]]}],
         },
+        {
+            "imageWidth": 20,
+            "imageHeight": 10,
+            "shapes": [{"label": "part", "points": [[9, 0], [0, 9]], "shape_type": "rectangle"}],
+        },
     ],
 )
 def test_polygons_are_in_pixels(tmp_path: Path, content: object) -> None:
@@ -47,6 +52,16 @@ def test_polygons_are_in_pixels(tmp_path: Path, content: object) -> None:
     assert region.share == 0.5
 
 
+def test_a_circle_of_labelme_is_its_middle_and_a_point_of_its_edge(tmp_path: Path) -> None:
+    shape = {"points": [[100, 60], [130, 100]], "shape_type": "circle"}
+    (tmp_path / "roi.json").write_text(json.dumps({"imageWidth": 200, "imageHeight": 120, "shapes": [shape]}))
+    region = read_region(str(tmp_path / "roi.json"), NONE)
+    y, x = np.mgrid[:120, :200]
+    distances = np.hypot(x - 100, y - 60)
+    assert region.cells[distances < 48].all()
+    assert not region.cells[distances > 52].any()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -55,6 +70,11 @@ def test_polygons_are_in_pixels(tmp_path: Path, content: object) -> None:
         ('{"size": [20, 10], "polygons": [[[0, 0], [5, 5]]]}', "2 points"),
         ('{"size": [20, 10], "polygons": [[[100, 100], [105, 100], [105, 105]]]}', "hold no pixel of 20 x 10"),
         ('{"size": [20, 1e9], "polygons": [[[0, 0], [5, 0], [5, 5]]]}', "holds no region"),
+        (
+            '{"imageWidth": 9, "imageHeight": 9, "shapes": [{"points": [[0, 0], [5, 5]], "shape_type": "line"}]}',
+            "'line'",
+        ),
+        ('{"imageWidth": 9, "imageHeight": 9, "shapes": [{"points": [[0, 0]], "shape_type": "circle"}]}', "no region"),
         ('{"size": [20, 10], "polygons": [[["a", 0], [5, 0], [5, 5]]]}', "holds no region"),
         ('{"size": [20, 10], "polygons": [[[1e400, 0], [5, 0], [5, 5]]]}', "holds no region"),
     ],
@@ -66,6 +86,9 @@ def test_what_is_no_region_is_told(tmp_path: Path, content: str, message: str) -
 
 
 def test_a_file_that_is_missing_or_black_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(InputError, match=r"empty.png cannot be read: empty file \(0 bytes\)"):
+        read_region(str(tmp_path / "empty.png"), NONE)
     with pytest.raises(InputError, match="is not there"):
         read_region(str(tmp_path / "no.png"), NONE)
     Image.new("L", (8, 8)).save(tmp_path / "black.png")

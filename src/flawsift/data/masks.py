@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from flawsift.data import tiff
 from flawsift.data.decoding import deep_of
 from flawsift.data.listing import read_regular
+from flawsift.data.unreadable import UnreadableImage
 from flawsift.errors import InputError, one_line
 from flawsift.paths import file_and_page, show
 
@@ -68,7 +69,9 @@ def _read(path: Path) -> MaskFile:
     file, page = file_and_page(path.parent, path.name)
     try:
         data = read_regular(file)
-        deep = deep_of(data, page) if data else None
+        if not data:
+            raise UnreadableImage("empty file (0 bytes)")
+        deep = deep_of(data, page)
         if deep is not None:
             return _defect(_strength(deep.values), deep.opacity, is_lossy=False)
         with Image.open(io.BytesIO(data)) as opened:

@@ -1,7 +1,10 @@
 """Regions of interest: which part of every image is looked at, from a mask, a drawing or the images themselves."""
 
 import contextlib
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +25,7 @@ N_SEEN = 32  # images that a constant background is looked for in, evenly spaced
 # Grey levels that a constant background may be off from its median: noise and JPEG, not texture.
 BACKGROUND = 12.0
 CONSTANT = 0.95  # share of the border's pixels that must be so
+CIRCLE = 64  # corners that a circle is drawn with: off by a thousandth of its radius
 MARGIN = 0.03  # of the longer edge, added around what was seen: the next part may lie a little elsewhere
 
 
@@ -51,7 +55,7 @@ def _drawn(path: Path) -> NDArray[np.bool_]:
         content = json_object(path.read_bytes())
         if "shapes" in content:  # of labelme
             size = content["imageWidth"], content["imageHeight"]
-            polygons = [shape["points"] for shape in content["shapes"]]
+            polygons = [_outline(shape) for shape in content["shapes"]]
         else:
             size, polygons = content["size"], content["polygons"]
         width, height = (int(edge) for edge in size)
@@ -75,6 +79,20 @@ def _drawn(path: Path) -> NDArray[np.bool_]:
     if not np.asarray(mask).any():
         raise InputError(f"The polygons of {show(path)} hold no pixel of {width} x {height}.")
     return np.asarray(mask)
+
+
+def _outline(shape: Mapping[str, Any]) -> Sequence[Sequence[float]]:
+    """The polygon of a shape of labelme: of a rectangle it keeps two corners, of a circle the middle and a point."""
+    kind, points = shape.get("shape_type", "polygon"), shape["points"]
+    if kind == "polygon":
+        return points  # type: ignore[no-any-return]
+    if kind not in ("rectangle", "circle"):
+        raise ValueError(f"a shape of the kind {kind!r} is no polygon, rectangle or circle")
+    (x, y), (other_x, other_y) = points
+    if kind == "rectangle":
+        return [(x, y), (other_x, y), (other_x, other_y), (x, other_y)]
+    radius, angles = math.hypot(other_x - x, other_y - y), np.linspace(0, 2 * math.pi, CIRCLE, endpoint=False)
+    return [(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in angles.tolist()]
 
 
 def foreground(images: ImageSet) -> Region:
