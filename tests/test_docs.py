@@ -1,14 +1,19 @@
 """What the documents promise: their commands and snippets run, the examples run, links lead somewhere."""
 
 import contextlib
+import importlib
+import importlib.util
 import io
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -168,3 +173,38 @@ def test_links_lead_somewhere() -> None:
             assert path.exists(), f"{document.name} links to {target}"
             if anchor:
                 assert anchor in anchors(path), f"{document.name} links to {target}#{anchor}"
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("site_pages")
+
+
+@pytest.mark.parametrize(
+    ("link", "source", "page", "expected"),
+    [
+        ("[a](glossary.md#b)", "docs/method.md", "method.md", "[a](glossary.md#b)"),
+        ("[a](docs/method.md)", "ARCHITECTURE.md", "development/architecture.md", "[a](../method.md)"),
+        ("[a](../../benchmarks/README.md)", "docs/how-to/views.md", "how-to/views.md", "[a](../benchmarks/index.md)"),
+        ("[a](../examples/)", "docs/method.md", "method.md", "a"),
+        ("[a](missing.md)", "docs/method.md", "method.md", "[a](missing.md)"),
+        ("[a](https://example.org/b.md)", "docs/method.md", "method.md", "[a](https://example.org/b.md)"),
+        ("![a](docs/heatmap.png)", "README.md", "development/readme.md", "![a](../heatmap.png)"),
+        ("`[a](docs/method.md)`", "ARCHITECTURE.md", "development/architecture.md", "`[a](docs/method.md)`"),
+    ],
+)
+def test_links_of_the_site_lead_to_its_pages(site: Any, link: str, source: str, page: str, expected: str) -> None:
+    pages = {"glossary.md", "method.md", "benchmarks/index.md", "heatmap.png"}
+    assert site.relinked(f"see {link}.", source, page, pages) == f"see {expected}."
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra docs: make docs")
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "site" / "reference" / "index.html").read_text("utf-8")
+    assert 'id="flawsift.pipeline.fit"' in reference
+    loaded = re.findall(r'(?:src|<link rel="stylesheet" href)="(https?://[^"]+)"', reference)
+    assert not loaded, "the site loads from elsewhere"
