@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def material(easy_folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with what the pages call parts, new parts, labelled parts, groups and a region."""
     good, bad = range(20, 40), range(40, 46)
-    folders = {"parts": [*good, *bad], "new_parts": [38, 39, *range(40, 48)], "more_parts": [*range(10), 48, 49]}
+    folders: dict[str, Iterable[int]] = {
+        "parts": [*good, *bad],
+        "new_parts": [38, 39, *range(40, 48)],
+        "more_parts": [*range(10), 48, 49],
+    }
     folders |= {"few_parts": [*range(20, 30), 40, 41], "labelled/good": range(10, 20), "labelled/bad": range(46, 50)}
     for folder, numbers in folders.items():
         (tmp_path / folder).mkdir(parents=True)
