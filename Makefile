@@ -15,7 +15,7 @@ FUZZ_MINUTES ?= 10
 # Where the figures of docs/reliability.md come from; benchmarks/render.py writes them there.
 CAMPAIGN := benchmarks/results/campaign.csv
 
-.PHONY: demo test cover lint types check fuzz kill hooks wheel container ray clean
+.PHONY: demo test cover lint types check docs fuzz kill hooks wheel container ray clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,6 +40,11 @@ types: $(READY)
 	$(BIN)/mypy
 
 check: lint types test  ## what a change must pass
+
+docs: $(READY)  ## the pages as a site in build/site; any warning is an error
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "Open build/site/index.html"
 
 fuzz: $(READY)  ## mutated input of every kind; fails where one ends in anything but a clear word
 	PYTHONPATH=. $(BIN)/python -m tools.campaign fuzz --minutes $(FUZZ_MINUTES) --results $(CAMPAIGN)

@@ -1,4 +1,4 @@
-"""Render the tables of benchmarks/README.md and README.md from the rows of benchmarks/results.
+"""Render the tables of README.md, benchmarks/README.md and docs from the rows of benchmarks/results.
 
 A table stands between `<!-- rows:NAME -->` and `<!-- /rows -->`; one without rows stays as it is. Accuracy is the mean
 and the standard deviation over seeds, of the newest commit that has rows of a cell.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
+import _answers
 import _rows
 import _tables
 from _frames import Rows, newest, read, table, texts_of
@@ -23,9 +24,10 @@ from _rows import CONFIRMATION, DEVELOPMENT
 from flawsift.files import write_text
 from flawsift.screening.options import FINAL
 
-PAGES = tuple(
-    _rows.ROOT / page
-    for page in ("benchmarks/README.md", "README.md", "docs/method.md", "docs/deploy.md", "docs/reliability.md")
+PAGES = (
+    _rows.ROOT / "README.md",
+    _rows.ROOT / "benchmarks" / "README.md",
+    *sorted((_rows.ROOT / "docs").rglob("*.md")),
 )
 MARKERS = re.compile(r"(<!-- rows:([\w-]+) -->\n)(.*?)(<!-- /rows -->)", re.DOTALL)
 SPEED = Path(__file__).with_name("speed.csv")  # the lines of `speed`: script, key of its figures, text, format and goal
@@ -190,10 +192,15 @@ def campaign(results: Path) -> str | None:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{'; '.join(runs)}."
 
 
+def plain(text: str | None) -> str | None:
+    """A table without the line of where it was measured, for pages that link to one with it."""
+    return None if text is None else text.split("\nCommit ")[0]
+
+
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
-TABLES: Mapping[str, Callable[[Path], str | None]] = {
+MEASURED: Mapping[str, Callable[[Path], str | None]] = {
     "accuracy": lambda r: _tables.accuracy(r, "patchcore", "image_auroc"),
     "accuracy-padim": lambda r: _tables.accuracy(r, "padim", "image_auroc"),
     "aupro": lambda r: _tables.accuracy(r, "patchcore", "aupro"),
@@ -212,6 +219,7 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "scale": scale,
     "confirmation": _tables.confirmation,
     "headline": _tables.headline,
+    "headline-plain": lambda r: plain(_tables.headline(r)),
     "trim": _tables.trim,
     "verdict": lambda r: _tables.verdict(r, FINAL, DEVELOPMENT),
     "verdict-confirmed": lambda r: _tables.verdict(r, FINAL, CONFIRMATION),
@@ -237,6 +245,7 @@ TABLES: Mapping[str, Callable[[Path], str | None]] = {
     "export": export,
     "campaign": campaign,
 }
+TABLES = {**MEASURED, **_answers.answers(MEASURED)}
 
 
 def render(text: str, results: Path) -> str:

@@ -260,3 +260,13 @@ def test_the_tables_of_the_project_are_those_of_their_rows(name: str) -> None:
     good, _ = newest(read_rows(folder / "results.csv"))
     expected = "\n".join(markdown(table) for table in [*measured_tables(good), *quoted_tables()])
     assert (folder / "table.md").read_text("utf-8") == expected
+
+
+def test_quoted_figures_are_added_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    append_rows(tmp_path / "results.csv", [row(data="realiad", protocol="official", method="rd")])
+    own = write_benchmark_report(tmp_path, tmp_path / "own")
+    assert all("uoted" not in own[kind].read_text("utf-8") for kind in ("Markdown", "LaTeX"))
+    both = write_benchmark_report(tmp_path, tmp_path / "both", quoted=True)["Markdown"].read_text("utf-8")
+    assert both.startswith(own["Markdown"].read_text("utf-8"))
+    assert "### Quoted: " in both
+    assert "Failed cells" not in own["HTML"].read_text("utf-8")

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from flawsift.benchmark.config import parse_config
-from flawsift.benchmark.grid import Config, done_places
+from flawsift.benchmark.forecast import rough_seconds
+from flawsift.benchmark.grid import Config, done_places, plan
 from flawsift.benchmark.rows import Row, append_rows, read_rows
 from flawsift.benchmark.runner import prepare, run
 from flawsift.benchmark.trial import Trial
@@ -361,6 +363,10 @@ def test_the_command_runs_resumes_plans_and_reports(cli: Any, tmp_path: Path) ->
     assert code == 0
     assert "2 of 2 cells to run, 2 presets each: none, paper." in text
     assert "No earlier row tells how long 2 of the cells take." in text
+    assert "Rough guess for 2 cells" in text
+    assert cli("benchmark", tmp_path / "g.toml", "--dry-run")[:2] == (0, text)
+    code, _, error = cli("benchmark", tmp_path / "g.toml")
+    assert (code, "Give --out FOLDER" in error) == (2, True)
     assert not out.exists()
     code, text, _ = cli("benchmark", tmp_path / "g.toml", "--out", out, "--json")
     assert (code, json.loads(text)["n_rows"]) == (0, 4)
@@ -370,7 +376,7 @@ def test_the_command_runs_resumes_plans_and_reports(cli: Any, tmp_path: Path) ->
         "benchmark-report", out, "--out", tmp_path / "report", "--config", tmp_path / "g.toml", "--json"
     )
     assert code == 0
-    assert set(json.loads(text)) == {"Markdown", "LaTeX", "HTML"}
+    assert set(json.loads(text)) == {"Markdown", "LaTeX", "HTML", "n_failed"}
     page = (tmp_path / "report" / "report.html").read_text()
     assert "data:image/jpeg" in page
     assert not list(out.rglob("*.jp*g"))
@@ -379,3 +385,40 @@ def test_the_command_runs_resumes_plans_and_reports(cli: Any, tmp_path: Path) ->
     assert code == 1
     assert "4 of them failed" in text
     assert "synthetc" in text
+    code, text, _ = cli("benchmark", tmp_path / "g.toml", "--dry-run", "--json")
+    assert (code, list(json.loads(text)["missing"])) == (0, ["synthetc"])
+    code, text, _ = cli("benchmark-report", tmp_path / "bad", "--out", tmp_path / "report")
+    assert code == 1
+    assert text.startswith("WARNING: 2 cells failed.")
+    assert (
+        (tmp_path / "report" / "table.md")
+        .read_text()
+        .startswith("2 cells failed; the tables lack them:\n\n- synthetc,")
+    )
+    assert (tmp_path / "report" / "table.tex").read_text().startswith("% 2 cells failed")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.index("Failed cells") < page.index("Accuracy</h2>")
+
+
+def test_sets_are_looked_for_below_the_data_root(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLAWSIFT_DATA", "")  # put back afterwards, as the command sets it
+    lines = ['presets = ["none"]', "[[data]]", 'name = "cookie"', "[[detectors]]", 'name = "padim"']
+    (tmp_path / "g.toml").write_text("\n".join(lines))
+    reason = json.loads(cli("benchmark", tmp_path / "g.toml", "--dry-run", "--json")[1])["missing"]["cookie"]
+    assert "--data-root" in reason
+    call = ("benchmark", tmp_path / "g.toml", "--dry-run", "--json", "--data-root", tmp_path)
+    reason = json.loads(cli(*call)[1])["missing"]["cookie"]
+    assert f"'{tmp_path / 'cookie'}' does not exist. Get it from https://" in reason
+    for folder in ("normal", "defect/scratch", "mask/scratch"):
+        (tmp_path / "cookie" / folder).mkdir(parents=True)
+        Image.new("L", (8, 8), 255).save(tmp_path / "cookie" / folder / "0.png")
+    assert json.loads(cli(*call)[1])["missing"] == {}
+    assert cli(*call[:-1], tmp_path / "none")[0] == 2
+
+
+def test_a_training_is_guessed_to_take_longer_and_more_images_too() -> None:
+    def guessed(detector: str, n_train: int) -> float:
+        data = [{"name": "synthetic", "n_train": n_train}]
+        return rough_seconds(plan(parse_config({"data": data, "detectors": [{"name": detector}]})))
+
+    assert guessed("padim", 100) < guessed("padim", 200) < guessed("rd", 200) == guessed("destseg", 200)

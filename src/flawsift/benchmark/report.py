@@ -1,7 +1,7 @@
 """A benchmark's rows as tables (Markdown, LaTeX), and as one HTML page with curves, example pictures and prices.
 
-Figures are means over categories, then mean and standard deviation over seeds. Figures that others published are shown
-beside ours and marked as quoted; they are never ranked.
+Figures are means over categories, then mean and standard deviation over seeds. Figures that others published are added
+where they are asked for, apart from ours; they are never ranked.
 """
 
 import functools
@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,16 @@ EXAMPLE_ROWS = 12  # pictures: a page of them
 THUMB = 180  # pixels of an example's long edge
 
 
-def write_benchmark_report(results: str | Path, folder: str | Path, *, config: Config | None = None) -> dict[str, Path]:
+def write_benchmark_report(
+    results: str | Path, folder: str | Path, *, config: Config | None = None, quoted: bool = False
+) -> dict[str, Path]:
     """Write table.md, table.tex and report.html.
 
     Args:
         results: results.csv of `flawsift.benchmark.runner.run`, or its folder.
         folder: For the report.
         config: The grid, to find the pictures of its examples again. They are drawn into the report only.
+        quoted: Whether to add figures that others published, after the measured ones.
 
     Returns:
         {what: path}.
@@ -62,17 +65,18 @@ def write_benchmark_report(results: str | Path, folder: str | Path, *, config: C
         InputError: There are no rows, or matplotlib is not installed.
         OutputError: The folder cannot be written.
     """
-    path = Path(results)
-    path = path / RESULTS if path.is_dir() else path
+    path = _rows_file(results)
     rows = read_rows(path)
     if not rows:
         raise InputError(f"'{show(path)}' has no rows. Run `flawsift benchmark` first.")
     folder = ensure_folder(folder)
     good, failed = newest(rows)
-    tables = [*measured_tables(good), *quoted_tables()]
+    unfinished = failures(failed)
+    tables = [replace(t, lines=tuple(line for line in t.lines if not line.quoted)) for t in measured_tables(good)]
+    tables += quoted_tables() if quoted else []
     written = {"Markdown": folder / MARKDOWN, "LaTeX": folder / LATEX, "HTML": folder / PAGE}
-    write_text(written["Markdown"], "\n".join(markdown(t) for t in tables))
-    write_text(written["LaTeX"], "\n".join(latex(t) for t in tables))
+    write_text(written["Markdown"], _warning(unfinished) + "\n".join(markdown(t) for t in tables))
+    write_text(written["LaTeX"], _warning(unfinished, "% ") + "\n".join(latex(t) for t in tables))
     presets = dict.fromkeys(r["preset"] for r in good)
     page = template("benchmark.html", "benchmark").render(
         tables=tables,
@@ -83,12 +87,35 @@ def write_benchmark_report(results: str | Path, folder: str | Path, *, config: C
         kept_key=[(name, style) for _, _, name, style in KEPT],
         prices=prices(good),
         examples=examples(good, path.parent / MAPS, config),
-        failures=failures(failed),
+        failures=unfinished,
         origin=origin(good),
         n_rows=len(good),
     )
     write_text(written["HTML"], page)
     return written
+
+
+def failures_of(results: str | Path) -> list[tuple[str, int]]:
+    """(data, method and reason; how many cells) of what failed and was not made good by a later row.
+
+    Args:
+        results: As for `write_benchmark_report`.
+    """
+    return failures(newest(read_rows(_rows_file(results)))[1])
+
+
+def _rows_file(results: str | Path) -> Path:
+    path = Path(results)
+    return path / RESULTS if path.is_dir() else path
+
+
+def _warning(unfinished: Sequence[tuple[str, int]], mark: str = "") -> str:
+    """The first lines of a table file: what failed, each line after a mark; nothing where all is well."""
+    if not unfinished:
+        return ""
+    lines = [f"{sum(n for _, n in unfinished)} cells failed; the tables lack them:", ""]
+    lines += [f"- {text} ({n} cells)" for text, n in unfinished]
+    return "".join(f"{mark}{line}\n" for line in lines) + "\n"
 
 
 # ---- prices, failures, origin ----------------------------------------------------------------------------------------

@@ -1,19 +1,38 @@
 """The commands around benchmarks and the cache: `flawsift benchmark`, `benchmark-report`, `cache`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flawsift.cli.options import AsJson, Cache, Out, say, shown_progress, store_of
+from flawsift.errors import InputError
 
 cache_app = typer.Typer(help="List, verify or clear the feature cache.", no_args_is_help=True)
 
 
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-root",
+        help="Folder that holds downloaded sets, each under its name, such as mvtec or visa. [$FLAWSIFT_DATA]",
+    ),
+]
+
+
+# long: each parameter is an option of the command
 def benchmark(
-    config: Annotated[Path, typer.Argument(help="TOML file of the grid, such as benchmarks/table1.toml.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for results.csv; rows that are there are kept.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its estimated time only.")] = False,
+    config: Annotated[Path, typer.Argument(help="TOML file of the grid, such as benchmarks/example.toml.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for results.csv; rows that are there are kept. --dry-run needs none."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what would run, which data are missing and about how long it takes."),
+    ] = False,
+    data_root: DataRoot = None,
     executor: Annotated[
         str | None, typer.Option("--executor", help="As for `screen`, for cells or sub-models. [the file's]")
     ] = None,
@@ -22,24 +41,37 @@ def benchmark(
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a grid of detectors, data sets, contaminations, protocols, presets and seeds; resumable."""
-    from flawsift.benchmark import grid
+    """Run a grid of detectors, data sets, contaminations, protocols, presets and seeds; resumable.
+
+    Exit code 1 if a cell failed.
+    """
+    from flawsift.benchmark import forecast, grid
     from flawsift.benchmark.config import read_config
     from flawsift.benchmark.rows import read_rows, source_commit
     from flawsift.benchmark.runner import RESULTS, run
     from flawsift.executors import make_executor
 
+    _use_data_root(data_root)
     wanted = read_config(config)
     cells = grid.plan(wanted)
-    earlier = read_rows(out / RESULTS)
     if dry_run:
+        earlier = [] if out is None else read_rows(out / RESULTS)
         done = set() if fresh else grid.done_places(earlier, None if any_commit else source_commit())
         open_ = [c for c in cells if any(c.place(preset) not in done for preset in c.presets)]
         seconds, unknown = grid.estimate_seconds(open_, earlier)
+        rough, missing = forecast.rough_seconds(open_), forecast.missing_data(wanted)
         lines = grid.describe_plan(wanted, open_, len(cells), seconds, unknown)
+        if unknown:
+            lines.append(
+                f"Rough guess for {len(open_)} cells, from their numbers of images alone: {forecast.duration(rough)} "
+                "on two cores. It may be several times more or less."
+            )
+        lines += [f"MISSING {name}: {reason}" for name, reason in missing.items()]
         plan = {"n_cells": len(cells), "n_open": len(open_), "seconds": seconds, "n_unknown": unknown}
-        say(as_json, plan, lines)
+        say(as_json, {**plan, "rough_seconds": rough, "missing": missing}, lines)
         return
+    if out is None:
+        raise InputError("Where should the rows go? Give --out FOLDER. Only --dry-run needs none.")
     with shown_progress() as progress:
         rows = run(
             wanted,
@@ -59,20 +91,44 @@ def benchmark(
         raise typer.Exit(1)
 
 
+def _use_data_root(folder: Path | None) -> None:
+    """Let data sets, and workers that are started, look for downloaded sets there."""
+    from flawsift.datasets.dataset import require_folder
+    from flawsift.datasets.folder import DATA_VARIABLE
+
+    if folder is not None:
+        os.environ[DATA_VARIABLE] = str(require_folder(folder).resolve())
+
+
 def benchmark_report(
     results: Annotated[Path, typer.Argument(help="results.csv of `flawsift benchmark`, or its folder.")],
     out: Out,
     config: Annotated[
         Path | None, typer.Option("--config", help="The grid's file, to draw example pictures of its data sets.")
     ] = None,
+    quoted: Annotated[
+        bool, typer.Option("--quoted", help="Add figures that others published, apart from the measured ones.")
+    ] = False,
+    data_root: DataRoot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tables (Markdown, LaTeX, HTML), curves, example pictures and prices of a benchmark."""
-    from flawsift.benchmark.config import read_config
-    from flawsift.benchmark.report import write_benchmark_report
+    """Tables (Markdown, LaTeX, HTML), curves, example pictures and prices of a benchmark.
 
-    written = write_benchmark_report(results, out, config=None if config is None else read_config(config))
-    say(as_json, {name: str(path) for name, path in written.items()}, [f"{n}: {p}" for n, p in written.items()])
+    Exit code 1 if cells failed; the report names them first.
+    """
+    from flawsift.benchmark.config import read_config
+    from flawsift.benchmark.report import failures_of, write_benchmark_report
+
+    _use_data_root(data_root)
+    grid = None if config is None else read_config(config)
+    written = write_benchmark_report(results, out, config=grid, quoted=quoted)
+    n_failed = sum(n for _, n in failures_of(results))
+    lines = [f"{name}: {path}" for name, path in written.items()]
+    if n_failed:
+        lines.insert(0, f"WARNING: {n_failed} cells failed. The report names them; its tables lack them.")
+    say(as_json, {**{name: str(path) for name, path in written.items()}, "n_failed": n_failed}, lines)
+    if n_failed:
+        raise typer.Exit(1)
 
 
 @cache_app.command("list")

@@ -190,9 +190,15 @@ def load_prepared(name: str, root: str | Path | None = None, *, source: str) -> 
         raise InputError(
             f"Where is the data set '{name}'? Get it from {source}, sort it into {name}/normal, "
             f"{name}/defect/DEFECT_TYPE and {name}/mask/DEFECT_TYPE, and set {DATA_VARIABLE} to the folder that holds "
-            f"{name}, or pass root."
+            f"{name} (`flawsift benchmark` has --data-root for it), or pass root."
         )
-    return load_labelled(root if root is not None else Path(base or "", name), name=name)
+    folder = Path(root) if root is not None else Path(base or "", name)
+    if not folder.exists():
+        raise InputError(
+            f"Data set folder '{show(folder)}' does not exist. Get it from {source}. {DATA_VARIABLE}, or --data-root "
+            f"of `flawsift benchmark`, is the folder that holds {name}."
+        )
+    return load_labelled(folder, name=name)
 
 
 def _absolute(path: str | Path) -> Path:

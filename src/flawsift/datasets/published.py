@@ -134,9 +134,15 @@ def find_root(name: str, category: str, root: str | Path | None) -> Path:
     if root is None and not base:
         raise InputError(
             f"Where is the data set '{name}'? Get it from {SOURCES[name]} and set {DATA_VARIABLE} to the folder that "
-            f"holds {name}, or pass root."
+            f"holds {name} (`flawsift benchmark` has --data-root for it), or pass root."
         )
-    return require_folder(Path(root) if root is not None else Path(base or "", name))
+    folder = Path(root) if root is not None else Path(base or "", name)
+    if not folder.exists():
+        raise InputError(
+            f"Data set folder '{show(folder)}' does not exist. Get it from {SOURCES[name]}. {DATA_VARIABLE}, or "
+            f"--data-root of `flawsift benchmark`, is the folder that holds {name}."
+        )
+    return require_folder(folder)
 
 
 def require_files(name: str, folder: Path, entries: list[Entry], layout: str) -> None:

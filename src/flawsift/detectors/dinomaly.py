@@ -168,7 +168,7 @@ class Dinomaly(Detector):
         easy_ramp: Steps over which it grows from 0.
         easy_gradient: Factor on the gradients of easy points.
         upper_trim: Share of the points, the hardest, without gradient. 0.02 helped a little on contaminated sets and
-            cost a little on clean ones (`benchmarks/README.md`, "Detectors").
+            cost a little on clean ones (docs/benchmarks/detectors.md).
         top_share: Share of the map that makes the image score.
     """
 

@@ -49,7 +49,7 @@ class PatchCore(Detector):
 
     name: ClassVar[str] = "patchcore"
     leaves_out_patches: ClassVar[bool] = True
-    patch_rejection: ClassVar[float] = 2.0  # in sets that show defects; chosen by the ablation of benchmarks/README.md
+    patch_rejection: ClassVar[float] = 2.0  # in sets that show defects; chosen by docs/benchmarks/screening.md
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
         # section 4.1 (10 % is the middle of the paper's three ratios); b = 9 as the field has it, the paper is silent
