@@ -14,9 +14,10 @@ from flawsift.detectors.registry import make_detector
 from flawsift.errors import ModelError
 from flawsift.features.backbones import Backbone
 from flawsift.models import model as models
+from flawsift.review.process import Refit
 from flawsift.review.refit import refit, summary_of
 from flawsift.review.server import make_app
-from flawsift.review.session import Refit, Review
+from flawsift.review.session import Review
 from flawsift.screening.options import FINAL
 from flawsift.screening.storage import load_screening
 from tests.review.material import BASE, PORT, TOKEN

@@ -113,20 +113,22 @@ class _Pages:
         id_, kind = self._id(request), request.path_params["kind"]
         if id_ is None or kind not in PICTURES:
             return PlainTextResponse("There is no such image.", 404)
-        return await self._picture(request, id_, lambda stamp: self.review.picture(kind, id_, stamp), PICTURES[kind])
+        return await self._picture(
+            request, id_, lambda stamp: self.review.pictures.picture(kind, id_, stamp), PICTURES[kind]
+        )
 
     async def place(self, request: Request) -> Response:
         id_, place = self._id(request), request.path_params["place"]
-        if id_ is None or not self.review.has_place(place):
+        if id_ is None or not self.review.pictures.has_place(place):
             return PlainTextResponse("There is no such place.", 404)
         return await self._picture(
-            request, id_, lambda stamp: self.review.place_picture(id_, place, stamp), "image/jpeg"
+            request, id_, lambda stamp: self.review.pictures.place_picture(id_, place, stamp), "image/jpeg"
         )
 
     async def _picture(
         self, request: Request, id_: int, make: Callable[[str], bytes | None], media_type: str
     ) -> Response:
-        stamp = await self._in_thread(lambda: self.review.stamp(id_))
+        stamp = await self._in_thread(lambda: self.review.pictures.stamp(id_))
         headers = {"Cache-Control": "private, no-cache", "ETag": f'"{stamp}"'}  # a browser asks whether it has changed
         if stamp and request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
