@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from flawsift.damage import DAMAGE, json_object
+from flawsift.data.roi import read_region
 from flawsift.detectors.base import Detector
 from flawsift.detectors.registry import make_detector
 from flawsift.errors import FlawsiftError, InputError
 from flawsift.features.backbones import UNSAID, Backbone, load_backbone
 from flawsift.features.store import FeatureStore
-from flawsift.files import Parts
+from flawsift.files import Parts, write_bytes
 from flawsift.models.calibration import DEFAULT_RATE
 from flawsift.models.record import JSON, content_of, told_damage
 from flawsift.paths import show
-from flawsift.pipeline import FitResult, fit
+from flawsift.pipeline import SCREENING, FitResult, fit
 from flawsift.progress import Progress, silent
 from flawsift.screening.result import Screening
 from flawsift.screening.storage import images_of, load_screening
@@ -36,12 +37,14 @@ def refit(
     decisions: str | Path,
     images: str | Path | None = None,
     cache: str | Path | None = None,
+    region: str | Path | None = None,
     progress: Progress = silent,
 ) -> FitResult:
     """Train on what a screening keeps once a person has decided.
 
     Detector, backbone and false-alarm rate are those of the model that is replaced; where there is none, detector and
-    backbone are those of the screening.
+    backbone are those of the screening. Scores of another region of interest are other scores: the images are screened
+    anew then, to `out/screening`, with the options of before; decisions and region are copied there.
 
     Args:
         screening: Its folder.
@@ -49,6 +52,7 @@ def refit(
         decisions: What a person decided.
         images: The images' folder; None takes the one that was screened.
         cache: Feature cache; None takes the default one.
+        region: A file as for `flawsift.data.roi.read_region`; where it is not there, the region is the screening's.
         progress: As for `flawsift.pipeline.fit`.
 
     Raises:
@@ -56,13 +60,19 @@ def refit(
         ModelError: The model that is replaced is damaged.
         OutputError: `out` cannot be written.
     """
-    stage1 = load_screening(screening)
-    detector, backbone, rate = _parts(stage1, Path(out))
-    return fit(
-        images_of(stage1, images),
+    stage1, out = load_screening(screening), Path(out)
+    detector, backbone, rate = _parts(stage1, out)
+    pictures = images_of(stage1, images)
+    before = pictures.region
+    if region is not None and Path(region).exists():
+        pictures = pictures.looked_at(read_region(str(region), pictures))
+    is_new = pictures.region != before
+    result = fit(
+        pictures,
         detector,
         backbone,
-        screening=screening,
+        screening=None if is_new else screening,
+        options=stage1.options if is_new else None,
         decisions=decisions,
         false_alarm_rate=rate,
         out=out,
@@ -70,6 +80,12 @@ def refit(
         seed=stage1.seed,
         progress=progress,
     )
+    if is_new and region is not None:
+        for file in (Path(decisions), Path(region)):
+            copy = out / SCREENING / file.name
+            if not copy.exists():  # else it is this file, or one with decisions of its own
+                write_bytes(copy, file.read_bytes())
+    return result
 
 
 def _parts(stage1: Screening, out: Path) -> tuple[Detector, Backbone, float]:
@@ -114,6 +130,7 @@ def summary_of(result: FitResult, out: Path) -> dict[str, Any]:
         "seconds": training["seconds"],
         "out": show(out),
         "report": show(result.report or ""),
+        "screened_anew": training["screener"] is not None,
     }
 
 
@@ -134,7 +151,7 @@ def _end_with_parent() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one refit, told by arguments."""
     parser = argparse.ArgumentParser(prog="flawsift.review.refit")
-    for name in ("screening", "out", "decisions", "images", "cache"):
+    for name in ("screening", "out", "decisions", "images", "cache", "region"):
         parser.add_argument(f"--{name}", type=Path)
     given = vars(parser.parse_args(arguments))
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -27,7 +27,8 @@ except ImportError as error:
 
 MAX_DIGITS = 10  # of a number in an address
 WORKERS = 4  # pictures made at once; more would only keep decisions waiting
-STATIC = {"review.js": "text/javascript", "review.css": "text/css", "icon.svg": "image/svg+xml"}
+STATIC = {f"{name}.js": "text/javascript" for name in ("common", "review", "region", "zoom")}
+STATIC |= {"review.css": "text/css", "icon.svg": "image/svg+xml"}
 PICTURES = {"thumb": "image/jpeg", "preview": "image/jpeg", "thumb-map": "image/png", "preview-map": "image/png"}
 
 
@@ -50,6 +51,10 @@ def make_app(review: Review, token: str, port: int) -> ASGIApp:
         Route("/picture/place/{id:int}/{place:int}", pages.place),
         Route("/alike/{id:int}", pages.alike),
         Route("/nearest/{id:int}", pages.nearest),
+        Route("/region", pages.region),
+        Route("/region/mean", pages.mean),
+        Route("/region/layer", pages.layer),
+        Route("/region", pages.save_region, methods=["POST"]),
         Route("/decide", pages.decide, methods=["POST"]),
         Route("/refit", pages.refit, methods=["POST"]),
         Route("/{name}", pages.static),
@@ -148,6 +153,25 @@ class _Pages:
         if id_ is None:
             return PlainTextResponse("There is no such image.", 404)
         return JSONResponse(self.review.nearest(id_))
+
+    async def region(self, request: Request) -> Response:
+        return JSONResponse(await self._in_thread(self.review.drawing.state))
+
+    async def mean(self, request: Request) -> Response:
+        return Response(await self._in_thread(lambda: self.review.drawing.mean), media_type="image/png")
+
+    async def layer(self, request: Request) -> Response:
+        data = self.review.drawing.layer
+        if data is None:
+            return PlainTextResponse("The screening looked at whole images.", 404)
+        return Response(data, media_type="image/png")
+
+    async def save_region(self, request: Request) -> Response:
+        try:
+            polygons = (await request.json())["polygons"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return JSONResponse({"error": "Give {'polygons': [...]} as JSON."}, 400)
+        return JSONResponse(await self._in_thread(lambda: self.review.drawing.save(polygons)))
 
     async def decide(self, request: Request) -> Response:
         try:

@@ -26,6 +26,7 @@ from flawsift.reports.overlays import peak_position
 from flawsift.reports.pages import css_ramp, flat, number, template, unreadable_files
 from flawsift.reports.screening import consensus_histogram
 from flawsift.reports.wording import explanation, headline, nearest_text
+from flawsift.review import region
 from flawsift.review.pictures import Pictures
 from flawsift.review.process import Refit
 from flawsift.screening import decisions
@@ -34,7 +35,7 @@ from flawsift.screening.decisions import Change, Decision, DecisionStore
 from flawsift.screening.lookalikes import most_alike
 from flawsift.screening.mixture import UNKNOWN
 from flawsift.screening.result import Screening
-from flawsift.screening.storage import images_of, load_screening, screening_folder
+from flawsift.screening.storage import images_of, load_screening, region_of, screening_folder
 
 N_ALIKE = 6
 
@@ -79,10 +80,15 @@ class Review:
         # -P: modules are not looked for in the working folder, where a csv.py may lie
         command = [os.path.abspath(sys.executable), "-P", "-m", "flawsift.review.refit"]
         command += ["--screening", str(folder), "--out", str(out)]
-        command += ["--decisions", str(store.path)]
+        command += ["--decisions", str(store.path), "--region", str(folder / region.NAME)]
         command += ["--images", str(images)] if images is not None else []
         command += ["--cache", str(cache)] if cache is not None else []
         return cls(folder, out, screening, pictures, store, Refit(command))
+
+    @functools.cached_property
+    def drawing(self) -> region.Drawing:
+        """The region of interest."""
+        return region.Drawing(self.folder / region.NAME, self.images, region_of(self.screening))
 
     @functools.cached_property
     def pictures(self) -> Pictures:

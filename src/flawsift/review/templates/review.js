@@ -1,6 +1,7 @@
 // The review page: a virtualised grid, a large view, and decisions that are saved one by one.
 // File names are only ever set as text, never as markup.
-"use strict";
+import { $, count, make, request } from "./common.js";
+import { openRegion } from "./region.js";
 
 (() => {
   const CAPTION = 52; // pixels below a picture, as the style has it
@@ -11,15 +12,6 @@
   const BORDERLINE = 24; // images whose probability of a defect is nearest to one half
   const MAX_UNDO = 500;
   const READING = 8000; // milliseconds that a message stays, however fast the next decisions are saved
-
-  const $ = (id) => document.getElementById(id);
-  const make = (tag, className, text) => {
-    const element = document.createElement(tag);
-    if (className) element.className = className;
-    if (text !== undefined) element.textContent = text;
-    return element;
-  };
-  const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 
   let data = null; // what the server knows of the images, by position
   let at = new Map(); // id -> position
@@ -40,22 +32,7 @@
   let asked = new Map(); // id -> how soon its answer is wanted
   let nowKept = null; // by position: what is kept with the decisions, those that follow from them included
 
-  // ---- requests -----------------------------------------------------------------------------------------------------
-
-  async function request(path, body) {
-    const options = body === undefined ? {} :
-      { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-    let answer;
-    try {
-      answer = await fetch(path, options);
-    } catch {
-      throw new Error("The server does not answer. Start “flawsift review” again and open the address that it prints; "
-        + "what was saved is there.");
-    }
-    const content = (answer.headers.get("Content-Type") || "").includes("json") ? await answer.json() : await answer.text();
-    if (!answer.ok && answer.status !== 409) throw new Error(content.error || content);
-    return content;
-  }
+  // ---- messages -----------------------------------------------------------------------------------------------------
 
   let alertedAt = 0; // when
   function showAlert(text) {
@@ -539,6 +516,19 @@
 
   // ---- refit --------------------------------------------------------------------------------------------------------
 
+  // scores of another region of interest are other scores
+  async function planRegion() {
+    $("refit-region").textContent = "";
+    try {
+      const region = await request("region");
+      if (region.problem) $("refit-region").textContent = `The region of interest cannot be used: ${region.problem}`;
+      else if (region.is_new) {
+        $("refit-region").textContent = "The region of interest is not that of this screening: the images are screened anew first, "
+          + `which takes as long as it took before. The same from the command line: ${region.command}`;
+      }
+    } catch (error) { $("refit-region").textContent = error.message; }
+  }
+
   let refitState = "";
   function showRefit(status) {
     const running = status.state === "running";
@@ -645,8 +635,9 @@
     $("single").addEventListener("close", () => moveTo(inSingle));
     $("previous").addEventListener("click", () => moveTo(current - 1));
     $("next").addEventListener("click", () => moveTo(current + 1));
+    $("open-region").addEventListener("click", openRegion);
     $("open-help").addEventListener("click", () => $("help").showModal());
-    $("open-refit").addEventListener("click", () => { refresh(); $("refit").showModal(); });
+    $("open-refit").addEventListener("click", () => { refresh(); planRegion(); $("refit").showModal(); });
     $("start-refit").addEventListener("click", async () => {
       $("start-refit").disabled = true;
       await queue; // what was decided so far is part of it
