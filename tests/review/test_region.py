@@ -18,7 +18,7 @@ from flawsift.data.images import ImageSet
 from flawsift.data.roi import read_region
 from flawsift.features.backbones import Backbone
 from flawsift.models import model as models
-from flawsift.review.refit import refit, summary_of
+from flawsift.review.refit import Before, refit, summary_of
 from flawsift.review.server import make_app
 from flawsift.review.session import Review
 from flawsift.screening.storage import load_screening, region_of
@@ -34,6 +34,7 @@ def post(client: TestClient, content: Any) -> Any:
 
 
 def test_a_region_is_drawn_on_the_mean_and_read_by_the_command(client: TestClient, folder: Path) -> None:
+    assert 'id="single-region"' not in client.get(f"/{TOKEN}/").text
     before = client.get(f"/{TOKEN}/region").json()
     assert before == {
         "size": [64, 64], "polygons": [], "share": None, "screened": None, "is_new": False, "problem": None,
@@ -72,6 +73,7 @@ def test_what_is_no_region_is_told_and_leaves_the_last_one(
     assert answer.status_code == 400
     assert says in answer.json()["error"]
     assert (folder / "roi.json").read_bytes() == written
+    broken: Any
     for broken in ([], {}, 3):
         assert post(client, broken).status_code == 400
 
@@ -115,6 +117,7 @@ def test_the_region_of_a_screening_is_shown(screened: Path, tiny: Backbone, tmp_
         assert (state["screened"], state["share"], state["is_new"]) == (0.5, 0.5, False)
         with Image.open(io.BytesIO(client.get(f"/{TOKEN}/region/layer").content)) as layer:
             assert (np.asarray(layer)[..., 3] == 0).tolist() == region.cells.tolist()
+        assert 'id="single-region"' in client.get(f"/{TOKEN}/").text
 
 
 def test_a_refit_with_another_region_screens_anew(folder: Path, tmp_path: Path) -> None:
@@ -132,11 +135,11 @@ def test_a_refit_with_another_region_screens_anew(folder: Path, tmp_path: Path) 
     assert made.options.as_json() == before.options.as_json()
     assert not np.array_equal(made.consensus, before.consensus)
     assert models.load_model(out).training["decisions"]["remove"] == 2
-    assert summary_of(told, out)["screened_anew"]
+    assert summary_of(told, out, Before.of(before, out))["screened_anew"]
     for name in ("decisions.csv", "roi.json"):
         assert (out / "screening" / name).read_bytes() == (folder / name).read_bytes()
     again = refit(out / "screening", out, decisions=out / "screening" / "decisions.csv", region=out / "roi.json")
-    assert not summary_of(again, out)["screened_anew"]  # no other region is there
+    assert not summary_of(again, out, Before.of(before, out))["screened_anew"]  # no other region is there
     assert models.load_model(out).region == region
 
 

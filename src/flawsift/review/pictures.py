@@ -4,7 +4,9 @@ import functools
 import io
 import stat
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from flawsift.data.decoding import UnreadableImage
@@ -12,12 +14,16 @@ from flawsift.data.images import FileSource, ImageSet
 from flawsift.reports.evidence import map_scale, smoothed
 from flawsift.reports.overlays import Scale, layer, shrink
 from flawsift.reports.places import crop
+from flawsift.reports.regions import normal_level, regions
 from flawsift.screening.result import Screening
 
 THUMB, PREVIEW = 256, 1200  # pixels of the long edge: a card on a dense screen, a laptop's window
 LAYER = 512  # pixels; a heatmap is smooth, the browser stretches it
 JPEG_QUALITY = 88
+FULL_QUALITY = 95  # of what is looked at pixel by pixel
+FULL = 16384  # pixels of the long edge: what browsers draw
 THUMBS, PREVIEWS = 4000, 64  # encoded pictures in memory: about 60 and 20 MB
+FULLS = 2  # likewise: 10 MB each; the one that is looked at, and one beside it
 
 
 @dataclass(eq=False)
@@ -79,13 +85,44 @@ class Pictures:
         """An image as JPEG, or its heatmap as PNG; None where there is none.
 
         Args:
-            kind: "thumb", "preview", "thumb-map" or "preview-map".
+            kind: "thumb", "preview", "full", "thumb-map" or "preview-map".
             id_: Of the image.
             stamp: From `stamp`: an image that was changed is made anew.
         """
         if not stamp:
             return None
+        if kind == "full":
+            return self._full(id_, stamp)
         return self._thumb(kind, id_, stamp) if kind.startswith("thumb") else self._preview(kind, id_, stamp)
+
+    @functools.lru_cache(maxsize=FULLS)  # noqa: B019
+    def _full(self, id_: int, stamp: str) -> bytes | None:
+        try:
+            picture = shrink(self.images.image(id_), FULL)
+        except UnreadableImage:
+            return None
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=FULL_QUALITY, subsampling=0)
+        return buffer.getvalue()
+
+    def shape(self, id_: int) -> dict[str, Any] | None:
+        """Size of an image in pixels, and outlines of what is suspect in it; None where it cannot be read.
+
+        An outline is [x1, y1, x2, y2, ...]; see `flawsift.reports.regions`. A flat map has none.
+        """
+        try:
+            size = self.images.source.size(id_)
+        except UnreadableImage:
+            return None
+        outlines: list[list[float]] = []
+        maps = self.screening.patch_maps
+        if maps is not None and np.ptp(patch_map := maps[self._position[id_]]) > 0:
+            outlines = [line for one in regions(patch_map, self._scale, self._level, size) for line in one.polygons]
+        return {"size": size, "outlines": outlines}
+
+    @functools.cached_property
+    def _level(self) -> float:
+        return normal_level(self.screening)
 
     @functools.lru_cache(maxsize=THUMBS)  # noqa: B019  # one lives as long as its server
     def _thumb(self, kind: str, id_: int, stamp: str) -> bytes | None:

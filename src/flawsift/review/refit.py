@@ -10,8 +10,11 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
 
 from flawsift.damage import DAMAGE, json_object
 from flawsift.data.roi import read_region
@@ -22,12 +25,14 @@ from flawsift.features.backbones import UNSAID, Backbone, load_backbone
 from flawsift.features.store import FeatureStore
 from flawsift.files import Parts, write_bytes
 from flawsift.models.calibration import DEFAULT_RATE
-from flawsift.models.record import JSON, content_of, told_damage
+from flawsift.models.record import JSON, calibration_of, content_of, told_damage
 from flawsift.paths import show
 from flawsift.pipeline import SCREENING, FitResult, fit
 from flawsift.progress import Progress, silent
 from flawsift.screening.result import Screening
 from flawsift.screening.storage import images_of, load_screening
+
+MAX_NAMES = 100  # of images that moved, in a list on the page
 
 
 def refit(
@@ -118,14 +123,51 @@ def _made(detector: Mapping[str, Any], spec: Mapping[str, Any]) -> tuple[Detecto
     return make_detector(detector["name"], **detector["params"]), load_backbone(**{**UNSAID, **spec})
 
 
-def summary_of(result: FitResult, out: Path) -> dict[str, Any]:
-    """What a person wants to know of the new model."""
+@dataclass(frozen=True, eq=False)
+class Before:
+    """What a refit is compared with.
+
+    Attributes:
+        is_kept: {name as shown: whether the screening by itself keeps the image}.
+        n_kept: Images that the replaced model counts as good; None where there is none.
+        threshold: Of the replaced model, likewise, or where it has none.
+    """
+
+    is_kept: Mapping[str, bool]
+    n_kept: int | None = None
+    threshold: float | None = None
+
+    @classmethod
+    def of(cls, screening: Screening, out: Path) -> Self:
+        """Of a screening, and of the model in a folder, if there is one that can be read."""
+        names = (show(name) for name in screening.names)
+        is_kept = dict(zip(names, screening.is_kept.tolist(), strict=True))
+        try:
+            content = content_of(out)
+            training = content["training"]
+            made = calibration_of(content).threshold(float(training.get("false_alarm_rate", DEFAULT_RATE)))
+            return cls(is_kept, int(training["n_kept"]), None if made is None else made.value)
+        except (OSError, *DAMAGE):  # there is none; what is damaged is told by `refit`
+            return cls(is_kept)
+
+
+def summary_of(result: FitResult, out: Path, before: Before) -> dict[str, Any]:
+    """What a person wants to know of the new model, and what has changed."""
     training, threshold = result.model.training, result.model.threshold()
+    train = result.plan.train
+    kept = {show(n) for n, k in zip(train.names, np.isin(train.ids, result.plan.kept).tolist(), strict=True) if k}
+    left_out = [name for name, was_kept in before.is_kept.items() if was_kept and name not in kept]
+    taken_back = [name for name, was_kept in before.is_kept.items() if not was_kept and name in kept]
     return {
         "n_kept": training["n_kept"],
         "n_images": training["n_images"],
         "threshold": None if threshold is None else threshold.value,
         "promise": None if threshold is None else threshold.promise,
+        "before": {"n_kept": before.n_kept, "threshold": before.threshold},
+        "moved": [
+            {"to": to, "n": len(names), "names": names[:MAX_NAMES]}
+            for to, names in (("left out", left_out), ("taken back", taken_back))
+        ],
         "warning": result.model.calibration.warning,
         "seconds": training["seconds"],
         "out": show(out),
@@ -156,11 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
+        before = Before.of(load_screening(given["screening"]), given["out"])
         result = refit(**given, progress=lambda stage, done, total: _say(stage=stage, done=done, total=total))
     except (FlawsiftError, OSError, MemoryError) as error:
         _say(error=show(" ".join(str(error).split())) or type(error).__name__)
         return 2
-    _say(result=summary_of(result, given["out"]))
+    _say(result=summary_of(result, given["out"], before))
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from flawsift.errors import FlawsiftError, InputError, ParameterError
 from flawsift.paths import show
-from flawsift.review.guard import LOOPBACK, guarded
+from flawsift.review.guard import LOOPBACK, REPORT_POLICY, guarded
 from flawsift.review.session import Review
 
 try:
@@ -29,7 +29,8 @@ MAX_DIGITS = 10  # of a number in an address
 WORKERS = 4  # pictures made at once; more would only keep decisions waiting
 STATIC = {f"{name}.js": "text/javascript" for name in ("common", "review", "region", "zoom")}
 STATIC |= {"review.css": "text/css", "icon.svg": "image/svg+xml"}
-PICTURES = {"thumb": "image/jpeg", "preview": "image/jpeg", "thumb-map": "image/png", "preview-map": "image/png"}
+PICTURES = dict.fromkeys(("thumb", "preview", "full"), "image/jpeg")
+PICTURES |= dict.fromkeys(("thumb-map", "preview-map"), "image/png")
 
 
 def make_app(review: Review, token: str, port: int) -> ASGIApp:
@@ -49,6 +50,7 @@ def make_app(review: Review, token: str, port: int) -> ASGIApp:
         Route("/verdict", pages.verdict),
         Route("/picture/{kind}/{id:int}", pages.picture),
         Route("/picture/place/{id:int}/{place:int}", pages.place),
+        Route("/shape/{id:int}", pages.shape),
         Route("/alike/{id:int}", pages.alike),
         Route("/nearest/{id:int}", pages.nearest),
         Route("/region", pages.region),
@@ -57,6 +59,7 @@ def make_app(review: Review, token: str, port: int) -> ASGIApp:
         Route("/region", pages.save_region, methods=["POST"]),
         Route("/decide", pages.decide, methods=["POST"]),
         Route("/refit", pages.refit, methods=["POST"]),
+        Route("/report", pages.report),
         Route("/{name}", pages.static),
     ]
 
@@ -142,6 +145,11 @@ class _Pages:
             return PlainTextResponse("This image cannot be read.", 404)
         return Response(data, media_type=media_type, headers=headers)
 
+    async def shape(self, request: Request) -> Response:
+        id_ = self._id(request)
+        told = None if id_ is None else await self._in_thread(lambda: self.review.pictures.shape(id_))
+        return PlainTextResponse("There is no such image.", 404) if told is None else JSONResponse(told)
+
     async def alike(self, request: Request) -> Response:
         id_ = self._id(request)
         if id_ is None:
@@ -182,6 +190,13 @@ class _Pages:
             return JSONResponse({"error": "Give {'changes': [...]} as JSON."}, 400)
         result = await anyio.to_thread.run_sync(lambda: self.review.decide(changes))
         return JSONResponse(result, 409 if result["refused"] else 200)
+
+    async def report(self, request: Request) -> Response:
+        """That of the model that the last refit made, or of the one that it would replace."""
+        data = await self._in_thread(self.review.report)
+        if data is None:
+            return PlainTextResponse("There is no report yet.", 404)
+        return Response(data, media_type="text/html", headers={"Content-Security-Policy": REPORT_POLICY})
 
     async def refit(self, request: Request) -> Response:
         if not self.review.store.path.exists():

@@ -38,6 +38,7 @@ from flawsift.screening.result import Screening
 from flawsift.screening.storage import images_of, load_screening, region_of, screening_folder
 
 N_ALIKE = 6
+REPORT = "report.html"
 
 
 @dataclass(eq=False)
@@ -165,25 +166,31 @@ class Review:
         """Write decisions; see `DecisionStore.write`.
 
         Raises:
-            ParameterError: A change is not of the form {"id", "decision", "version"}, or of an unknown image.
+            ParameterError: A change is not of the form {"id", "decision", "version"}, perhaps with "type", or of an
+                unknown image.
             OutputError: They cannot be written.
         """
         wanted = []
         for change in changes:
             try:
                 id_, choice, seen = change["id"], change["decision"], change["version"]
+                kind = change.get("type")
                 name = show(self.screening.names[self.position[id_]])
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, AttributeError) as error:
                 raise ParameterError("A change needs the id of an image, a decision and a version.") from error
             # True and 5.0 equal whole numbers and would pass for ids, but are none
             if type(id_) is not int or not isinstance(choice, str) or type(seen) is not int:
                 raise ParameterError("A decision is a text, an id and a version are whole numbers.")
-            wanted.append(Change(name, choice, seen))
+            if not isinstance(kind, str | None):
+                raise ParameterError("A defect type is a text.")
+            wanted.append(Change(name, choice, seen, kind))
         written, refused = self.store.write(wanted)
         return {"written": self._by_id(written), "refused": self._by_id(refused), "revision": self.store.revision}
 
     def _by_id(self, rows: Mapping[str, Decision]) -> dict[int, list[Any]]:
-        return {self.id_of[n]: [d.choice, d.version] for n, d in rows.items() if n in self.id_of}
+        """[choice, version] of each, and the defect type where it has one."""
+        told = {n: [d.choice, d.version, *([d.defect_type] if d.defect_type else [])] for n, d in rows.items()}
+        return {self.id_of[n]: row for n, row in told.items() if n in self.id_of}
 
     @functools.cached_property
     def _content(self) -> dict[str, Any]:
@@ -215,6 +222,7 @@ class Review:
             folder=show(self.folder),
             out=show(self.out),
             has_maps=self.screening.patch_maps is not None,
+            has_region=self.drawing.screened is not None,
             has_votes=self.screening.submodels is not None,
         )
 
@@ -234,6 +242,11 @@ class Review:
             **unreadable_files(now.unreadable.items()),
             details=list(flat({"options": now.options.as_json(), **now.provenance})),
         )
+
+    def report(self) -> bytes | None:
+        """The report of the model where a refit writes it; None where there is none."""
+        path = self.out / REPORT
+        return path.read_bytes() if path.is_file() else None
 
     def alike(self, id_: int) -> list[int]:
         """Ids of the typical images that look most like one."""
