@@ -297,7 +297,10 @@ def test_refit(browser: Any, errors: Errors, server: Server) -> None:
         page.click("#refit-report")
     report = errors.watch(opened.value)
     expect(report.locator("h1, h2").first).to_be_visible()
-    assert report.locator("img").evaluate_all("all => all.every((i) => i.naturalWidth > 0)")
+    picture = report.locator("img").first
+    picture.scroll_into_view_if_needed()  # it is loaded then
+    expect(picture).to_have_js_property("complete", True)
+    assert picture.evaluate("image => image.naturalWidth > 0")
     assert (server.folder / "model" / "report.html").exists()
     assert models.load_model(server.folder / "model").training["decisions"]["keep"] == 1
     assert errors == []

@@ -11,10 +11,12 @@ let open = []; // points of the one that is drawn
 let cursor = [0, 0]; // of the keyboard
 let isKeyed = false; // the keyboard's cursor is shown
 let isSaved = true;
+let isReady = false; // what is on disk is shown: until then a click would be lost
 
 const screenPixel = () => width / Math.max(1, $("region-svg").getBoundingClientRect().width);
 
 export async function openRegion() {
+  isReady = false;
   $("region-status").textContent = "Making the mean image…";
   $("region").showModal();
   try {
@@ -30,6 +32,7 @@ export async function openRegion() {
     open = [];
     cursor = [width / 2, height / 2];
     isSaved = true;
+    isReady = true;
     tell(state);
     draw();
   } catch (error) {
@@ -79,6 +82,7 @@ function changed() {
 }
 
 function add(x, y) {
+  if (!isReady) return;
   const [first] = open;
   if (open.length >= FEWEST && Math.hypot(x - first[0], y - first[1]) <= CLOSE * screenPixel()) { close(); return; }
   open.push([x, y].map((at) => Math.round(at * 100) / 100));
