@@ -287,7 +287,7 @@ def test_refit(browser: Any, errors: Errors, server: Server) -> None:
     expect(page.locator("#refit-status")).to_contain_text("Running")
     expect(page.locator("#refit-status")).to_contain_text("trained on 41 images", timeout=60_000)
     expect(page.locator("#refit-facts")).to_contain_text("Threshold")
-    expect(page.locator("#refit-moved summary")).to_have_text("1 image taken back, against the screening by itself")
+    expect(page.locator("#refit-moved summary")).to_have_text("1 image taken back, which the screening had set aside")
     expect(page.locator("#refit-facts")).not_to_contain_text("before")  # there was no model
     page.locator("#refit-moved summary").click()
     expect(page.locator("#refit-moved li")).to_have_text(names(page)[:1])

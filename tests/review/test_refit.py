@@ -16,7 +16,7 @@ from flawsift.features.backbones import Backbone
 from flawsift.models import model as models
 from flawsift.paths import show
 from flawsift.review.process import Refit
-from flawsift.review.refit import Before, refit, summary_of
+from flawsift.review.refit import LEFT_OUT, TAKEN_BACK, Before, refit, summary_of
 from flawsift.review.server import make_app
 from flawsift.review.session import Review
 from flawsift.screening.options import FINAL
@@ -127,15 +127,15 @@ def test_a_refit_says_what_it_changed(folder: Path) -> None:
     assert second["before"] == {"n_kept": before.n_kept, "threshold": before.threshold}
     wanted = screening.with_decisions({back: "keep", gone: "remove"})[0].is_kept
     moved = {part["to"]: part for part in second["moved"]}
-    for to, stays in (("left out", True), ("taken back", False)):
+    for to, stays in ((LEFT_OUT, True), (TAKEN_BACK, False)):
         expected = [
             show(n)
             for n, was, now in zip(screening.names, screening.is_kept, wanted, strict=True)
             if was != now and was == stays
         ]
         assert (moved[to]["names"], moved[to]["n"]) == (expected, len(expected))
-    assert gone in moved["left out"]["names"]
-    assert back in moved["taken back"]["names"]
+    assert gone in moved[LEFT_OUT]["names"]
+    assert back in moved[TAKEN_BACK]["names"]
     (out / "model.json").write_text("{")
     assert Before.of(screening, out).n_kept is None
 

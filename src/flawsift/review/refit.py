@@ -32,6 +32,7 @@ from flawsift.progress import Progress, silent
 from flawsift.screening.result import Screening
 from flawsift.screening.storage import images_of, load_screening
 
+LEFT_OUT, TAKEN_BACK = "left out, which the screening kept", "taken back, which the screening had set aside"
 MAX_NAMES = 100  # of images that moved, in a list on the page
 
 
@@ -166,7 +167,7 @@ def summary_of(result: FitResult, out: Path, before: Before) -> dict[str, Any]:
         "before": {"n_kept": before.n_kept, "threshold": before.threshold},
         "moved": [
             {"to": to, "n": len(names), "names": names[:MAX_NAMES]}
-            for to, names in (("left out", left_out), ("taken back", taken_back))
+            for to, names in ((LEFT_OUT, left_out), (TAKEN_BACK, taken_back))
         ],
         "warning": result.model.calibration.warning,
         "seconds": training["seconds"],

@@ -17,6 +17,7 @@ from flawsift.data.roi import drawn, read_region, sample
 from flawsift.errors import InputError, ParameterError
 from flawsift.files import alone, write_json
 from flawsift.paths import show
+from flawsift.screening import decisions
 
 NAME = "roi.json"
 MAX_POLYGONS, MAX_POINTS = 50, 500  # of a drawing; nobody clicks as many
@@ -90,7 +91,9 @@ class Drawing:
 
     def _command(self) -> str:
         root = getattr(self.images.source, "root", "FOLDER")
-        return f"flawsift fit {shlex.quote(show(root))} --roi {shlex.quote(show(self.path))} --out MODEL"
+        decided = self.path.with_name(decisions.NAME)
+        also = f" --decisions {shlex.quote(show(decided))}" if decided.exists() else ""
+        return f"flawsift fit {shlex.quote(show(root))} --roi {shlex.quote(show(self.path))}{also} --out MODEL"
 
     def save(self, polygons: Any) -> dict[str, Any]:
         """Write polygons, in pixels of the mean image; none takes the file away. Returns the state then.

@@ -45,7 +45,7 @@ function tell(state) {
   const before = state.screened === null ? "The screening looked at whole images."
     : `The screening looked at ${percent(state.screened)} of each image; the rest is dark.`;
   const now = state.problem ? `roi.json cannot be used: ${state.problem}`
-    : state.is_new ? `Saved: ${percent(state.share)} of each image. Refit screens the images anew with it, as does:`
+    : state.is_new ? `Saved: ${percent(state.share)} of each image. Refit screens the images anew with it. From the command line:`
       : state.command ? "Saved: the region of the screening." : "Nothing is drawn.";
   $("region-status").replaceChildren(`${before} ${now} `, ...(state.is_new ? [make("code", "", state.command)] : []));
 }

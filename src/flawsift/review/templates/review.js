@@ -581,13 +581,13 @@ import { endFlicker, isZoomed, look, pan, zoomKey } from "./zoom.js";
         list.append(li);
       }
       if (n > names.length) list.append(make("li", "", `and ${(n - names.length).toLocaleString("en")} more`));
-      details.append(make("summary", "", `${count(n, "image")} ${to}, against the screening by itself`), list);
+      details.append(make("summary", "", `${count(n, "image")} ${to}`), list);
       return details;
     }));
-    if (!(status.moved || []).some(({ n }) => n)) $("refit-moved").textContent = "No image moved against the screening by itself.";
+    if (!(status.moved || []).some(({ n }) => n)) $("refit-moved").textContent = "What the screening kept counts as good, and nothing else.";
     $("refit-warning").textContent = status.warning || "";
     $("refit-anew").textContent = status.screened_anew
-      ? `The images were screened anew; this page shows the screening before. To see the new one: flawsift review ${status.out}` : "";
+      ? `The images were screened anew; this page shows the screening before. To see the new one, start: flawsift review ${status.out}` : "";
   }
 
   let refitState = "";
@@ -646,7 +646,7 @@ import { endFlicker, isZoomed, look, pan, zoomKey } from "./zoom.js";
     else if (key === "u") choose("unsure");
     else if (key === "x") choose("");
     else if (key === "z") undo();
-    else if (key === "t" && single) $("defect-type").focus();
+    else if (key === "t" && single) $("defect-type").select();
     else if (key === "h" && data.has_maps) {
       const where = single ? "stage" : "grid";
       setOpacity(where, heat[where].value > 0 ? 0 : heat[where].last);
