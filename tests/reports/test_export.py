@@ -164,7 +164,7 @@ def test_fiftyone(screened: Any, tmp_path: Path) -> None:
         assert os.path.isabs(path)
         assert Path(path).is_file()
         assert target["label"] in (0, 1)
-        assert set(target["attributes"]) == {"consensus", "held_out_score", "rank", "decision"}
+        assert set(target["attributes"]) == {"consensus", "held_out_score", "rank", "decision", "defect_type"}
     mine = content["labels"][str(images.source.root / screening.names[3])]
     assert (mine["label"], mine["attributes"]["decision"]) == (0, "remove")
     assert "FiftyOneImageClassificationDataset" in opening_note(tmp_path / "out", "fiftyone", images.source.root)

@@ -28,12 +28,12 @@ needs_axe = pytest.mark.skipif(not AXE.exists(), reason="axe-core is not there; 
 class Server:
     """`flawsift review` in a process of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder, self.options = folder, options
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "flawsift", "review", str(self.folder), "--no-browser"]
+        command = [sys.executable, "-m", "flawsift", "review", str(self.folder), "--no-browser", *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()

@@ -30,7 +30,7 @@ def test_the_review_page_is_accessible(browser: Any, errors: Errors, server: Ser
     page.wait_for_selector("#alike-list button")
     assert violations(page) == []
     press(page, "Escape")
-    for button in ("#open-overview", "#open-help", "#open-refit"):
+    for button in ("#open-overview", "#open-region", "#open-help", "#open-refit"):
         page.click(button)
         page.wait_for_selector("dialog[open]")
         assert violations(page) == []

@@ -286,6 +286,21 @@ def test_refit(browser: Any, errors: Errors, server: Server) -> None:
     page.click("#start-refit")
     expect(page.locator("#refit-status")).to_contain_text("Running")
     expect(page.locator("#refit-status")).to_contain_text("trained on 41 images", timeout=60_000)
+    expect(page.locator("#refit-facts")).to_contain_text("Threshold")
+    expect(page.locator("#refit-moved summary")).to_have_text("1 image taken back, which the screening had set aside")
+    expect(page.locator("#refit-facts")).not_to_contain_text("before")  # there was no model
+    page.locator("#refit-moved summary").click()
+    expect(page.locator("#refit-moved li")).to_have_text(names(page)[:1])
+    page.wait_for_timeout(1500)  # the next look at the refit's state leaves the list open
+    expect(page.locator("#refit-moved li")).to_be_visible()
+    with page.context.expect_page() as opened:
+        page.click("#refit-report")
+    report = errors.watch(opened.value)
+    expect(report.locator("h1, h2").first).to_be_visible()
+    picture = report.locator("img").first
+    picture.scroll_into_view_if_needed()  # it is loaded then
+    expect(picture).to_have_js_property("complete", True)
+    assert picture.evaluate("image => image.naturalWidth > 0")
     assert (server.folder / "model" / "report.html").exists()
     assert models.load_model(server.folder / "model").training["decisions"]["keep"] == 1
     assert errors == []

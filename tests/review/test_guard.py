@@ -95,3 +95,18 @@ def test_every_answer_forbids_what_it_does_not_need(client: TestClient) -> None:
     page = client.get(f"/{TOKEN}/").text
     assert "http:" not in page
     assert "https:" not in page
+
+
+def test_a_report_may_bring_its_style_and_pictures_and_nothing_else(client: TestClient, folder: Path) -> None:
+    assert client.get(f"/{TOKEN}/report").status_code == 404
+    (folder / "model").mkdir()
+    (folder / "model" / "report.html").write_text("<h1>made</h1>")
+    answer = client.get(f"/{TOKEN}/report")
+    assert (answer.text, answer.headers["content-type"]) == ("<h1>made</h1>", "text/html; charset=utf-8")
+    policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
+    assert policy == {
+        "default-src": "'none'", "img-src": "data:", "style-src": "'unsafe-inline'", "base-uri": "'none'",
+        "form-action": "'none'", "frame-ancestors": "'none'",
+    }  # fmt: skip
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert client.get("/wrong/report").status_code == 403

@@ -14,9 +14,11 @@ from flawsift.detectors.registry import make_detector
 from flawsift.errors import ModelError
 from flawsift.features.backbones import Backbone
 from flawsift.models import model as models
-from flawsift.review.refit import refit, summary_of
+from flawsift.paths import show
+from flawsift.review.process import Refit
+from flawsift.review.refit import LEFT_OUT, TAKEN_BACK, Before, refit, summary_of
 from flawsift.review.server import make_app
-from flawsift.review.session import Refit, Review
+from flawsift.review.session import Review
 from flawsift.screening.options import FINAL
 from flawsift.screening.storage import load_screening
 from tests.review.material import BASE, PORT, TOKEN
@@ -95,7 +97,7 @@ def test_refit_trains_with_the_decisions_and_reports(folder: Path, tmp_path: Pat
     stages: list[str] = []
     out = tmp_path / os.fsdecode(b"mod\xe9l")  # the page is told in UTF-8
     told = refit(folder, out, decisions=tmp_path / "d.csv", progress=lambda stage, done, total: stages.append(stage))
-    result = summary_of(told, out)
+    result = summary_of(told, out, Before.of(screening, out))
     kept = screening.with_decisions({names[back]: "keep"})[0].kept
     assert back in kept
     assert result["n_kept"] == len(kept)
@@ -107,6 +109,35 @@ def test_refit_trains_with_the_decisions_and_reports(folder: Path, tmp_path: Pat
     page = (out / "report.html").read_text("utf-8")
     assert "a person decided to keep 1 and to remove 0" in page
     assert models.load_model(out).training["n_kept"] == len(kept)
+
+
+def test_a_refit_says_what_it_changed(folder: Path) -> None:
+    screening, out = load_screening(folder), folder / "model"
+    names = dict(zip(screening.ids.tolist(), screening.names, strict=True))
+    back, gone = names[int(screening.removed[0])], names[int(screening.kept[0])]
+    before = Before.of(screening, out)
+    assert (before.n_kept, before.threshold) == (None, None)
+    (folder / "d.csv").write_text(f"path,decision\n{back},keep\n")
+    first = summary_of(refit(folder, out, decisions=folder / "d.csv"), out, before)
+    before = Before.of(screening, out)
+    assert before.n_kept == first["n_kept"]
+    assert before.threshold == pytest.approx(first["threshold"], rel=1e-6)  # what is on disk is rounded
+    (folder / "d.csv").write_text(f"path,decision\n{back},keep\n{gone},remove\n")
+    second = summary_of(refit(folder, out, decisions=folder / "d.csv"), out, before)
+    assert second["before"] == {"n_kept": before.n_kept, "threshold": before.threshold}
+    wanted = screening.with_decisions({back: "keep", gone: "remove"})[0].is_kept
+    moved = {part["to"]: part for part in second["moved"]}
+    for to, stays in ((LEFT_OUT, True), (TAKEN_BACK, False)):
+        expected = [
+            show(n)
+            for n, was, now in zip(screening.names, screening.is_kept, wanted, strict=True)
+            if was != now and was == stays
+        ]
+        assert (moved[to]["names"], moved[to]["n"]) == (expected, len(expected))
+    assert gone in moved[LEFT_OUT]["names"]
+    assert back in moved[TAKEN_BACK]["names"]
+    (out / "model.json").write_text("{")
+    assert Before.of(screening, out).n_kept is None
 
 
 def test_a_refit_replaces_a_model_by_one_of_its_kind(folder: Path, screened: Path, tiny: Backbone) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from flawsift.data.images import ImageSet
 from flawsift.errors import InputError
-from flawsift.review import session as reviewing
+from flawsift.review import pictures
 from flawsift.review.session import Review
 from flawsift.screening.decisions import read_decisions
 from flawsift.screening.storage import images_of, load_screening
@@ -86,7 +86,7 @@ def test_pictures_have_the_sizes_of_their_places(folder: Path, screened: Path, t
     sizes = {}
     for kind in ("thumb", "preview", "thumb-map", "preview-map"):
         for id_ in (large, small):
-            data = review.picture(kind, id_, review.stamp(id_))
+            data = review.pictures.picture(kind, id_, review.pictures.stamp(id_))
             assert data is not None
             with Image.open(io.BytesIO(data)) as picture:
                 sizes[kind, id_] = picture.size
@@ -98,7 +98,7 @@ def test_pictures_have_the_sizes_of_their_places(folder: Path, screened: Path, t
 
 def test_memory_for_pictures_is_bounded() -> None:
     # at most about 15 kB for a thumbnail, and 400 kB for a preview
-    assert 15e3 * reviewing.THUMBS + 400e3 * reviewing.PREVIEWS < 100e6
+    assert 15e3 * pictures.THUMBS + 400e3 * pictures.PREVIEWS < 100e6
 
 
 def test_fewer_previews_than_thumbnails_are_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +110,10 @@ def test_fewer_previews_than_thumbnails_are_remembered(folder: Path, monkeypatch
 
     monkeypatch.setattr(ImageSet, "image", image)
     for kind, again in (("thumb", 0), ("preview", 1)):
-        for version in range(reviewing.PREVIEWS + 1):
-            review.picture(kind, 3, f"{version}")
+        for version in range(pictures.PREVIEWS + 1):
+            review.pictures.picture(kind, 3, f"{version}")
         n = len(decoded)
-        review.picture(kind, 3, "0")
+        review.pictures.picture(kind, 3, "0")
         assert len(decoded) - n == again, kind
 
 

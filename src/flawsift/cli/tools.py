@@ -60,7 +60,7 @@ def export(
 ) -> None:
     """Hand what was kept and removed to other tools. The images themselves stay where they are."""
     from flawsift.reports import export as exporting
-    from flawsift.screening.decisions import NAME, read_decisions
+    from flawsift.screening.decisions import NAME, read_decisions, read_defect_types
     from flawsift.screening.storage import images_of, load_screening, screening_folder
 
     place = screening_folder(folder)
@@ -68,7 +68,8 @@ def export(
     found = load_screening(place)
     pictures = images_of(found, images)
     choices = None if there is None else read_decisions(there)
-    counts = exporting.export(found, pictures, out, to.value, choices=choices, link=link)
+    types = None if there is None else read_defect_types(there)
+    counts = exporting.export(found, pictures, out, to.value, choices=choices, defect_types=types, link=link)
     lines = [f"{counts['kept']} kept and {counts['removed']} removed images written to {out}."]
     if counts["missing"]:
         lines.append(f"{counts['missing']} images are missing or unreadable and were left out.")

@@ -46,13 +46,34 @@ def read_region(given: str, images: ImageSet) -> Region:
     path = Path(given)
     if not path.is_file():
         raise InputError(f"The region of interest '{show(path)}' is not there. Give a mask, a JSON file, or auto.")
-    return Region.of_mask(_drawn(path) if path.suffix.lower() == ".json" else read_mask([path]))
+    return drawn(_content(path), show(path)) if path.suffix.lower() == ".json" else Region.of_mask(read_mask([path]))
 
 
-def _drawn(path: Path) -> NDArray[np.bool_]:
-    """(H, W) of polygons."""
+def _content(path: Path) -> dict[str, Any]:
     try:
-        content = json_object(path.read_bytes())
+        return json_object(path.read_bytes())
+    except (OSError, *DAMAGE) as error:
+        raise InputError(_no_region(show(path), error)) from error
+
+
+def _no_region(where: str, error: Exception) -> str:
+    return (
+        f'{where} holds no region: {error}. It must be what labelme writes, or {{"size": [width, height], '
+        '"polygons": [[[x, y], [x, y], [x, y]]]}.'
+    )
+
+
+def drawn(content: Mapping[str, Any], where: str) -> Region:
+    """The region that polygons hold.
+
+    Args:
+        content: As `read_region` takes it from JSON.
+        where: What holds it, for errors.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
         if "shapes" in content:  # of labelme
             size = content["imageWidth"], content["imageHeight"]
             polygons = [_outline(shape) for shape in content["shapes"]]
@@ -66,19 +87,16 @@ def _drawn(path: Path) -> NDArray[np.bool_]:
             or not np.isfinite([at for polygon in corners for point in polygon for at in point]).all()
         ):
             raise ValueError("sizes and points must be numbers of pixels")
-    except (OSError, *DAMAGE) as error:
-        raise InputError(
-            f'{show(path)} holds no region: {error}. It must be what labelme writes, or {{"size": [width, height], '
-            '"polygons": [[[x, y], [x, y], [x, y]]]}.'
-        ) from error
+    except DAMAGE as error:
+        raise InputError(_no_region(where, error)) from error
     mask = Image.new("1", (width, height))
     for polygon in corners:
         if len(polygon) < 3:
-            raise InputError(f"{show(path)} has a polygon of {len(polygon)} points. A region needs three at least.")
+            raise InputError(f"{where} has a polygon of {len(polygon)} points. A region needs three at least.")
         ImageDraw.Draw(mask).polygon(polygon, fill=1)
     if not np.asarray(mask).any():
-        raise InputError(f"The polygons of {show(path)} hold no pixel of {width} x {height}.")
-    return np.asarray(mask)
+        raise InputError(f"The polygons of {where} hold no pixel of {width} x {height}.")
+    return Region.of_mask(np.asarray(mask))
 
 
 def _outline(shape: Mapping[str, Any]) -> Sequence[Sequence[float]]:
@@ -95,11 +113,11 @@ def _outline(shape: Mapping[str, Any]) -> Sequence[Sequence[float]]:
     return [(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in angles.tolist()]
 
 
-def foreground(images: ImageSet) -> Region:
-    """Where any of some images differs from their background, which must be of one colour all along their borders.
+def sample(images: ImageSet) -> NDArray[np.float32]:
+    """(n, h, w, 3) of up to 2 * `N_SEEN` - 1 images, evenly spaced, in the size of the first at `ROI_EDGE` pixels.
 
     Raises:
-        InputError: It is not, or nothing differs, or no image can be read.
+        InputError: None can be read.
     """
     every = max(1, len(images) // N_SEEN)
     pictures: list[NDArray[np.float32]] = []
@@ -112,8 +130,17 @@ def foreground(images: ImageSet) -> Region:
                 picture.thumbnail((ROI_EDGE, ROI_EDGE), Image.Resampling.BOX)
             pictures.append(np.asarray(picture, np.float32))
     if not pictures:
-        raise InputError("--roi auto finds no image that can be read.")
-    stack = np.stack(pictures)  # (N, h, w, 3)
+        raise InputError("No image can be read, so that there is nothing to take a region of interest of.")
+    return np.stack(pictures)
+
+
+def foreground(images: ImageSet) -> Region:
+    """Where any of some images differs from their background, which must be of one colour all along their borders.
+
+    Raises:
+        InputError: It is not, or nothing differs, or no image can be read.
+    """
+    stack = sample(images)
     border = np.concatenate([stack[:, [0, -1]].reshape(-1, 3), stack[:, :, [0, -1]].reshape(-1, 3)])
     colour = np.median(border, axis=0)
     share = float((np.abs(border - colour).max(1) <= BACKGROUND).mean())

@@ -16,6 +16,7 @@ import numpy as np
 from flawsift import __version__
 from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import FileSource, ImageSet
+from flawsift.data.joins import find_images
 from flawsift.errors import OutputError, ParameterError, unknown_name
 from flawsift.files import ensure_folder, new_folder, write_json, write_text
 from flawsift.paths import show
@@ -39,6 +40,7 @@ class _Image:
     path: Path
     is_kept: bool
     decision: str  # "" where there is none
+    defect_type: str  # as a person named it; "" where nobody did
     rank: int
     consensus: float
     held_out_score: float
@@ -65,6 +67,11 @@ class _Export:
     def root(self) -> Path:
         return self.source.root
 
+    @property
+    def labels(self) -> list[str]:
+        """What a region can be: without a name, and by the names that were given."""
+        return [REGION, *sorted({image.defect_type for image in self.images} - {"", REGION})]
+
 
 def export(
     screening: Screening,
@@ -73,6 +80,7 @@ def export(
     to: str,
     *,
     choices: Mapping[str, str] | None = None,
+    defect_types: Mapping[str, str] | None = None,
     link: bool = False,
 ) -> dict[str, int]:
     """Write kept and removed images for another tool.
@@ -86,6 +94,7 @@ def export(
             (FiftyOneImageClassificationDataset) or "labelstudio" (tasks with predictions, and with annotations where a
             person decided).
         choices: Decisions in force, from `flawsift.screening.decisions.read_decisions`.
+        defect_types: Names of the defects of removed images, from `flawsift.screening.decisions.read_defect_types`.
         link: For "folder": symbolic links instead of copies.
 
     Returns:
@@ -107,14 +116,16 @@ def export(
             f"'{show(out)}' lies in the image folder, whose next screening would find it. Choose another."
         )
     choices = located(choices or {}, screening.names)
+    typed = find_images(defect_types or {}, screening.names, "decisions")
+    types = {show(name): (defect_types or {})[row] for row, name in typed.items()}
     is_kept, _ = apply_decisions(screening.names, screening.is_kept, choices)
     rank = {i: r for r, i in enumerate(screening.ranking.tolist(), 1)}
     listed = []
     for p, id_ in enumerate(screening.ids.tolist()):
         name = show(screening.names[p])
         scores = float(screening.consensus[p]), float(screening.held_out_scores[p])
-        decision = choices.get(name, "")
-        listed.append(_Image(id_, name, source.path(id_), bool(is_kept[p]), decision, rank[id_], *scores, p))
+        said = choices.get(name, ""), "" if is_kept[p] else types.get(name, "")
+        listed.append(_Image(id_, name, source.path(id_), bool(is_kept[p]), *said, rank[id_], *scores, p))
     level = 0.0 if screening.patch_maps is None else normal_level(screening)
     ensure_folder(out)  # what cannot be written is told before the pictures are copied
     with new_folder(out) as folder:
@@ -144,9 +155,12 @@ def _folder(job: _Export) -> int:
 
 
 def _csv(job: _Export) -> int:
-    header = ["id", "path", "status", "decision", "rank", "consensus", "held_out_score", "file"]
+    header = ["id", "path", "status", "decision", "rank", "consensus", "held_out_score", "file", "defect_type"]
     table = [
-        (i.id, i.name, i.status, i.decision, i.rank, f"{i.consensus:.9g}", f"{i.held_out_score:.9g}", _absolute(i.path))
+        (
+            *(i.id, i.name, i.status, i.decision, i.rank, f"{i.consensus:.9g}", f"{i.held_out_score:.9g}"),
+            *(_absolute(i.path), i.defect_type),
+        )
         for i in job.images
     ]
     write_csv(job.folder / "images.csv", header, table)
@@ -158,6 +172,7 @@ def _coco(job: _Export) -> int:
     pictures: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     missing = 0
+    category = {name: n for n, name in enumerate(job.labels, 1)}
     for image in job.images:
         size = _size(job, image)
         if size is None:
@@ -171,7 +186,7 @@ def _coco(job: _Export) -> int:
                 {
                     "id": len(annotations) + 1,
                     "image_id": image.id,
-                    "category_id": 1,
+                    "category_id": category[image.defect_type or REGION],
                     "bbox": region.box,
                     "area": region.area,
                     "segmentation": region.polygons,
@@ -181,7 +196,7 @@ def _coco(job: _Export) -> int:
     content = {
         "info": {"description": "Screened by flawsift", "version": __version__},
         "licenses": [],
-        "categories": [{"id": 1, "name": REGION, "supercategory": "defect"}],
+        "categories": [{"id": n, "name": name, "supercategory": "defect"} for name, n in category.items()],
         "images": pictures,
         "annotations": annotations,
     }
@@ -198,7 +213,7 @@ def _fiftyone(job: _Export) -> int:
             "held_out_score": image.held_out_score,
             "rank": image.rank,
         }
-        attributes["decision"] = image.decision or None
+        attributes |= {"decision": image.decision or None, "defect_type": image.defect_type or None}
         labels[_absolute(image.path)] = {"label": int(image.is_kept), "confidence": None, "attributes": attributes}
     write_json(job.folder / "labels.json", {"classes": list(STATUS), "labels": labels})
     return 0
@@ -217,19 +232,26 @@ def _labelstudio(job: _Export) -> int:
         size = None if image.is_kept else _size(job, image)
         if size is not None:
             for b, region in enumerate(_regions(job, image, size)):
-                result.append(_rectangle(f"{image.id}-region-{b}", region.box, size))
+                result.append(_rectangle(f"{image.id}-region-{b}", region.box, size, image.defect_type or REGION))
         prediction = {"model_version": f"flawsift {__version__}", "score": image.consensus, "result": result}
         task: dict[str, Any] = {"data": data, "predictions": [prediction]}
         if image.decision in ("keep", "remove"):
-            task["annotations"] = [{"result": [_choice(f"{image.id}-person", image.status)]}]
+            said = [_choice(f"{image.id}-person", image.status)]
+            said += [_choice(f"{image.id}-type", image.defect_type, "defect_type")] if image.defect_type else []
+            task["annotations"] = [{"result": said}]
         tasks.append(task)
     write_json(job.folder / "tasks.json", tasks)
-    choices = "\n".join(f"    <Choice value={quoteattr(s)}/>" for s in reversed(STATUS))
+    _, *types = job.labels
+    status, named = (
+        "\n".join(f"    <Choice value={quoteattr(s)}/>" for s in values) for values in (reversed(STATUS), types)
+    )
+    named = f'  <Choices name="defect_type" toName="image" choice="single">\n{named}\n  </Choices>\n' if types else ""
+    labels = "\n".join(f"    <Label value={quoteattr(s)}/>" for s in job.labels)
     write_text(
         job.folder / "interface.xml",
         f'<View>\n  <Image name="image" value="$image"/>\n  <Choices name="status" toName="image" choice="single">\n'
-        f'{choices}\n  </Choices>\n  <RectangleLabels name="region" toName="image">\n'
-        f"    <Label value={quoteattr(REGION)}/>\n  </RectangleLabels>\n</View>\n",
+        f'{status}\n  </Choices>\n{named}  <RectangleLabels name="region" toName="image">\n'
+        f"{labels}\n  </RectangleLabels>\n</View>\n",
     )
     return 0
 
@@ -243,15 +265,15 @@ FORMATS: Mapping[str, Callable[[_Export], int]] = {
 }
 
 
-def _choice(id_: str, value: str) -> dict[str, Any]:
-    return {"id": id_, "type": "choices", "from_name": "status", "to_name": "image", "value": {"choices": [value]}}
+def _choice(id_: str, value: str, control: str = "status") -> dict[str, Any]:
+    return {"id": id_, "type": "choices", "from_name": control, "to_name": "image", "value": {"choices": [value]}}
 
 
-def _rectangle(id_: str, box: list[float], size: tuple[int, int]) -> dict[str, Any]:
+def _rectangle(id_: str, box: list[float], size: tuple[int, int], label: str) -> dict[str, Any]:
     """Label Studio's boxes are in percent of the picture."""
     (x, y, w, h), (width, height) = box, size
     percent = {"x": 100 * x / width, "y": 100 * y / height, "width": 100 * w / width, "height": 100 * h / height}
-    value = {**{key: round(v, 3) for key, v in percent.items()}, "rotation": 0, "rectanglelabels": [REGION]}
+    value = {**{key: round(v, 3) for key, v in percent.items()}, "rotation": 0, "rectanglelabels": [label]}
     common = {"id": id_, "type": "rectanglelabels", "from_name": "region", "to_name": "image", "value": value}
     return {**common, "original_width": width, "original_height": height, "image_rotation": 0}
 

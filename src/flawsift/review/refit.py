@@ -10,23 +10,30 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
 
 from flawsift.damage import DAMAGE, json_object
+from flawsift.data.roi import read_region
 from flawsift.detectors.base import Detector
 from flawsift.detectors.registry import make_detector
 from flawsift.errors import FlawsiftError, InputError
 from flawsift.features.backbones import UNSAID, Backbone, load_backbone
 from flawsift.features.store import FeatureStore
-from flawsift.files import Parts
+from flawsift.files import Parts, write_bytes
 from flawsift.models.calibration import DEFAULT_RATE
-from flawsift.models.record import JSON, content_of, told_damage
+from flawsift.models.record import JSON, calibration_of, content_of, told_damage
 from flawsift.paths import show
-from flawsift.pipeline import FitResult, fit
+from flawsift.pipeline import SCREENING, FitResult, fit
 from flawsift.progress import Progress, silent
 from flawsift.screening.result import Screening
 from flawsift.screening.storage import images_of, load_screening
+
+LEFT_OUT, TAKEN_BACK = "left out, which the screening kept", "taken back, which the screening had set aside"
+MAX_NAMES = 100  # of images that moved, in a list on the page
 
 
 def refit(
@@ -36,12 +43,14 @@ def refit(
     decisions: str | Path,
     images: str | Path | None = None,
     cache: str | Path | None = None,
+    region: str | Path | None = None,
     progress: Progress = silent,
 ) -> FitResult:
     """Train on what a screening keeps once a person has decided.
 
     Detector, backbone and false-alarm rate are those of the model that is replaced; where there is none, detector and
-    backbone are those of the screening.
+    backbone are those of the screening. Scores of another region of interest are other scores: the images are screened
+    anew then, to `out/screening`, with the options of before; decisions and region are copied there.
 
     Args:
         screening: Its folder.
@@ -49,6 +58,7 @@ def refit(
         decisions: What a person decided.
         images: The images' folder; None takes the one that was screened.
         cache: Feature cache; None takes the default one.
+        region: A file as for `flawsift.data.roi.read_region`; where it is not there, the region is the screening's.
         progress: As for `flawsift.pipeline.fit`.
 
     Raises:
@@ -56,13 +66,19 @@ def refit(
         ModelError: The model that is replaced is damaged.
         OutputError: `out` cannot be written.
     """
-    stage1 = load_screening(screening)
-    detector, backbone, rate = _parts(stage1, Path(out))
-    return fit(
-        images_of(stage1, images),
+    stage1, out = load_screening(screening), Path(out)
+    detector, backbone, rate = _parts(stage1, out)
+    pictures = images_of(stage1, images)
+    before = pictures.region
+    if region is not None and Path(region).exists():
+        pictures = pictures.looked_at(read_region(str(region), pictures))
+    is_new = pictures.region != before
+    result = fit(
+        pictures,
         detector,
         backbone,
-        screening=screening,
+        screening=None if is_new else screening,
+        options=stage1.options if is_new else None,
         decisions=decisions,
         false_alarm_rate=rate,
         out=out,
@@ -70,6 +86,12 @@ def refit(
         seed=stage1.seed,
         progress=progress,
     )
+    if is_new and region is not None:
+        for file in (Path(decisions), Path(region)):
+            copy = out / SCREENING / file.name
+            if not copy.exists():  # else it is this file, or one with decisions of its own
+                write_bytes(copy, file.read_bytes())
+    return result
 
 
 def _parts(stage1: Screening, out: Path) -> tuple[Detector, Backbone, float]:
@@ -102,18 +124,56 @@ def _made(detector: Mapping[str, Any], spec: Mapping[str, Any]) -> tuple[Detecto
     return make_detector(detector["name"], **detector["params"]), load_backbone(**{**UNSAID, **spec})
 
 
-def summary_of(result: FitResult, out: Path) -> dict[str, Any]:
-    """What a person wants to know of the new model."""
+@dataclass(frozen=True, eq=False)
+class Before:
+    """What a refit is compared with.
+
+    Attributes:
+        is_kept: {name as shown: whether the screening by itself keeps the image}.
+        n_kept: Images that the replaced model counts as good; None where there is none.
+        threshold: Of the replaced model, likewise, or where it has none.
+    """
+
+    is_kept: Mapping[str, bool]
+    n_kept: int | None = None
+    threshold: float | None = None
+
+    @classmethod
+    def of(cls, screening: Screening, out: Path) -> Self:
+        """Of a screening, and of the model in a folder, if there is one that can be read."""
+        names = (show(name) for name in screening.names)
+        is_kept = dict(zip(names, screening.is_kept.tolist(), strict=True))
+        try:
+            content = content_of(out)
+            training = content["training"]
+            made = calibration_of(content).threshold(float(training.get("false_alarm_rate", DEFAULT_RATE)))
+            return cls(is_kept, int(training["n_kept"]), None if made is None else made.value)
+        except (OSError, *DAMAGE):  # there is none; what is damaged is told by `refit`
+            return cls(is_kept)
+
+
+def summary_of(result: FitResult, out: Path, before: Before) -> dict[str, Any]:
+    """What a person wants to know of the new model, and what has changed."""
     training, threshold = result.model.training, result.model.threshold()
+    train = result.plan.train
+    kept = {show(n) for n, k in zip(train.names, np.isin(train.ids, result.plan.kept).tolist(), strict=True) if k}
+    left_out = [name for name, was_kept in before.is_kept.items() if was_kept and name not in kept]
+    taken_back = [name for name, was_kept in before.is_kept.items() if not was_kept and name in kept]
     return {
         "n_kept": training["n_kept"],
         "n_images": training["n_images"],
         "threshold": None if threshold is None else threshold.value,
         "promise": None if threshold is None else threshold.promise,
+        "before": {"n_kept": before.n_kept, "threshold": before.threshold},
+        "moved": [
+            {"to": to, "n": len(names), "names": names[:MAX_NAMES]}
+            for to, names in ((LEFT_OUT, left_out), (TAKEN_BACK, taken_back))
+        ],
         "warning": result.model.calibration.warning,
         "seconds": training["seconds"],
         "out": show(out),
         "report": show(result.report or ""),
+        "screened_anew": training["screener"] is not None,
     }
 
 
@@ -134,16 +194,17 @@ def _end_with_parent() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one refit, told by arguments."""
     parser = argparse.ArgumentParser(prog="flawsift.review.refit")
-    for name in ("screening", "out", "decisions", "images", "cache"):
+    for name in ("screening", "out", "decisions", "images", "cache", "region"):
         parser.add_argument(f"--{name}", type=Path)
     given = vars(parser.parse_args(arguments))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
+        before = Before.of(load_screening(given["screening"]), given["out"])
         result = refit(**given, progress=lambda stage, done, total: _say(stage=stage, done=done, total=total))
     except (FlawsiftError, OSError, MemoryError) as error:
         _say(error=show(" ".join(str(error).split())) or type(error).__name__)
         return 2
-    _say(result=summary_of(result, given["out"]))
+    _say(result=summary_of(result, given["out"], before))
     return 0
 
 

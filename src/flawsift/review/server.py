@@ -9,7 +9,7 @@ from typing import Any
 
 from flawsift.errors import FlawsiftError, InputError, ParameterError
 from flawsift.paths import show
-from flawsift.review.guard import LOOPBACK, guarded
+from flawsift.review.guard import LOOPBACK, REPORT_POLICY, guarded
 from flawsift.review.session import Review
 
 try:
@@ -27,8 +27,10 @@ except ImportError as error:
 
 MAX_DIGITS = 10  # of a number in an address
 WORKERS = 4  # pictures made at once; more would only keep decisions waiting
-STATIC = {"review.js": "text/javascript", "review.css": "text/css", "icon.svg": "image/svg+xml"}
-PICTURES = {"thumb": "image/jpeg", "preview": "image/jpeg", "thumb-map": "image/png", "preview-map": "image/png"}
+STATIC = {f"{name}.js": "text/javascript" for name in ("common", "review", "region", "zoom")}
+STATIC |= {"review.css": "text/css", "icon.svg": "image/svg+xml"}
+PICTURES = dict.fromkeys(("thumb", "preview", "full"), "image/jpeg")
+PICTURES |= dict.fromkeys(("thumb-map", "preview-map"), "image/png")
 
 
 def make_app(review: Review, token: str, port: int) -> ASGIApp:
@@ -48,10 +50,16 @@ def make_app(review: Review, token: str, port: int) -> ASGIApp:
         Route("/verdict", pages.verdict),
         Route("/picture/{kind}/{id:int}", pages.picture),
         Route("/picture/place/{id:int}/{place:int}", pages.place),
+        Route("/shape/{id:int}", pages.shape),
         Route("/alike/{id:int}", pages.alike),
         Route("/nearest/{id:int}", pages.nearest),
+        Route("/region", pages.region),
+        Route("/region/mean", pages.mean),
+        Route("/region/layer", pages.layer),
+        Route("/region", pages.save_region, methods=["POST"]),
         Route("/decide", pages.decide, methods=["POST"]),
         Route("/refit", pages.refit, methods=["POST"]),
+        Route("/report", pages.report),
         Route("/{name}", pages.static),
     ]
 
@@ -113,20 +121,22 @@ class _Pages:
         id_, kind = self._id(request), request.path_params["kind"]
         if id_ is None or kind not in PICTURES:
             return PlainTextResponse("There is no such image.", 404)
-        return await self._picture(request, id_, lambda stamp: self.review.picture(kind, id_, stamp), PICTURES[kind])
+        return await self._picture(
+            request, id_, lambda stamp: self.review.pictures.picture(kind, id_, stamp), PICTURES[kind]
+        )
 
     async def place(self, request: Request) -> Response:
         id_, place = self._id(request), request.path_params["place"]
-        if id_ is None or not self.review.has_place(place):
+        if id_ is None or not self.review.pictures.has_place(place):
             return PlainTextResponse("There is no such place.", 404)
         return await self._picture(
-            request, id_, lambda stamp: self.review.place_picture(id_, place, stamp), "image/jpeg"
+            request, id_, lambda stamp: self.review.pictures.place_picture(id_, place, stamp), "image/jpeg"
         )
 
     async def _picture(
         self, request: Request, id_: int, make: Callable[[str], bytes | None], media_type: str
     ) -> Response:
-        stamp = await self._in_thread(lambda: self.review.stamp(id_))
+        stamp = await self._in_thread(lambda: self.review.pictures.stamp(id_))
         headers = {"Cache-Control": "private, no-cache", "ETag": f'"{stamp}"'}  # a browser asks whether it has changed
         if stamp and request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
@@ -134,6 +144,11 @@ class _Pages:
         if data is None:
             return PlainTextResponse("This image cannot be read.", 404)
         return Response(data, media_type=media_type, headers=headers)
+
+    async def shape(self, request: Request) -> Response:
+        id_ = self._id(request)
+        told = None if id_ is None else await self._in_thread(lambda: self.review.pictures.shape(id_))
+        return PlainTextResponse("There is no such image.", 404) if told is None else JSONResponse(told)
 
     async def alike(self, request: Request) -> Response:
         id_ = self._id(request)
@@ -147,6 +162,25 @@ class _Pages:
             return PlainTextResponse("There is no such image.", 404)
         return JSONResponse(self.review.nearest(id_))
 
+    async def region(self, request: Request) -> Response:
+        return JSONResponse(await self._in_thread(self.review.drawing.state))
+
+    async def mean(self, request: Request) -> Response:
+        return Response(await self._in_thread(lambda: self.review.drawing.mean), media_type="image/png")
+
+    async def layer(self, request: Request) -> Response:
+        data = self.review.drawing.layer
+        if data is None:
+            return PlainTextResponse("The screening looked at whole images.", 404)
+        return Response(data, media_type="image/png")
+
+    async def save_region(self, request: Request) -> Response:
+        try:
+            polygons = (await request.json())["polygons"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return JSONResponse({"error": "Give {'polygons': [...]} as JSON."}, 400)
+        return JSONResponse(await self._in_thread(lambda: self.review.drawing.save(polygons)))
+
     async def decide(self, request: Request) -> Response:
         try:
             changes = (await request.json())["changes"]
@@ -156,6 +190,13 @@ class _Pages:
             return JSONResponse({"error": "Give {'changes': [...]} as JSON."}, 400)
         result = await anyio.to_thread.run_sync(lambda: self.review.decide(changes))
         return JSONResponse(result, 409 if result["refused"] else 200)
+
+    async def report(self, request: Request) -> Response:
+        """That of the model that the last refit made, or of the one that it would replace."""
+        data = await self._in_thread(self.review.report)
+        if data is None:
+            return PlainTextResponse("There is no report yet.", 404)
+        return Response(data, media_type="text/html", headers={"Content-Security-Policy": REPORT_POLICY})
 
     async def refit(self, request: Request) -> Response:
         if not self.review.store.path.exists():

@@ -4,108 +4,41 @@ Pictures are encoded anew and requested by the ids of the screening, so no path 
 are on disk before they are confirmed. `flawsift.review.server` serves all this.
 """
 
-import contextlib
 import functools
-import io
-import json
 import os
-import stat
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from flawsift.data.decoding import UnreadableImage
-from flawsift.data.images import FileSource, ImageSet
+from flawsift.data.images import ImageSet
 from flawsift.errors import InputError, ParameterError
 from flawsift.files import ensure_folder
 from flawsift.models.calibration import Calibration
 from flawsift.models.plan import Judged
 from flawsift.paths import show
-from flawsift.reports.evidence import agreement, is_typical, map_scale, smoothed
-from flawsift.reports.overlays import Scale, layer, peak_position, shrink
+from flawsift.reports.evidence import agreement, is_typical
+from flawsift.reports.overlays import peak_position
 from flawsift.reports.pages import css_ramp, flat, number, template, unreadable_files
-from flawsift.reports.places import crop
 from flawsift.reports.screening import consensus_histogram
 from flawsift.reports.wording import explanation, headline, nearest_text
+from flawsift.review import region
+from flawsift.review.pictures import Pictures
+from flawsift.review.process import Refit
 from flawsift.screening import decisions
 from flawsift.screening.consensus import EFFECT
 from flawsift.screening.decisions import Change, Decision, DecisionStore
 from flawsift.screening.lookalikes import most_alike
 from flawsift.screening.mixture import UNKNOWN
 from flawsift.screening.result import Screening
-from flawsift.screening.storage import images_of, load_screening, screening_folder
+from flawsift.screening.storage import images_of, load_screening, region_of, screening_folder
 
-THUMB, PREVIEW = 256, 1200  # pixels of the long edge: a card on a dense screen, a laptop's window
-LAYER = 512  # pixels; a heatmap is smooth, the browser stretches it
-JPEG_QUALITY = 88
-THUMBS, PREVIEWS = 4000, 64  # encoded pictures in memory: about 60 and 20 MB
 N_ALIKE = 6
-
-
-@dataclass(eq=False)
-class Refit:
-    """Stage 2 in a process of its own, one at a time.
-
-    Attributes:
-        command: What is run.
-        status: What the page shows: state (idle, running, done, failed) and more.
-    """
-
-    command: list[str]
-    status: dict[str, Any] = field(default_factory=lambda: {"state": "idle"})
-    _process: subprocess.Popen[bytes] | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def start(self) -> bool:
-        """Start, unless one is running; False then."""
-        with self._lock:
-            if self.status["state"] == "running":
-                return False
-            self.status = {"state": "running", "stage": "starting", "done": 0, "total": 0, "started": time.time()}
-            try:
-                self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            except OSError as error:
-                self.status = {"state": "failed", "message": show(f"cannot start: {error}")}
-                return True
-        threading.Thread(target=self._follow, args=(self._process,), daemon=True).start()
-        return True
-
-    def stop(self) -> None:
-        """End the process; the next one resumes where it was."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait()
-
-    def _follow(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None
-        result = error = None
-        for line in process.stdout:
-            try:
-                message = json.loads(line, parse_constant=lambda _: None)  # JSON for browsers has no nan
-            except (ValueError, RecursionError):
-                continue  # a library printed something
-            if not isinstance(message, dict):
-                continue  # likewise, a number for instance
-            if "stage" in message:
-                self.status = {**self.status, **{key: message.get(key) for key in ("stage", "done", "total")}}
-            result, error = message.get("result", result), message.get("error", error)
-        code = process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        if isinstance(result, dict):
-            self.status = {"state": "done", **result}
-        else:
-            self.status = {"state": "failed", "message": error or f"ended with code {code}"}
+REPORT = "report.html"
 
 
 @dataclass(eq=False)
@@ -148,10 +81,20 @@ class Review:
         # -P: modules are not looked for in the working folder, where a csv.py may lie
         command = [os.path.abspath(sys.executable), "-P", "-m", "flawsift.review.refit"]
         command += ["--screening", str(folder), "--out", str(out)]
-        command += ["--decisions", str(store.path)]
+        command += ["--decisions", str(store.path), "--region", str(folder / region.NAME)]
         command += ["--images", str(images)] if images is not None else []
         command += ["--cache", str(cache)] if cache is not None else []
         return cls(folder, out, screening, pictures, store, Refit(command))
+
+    @functools.cached_property
+    def drawing(self) -> region.Drawing:
+        """The region of interest."""
+        return region.Drawing(self.folder / region.NAME, self.images, region_of(self.screening))
+
+    @functools.cached_property
+    def pictures(self) -> Pictures:
+        """What is asked for by id."""
+        return Pictures(self.screening, self.images)
 
     @functools.cached_property
     def position(self) -> dict[int, int]:
@@ -223,25 +166,31 @@ class Review:
         """Write decisions; see `DecisionStore.write`.
 
         Raises:
-            ParameterError: A change is not of the form {"id", "decision", "version"}, or of an unknown image.
+            ParameterError: A change is not of the form {"id", "decision", "version"}, perhaps with "type", or of an
+                unknown image.
             OutputError: They cannot be written.
         """
         wanted = []
         for change in changes:
             try:
                 id_, choice, seen = change["id"], change["decision"], change["version"]
+                kind = change.get("type")
                 name = show(self.screening.names[self.position[id_]])
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, AttributeError) as error:
                 raise ParameterError("A change needs the id of an image, a decision and a version.") from error
             # True and 5.0 equal whole numbers and would pass for ids, but are none
             if type(id_) is not int or not isinstance(choice, str) or type(seen) is not int:
                 raise ParameterError("A decision is a text, an id and a version are whole numbers.")
-            wanted.append(Change(name, choice, seen))
+            if not isinstance(kind, str | None):
+                raise ParameterError("A defect type is a text.")
+            wanted.append(Change(name, choice, seen, kind))
         written, refused = self.store.write(wanted)
         return {"written": self._by_id(written), "refused": self._by_id(refused), "revision": self.store.revision}
 
     def _by_id(self, rows: Mapping[str, Decision]) -> dict[int, list[Any]]:
-        return {self.id_of[n]: [d.choice, d.version] for n, d in rows.items() if n in self.id_of}
+        """[choice, version] of each, and the defect type where it has one."""
+        told = {n: [d.choice, d.version, *([d.defect_type] if d.defect_type else [])] for n, d in rows.items()}
+        return {self.id_of[n]: row for n, row in told.items() if n in self.id_of}
 
     @functools.cached_property
     def _content(self) -> dict[str, Any]:
@@ -273,6 +222,7 @@ class Review:
             folder=show(self.folder),
             out=show(self.out),
             has_maps=self.screening.patch_maps is not None,
+            has_region=self.drawing.screened is not None,
             has_votes=self.screening.submodels is not None,
         )
 
@@ -293,6 +243,11 @@ class Review:
             details=list(flat({"options": now.options.as_json(), **now.provenance})),
         )
 
+    def report(self) -> bytes | None:
+        """The report of the model where a refit writes it; None where there is none."""
+        path = self.out / REPORT
+        return path.read_bytes() if path.is_file() else None
+
     def alike(self, id_: int) -> list[int]:
         """Ids of the typical images that look most like one."""
         if self.screening.descriptions is None:
@@ -311,84 +266,3 @@ class Review:
             "place": int(evidence.places[position]),
             "nearest": [{"id": i, "place": place, "distance": number(d)} for i, place, d in nearest],
         }
-
-    def has_place(self, place: int) -> bool:
-        """Whether there is such a patch in the images."""
-        evidence = self.screening.evidence
-        return evidence is not None and 0 <= place < evidence.grid[0] * evidence.grid[1]
-
-    @functools.lru_cache(maxsize=THUMBS)  # noqa: B019
-    def place_picture(self, id_: int, place: int, stamp: str) -> bytes | None:
-        """One place of an image as JPEG; None where the image cannot be read.
-
-        Args:
-            id_: Of the image.
-            place: Of the patch grid, row-major.
-            stamp: From `stamp`: an image that was changed is made anew.
-        """
-        if self.screening.evidence is None or not stamp:
-            return None
-        try:
-            picture = crop(self.images.image(id_), self.screening.evidence.grid, place)
-        except UnreadableImage:
-            return None
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
-        return buffer.getvalue()
-
-    @functools.cached_property
-    def _scale(self) -> Scale | None:
-        return map_scale(self.screening)
-
-    def stamp(self, id_: int) -> str:
-        """What changes when an image's file does; "" where there is no such file."""
-        source = self.images.source
-        assert isinstance(source, FileSource)
-        try:
-            status = source.path(id_).stat()
-        except OSError:
-            return ""
-        # reading a pipe of that name would never end
-        return f"{status.st_mtime_ns:x}-{status.st_size:x}" if stat.S_ISREG(status.st_mode) else ""
-
-    def picture(self, kind: str, id_: int, stamp: str) -> bytes | None:
-        """An image as JPEG, or its heatmap as PNG; None where there is none.
-
-        Args:
-            kind: "thumb", "preview", "thumb-map" or "preview-map".
-            id_: Of the image.
-            stamp: From `stamp`: an image that was changed is made anew.
-        """
-        if not stamp:
-            return None
-        return self._thumb(kind, id_, stamp) if kind.startswith("thumb") else self._preview(kind, id_, stamp)
-
-    @functools.lru_cache(maxsize=THUMBS)  # noqa: B019  # one Review lives as long as its server
-    def _thumb(self, kind: str, id_: int, stamp: str) -> bytes | None:
-        return self._make(kind, id_)
-
-    @functools.lru_cache(maxsize=PREVIEWS)  # noqa: B019
-    def _preview(self, kind: str, id_: int, stamp: str) -> bytes | None:
-        return self._make(kind, id_)
-
-    def _make(self, kind: str, id_: int) -> bytes | None:
-        try:
-            image = self.images.image(id_)
-        except UnreadableImage:
-            return None
-        buffer = io.BytesIO()
-        if kind in ("thumb", "preview"):
-            shrink(image, THUMB if kind == "thumb" else PREVIEW).save(buffer, "JPEG", quality=JPEG_QUALITY)
-            return buffer.getvalue()
-        if self.screening.patch_maps is None or self._scale is None:
-            return None
-        edge = THUMB if kind == "thumb-map" else LAYER
-        patch_map = self.screening.patch_maps[self.position[id_]]
-        layer(_fitted(image, edge), smoothed(patch_map), self._scale).save(buffer, "PNG", compress_level=3)
-        return buffer.getvalue()
-
-
-def _fitted(image: Image.Image, edge: int) -> tuple[int, int]:
-    """The picture's shape with this long edge, whether the picture is smaller or larger."""
-    ratio = edge / max(image.size)
-    return max(1, round(image.width * ratio)), max(1, round(image.height * ratio))

@@ -26,7 +26,8 @@ NAME = "decisions.csv"
 CHOICES = ("keep", "remove", "unsure")
 SAID = {"keep": GOOD, "remove": DEFECTIVE}  # what a decision says of an image
 MAX_DIGITS = 9  # of a version: no row is written a billion times
-HEADER = ("path", "decision", "version", "time")
+HEADER = ("path", "decision", "version", "time", "defect_type")
+MAX_TYPE = 60  # characters of a defect's name
 log = logging.getLogger("flawsift")
 
 
@@ -38,11 +39,13 @@ class Decision:
         choice: One of `CHOICES`, or "" where a decision was taken back.
         version: How often it was written; 0 is never.
         time: When, UTC.
+        defect_type: Of an image that is removed, in the reviewer's words; "" where nobody said.
     """
 
     choice: str = ""
     version: int = 0
     time: str = ""
+    defect_type: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,20 @@ class Change:
         name: Relative path as `show` prints it.
         choice: One of `CHOICES`, or "" to take a decision back.
         seen: The version that whoever decides has seen.
+        defect_type: None leaves the one that is there, as long as the image stays removed.
     """
 
     name: str
     choice: str
     seen: int
+    defect_type: str | None = None
+
+    def type_after(self, there: Decision) -> str:
+        """The defect type in place of that of a row."""
+        if self.choice != "remove":
+            return ""
+        given = there.defect_type if self.defect_type is None else self.defect_type
+        return " ".join(given.split())
 
 
 def read_decisions(path: str | Path) -> dict[str, str]:
@@ -67,6 +79,20 @@ def read_decisions(path: str | Path) -> dict[str, str]:
         InputError: The file is missing, lacks a column, or has a row that cannot be understood.
     """
     return {name: decision.choice for name, decision in _read(Path(path)).items() if decision.choice}
+
+
+def is_name(defect_type: str) -> bool:
+    """Whether a text can name a type of defect: other tools show it in a list."""
+    return len(defect_type) <= MAX_TYPE and defect_type.isprintable()
+
+
+def read_defect_types(path: str | Path) -> dict[str, str]:
+    """{relative path: name of its defect}, of removed images, from the column `defect_type`, which may be missing.
+
+    Raises:
+        InputError: As `read_decisions`.
+    """
+    return {name: decision.defect_type for name, decision in _read(Path(path)).items() if decision.defect_type}
 
 
 def choices_of(given: str | Path | Mapping[str, str] | None) -> dict[str, str]:
@@ -99,7 +125,10 @@ def _read(path: Path) -> dict[str, Decision]:
         version = (row.get("version") or "").strip()
         if version and not (version.isdecimal() and len(version) <= MAX_DIGITS):
             raise InputError(f"{where}, row {line}: version must be a whole number, got '{version}'.")
-        decisions[name] = Decision(choice, int(version or 1), row.get("time") or "")
+        kind = " ".join((row.get("defect_type") or "").split()) if choice == "remove" else ""
+        if not is_name(kind):
+            raise InputError(f"{where}, row {line}: a defect type must be {MAX_TYPE} printable characters at most.")
+        decisions[name] = Decision(choice, int(version or 1), row.get("time") or "", kind)
     return decisions
 
 
@@ -183,31 +212,35 @@ class DecisionStore:
     def write(self, changes: Sequence[Change]) -> tuple[dict[str, Decision], dict[str, Decision]]:
         """Write what does not contradict somebody else.
 
-        A change is refused when its image has another version than the one seen and another choice than the one wanted.
+        A change is refused when its image has another version than the one seen, and another choice or defect type than
+        wanted.
 
         Returns:
             The rows written, and the rows that stand against a refused change.
 
         Raises:
-            ParameterError: A choice is unknown.
+            ParameterError: A choice is unknown, or a defect type is no short text.
             OutputError: The file cannot be written; nothing has changed then.
         """
         if bad := [c.choice for c in changes if c.choice not in (*CHOICES, "")]:
             raise ParameterError(f"A decision must be keep, remove or unsure, got '{bad[0]}'.")
+        if not all(is_name(c.defect_type or "") for c in changes):
+            raise ParameterError(f"A defect type must be {MAX_TYPE} printable characters at most.")
         with self._lock, alone(self.path):
             self._refresh()
             now = datetime.now(UTC).isoformat(timespec="seconds")
             rows, written, refused = dict(self._rows), {}, {}
             for change in changes:
                 there = rows.get(change.name, Decision())
-                if there.choice == change.choice:
+                kind = change.type_after(there)
+                if (there.choice, there.defect_type) == (change.choice, kind):
                     written[change.name] = there
                 elif there.version != change.seen:
                     refused[change.name] = there
                 else:
-                    written[change.name] = rows[change.name] = Decision(change.choice, there.version + 1, now)
+                    written[change.name] = rows[change.name] = Decision(change.choice, there.version + 1, now, kind)
             if rows != self._rows:
-                write_csv(self.path, HEADER, [(n, d.choice, d.version, d.time) for n, d in rows.items()])
+                write_csv(self.path, HEADER, [(n, d.choice, d.version, d.time, d.defect_type) for n, d in rows.items()])
                 self._take(rows, self._stamp())
             return written, refused
 
@@ -259,9 +292,9 @@ class DecisionStore:
 def _following(known: Decision, written: Decision) -> Decision:
     """A row of the file in place of the one known so far.
 
-    A hand writes no versions. Versions must not fall, nor stay for another choice: whoever saw the older row could
-    overwrite the newer one unseen.
+    A hand writes no versions. Versions must not fall, nor stay for another choice or type: whoever saw the older row
+    could overwrite the newer one unseen.
     """
-    if written.choice == known.choice:
+    if (written.choice, written.defect_type) == (known.choice, known.defect_type):
         return written if written.version > known.version else known
     return replace(written, version=max(written.version, known.version + 1))

@@ -1,6 +1,8 @@
 // The review page: a virtualised grid, a large view, and decisions that are saved one by one.
 // File names are only ever set as text, never as markup.
-"use strict";
+import { $, count, make, request } from "./common.js";
+import { openRegion } from "./region.js";
+import { endFlicker, isZoomed, look, pan, zoomKey } from "./zoom.js";
 
 (() => {
   const CAPTION = 52; // pixels below a picture, as the style has it
@@ -12,26 +14,18 @@
   const MAX_UNDO = 500;
   const READING = 8000; // milliseconds that a message stays, however fast the next decisions are saved
 
-  const $ = (id) => document.getElementById(id);
-  const make = (tag, className, text) => {
-    const element = document.createElement(tag);
-    if (className) element.className = className;
-    if (text !== undefined) element.textContent = text;
-    return element;
-  };
-  const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
-
   let data = null; // what the server knows of the images, by position
   let at = new Map(); // id -> position
   const decisions = new Map(); // id -> choice, as shown: what was just decided may still be on its way
-  const known = new Map(); // id -> [choice, version] as the server sent it last
+  const types = new Map(); // id -> what its defect is called, likewise
+  const known = new Map(); // id -> [choice, version, type] as the server sent it last
   let revision = -1;
   let doubt = []; // by position: how many images are more doubtful
   let view = []; // positions that are shown, in order
   let current = 0; // index into the view
   let anchor = 0; // the other end of a selection
-  let opacity = 1;
-  let lastOpacity = 1;
+  // how strong heatmaps are in the grid, and in the large view, where the picture under them matters
+  const heat = { grid: { value: 1, last: 1, range: "opacity" }, stage: { value: 0.5, last: 0.5, range: "single-opacity" } };
   let tileSize = 190;
   let undoStack = [];
   let waiting = []; // steps on their way, the oldest first
@@ -40,22 +34,7 @@
   let asked = new Map(); // id -> how soon its answer is wanted
   let nowKept = null; // by position: what is kept with the decisions, those that follow from them included
 
-  // ---- requests -----------------------------------------------------------------------------------------------------
-
-  async function request(path, body) {
-    const options = body === undefined ? {} :
-      { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-    let answer;
-    try {
-      answer = await fetch(path, options);
-    } catch {
-      throw new Error("The server does not answer. Start “flawsift review” again and open the address that it prints; "
-        + "what was saved is there.");
-    }
-    const content = (answer.headers.get("Content-Type") || "").includes("json") ? await answer.json() : await answer.text();
-    if (!answer.ok && answer.status !== 409) throw new Error(content.error || content);
-    return content;
-  }
+  // ---- messages -----------------------------------------------------------------------------------------------------
 
   let alertedAt = 0; // when
   function showAlert(text) {
@@ -68,13 +47,13 @@
 
   function takeChanges(changes) {
     const elsewhere = new Set();
-    for (const [key, [choice, version]] of Object.entries(changes.decisions)) {
+    for (const [key, [choice, version, type = ""]] of Object.entries(changes.decisions)) {
       const id = Number(key);
-      const [before, seen] = known.get(id) || ["", 0];
+      const [before, seen, typeBefore] = knownOf(id);
       if (version < seen) continue; // asked before our own decision, answered after it
-      if (revision >= 0 && choice !== before) elsewhere.add(id);
-      known.set(id, [choice, version]);
-      decisions.set(id, choice);
+      if (revision >= 0 && (choice !== before || type !== typeBefore)) elsewhere.add(id);
+      known.set(id, [choice, version, type]);
+      put(id, choice, type);
     }
     if (elsewhere.size) forget(elsewhere); // undo takes back what was decided here, never what others decided
     revision = changes.revision;
@@ -101,16 +80,22 @@
   // ---- decisions ----------------------------------------------------------------------------------------------------
 
   const choiceOf = (id) => decisions.get(id) || "";
+  const typeOf = (id) => types.get(id) || "";
+  const knownOf = (id) => { const [choice, version, type = ""] = known.get(id) || ["", 0]; return [choice, version, type]; };
+  const put = (id, choice, type) => { decisions.set(id, choice); types.set(id, type); };
   const stateOf = (p) => {
     const choice = choiceOf(data.ids[p]);
     return choice === "keep" ? 1 : choice === "remove" ? 0 : (nowKept || data.kept)[p];
   };
 
+  // wanted: [id, choice, type]; without a type, the one that is there stays as long as the image is removed
   function decide(wanted, { undoing = false } = {}) {
-    const step = { choices: new Map(wanted.filter(([id, choice]) => choiceOf(id) !== choice)), back: [] };
+    const full = wanted.map(([id, choice, type]) => [id, choice, choice === "remove" ? (type ?? typeOf(id)) : ""]);
+    const news = full.filter(([id, choice, type]) => choiceOf(id) !== choice || typeOf(id) !== type);
+    const step = { choices: new Map(news.map(([id, ...decision]) => [id, decision])), back: [] };
     if (!step.choices.size) return;
-    step.back = [...step.choices.keys()].map((id) => [id, choiceOf(id)]);
-    for (const [id, choice] of step.choices) decisions.set(id, choice);
+    step.back = [...step.choices.keys()].map((id) => [id, choiceOf(id), typeOf(id)]);
+    for (const [id, choice, type] of news) put(id, choice, type);
     if (!undoing) remember(step.back);
     waiting.push(step);
     $("saved").textContent = "Saving…";
@@ -121,7 +106,7 @@
   async function send(step, undoing) {
     let status;
     try {
-      const changes = [...step.choices].map(([id, choice]) => ({ id, decision: choice, version: (known.get(id) || ["", 0])[1] }));
+      const changes = [...step.choices].map(([id, [choice, type]]) => ({ id, decision: choice, type, version: knownOf(id)[1] }));
       const answer = changes.length ? await request("decide", { changes }) : { written: {}, refused: {} };
       for (const [id, decision] of Object.entries({ ...answer.written, ...answer.refused })) known.set(Number(id), decision);
       const refused = Object.keys(answer.refused).map(Number);
@@ -139,7 +124,7 @@
       status = refused.length || step.choices.size < step.back.length ? "Not all saved" : "Saved";
     } catch (error) {
       settle(step);
-      if (undoing) remember([...step.choices]);
+      if (undoing) remember([...step.choices].map(([id, decision]) => [id, ...decision]));
       else undoStack = undoStack.filter((other) => other !== step.back);
       store();
       showAlert(`Not saved: ${error.message}`);
@@ -186,7 +171,9 @@
   function settle(step) { // shows what the server sent, unless something newer is on its way
     waiting = waiting.filter((other) => other !== step);
     for (const [id] of step.back) {
-      if (!waiting.some((later) => later.choices.has(id))) decisions.set(id, (known.get(id) || ["", 0])[0]);
+      if (waiting.some((later) => later.choices.has(id))) continue;
+      const [choice, , type] = knownOf(id);
+      put(id, choice, type);
     }
   }
 
@@ -364,7 +351,6 @@
       const map = make("img", "map");
       map.alt = "";
       map.decoding = "async";
-      map.style.opacity = opacity;
       map.addEventListener("error", () => map.remove());
       map.src = `picture/thumb-map/${id}`;
       shown.append(map);
@@ -377,14 +363,16 @@
     const button = li.firstChild;
     const state = data.kept[p] ? "kept" : "set aside";
     const badge = button.querySelector(".badge");
-    badge.textContent = choice || state;
+    const type = typeOf(data.ids[p]);
+    badge.textContent = type || choice || state;
     badge.className = choice ? `badge decision ${choice}` : `badge ${data.kept[p] ? "kept" : "removed"}`;
     button.className = `tile ${choice}`;
     button.tabIndex = index === current ? 0 : -1;
     const [low, high] = anchor < current ? [anchor, current] : [current, anchor];
     if (low !== high && index >= low && index <= high) button.setAttribute("aria-pressed", "true");
     else button.removeAttribute("aria-pressed");
-    button.querySelector(".verdict").textContent = choice ? `decided by hand, ${state} by the screening` : "undecided";
+    button.querySelector(".verdict").textContent = choice
+      ? `${type ? `${choice}, ` : ""}decided by hand, ${state} by the screening` : "undecided";
   }
   function markAll() { for (const [index, li] of tiles) mark(index, li); }
 
@@ -423,10 +411,12 @@
   function openSingle() {
     if (!view.length) return;
     anchor = current; // a decision there is on the image that is seen
+    lookedAt = null;
     if (!$("single").open) $("single").showModal();
     showSingle();
   }
 
+  let lookedAt = null;
   let inSingle = 0; // index of the image in the large view
   function showSingle() {
     inSingle = current;
@@ -435,6 +425,8 @@
     $("single-place").textContent = `${(current + 1).toLocaleString("en")} of ${view.length.toLocaleString("en")}`;
     $("single-name").replaceChildren(make("bdi", "", data.names[p]));
     $("single-image").alt = `Image ${data.names[p]}`;
+    if (lookedAt !== id) look(id);
+    lookedAt = id;
     $("single-image").src = `picture/preview/${id}`;
     $("single-map").hidden = !data.has_maps;
     if (data.has_maps) {
@@ -464,12 +456,23 @@
     }
   }
 
+  // To name the defect of an image is to remove it; an empty name takes the name away, and the image stays as it is.
+  function nameDefect() {
+    const id = data.ids[view[inSingle]];
+    const type = $("defect-type").value.trim().replace(/\s+/g, " ");
+    if (type) decide([[id, "remove", type]]);
+    else if (typeOf(id)) decide([[id, choiceOf(id), ""]]);
+  }
+
   function showState() {
     const p = view[current];
     const choice = choiceOf(data.ids[p]);
     const badges = [make("span", `badge ${data.kept[p] ? "kept" : "removed"}`, data.kept[p] ? "kept" : "set aside"), " by the screening"];
     if (choice) badges.push(", you: ", make("span", `badge decision ${choice}`, choice));
     $("single-state").replaceChildren(...badges);
+    if (document.activeElement !== $("defect-type")) $("defect-type").value = typeOf(data.ids[p]);
+    const names = [...new Set([...types.values()].filter((type) => type))].sort();
+    $("defect-types").replaceChildren(...names.map((name) => { const option = make("option"); option.value = name; return option; }));
     for (const button of document.querySelectorAll("[data-choice]")) {
       if (button.dataset.choice) button.setAttribute("aria-pressed", button.dataset.choice === choice);
       else button.disabled = !choice;
@@ -523,24 +526,75 @@
   }
 
   function compareWith(id, what) {
+    endFlicker();
     $("compare").hidden = id === null;
     if (id === null) { $("compare-image").removeAttribute("src"); return; }
+    $("compare-image").dataset.id = id;
+    delete $("compare-image").dataset.full;
     $("compare-image").src = `picture/preview/${id}`;
     $("compare-image").alt = `${what}: ${data.names[at.get(id)]}`;
     $("compare-caption").replaceChildren(`${what}: `, make("bdi", "", data.names[at.get(id)]));
   }
 
-  function setOpacity(value) {
-    opacity = value;
-    if (value > 0) lastOpacity = value;
-    for (const id of ["opacity", "single-opacity"]) if ($(id)) $(id).value = 100 * value;
-    for (const map of document.querySelectorAll(".map")) map.style.opacity = value;
+  function setOpacity(where, value) {
+    heat[where].value = value;
+    if (value > 0) heat[where].last = value;
+    if ($(heat[where].range)) $(heat[where].range).value = 100 * value;
+    $(where).style.setProperty("--heat", value);
+    $(where).classList.toggle("bare", value === 0);
   }
 
   // ---- refit --------------------------------------------------------------------------------------------------------
 
+  // scores of another region of interest are other scores
+  async function planRegion() {
+    $("refit-region").textContent = "";
+    try {
+      const region = await request("region");
+      if (region.problem) $("refit-region").textContent = `The region of interest cannot be used: ${region.problem}`;
+      else if (region.is_new) {
+        $("refit-region").textContent = "The region of interest is not that of this screening: the images are screened anew first, "
+          + `which takes as long as it took before. The same from the command line: ${region.command}`;
+      }
+    } catch (error) { $("refit-region").textContent = error.message; }
+  }
+
+  // what a refit has changed: threshold and images
+  function showChanges(status) {
+    const digits = (value) => (typeof value === "number" ? String(Number(value.toPrecision(4))) : "none");
+    const before = status.before || {};
+    const rows = [["Threshold", `${digits(status.threshold)}${status.promise ? `: ${status.promise}` : ""}`, digits(before.threshold)],
+      ["Count as good", `${count(status.n_kept, "image")}`, before.n_kept]];
+    $("refit-facts").replaceChildren(...rows.map(([name, value, old]) => {
+      const row = make("div");
+      const shown = make("dd", "", value);
+      if (typeof before.n_kept === "number") shown.append(make("span", "small", ` (before: ${old})`));
+      row.append(make("dt", "", name), shown);
+      return row;
+    }));
+    $("refit-moved").replaceChildren(...(status.moved || []).filter(({ n }) => n).map(({ to, n, names }) => {
+      const details = make("details");
+      const list = make("ul");
+      for (const name of names) {
+        const li = make("li");
+        li.append(make("bdi", "", name));
+        list.append(li);
+      }
+      if (n > names.length) list.append(make("li", "", `and ${(n - names.length).toLocaleString("en")} more`));
+      details.append(make("summary", "", `${count(n, "image")} ${to}`), list);
+      return details;
+    }));
+    if (!(status.moved || []).some(({ n }) => n)) $("refit-moved").textContent = "What the screening kept counts as good, and nothing else.";
+    $("refit-warning").textContent = status.warning || "";
+    $("refit-anew").textContent = status.screened_anew
+      ? `The images were screened anew; this page shows the screening before. To see the new one, start: flawsift review ${status.out}` : "";
+  }
+
   let refitState = "";
+  let refitTold = "";
   function showRefit(status) {
+    if (JSON.stringify(status) === refitTold) return; // a list that somebody opened stays open
+    refitTold = JSON.stringify(status);
     const running = status.state === "running";
     $("start-refit").disabled = running;
     $("refit-progress").hidden = !running;
@@ -551,12 +605,12 @@
       const steps = status.total ? `, ${status.done.toLocaleString("en")} of ${status.total.toLocaleString("en")}` : "";
       $("refit-status").textContent = `Running: ${status.stage}${steps}.`;
     } else if (status.state === "done") {
-      const threshold = status.threshold === null ? ""
-        : ` Threshold ${Number(status.threshold.toPrecision(4))}: ${status.promise}.${status.warning ? ` ${status.warning}` : ""}`;
-      $("refit-status").textContent = `Done in ${Math.round(status.seconds)} s: trained on ${count(status.n_kept, "image")}.${threshold} Report: ${status.report}`;
+      $("refit-status").textContent = `Done in ${Math.round(status.seconds)} s: trained on ${count(status.n_kept, "image")}.`;
     } else if (status.state === "failed") {
       $("refit-status").textContent = `Failed: ${status.message}`;
     }
+    $("refit-result").hidden = status.state !== "done";
+    if (status.state === "done") showChanges(status);
     if (refitState === "running" && !running) announce($("refit-status").textContent);
     refitState = status.state;
   }
@@ -578,24 +632,31 @@
     const moves = single ? { ArrowLeft: -1, ArrowRight: 1 }
       : { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, PageUp: -page, PageDown: page,
         Home: -view.length, End: view.length };
-    if (key in moves && (single || inGrid)) {
+    if (single && extend && isZoomed() && key.startsWith("Arrow")) {
+      event.preventDefault();
+      pan((key === "ArrowRight") - (key === "ArrowLeft"), (key === "ArrowDown") - (key === "ArrowUp"));
+    } else if (key in moves && (single || inGrid)) {
       event.preventDefault();
       const target = current + moves[key];
       const beyond = Math.abs(moves[key]) === columns && (target < 0 || target >= view.length);
       if (!beyond || columns === 1) moveTo(target, { extend: extend && !single });
-    } else if (event.repeat && "kruxz".includes(key)) { /* a key held down must not decide on dozens of images */
+    } else if (event.repeat && "kruxzf".includes(key)) { /* a key held down must not decide on dozens of images */
     } else if (key === "k") choose("keep");
     else if (key === "r") choose("remove");
     else if (key === "u") choose("unsure");
     else if (key === "x") choose("");
     else if (key === "z") undo();
-    else if (key === "h" && data.has_maps) setOpacity(opacity > 0 ? 0 : lastOpacity);
-    else if (key === "?") $("help").showModal();
+    else if (key === "t" && single) $("defect-type").select();
+    else if (key === "h" && data.has_maps) {
+      const where = single ? "stage" : "grid";
+      setOpacity(where, heat[where].value > 0 ? 0 : heat[where].last);
+    } else if (single && zoomKey(key)) { /* done */
+    } else if (key === "?") $("help").showModal();
     else if ((key === "Enter" || key === " ") && event.target === document.body) openSingle();
     else return;
     if (key !== "Enter") event.preventDefault();
   }
-  const typing = (event) => event.target.matches("input[type=search], select") ||
+  const typing = (event) => event.target.matches("input[type=search], input[type=text], select") ||
     (event.target.matches("input") && event.key.startsWith("Arrow"));
 
   function onScroll(event) {
@@ -628,11 +689,22 @@
 
     for (const id of ["filter", "sort"]) $(id).addEventListener("change", () => { makeView(); scrollTo(0, 0); });
     $("search").addEventListener("input", makeView);
-    for (const id of ["opacity", "single-opacity"]) {
-      if ($(id)) $(id).addEventListener("input", (event) => setOpacity(event.target.value / 100));
+    for (const [where, { value, range }] of Object.entries(heat)) {
+      setOpacity(where, value);
+      if ($(range)) $(range).addEventListener("input", (event) => setOpacity(where, event.target.value / 100));
     }
     $("size").addEventListener("input", (event) => { tileSize = Number(event.target.value); layOut(); });
     $("undo").addEventListener("click", undo);
+    $("defect-type").addEventListener("change", nameDefect);
+    $("defect-type").addEventListener("keydown", (event) => {
+      if (event.key === "Escape") { // the name is as it was, and the large view stays
+        event.preventDefault();
+        $("defect-type").value = typeOf(data.ids[view[inSingle]]);
+        $("single-name").focus();
+      } else if (event.key === "Enter" && !event.isComposing) {
+        $("single-name").focus(); // the change is taken when the field loses the focus
+      }
+    });
     document.querySelector(".tools").addEventListener("submit", (event) => event.preventDefault());
     for (const button of document.querySelectorAll("[data-choice]")) {
       button.addEventListener("click", () => choose(button.dataset.choice));
@@ -645,8 +717,9 @@
     $("single").addEventListener("close", () => moveTo(inSingle));
     $("previous").addEventListener("click", () => moveTo(current - 1));
     $("next").addEventListener("click", () => moveTo(current + 1));
+    $("open-region").addEventListener("click", openRegion);
     $("open-help").addEventListener("click", () => $("help").showModal());
-    $("open-refit").addEventListener("click", () => { refresh(); $("refit").showModal(); });
+    $("open-refit").addEventListener("click", () => { refresh(); planRegion(); $("refit").showModal(); });
     $("start-refit").addEventListener("click", async () => {
       $("start-refit").disabled = true;
       await queue; // what was decided so far is part of it
