@@ -123,6 +123,20 @@ def test_images_of_another_camera_are_noticed(run: Any, easy_folder: Path, tmp_p
     assert (size["images"]["width"], size["training"]["width"]) == ([40, 40, 40], [64, 64, 64])
 
 
+def test_predictions_are_written_as_a_page_and_as_lines(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    small = ["--detector", "padim", "--set", "n_features=20"]
+    assert run("fit", easy_folder, "--out", tmp_path / "m", *TINY, *small).code == 0
+    told = run("predict", tmp_path / "m", easy_folder, "--out", tmp_path / "p", "--json").json
+    page = tmp_path / "p" / "report.html"
+    assert (told["report"], told["json_lines"]) == (str(page), str(tmp_path / "p" / "predictions.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "p" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in rows] == [row["path"] for row in table(tmp_path / "p" / "predictions.csv")]
+    assert page.read_text().count('class="card"') >= 24
+    assert run("predict", tmp_path / "m", easy_folder / "part-0*.png", "--out", tmp_path / "p").code == 0
+    aside = {path.name for path in (tmp_path / "p" / "earlier-1").iterdir()}
+    assert aside == {"maps", "predictions.csv", "predictions.jsonl", "report.html", ".flawsift"}
+
+
 def test_days_are_compared(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     small = ["--detector", "padim", "--set", "n_features=20"]
     assert run("fit", easy_folder, "--out", tmp_path / "m", *TINY, *small).code == 0

@@ -45,6 +45,9 @@ def test_the_page_is_one_file_with_metrics_and_pictures(model: Model, evaluated:
     metrics, predictions = evaluated
     page = written(model, metrics, predictions, tmp_path)
     assert "20 test images, 10 of them defective" in page.text[""]
+    assert "AUROC" not in page.text[""]
+    sections = [section for section in page.text if section]
+    assert sections[:3] == ["missed", "false-alarms", "metrics"], "pictures of errors come before numbers"
     assert "Image AUROC" in page.text["metrics"]
     assert {len(card["images"]) for card in page.cards["missed"]} == {2}
     assert all(values["alt"] for values in page.tags("img"))
@@ -78,6 +81,15 @@ def test_errors_are_the_images_on_the_wrong_side_of_the_threshold_the_worst_firs
     for section, verdict in (("false-alarms", "stopped"), ("missed", "passed")):
         assert "on the wrong side of the threshold" in page.text[section]
         assert all(verdict in card["text"] and "Threshold 7" in words(card["text"]) for card in page.cards[section])
+
+
+def test_a_warning_of_the_threshold_stands_above_everything_else(model: Model, evaluated: Any, tmp_path: Path) -> None:
+    metrics, predictions = with_scores(evaluated, [float(i) for i in range(20)], 10.0)
+    assert predictions.threshold is not None
+    doubtful = replace(predictions, threshold=replace(predictions.threshold, n_suspects=3))
+    warning = "At least 3 images look defective and still count"
+    assert warning in written(model, metrics, doubtful, tmp_path).text[""]
+    assert warning not in written(model, metrics, predictions, tmp_path).text[""]
 
 
 def test_without_errors_the_closest_images_are_shown(model: Model, evaluated: Any, tmp_path: Path) -> None:

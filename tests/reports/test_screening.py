@@ -73,7 +73,8 @@ def test_an_edited_selection_has_no_line_between_the_suspects(images: ImageSet) 
 def test_headline_and_estimate(images: ImageSet) -> None:
     text = words(render(make_screening(images), images).text[""])
     assert "Of 40 images, 8 look defective and were set aside; 32 were kept." in text
-    assert "Estimated share of defective images: 20 % (between 15 and 26 %)." in text
+    numbers = words(render(make_screening(images), images).text["scores"])
+    assert "Estimated share of defective images: 20 % (between 15 and 26 %)." in numbers
     one = words(render(make_screening(images, 1), images).text[""])
     assert "1 looks defective and was set aside; 39 were kept." in one
 
@@ -83,10 +84,34 @@ def test_the_page_says_what_becomes_of_suspect_patches(images: ImageSet) -> None
     rejected[10, :3] = True
     kept = images.ids[5:]
     screening = make_screening(images, kept=kept, rejected=rejected)
-    text = words(render(screening, images).text[""])
+    text = words(render(screening, images).text["scores"])
     assert "Of the kept images, the 2.1 % of the patches that look least like the others are suspect" in text
     none = replace(screening, rejected=np.zeros_like(rejected))
-    assert "are suspect" not in words(render(none, images).text[""])
+    assert "are suspect" not in words(render(none, images).text["scores"])
+
+
+JARGON = ("consensus", "held-out", "sub-model", "robust", "quantile", "AUROC", "interval", "patch")
+
+
+def test_the_first_screen_says_what_was_found_and_what_to_do_in_plain_words(images: ImageSet) -> None:
+    page = render(make_screening(images), images)
+    text = words(page.text[""])
+    assert "8 look defective" in text
+    assert "Next: look at the suspects below and say of each whether it is defective." in text
+    assert not [word for word in JARGON if word.lower() in text.lower()]
+    assert [section for section in page.text if section][:2] == ["suspects", "borderline"]
+    assert "Next: look at the first images below" in words(render(make_screening(images, 0), images).text[""])
+
+
+@pytest.mark.parametrize(
+    ("interval", "doubt"), [((0.15, 0.26), False), ((0.0, 0.0), False), ((0.0, 0.5), True), ((0.0, 0.03), True)]
+)
+def test_the_first_screen_says_where_the_images_do_not_tell(
+    images: ImageSet, interval: tuple[float, float], doubt: bool
+) -> None:
+    screening = make_screening(images, 0, contamination=Contamination(interval[1] / 2, "mixture", {}, interval))
+    text = words(render(screening, images).text[""])
+    assert ("The images do not tell whether some are defective." in text) == doubt
 
 
 def test_a_share_set_by_the_user_is_not_called_an_estimate(images: ImageSet) -> None:
@@ -278,6 +303,7 @@ def test_the_report_of_a_fit_names_its_threshold_and_decisions(folder: Path, tmp
     decided, _ = screening.with_decisions({back: "keep"})
     path = write_fit_report(model, decided, files, tmp_path / "m")
     page = Page(path.read_text("utf-8"))
+    assert "Parts that score above 123.5 are stopped: about" in words(page.text[""])
     text = words(page.text["model"])
     assert " was trained on 33 of 40 images; a person decided to keep 1 and to remove 0" in text
     assert "above 123.5" in text
@@ -303,6 +329,9 @@ def test_the_report_of_a_fit_names_its_threshold_and_decisions(folder: Path, tmp
     warning = "At least 3 images look defective and still count for the threshold"
     assert warning in words(" ".join(page.text.values()))
     assert "provisional" in page.text["model"]
+    first = words(page.text[""])
+    assert warning in first, "above everything else"
+    assert "are stopped: do not rely on it yet." in first
     bare = Page(screening_report(screening, files))
     assert "model" not in bare.text
     assert "DIR is the folder of this page" in words(bare.text["next"])
@@ -318,4 +347,6 @@ def test_the_report_of_a_fit_tells_of_suspect_patches_where_they_were_left_out(
     screening = make_screening(files, rejected=rejected)
     model = Model(make_detector(detector), tiny_backbone(), Calibration.of([1.0, 2.0]), {})
     page = Page(write_fit_report(model, screening, files, tmp_path / "m").read_text("utf-8"))
-    assert ("of the patches that look least like the others" in page.text[""]) == model.detector.leaves_out_patches
+    assert (
+        "of the patches that look least like the others" in page.text["scores"]
+    ) == model.detector.leaves_out_patches

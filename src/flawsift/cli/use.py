@@ -1,5 +1,6 @@
 """The commands that use a model: predict, drift and evaluate."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,8 @@ from flawsift.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from flawsift.data.images import ImageSet
+    from flawsift.detectors.base import Prediction
     from flawsift.models.predictions import ImagePrediction, Predictions
 
 MAX_SHOWN = 20  # images that `predict` prints one by one where it writes no table
@@ -31,28 +34,40 @@ MAX_SHOWN = 20  # images that `predict` prints one by one where it writes no tab
 def predict(
     model: ModelChoice,
     images: Images,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the table and the heatmaps.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the page, the table and the heatmaps.")] = None,
     device: Device = "auto",
     false_alarm_rate: Rate = None,
     maps: Annotated[bool, typer.Option("--maps/--no-maps", help="Write heatmap overlays.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Score new images: verdicts on the screen; with --out, predictions.csv and heatmap overlays in OUT/maps."""
+    """Score new images: verdicts on the screen; with --out, a page, a table and heatmap overlays in OUT/maps."""
     from flawsift.data.listing import MAPS
     from flawsift.files import ensure_folder
-    from flawsift.reports.predictions import OverlayWriter, move_earlier_maps, write_predictions
+    from flawsift.reports.prediction_page import HighestPictures, write_prediction_report
+    from flawsift.reports.predictions import OverlayWriter, move_earlier_maps, write_json_lines, write_predictions
 
     if out is not None:
         ensure_folder(out)
     loaded = model.load()
     given = images_in(images, None)
     threshold = loaded.threshold(false_alarm_rate)
-    writer = OverlayWriter(out / MAPS, loaded.calibration, threshold) if out is not None and maps else None
+    pictures = HighestPictures(loaded.calibration, threshold)
+    takers: list[Callable[[ImageSet, Prediction], None]] = [] if out is None else [pictures]
+    takers += [OverlayWriter(out / MAPS, loaded.calibration, threshold)] if out is not None and maps else []
+
+    def take(piece: "ImageSet", prediction: "Prediction") -> None:
+        for taker in takers:
+            taker(piece, prediction)
+
     if out is not None:
         move_earlier_maps(out, given.names if maps else [])
     with shown_progress() as progress:
         result = loaded.predict(
-            given, false_alarm_rate=false_alarm_rate, device=device, on_maps=writer, progress=progress
+            given,
+            false_alarm_rate=false_alarm_rate,
+            device=device,
+            on_maps=take if takers else None,
+            progress=progress,
         )
     lines = predicted_lines(result, one_by_one=out is None)
     summary: dict[str, Any] = {
@@ -66,9 +81,13 @@ def predict(
     if out is None:
         summary["images"] = [_as_json(one) for one in result]
     else:
-        table = write_predictions(result, out, heatmaps=result.ids.tolist() if maps else None)
-        lines.append(f"Table: {table}" + (f"   Heatmaps: {out / MAPS}" if maps else ""))
-        summary["predictions"] = str(table)
+        drawn = result.ids.tolist() if maps else None
+        table = write_predictions(result, out, heatmaps=drawn)
+        summary["json_lines"] = str(write_json_lines(result, out, heatmaps=drawn))
+        page = write_prediction_report(result, pictures, out, heatmaps=drawn or ())
+        lines.append(f"Table:  {table}" + (f"   Heatmaps: {out / MAPS}" if maps else ""))
+        lines.append(f"Report: {page}")
+        summary |= {"predictions": str(table), "report": str(page)}
     say(as_json, summary, lines)
 
 

@@ -18,14 +18,13 @@ from flawsift.data import decoding
 from flawsift.data.values import VALUE_RANGE, ValueRange
 from flawsift.errors import FlawsiftError, InputError, ParameterError, one_line
 from flawsift.reports.overlays import Scale, painted, shrink
-from flawsift.reports.regions import regions_of
+from flawsift.reports.regions import regions_of_prediction
 from flawsift.runtime import Inspector, Verdict
 
 log = logging.getLogger("flawsift")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # part of an address
 MAP_EDGE = 1024  # pixels of a heatmap's long edge: a screen
-GRID = 96  # cells a side in which regions are searched: twice as fine as any detector sees
 FILES = ("model.onnx", "model.xml", "model.bin")
 Stamp = tuple[tuple[int, int, int] | None, ...]
 
@@ -186,14 +185,10 @@ def heatmap(verdict: Verdict, picture: Image.Image, card: Mapping[str, Any]) -> 
 
 
 def _regions(verdict: Verdict, size: tuple[int, int]) -> list[dict[str, Any]]:
-    """None of a good picture. An ordinary place is the median of the map: defects cover less than half of one."""
+    """None of a good picture."""
     if not verdict.anomalous:
         return []
-    values = np.nan_to_num(verdict.map.astype(np.float32))
-    if max(values.shape) > GRID:
-        height, width = (max(1, round(edge * GRID / max(values.shape))) for edge in values.shape)
-        values = np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BOX), np.float32)
-    return [one._asdict() for one in regions_of(values, verdict.threshold, float(np.median(values)), size)]
+    return [one._asdict() for one in regions_of_prediction(verdict.map, verdict.threshold, size)]
 
 
 def _stamp_of(path: Path) -> tuple[int, int, int] | None:

@@ -24,12 +24,13 @@ from flawsift.types import Floats
 
 N_WORST = 12  # of each kind of error: a screen or two
 SECTIONS = (
+    ("missed", "Missed defects"),
+    ("false-alarms", "False alarms"),
     ("metrics", "Metrics"),
     ("scores", "Scores"),
-    ("false-alarms", "False alarms"),
-    ("missed", "Missed"),
     ("unreadable", "Unreadable"),
     ("details", "Parameters"),
+    ("glossary", "Words"),
 )
 METRICS = {
     "image_auroc": "Image AUROC",
@@ -100,6 +101,8 @@ def write_evaluation_report(
         title="Evaluation report",
         headline=_headline(metrics),
         explanation="Labels were used for these metrics only, not for training." + _overlap(metrics),
+        warning=None if predictions.threshold is None else predictions.threshold.warning,
+        next_step=_next_step(metrics, warned=predictions.threshold is not None and bool(predictions.threshold.warning)),
         sections=SECTIONS,
         metrics=[(label, "-" if metrics.get(key) is None else f"{metrics[key]:.4g}") for key, label in METRICS.items()],
         histogram=Histogram.of(scores, ~defective, cut=cut, sides=("good", "defective")),
@@ -107,8 +110,8 @@ def write_evaluation_report(
         types=_types(truth, scores, cut),
         threshold="" if cut is None else number(cut),
         groups=[
+            _group("missed", "Missed defects", "defective", [cards[i] for i in lowest_defective.tolist()], missed),
             _group("false-alarms", "False alarms", "good", [cards[i] for i in highest_good.tolist()], alarms),
-            _group("missed", "Missed", "defective", [cards[i] for i in lowest_defective.tolist()], missed),
         ],
         has_maps=any(card.heatmap for card in cards.values()),
         ramp=css_ramp(),
@@ -137,14 +140,26 @@ def _settings(model: models.Model, predictions: Predictions) -> dict[str, Any]:
 def _headline(metrics: Mapping[str, Any]) -> str:
     n, n_defective = metrics["n_images"], metrics["n_anomalous"]
     text = f"{n:,} test images, {n_defective:,} of them defective."
-    if metrics.get("image_auroc") is not None:
-        text += f" Image AUROC {metrics['image_auroc']:.3f}."
     alarms, missed = metrics["false_alarms_per_100"], metrics["missed_per_100"]
     if alarms is not None and missed is not None:
         text += (
             f" At the model's threshold {alarms:.3g} of 100 good parts are stopped, {missed:.3g} of 100 defective pass."
         )
     return text
+
+
+def _next_step(metrics: Mapping[str, Any], *, warned: bool) -> str:
+    """What a person does with the result."""
+    alarms, missed = metrics["false_alarms_per_100"], metrics["missed_per_100"]
+    if alarms is None and missed is None:
+        return "train on more images: the model has no threshold, so it stops no part."
+    if missed and warned:
+        return "review the most unusual training images and train again: the threshold may be too high (see above)."
+    if missed:
+        return "look at the missed defects below. Where the heatmap does not show the defect, try a larger --size."
+    if alarms:
+        return "look at the false alarms below. If there are too many, train with more good images."
+    return "no error was found. Look at the images that came closest, and try more of them."
 
 
 def _overlap(metrics: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
-"""Predictions on disk: a table, and a heatmap over each image."""
+"""Predictions on disk: a table, the same as JSON lines, and a heatmap over each image."""
 
+import json
 import logging
 import os
 from collections.abc import Iterable
@@ -14,13 +15,15 @@ from flawsift.data.listing import MAPS, MARK, TABLE, is_results, mark_results
 from flawsift.data.truth import GroundTruth
 from flawsift.detectors.base import Prediction
 from flawsift.errors import OutputError
-from flawsift.files import earlier_in, ensure_folder
+from flawsift.files import earlier_in, ensure_folder, write_text
 from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.predictions import Predictions
 from flawsift.paths import name_some, safe_name, show
 from flawsift.reports.overlays import Scale, save_overlay
+from flawsift.reports.pages import REPORT
 from flawsift.tables import write_csv
 
+LINES = "predictions.jsonl"
 PNG = ".png"  # of a heatmap, after the name of its image
 log = logging.getLogger("flawsift")
 
@@ -43,7 +46,7 @@ def move_earlier_maps(folder: Path, names: Iterable[str]) -> None:
             "Choose another folder for the results."
         )
     if there - {safe_name(name, PNG) for name in names}:
-        _move_aside([maps, folder / TABLE, folder / MARK], folder)
+        _move_aside([maps, *(folder / name for name in (TABLE, LINES, REPORT, MARK))], folder)
 
 
 def _move_aside(paths: Iterable[Path], folder: Path) -> None:
@@ -101,6 +104,27 @@ def write_predictions(
         rows.append([name, score, verdict, p_value, error, predictions.model_id, *of_map, *labels])
     path = ensure_folder(folder) / TABLE
     write_csv(path, header, rows)
+    return path
+
+
+def write_json_lines(predictions: Predictions, folder: str | Path, *, heatmaps: Iterable[int] | None = None) -> Path:
+    """Write predictions.jsonl: the rows of `write_predictions` for programs, a JSON object a line, null where empty."""
+    drawn, lines = set(heatmaps or ()), []
+    for one in predictions:
+        row: dict[str, object] = {
+            "path": one.name,
+            "score": one.score if one.error is None else None,
+            "is_anomalous": one.is_anomalous,
+            "p_value": one.p_value if one.error is None else None,
+            "error": one.error,
+            "model": predictions.model_id,
+        }
+        if heatmaps is not None:
+            has_one = one.id in drawn and one.error is None
+            row["heatmap"] = f"{MAPS}/{safe_name(one.name, PNG)}" if has_one else None
+        lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    path = ensure_folder(folder) / LINES
+    write_text(path, "".join(lines))  # what is no UTF-8 in a name is escaped as JSON escapes it
     return path
 
 

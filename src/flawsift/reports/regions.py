@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from scipy import ndimage
 
 from flawsift.reports.overlays import Scale
@@ -23,6 +24,7 @@ Cells = npt.NDArray[np.bool_]
 # defects of four textures, and of tiles, screws, cookies and papers, boxes overlap best from 0.75 to 0.82 (median
 # intersection over union 0.7 to 0.6, and 0.3 to 0.4), and smaller defects better at the upper end.
 EDGE = 0.8
+GRID = 96  # cells a side in which regions of a prediction are searched: twice as fine as any detector sees
 NEIGHBOURS = np.ones((3, 3))  # cells that touch at a corner are one region
 
 
@@ -67,6 +69,18 @@ def regions(
     if scale is None or values.min() == values.max():
         return [_region(np.ones((1, 1), np.bool_), size)]
     return regions_of(values, scale.threshold, min(level, float(values.max())), size)
+
+
+def regions_of_prediction(map_: Floats, threshold: float, size: tuple[int, int]) -> list[Region]:
+    """The regions of an image that is called anomalous, by its map (h, w), on a picture of a size (width, height).
+
+    An ordinary place is the median of the map: defects cover less than half of one.
+    """
+    values = np.nan_to_num(map_.astype(np.float32))
+    if max(values.shape) > GRID:
+        height, width = (max(1, round(edge * GRID / max(values.shape))) for edge in values.shape)
+        values = np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BOX), np.float32)
+    return regions_of(values, threshold, float(np.median(values)), size)
 
 
 def regions_of(values: Floats, threshold: float, level: float, size: tuple[int, int]) -> list[Region]:

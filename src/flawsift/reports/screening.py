@@ -14,7 +14,7 @@ from flawsift.paths import name_some, show
 from flawsift.reports.cards import ScreeningCards
 from flawsift.reports.histogram import Histogram
 from flawsift.reports.pages import REPORT, css_ramp, flat, number, template, unreadable_files
-from flawsift.reports.wording import explanation, headline
+from flawsift.reports.wording import caveat, explanation, headline, next_step
 from flawsift.screening.result import Screening
 
 
@@ -67,19 +67,23 @@ def screening_report(
         InputError: An id of the screening is not in the set, or is another image there.
     """
     cards = ScreeningCards(screening, _matching(images, screening))
-    sections = [("scores", "Scores"), ("suspects", "Suspects"), ("borderline", "Borderline")]
+    sections = [("suspects", "Suspects"), ("borderline", "Borderline"), ("next", "What to do next")]
     sections += [("model", "Model")] if model else []
-    sections += [("unreadable", "Unreadable"), ("details", "Parameters"), ("next", "What to do next")]
+    sections += [("scores", "Numbers"), ("unreadable", "Unreadable"), ("details", "Parameters"), ("glossary", "Words")]
+    trained = _trained_model(model, screening) if model else None
     settings = {"options": screening.options.as_json(), **screening.provenance}
     settings |= {"training": model.training} if model else {}
     return template(REPORT).render(
         title="Fit report" if model else "Screening report",
-        headline=headline(screening),
-        explanation=explanation(screening),
+        headline=_cost(model) if model else headline(screening),
+        explanation=headline(screening) if model else "",
+        caveat="" if trained and trained["warning"] else caveat(screening),  # the warning says the same of the model
+        next_step=next_step(screening),
+        numbers=explanation(screening),
         sections=sections,
         n_removed=len(screening.removed),
         **consensus_histogram(screening),
-        model=_trained_model(model, screening) if model else None,
+        model=trained,
         **_pictured(screening, cards, n_suspects, n_borderline),
         voters=cards.voters,
         top_share=cards.top_share,
@@ -101,6 +105,15 @@ def consensus_histogram(screening: Screening) -> dict[str, Any]:
     if drawn.cut is not None:
         text += " All images left of the cut were kept, all right of it set aside."
     return {"histogram": drawn, "cut_text": cut_text, "histogram_text": text}
+
+
+def _cost(model: Model) -> str:
+    """What the threshold of a model costs, in a sentence or two."""
+    threshold = model.threshold()
+    if threshold is None:
+        return "The model ranks parts and stops none: there were too few images for a threshold."
+    stopped = f"Parts that score above {number(threshold.value)} are stopped"
+    return f"{stopped}: do not rely on it yet." if threshold.warning else f"{stopped}: {threshold.promise}."
 
 
 def _trained_model(model: Model, screening: Screening) -> dict[str, Any]:

@@ -28,6 +28,23 @@ def explanation(screening: Screening) -> str:
     return f"{contamination_text(screening)} {selection_text(screening)}".strip()
 
 
+def next_step(screening: Screening) -> str:
+    """What a person does with the result."""
+    if len(screening.kept) < len(screening.ids):
+        return "look at the suspects below and say of each whether it is defective. Then train on the rest."
+    return "look at the first images below: a defect that looks ordinary can still be among them."
+
+
+def caveat(screening: Screening) -> str:
+    """What must be known before the headline is believed; empty where the images tell how many are defective."""
+    estimate = screening.contamination
+    if estimate is None or estimate.method.startswith("none"):
+        return contamination_text(screening)
+    if estimate.is_evident or estimate.interval == (0, 0):
+        return ""
+    return f"The images do not tell whether some are defective. {contamination_text(screening)}"
+
+
 def contamination_text(screening: Screening) -> str:
     """Where the share that was set aside comes from."""
     estimate = screening.contamination
