@@ -173,7 +173,7 @@ def test_prices() -> None:
 def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script>"
     append_rows(tmp_path / "results.csv", [row(), row(alpha=0.4), row(detector=hostile), row(seed=5, error=hostile)])
-    written = write_benchmark_report(tmp_path, tmp_path / "r")
+    written = write_benchmark_report(tmp_path, tmp_path / "r", quoted=True)
     page = written["HTML"].read_text()
     assert hostile not in page
     assert "&lt;script&gt;" in page

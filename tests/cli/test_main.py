@@ -91,7 +91,7 @@ def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     assert measured.code == 0, measured.err
     keys = {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"}
     assert keys <= set(measured.json)
-    assert Path(measured.json["report"]).read_text("utf-8").count("<h2") == 6
+    assert Path(measured.json["report"]).read_text("utf-8").count("<h2") == 7
     written = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert written["image_auroc"] > 0.8
     assert written == {k: measured.json[k] for k in written}

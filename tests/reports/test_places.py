@@ -137,7 +137,7 @@ def test_without_evidence_nothing_is_said_of_places(images: ImageSet) -> None:
     assert "most unusual place" not in text
     assert 'class="alike places"' not in text
     assert "<details class" not in text.replace('<details class="panel">', "")
-    assert "sub-models, each trained on another part" in words(text)
+    assert "several models, each trained on another part" in words(text)
     other = words(screening_report(make_screening(images, submodels=None), images))
     assert "Every image is scored without having been learned from." in other
     assert "robust standard deviation" in words(text)

@@ -167,7 +167,8 @@ def test_draw_by_clicks_and_by_keys(browser: Any, errors: Errors, server: Server
     press(page, "Backspace")  # opens it again
     expect(page.locator("#region-shapes .corner")).to_have_count(2)
     press(page, "Enter")
-    page.click("#region-save")  # closes it
+    with page.expect_response(lambda answer: "region" in answer.url):
+        page.click("#region-save")  # closes it
     expect(page.locator("#region-save")).to_be_disabled()
     expect(page.locator("#region-shapes .closed")).to_have_count(2)
     assert len(json.loads(path.read_text())["polygons"]) == 2

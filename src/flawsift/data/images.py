@@ -221,7 +221,7 @@ class ImageSet:
 
     def looked_at(self, region: Region | None) -> Self:
         """The same images, of which only a region counts; None for all of them."""
-        return replace(self, region=region)
+        return self if region is self.region else replace(self, region=region)
 
     def without_patches(self, rejected: Mapping[int, npt.NDArray[np.bool_]]) -> Self:
         """The same images, less some patches for detectors that can leave out patches when they learn.
