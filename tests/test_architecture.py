@@ -16,7 +16,19 @@ import flawsift
 
 ROOT = Path(flawsift.__file__).parent
 # Modules of the first line are leaves: they import nothing of flawsift but each other.
-LEAVES = ["damage", "errors", "executors", "files", "paths", "progress", "tables", "types", "unfinished", "workers"]
+LEAVES = [
+    "damage",
+    "errors",
+    "executors",
+    "files",
+    "occupied",
+    "paths",
+    "progress",
+    "tables",
+    "types",
+    "unfinished",
+    "workers",
+]
 ROOMS = ["data", "runtime", "datasets", "features", "metrics", "detectors", "screening", "models"]
 ROOMS += ["reports", "deploy", "pipeline", "adapters"]
 ROOMS += ["review", "benchmark", "cli", "testing"]

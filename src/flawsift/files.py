@@ -18,6 +18,7 @@ from typing import Any
 
 from flawsift.damage import DAMAGE, json_object
 from flawsift.errors import OutputError
+from flawsift.occupied import refuse_other_results
 from flawsift.paths import show
 
 log = logging.getLogger("flawsift")
@@ -198,8 +199,9 @@ def new_result(
         adds: The new files replace some of an earlier result, and the others still belong to it.
 
     Raises:
-        OutputError: It cannot be written; the earlier result is whole.
+        OutputError: It cannot be written, or holds another kind of result; that, or the earlier result, is whole.
     """
+    None if adds else refuse_other_results(folder, old)
     folder = ensure_folder(folder)
     temporary = temporary_beside(folder / PENDING)
     new = temporary / NEW

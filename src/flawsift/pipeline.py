@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -31,6 +31,7 @@ from flawsift.models.model import FILES, Model, learned_digests, set_digest
 from flawsift.models.plan import TrainingPlan, calibrate, judge, options_for, plan_training
 from flawsift.models.profile import Profile
 from flawsift.models.provenance import how_seen, is_made_by, provenance_of, versions
+from flawsift.occupied import refuse_other_results
 from flawsift.paths import show
 from flawsift.progress import ProgressOption, as_progress
 from flawsift.reports import calibration
@@ -123,7 +124,7 @@ def screen(
         ParameterError: An option of sub-models was set, and there are none.
         OutputError: `out` or the cache cannot be written.
     """
-    _check(resources)
+    _check(resources, out, storage.FILES)
     chosen = ScreenOptions.of(options)
     if detector is not None and chosen.screener not in (OWN, FINAL):
         raise ParameterError(f"Give either detector or options with screener='{chosen.screener}', not both.")
@@ -178,7 +179,7 @@ def fit(
         ParameterError: As for `screen`, or options were set and no stage 1 is made.
         OutputError: `out` or the cache cannot be written.
     """
-    _check(resources)
+    _check(resources, out, FILES)
     if not isinstance(screening, Screening | str | Path | None):
         raise TypeError(f"screening must be a Screening or its folder, got {type(screening).__name__}.")
     if screening is not None and no_screen:
@@ -205,16 +206,16 @@ def fit(
             given, note = grouped(asked.screening, given)
             asked = replace(asked, groups_note=note)
         wanted = asked.options if asked.is_new else None
-        job = _prepare(given, detector, backbone, wanted, {**resources, "progress": tell})
-        return _both_stages(job, asked)
+        return _both_stages(_prepare(given, detector, backbone, wanted, {**resources, "progress": tell}), asked)
 
 
-def _check(resources: Resources) -> None:
-    """Raise TypeError for what neither function takes: options of stage 1 have a place of their own."""
+def _check(resources: Resources, out: str | Path | None, own: Sequence[str]) -> None:
+    """Raise TypeError for what neither function takes, OutputError for a folder where the `own` files cannot go."""
     for name in [name for name in resources if name not in Resources.__annotations__]:
         if name in {f.name for f in fields(ScreenOptions)}:
             raise TypeError(f"'{name}' is an option of stage 1: give options=ScreenOptions({name}=...).")
         raise TypeError(unknown_name("argument", name, Resources.__annotations__))
+    None if out is None else refuse_other_results(out, own)
 
 
 @dataclass(frozen=True, eq=False)

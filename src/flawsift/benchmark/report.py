@@ -37,6 +37,7 @@ from flawsift.datasets import load
 from flawsift.detectors.parts.maps import scaled_shape, to_image_grid
 from flawsift.errors import FlawsiftError, InputError
 from flawsift.files import ensure_folder, write_text
+from flawsift.occupied import refuse_other_results
 from flawsift.paths import show
 from flawsift.reports.overlays import Scale, overlay, shrink
 from flawsift.reports.pages import data_uri, template
@@ -69,6 +70,7 @@ def write_benchmark_report(
     rows = read_rows(path)
     if not rows:
         raise InputError(f"'{show(path)}' has no rows. Run `flawsift benchmark` first.")
+    refuse_other_results(folder)
     folder = ensure_folder(folder)
     good, failed = newest(rows)
     unfinished = failures(failed)

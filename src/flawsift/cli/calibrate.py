@@ -57,11 +57,14 @@ def calibrate(
     """Set a model's threshold from labelled images, and show misses against false alarms: calibration.html."""
     from flawsift.files import ensure_folder
     from flawsift.models.labelled import recalibrate
+    from flawsift.models.model import FILES
+    from flawsift.occupied import refuse_other_results
     from flawsift.reports.calibration import write_calibration_page
 
     loaded = model.load()
     folder = model.model if out is None else out
     if not dry_run:
+        None if out is None else refuse_other_results(out, FILES)
         ensure_folder(folder)
     given, truth = labelled_images(labelled, images)
     with shown_progress() as progress:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flawsift.detectors.base import Prediction
     from flawsift.models.predictions import ImagePrediction, Predictions
 
+METRICS = "metrics.json"  # what `evaluate` measures
 MAX_SHOWN = 20  # images that `predict` prints one by one where it writes no table
 
 
@@ -42,12 +43,16 @@ def predict(
 ) -> None:
     """Score new images: verdicts on the screen; with --out, a page, a table and heatmap overlays in OUT/maps."""
     from flawsift.data.listing import MAPS
-    from flawsift.files import ensure_folder
     from flawsift.reports.prediction_page import HighestPictures, write_prediction_report
-    from flawsift.reports.predictions import OverlayWriter, move_earlier_maps, write_json_lines, write_predictions
+    from flawsift.reports.predictions import (
+        LINES,
+        OverlayWriter,
+        move_earlier_maps,
+        write_json_lines,
+        write_predictions,
+    )
 
-    if out is not None:
-        ensure_folder(out)
+    _check_folder(out, LINES)
     loaded = model.load()
     given = images_in(images, None)
     threshold = loaded.threshold(false_alarm_rate)
@@ -59,8 +64,7 @@ def predict(
         for taker in takers:
             taker(piece, prediction)
 
-    if out is not None:
-        move_earlier_maps(out, given.names if maps else [])
+    None if out is None else move_earlier_maps(out, given.names if maps else [])
     with shown_progress() as progress:
         result = loaded.predict(
             given,
@@ -85,10 +89,19 @@ def predict(
         table = write_predictions(result, out, heatmaps=drawn)
         summary["json_lines"] = str(write_json_lines(result, out, heatmaps=drawn))
         page = write_prediction_report(result, pictures, out, heatmaps=drawn or ())
-        lines.append(f"Table:  {table}" + (f"   Heatmaps: {out / MAPS}" if maps else ""))
-        lines.append(f"Report: {page}")
+        lines += [f"Table:  {table}" + (f"   Heatmaps: {out / MAPS}" if maps else ""), f"Report: {page}"]
         summary |= {"predictions": str(table), "report": str(page)}
     say(as_json, summary, lines)
+
+
+def _check_folder(out: Path | None, own: str) -> None:
+    """Raise before any work where a result, which has a file called `own`, cannot be written."""
+    from flawsift.files import ensure_folder
+    from flawsift.occupied import refuse_other_results
+
+    if out is not None:
+        refuse_other_results(out, [own])
+        ensure_folder(out)
 
 
 def predicted_lines(result: "Predictions", *, one_by_one: bool) -> list[str]:
@@ -144,12 +157,10 @@ def drift(
     as_json: AsJson = False,
 ) -> None:
     """Whether scores have shifted: the predictions of several days against training and the first day."""
-    from flawsift.files import ensure_folder
     from flawsift.models import drift as drifting
-    from flawsift.reports.drift import write_drift_report
+    from flawsift.reports.drift import DATA, write_drift_report
 
-    if out is not None:
-        ensure_folder(out)
+    _check_folder(out, DATA)
     found = drifting.drift(model, files, false_alarm_rate=false_alarm_rate)
     summary, lines = found.as_json(), str(found).splitlines()
     lines = [*warning_lines(found.threshold), *lines, *threshold_lines(found.threshold)]
@@ -173,11 +184,11 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled images: OUT/metrics.json and OUT/predictions.csv."""
     from flawsift import datasets
-    from flawsift.files import ensure_folder, write_json
+    from flawsift.files import write_json
     from flawsift.reports.evaluation import write_evaluation_report
     from flawsift.reports.predictions import move_earlier_maps, write_predictions
 
-    ensure_folder(out)
+    _check_folder(out, METRICS)
     loaded = model.load()
     data = datasets.load(dataset)
     images = tested_images(data)
@@ -185,13 +196,13 @@ def evaluate(
     with shown_progress() as progress:
         result, predictions = loaded.evaluate(images, data.truth, device=device, progress=progress)
     write_predictions(predictions, out, data.truth)
-    write_json(out / "metrics.json", result)
+    write_json(out / METRICS, result)
     page = write_evaluation_report(loaded, result, predictions, images, data.truth, out, device=device)
     width = max(map(len, result))
     lines = [*warning_lines(predictions.threshold), *notice_lines(predictions)]
     lines += [f"{key:<{width}}  {'-' if value is None else f'{value:.4g}'}" for key, value in result.items()]
     if n := result["n_trained_on"]:
         lines.append(f"Note: the model was trained on {n} of these {len(images)} images. On new ones it is worse.")
-    lines += [f"Written: {out / 'metrics.json'}", f"Report:  {page}"]
+    lines += [f"Written: {out / METRICS}", f"Report:  {page}"]
     notices = [notice.as_json() for notice in predictions.notices]
     say(as_json, {**result, "notices": notices, "out": str(out), "report": str(page)}, lines)
