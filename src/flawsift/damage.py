@@ -41,6 +41,8 @@ def parse_json(content: str | bytes, *, parse_int: Callable[[str], Any] | None =
         return json.loads(content, parse_int=parse_int)
     except RecursionError as error:
         raise ValueError("brackets are nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(str(error)) from None  # its own form repeats all of the content
 
 
 def json_object(content: str | bytes) -> dict[str, Any]:

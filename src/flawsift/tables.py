@@ -37,10 +37,13 @@ def cells_of(content: bytes) -> list[list[str]]:
         ValueError, csv.Error: It is none.
     """
     # decoded by hand: a text file's line ends are unified, and a name may hold a carriage return
-    text = content.decode("utf-8-sig")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(str(error)) from None  # its own form repeats all of the content
     if "\0" in text:
         raise ValueError("it holds NUL bytes")
-    rows = csv.reader(io.StringIO(text, newline=""))
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)  # a quotation mark that nothing closes is told
     return [[plain(cell) for cell in row] for row in rows if row]
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flawsift.data.folders import groups_by_id, read_groups
 from flawsift.data.joins import images_named, joined, read_table
 from flawsift.errors import InputError
 
@@ -78,3 +79,26 @@ def test_what_spreadsheets_write_is_read(tmp_path: Path) -> None:
     path.write_bytes(b'\xef\xbb\xbf"path", group \r\n"a,b.png",x\r\n\r\n"c\rd.png"\r\n')
     rows = read_table(path, "Groups file", [("file", "path"), ("group",)])
     assert rows == [{"path": "a,b.png", "group": "x"}, {"path": "c\rd.png", "group": ""}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a.png,1\na.png,2\n", "1 images are in two groups in .*: a.png"),
+        ("", "names no group"),
+        ("a.png,\nb.png,\n", "names no group"),
+        ('a.png,1\n"b.p', "is not a CSV table in UTF-8: unexpected end of data"),
+    ],
+)
+def test_groups_that_say_nothing_or_two_things_are_refused(rows: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "groups.csv").write_text(f"file,group\n{rows}")
+    with pytest.raises(InputError, match=message):
+        read_groups(tmp_path / "groups.csv")
+
+
+def test_images_without_a_group_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert groups_by_id({0: "a.png", 1: "b.png", 2: "c.png"}, {"a.png": "x", "b.png": "x"}) == {0: "x", 1: "x"}
+    assert "1 of 3 images have no group, and are a group each: c.png." in caplog.text
+    caplog.clear()
+    groups_by_id({0: "a.png", 1: "b.png"}, {})
+    assert not caplog.text

@@ -106,6 +106,34 @@ def test_a_table_that_cannot_be_read_is_told(folder: Path, content: str) -> None
         load_screening(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace(",", ";").encode(), "no column 'id' among id;path;.*cells are parted by commas"),
+        (lambda text: text.encode("utf-16"), "is no table of a screening any more: 'utf-8' codec can't decode.*UTF-8"),
+        (lambda text: text[: text.rindex(",", 0, text.rindex(",1,"))].encode(), "the row of '.*' is cut off"),
+    ],
+)
+def test_an_edited_table_says_how_to_save_it(
+    easy_folder: Path, tiny: Backbone, tmp_path: Path, change: Any, message: str
+) -> None:
+    pipeline.screen(easy_folder, backbone=tiny, out=tmp_path)
+    table = tmp_path / "screening.csv"
+    table.write_bytes(change(table.read_text("utf-8").rstrip()))
+    with pytest.raises(InputError, match=message) as told:
+        load_screening(tmp_path)
+    assert "screening.csv" in str(told.value)
+    assert len(str(told.value)) < 400
+
+
+def test_spreadsheets_leave_out_empty_cells_at_the_end_of_a_row(
+    easy_folder: Path, tiny: Backbone, tmp_path: Path
+) -> None:
+    made, table = pipeline.screen(easy_folder, backbone=tiny, out=tmp_path), tmp_path / "screening.csv"
+    table.write_text("".join(f"{line.removesuffix(',')}\n" for line in table.read_text("utf-8").splitlines()))
+    assert load_screening(tmp_path).kept.tolist() == made.kept.tolist()
+
+
 def test_no_cell_of_a_path_begins_a_formula_and_all_are_understood(
     easy_folder: Path, tiny: Backbone, tmp_path: Path
 ) -> None:

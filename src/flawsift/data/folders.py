@@ -72,9 +72,19 @@ def read_groups(path: str | Path) -> dict[str, str]:
     """{relative image path: group} from a CSV file with the columns `file` (or `path`) and `group`.
 
     Raises:
-        InputError: The file is missing, or lacks a column.
+        InputError: The file is missing, lacks a column, names no group, or two of one image.
     """
-    return {name: group for name, group in read_joined(path, "Groups file", "group") if group}
+    read = [(name, group) for name, group in read_joined(path, "Groups file", "group") if group]
+    groups = dict(read)
+    if not groups:
+        raise InputError(
+            f"Groups file '{show(path)}' names no group. Write a row for each image of one, or leave it out."
+        )
+    if twice := sorted({name for name, group in read if groups[name] != group}):
+        raise InputError(
+            f"{len(twice)} images are in two groups in '{show(path)}': {name_some(twice)}. Leave one row each."
+        )
+    return groups
 
 
 def groups_by_id(names: Mapping[int, str], groups: Mapping[str, str]) -> dict[int, str]:
@@ -95,6 +105,10 @@ def groups_by_id(names: Mapping[int, str], groups: Mapping[str, str]) -> dict[in
     group_of = joined(groups, list(dict.fromkeys([*file_of, *file_of.values()])), "groups")
     known |= {name: group_of[file] for name, file in file_of.items() if file in group_of}
     known |= {name: group_of[name] for name in file_of if name in group_of}
+    if groups and (alone := [name for name in names.values() if name not in known]):
+        log.warning(
+            "%d of %d images have no group, and are a group each: %s.", len(alone), len(names), name_some(alone)
+        )
     return {id_: known[name] for id_, name in names.items() if name in known}
 
 

@@ -350,7 +350,13 @@ def _read(parts: Parts) -> tuple[list[dict[str, str]], dict[str, Any]]:
     content = json_object(parts.read(JSON))
     if parts.digests is None or parts.is_unchanged(CSV):
         return rows_of((parts.folder / CSV).read_bytes()), content
-    edited, rows = rows_of((parts.folder / CSV).read_bytes()), rows_of(parts.read(ORIGINAL))
+    rows = rows_of(parts.read(ORIGINAL))
+    try:
+        edited = rows_of((parts.folder / CSV).read_bytes())
+    except DAMAGE as error:
+        raise DamagedPart(
+            f"{CSV}, which was edited, is no table of a screening any more: {error}. Save it as 'CSV UTF-8' with commas"
+        ) from error
     if [(row["id"], row["path"]) for row in edited] != [(row["id"], row["path"]) for row in rows]:
         raise DamagedPart(f"{CSV} lists other images than were screened; only its column kept may be edited")
     if [row.get("group") for row in edited] != [row.get("group") for row in rows]:

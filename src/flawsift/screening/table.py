@@ -3,9 +3,11 @@
 import itertools
 from pathlib import PurePosixPath
 
+from flawsift.paths import name_some
 from flawsift.screening.result import Screening
 from flawsift.tables import cells_of
 
+NEEDED = ("id", "path", "kept", "error")
 YES = frozenset({"1", "true", "yes"})  # what counts as kept in an edited table
 NO = frozenset({"0", "false", "no", ""})
 
@@ -39,9 +41,13 @@ def rows_of(table: bytes) -> list[dict[str, str]]:
     Raises:
         flawsift.damage.DAMAGE: It is damaged.
     """
-    header, *cells = cells_of(table)
-    # a row that was cut off lacks its last cells, which is told where they are read
-    rows = [dict(zip(header, row, strict=False)) for row in cells]
+    header, *cells = cells_of(table) or [[]]
+    if lacking := [name for name in NEEDED if name not in header]:
+        raise ValueError(f"no column '{lacking[0]}' among {name_some(header) or 'none'}; cells are parted by commas")
+    # spreadsheets leave out empty cells at the end of a row, which those of `error` are; others were cut off
+    rows = [{"error": "", **dict(zip(header, row, strict=False))} for row in cells]
+    if short := [row.get("path", "") for row in rows if len(row) < len(header)]:
+        raise ValueError(f"the row of '{short[0]}' is cut off")
     usable = sorted((row for row in rows if not row["error"]), key=lambda row: int(row["id"]))
     if twice := [a["path"] for a, b in itertools.pairwise(usable) if a["id"] == b["id"]]:
         raise ValueError(f"'{twice[0]}' is there twice")
