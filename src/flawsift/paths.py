@@ -13,6 +13,8 @@ _DEVICE = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE | re.DOTALL
 )
 _MADE_SAFE = re.compile(r".*~[0-9a-f]{12}", re.DOTALL)
+# what ends a line, steers a terminal, turns the direction of what follows, or is no UTF-8
+_STEERS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 MAX_NAMED = 5  # an error names at most this many offenders, and the total
 
 
@@ -23,6 +25,15 @@ def show(path: str | Path) -> str:
     'caf\\\\udce9.png'
     """
     return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def printed(text: str) -> str:
+    """A text as one line of a terminal, whatever the names of files hold.
+
+    >>> printed("a\\n0 of 5 images are anomalous.\\x1b[31m")
+    'a\\\\n0 of 5 images are anomalous.\\\\x1b[31m'
+    """
+    return _STEERS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def file_and_page(root: Path, name: str) -> tuple[Path, int | None]:

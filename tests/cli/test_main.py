@@ -530,3 +530,16 @@ def test_signals_end_a_command_with_a_word(name: str, code: int) -> None:
     assert process.returncode == code
     assert "the same command goes on where it was" in told
     assert "Traceback" not in told
+
+
+def test_the_name_of_an_image_is_one_line_and_steers_no_terminal(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    names = ["a\n0 images are anomalous.png", "\x1b[31mred.png", "\u202egnp.png"]
+    for name, part in zip(names, sorted(easy_folder.glob("*.png")), strict=False):
+        shutil.copy(part, tmp_path / "parts" / name)
+    found = run("screen", tmp_path / "parts", "--out", tmp_path / "s")
+    assert found.code == 0, found.err
+    for shown in (r"a\n0 images are anomalous.png", r"\x1b[31mred.png", r"\u202egnp.png"):
+        assert f"  {shown}\n" in found.out
+    missing = run("predict", tmp_path / "m", "\x1b[31m")
+    assert "\x1b" not in missing.err

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,29 @@ def test_nothing_needs_posix(parts: Path, command: list[str] | None) -> None:
     done = ran([sys.executable, "-c", NO_POSIX, *(command or screen(parts)[3:])], parts, environment(parts))
     assert done.returncode == 0, done.stderr[-2000:]
     assert command is not None or (parts / "s" / "screening.csv").exists()
+
+
+def test_a_library_without_the_memory_to_be_loaded_is_an_error(
+    cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*_: object) -> None:
+        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
+    monkeypatch.setattr("flawsift.cli.use._check_folder", fails)
+    code, _, error = cli("predict", tmp_path, tmp_path)
+    assert code == 2
+    assert error.startswith("flawsift: error: a library cannot be loaded: libtorch_cpu.so: failed to map")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_a_result_that_cannot_be_printed_is_an_error() -> None:
+    with open("/dev/full", "w") as full:
+        told = subprocess.run(
+            [sys.executable, "-m", "flawsift", "detectors"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+        unseen = subprocess.run(
+            [sys.executable, "-m", "flawsift", "cache", "verify", "--nothing"], stderr=full, check=False
+        )
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1)
+    assert told.stderr.startswith("flawsift: error: Cannot print the result: No space left on device.")
+    assert unseen.returncode == 2

@@ -22,6 +22,7 @@ from flawsift.cli.calibrate import calibrate
 from flawsift.cli.deploy import export_model, serve, watch
 from flawsift.cli.options import TOLD
 from flawsift.errors import FlawsiftError
+from flawsift.paths import printed
 
 # BadParameter < UsageError < ClickException: newer typers carry a click of their own, so it is asked of typer
 _UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
@@ -91,6 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.name not in TRAINING:
             raise
         code = _fail(f"this needs {error.name}, and here only exported models run. Use the machine that trains them.")
+    except ImportError as error:  # after that of what is not there: a library without the memory to be loaded
+        code = _fail(
+            f"a library cannot be loaded: {error}. Free memory or raise its limit; else install flawsift anew."
+        )
     except OSError as error:
         code = _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""))
     except MemoryError:
@@ -131,8 +136,10 @@ def _end(number: int, frame: object) -> None:
 
 
 def _fail(text: str, code: int = 2) -> int:
-    line = " ".join(text.split())
-    sys.stderr.write(f"flawsift: error: {line}\n".encode("utf-8", "backslashreplace").decode("utf-8"))
+    line = printed(" ".join(text.split()))
+    with contextlib.suppress(OSError):  # the exit code says it too, where nobody reads or the disk is full
+        sys.stderr.write(f"flawsift: error: {line}\n")
+        sys.stderr.flush()
     return code
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 import typer
 
 from flawsift.damage import parse_json
-from flawsift.errors import InputError, ParameterError
-from flawsift.paths import show
+from flawsift.errors import InputError, OutputError, ParameterError
+from flawsift.paths import printed
 from flawsift.screening.options import FINAL, FLAG, HELP, PRESETS, ScreenOptions
 
 if TYPE_CHECKING:
@@ -310,7 +310,7 @@ class Told(logging.Handler):
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = show(" ".join(record.getMessage().split()))
+        line = printed(" ".join(record.getMessage().split()))
         self.lines.append(line)
         typer.echo(f"flawsift: {line}", err=True)
 
@@ -321,8 +321,17 @@ TOLD = Told()
 def say(as_json: bool, result: dict[str, Any], lines: Sequence[str]) -> None:
     """Print a result: one JSON object, with what was warned of as `log`, or lines for people."""
     told = {"log": TOLD.lines} if TOLD.lines else {}
-    text = json.dumps({**result, **told}, ensure_ascii=False, default=str) if as_json else "\n".join(lines)
-    typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    text = (
+        json.dumps({**result, **told}, ensure_ascii=False, default=str) if as_json else "\n".join(map(printed, lines))
+    )
+    try:
+        typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    except BrokenPipeError:  # nobody reads on, as of `| head -1`: typer ends quietly
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"Cannot print the result: {error.strerror}. What was written to folders is whole."
+        ) from error
 
 
 def multiple_of(backbone: str) -> int:
