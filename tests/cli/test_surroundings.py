@@ -1,6 +1,7 @@
 """The command line where streams are closed, nobody has a home, folders are read-only, files few, or POSIX is not."""
 
 import ctypes
+import errno
 import json
 import os
 import subprocess
@@ -168,3 +169,36 @@ def test_a_result_that_cannot_be_printed_is_an_error() -> None:
     assert (told.returncode, told.stderr.count("\n")) == (2, 1)
     assert told.stderr.startswith("flawsift: error: Cannot print the result: No space left on device.")
     assert unseen.returncode == 2
+
+
+@POSIX
+def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    code = "import os, sys; os.rmdir('../gone'); from flawsift.cli.main import main; main(['detectors'])"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "gone", capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == "flawsift: error: The current folder is gone. Change to another one and try again.\n"
+
+
+def fails_on_errors(text: str, *, err: bool = False) -> None:
+    if err:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_decisions_that_nobody_asked_for_are_told(
+    cli: Callable[..., tuple[int, str, str]], parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(parts)
+    small = ("--backbone", "tiny", "--size", "64")
+    assert cli("screen", "parts", "--out", "s", *small)[0] == 0
+    (parts / "s" / "decisions.csv").write_text("path,decision\n0.png,remove\n")
+    given = "fit", "parts", "--screening", "s", "--out", "m", *small
+    told = "What was decided in 's/decisions.csv' is not used."
+    assert told in cli(*given)[2]
+    monkeypatch.setattr("flawsift.cli.options.typer.echo", fails_on_errors)
+    assert cli(*given)[0] == 0  # nobody can read the warning
+    monkeypatch.undo()
+    monkeypatch.chdir(parts)
+    assert told not in cli(*given, "--decisions", "s/decisions.csv")[2]

@@ -280,6 +280,22 @@ def test_what_cannot_be_read_is_listed_and_harms_nobody(filled: Path, tmp_path: 
     assert [row.reason for row in go(filled, tmp_path / "out.jsonl", broken)] == ["of the runtime"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes among files are of POSIX systems")
+def test_what_is_no_file_is_told_once_and_left_out(
+    filled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(filled / "pipe.png")
+    (filled / "broken.png").symlink_to("nowhere")
+    (filled / "zero.png").symlink_to("/dev/zero")
+    assert sorted(row.file for row in go(filled, tmp_path / "out.jsonl")) == sorted(NAMES)
+    for text in (
+        "'pipe.png' is left out: a named pipe, not a file.",
+        "'broken.png' is left out: a link to a file that is not there.",
+        "'zero.png' is left out: a device, not a file.",
+    ):
+        assert caplog.text.count(text) == 1
+
+
 def test_new_only_leaves_out_what_is_there_at_the_first_start(filled: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     assert go(filled, out, new_only=True) == []

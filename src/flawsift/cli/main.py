@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("flawsift").addHandler(TOLD)
     try:
         with _ended_by_signals():
+            _check_here()
             code = app(args=arguments, prog_name="flawsift", standalone_mode=False)
     except FlawsiftError as error:
         code = _fail(str(error))
@@ -105,6 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         logging.getLogger("flawsift").removeHandler(TOLD)
     sys.exit(code or 0)
+
+
+def _check_here() -> None:
+    """Raise where the folder of the process is gone: torch's libraries end the process there, in words of their own."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise FlawsiftError("The current folder is gone. Change to another one and try again.") from error
 
 
 class _Ended(BaseException):

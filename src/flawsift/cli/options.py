@@ -1,5 +1,6 @@
 """What the commands take, and what they make of it: options and their help, and the objects that they name."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -312,7 +313,8 @@ class Told(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         line = printed(" ".join(record.getMessage().split()))
         self.lines.append(line)
-        typer.echo(f"flawsift: {line}", err=True)
+        with contextlib.suppress(OSError):  # that nobody can read it stops no work
+            typer.echo(f"flawsift: {line}", err=True)
 
 
 TOLD = Told()
@@ -320,18 +322,14 @@ TOLD = Told()
 
 def say(as_json: bool, result: dict[str, Any], lines: Sequence[str]) -> None:
     """Print a result: one JSON object, with what was warned of as `log`, or lines for people."""
-    told = {"log": TOLD.lines} if TOLD.lines else {}
-    text = (
-        json.dumps({**result, **told}, ensure_ascii=False, default=str) if as_json else "\n".join(map(printed, lines))
-    )
+    result = {**result, **({"log": TOLD.lines} if TOLD.lines else {})}
+    text = json.dumps(result, ensure_ascii=False, default=str) if as_json else "\n".join(map(printed, lines))
     try:
         typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
     except BrokenPipeError:  # nobody reads on, as of `| head -1`: typer ends quietly
         raise
     except OSError as error:
-        raise OutputError(
-            f"Cannot print the result: {error.strerror}. What was written to folders is whole."
-        ) from error
+        raise OutputError(f"Cannot print the result: {error.strerror}. What goes to folders is written.") from error
 
 
 def multiple_of(backbone: str) -> int:
@@ -344,10 +342,7 @@ def multiple_of(backbone: str) -> int:
 
 
 def images_in(
-    given: Sequence[str],
-    groups: Path | None,
-    value_range: tuple[float, float] | None = None,
-    region: str | None = None,
+    given: Sequence[str], groups: Path | None, value_range: tuple[float, float] | None = None, region: str | None = None
 ) -> "ImageSet":
     """The images of a folder, of some files or of a pattern, with groups of a file, a range of values and a region."""
     from flawsift.data.folders import read_groups

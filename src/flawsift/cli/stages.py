@@ -1,5 +1,6 @@
 """The commands that train: screen, which is stage 1 alone, and fit, which is both stages."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from flawsift.screening.result import Screening
 
 
+log = logging.getLogger("flawsift")
 SCREENER = DetectorChoice(ScreenOptions().screener)  # what `screen` takes where no detector is named
 
 
@@ -118,8 +120,11 @@ def fit(
     """Both stages: screen a folder, then train a detector on what is kept."""
     from flawsift import pipeline
     from flawsift.models.calibration import DEFAULT_RATE
+    from flawsift.pipeline import SCREENING
 
     options, pictures = stage1.options, images_in(images, groups, value_range, roi)
+    if decisions is None and not no_screen:
+        _tell_decisions(out / SCREENING if screening is None else screening)
     with shown_progress() as progress:
         result = pipeline.fit(
             pictures,
@@ -141,6 +146,14 @@ def fit(
     summary |= {"threshold": None if threshold is None else vars(threshold)}
     summary |= {"warning": None if threshold is None else threshold.warning}
     say(as_json, {**summary, "report": None if result.report is None else str(result.report)}, lines)
+
+
+def _tell_decisions(screening: Path) -> None:
+    """Warn of decisions beside a screening, which no one has asked to be used."""
+    from flawsift.screening.decisions import NAME
+
+    if (there := screening / NAME).is_file():
+        log.warning("What was decided in '%s' is not used. To use it, add --decisions '%s'.", there, there)
 
 
 def fitted_lines(result: "FitResult", out: Path) -> list[str]:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_IFMT, S_ISREG
 from typing import Any, Literal, get_args
 
 from flawsift.data.folders import EXTENSIONS
+from flawsift.data.listing import KINDS
 from flawsift.deploy.results import Key, ResultsFile, Row
 from flawsift.errors import InputError, ParameterError, one_line, unknown_name
 from flawsift.paths import show
@@ -194,12 +195,17 @@ class FolderWatch:
         return is_folder or (Path(name).suffix.lower() in EXTENSIONS and name not in self._targets)
 
     def _stamp(self, name: str) -> Stamp | None:
-        """None where it is no file, or gone."""
+        """None where it is no file, which is told, or gone."""
         try:
             status = os.stat(self.folder / name)
         except OSError:
+            if os.path.islink(self.folder / name):
+                self._tell(name, f"'{show(name)}' is left out: a link to a file that is not there.")
             return None
-        return (status.st_size, status.st_mtime_ns) if S_ISREG(status.st_mode) else None
+        if S_ISREG(status.st_mode):
+            return status.st_size, status.st_mtime_ns
+        self._tell(name, f"'{show(name)}' is left out: {KINDS.get(S_IFMT(status.st_mode), 'not a file')}.")
+        return None
 
     def _scan(self) -> None:
         started = time.monotonic()

@@ -55,7 +55,10 @@ def told_damage(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ModelError(f"'{folder}' is not a model folder: {error.strerror} ({error.filename}).") from error
+        raise ModelError(
+            f"'{folder}' is not a model folder: {error.strerror} ({error.filename}). "
+            "Give the folder that `flawsift fit` wrote."
+        ) from error
     except DamagedPart as error:
         raise ModelError(f"'{folder}' is damaged: {error}. Take a copy of it, or fit the model again.") from error
     except DAMAGE as error:

@@ -369,7 +369,10 @@ def _damage_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"'{show(folder)}' is not a screening folder: {error.strerror} ({error.filename}).") from error
+        raise InputError(
+            f"'{show(folder)}' is not a screening folder: {error.strerror} ({error.filename}). Give the one that "
+            "`flawsift screen` wrote, or the folder 'screening' in that of a model."
+        ) from error
     except DamagedPart as error:
         raise InputError(
             f"The screening in '{show(folder)}' is damaged: {error}. Take a copy of it, or screen the folder again."
