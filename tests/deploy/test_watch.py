@@ -370,6 +370,33 @@ def test_a_file_of_something_else_is_refused(folder: Path, tmp_path: Path, conte
         assert (tmp_path / name).read_text() == content
 
 
+@pytest.mark.parametrize(
+    "content", [b'{"setting": 1}', b"notes", b"\x89PNG\r\n\x1a\n1234", b"a,b\n1,2", b'{"file": "a", "other": 1}\n{"fi']
+)
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_nothing_is_cut_off_from_a_file_of_something_else(
+    folder: Path, tmp_path: Path, content: bytes, ending: str
+) -> None:
+    (tmp_path / f"out.{ending}").write_bytes(content)
+    with pytest.raises(InputError, match="no file of results"):
+        FolderWatch(brightness, folder, tmp_path / f"out.{ending}")
+    assert (tmp_path / f"out.{ending}").read_bytes() == content
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_what_is_left_of_a_line_is_cut_off_wherever_it_ends(filled: Path, tmp_path: Path, ending: str) -> None:
+    out = tmp_path / f"out.{ending}"
+    go(filled, out)
+    whole = out.read_bytes()
+    row = Row(**WHOLE_ROW)
+    begun = whole + ResultsFile(out).line(row).encode()
+    for size in [*range(len(whole.split(b"\n")[0])), *range(len(whole), len(begun))]:
+        out.write_bytes(begun[:size])
+        rows = ResultsFile(out).open(iter(()))
+        assert out.read_bytes() == begun[: begun.rfind(b"\n", 0, size) + 1]
+        assert len(rows) == (len(NAMES) if size >= len(whole) else 0)
+
+
 WHOLE_ROW = asdict(Row("0.png", 5, 7, "ok", 0.5, 0.5, 1.0, "ok/0.png"))
 
 

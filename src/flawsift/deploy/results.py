@@ -57,6 +57,7 @@ class Row:
 
 
 COLUMNS = [field.name for field in fields(Row)]
+BEGINS = b'{"file": "'  # a row as a JSON line, by which one that was cut off is known
 
 
 class ResultsFile:
@@ -83,9 +84,10 @@ class ResultsFile:
         if not self.path.exists():
             head = self._head() + "".join(self.line(row) for row in skipped)
             write_bytes(self.path, head.encode())
+        rows = [row for row, _ in self.rows()]  # first: nothing is cut off from a file of somebody else
         self._cut_incomplete_line()
         self._size = self.path.stat().st_size
-        return [row for row, _ in self.rows()]
+        return rows
 
     def append(self, row: Row) -> None:
         """Add a row, and wait until it is on the disk.
@@ -132,10 +134,7 @@ class ResultsFile:
                 try:
                     yield self._row(line.decode()), end
                 except DAMAGE as error:
-                    raise InputError(
-                        f"'{self.path}' is no file of results, by the line that ends at byte {end}. Name another one "
-                        "with --out."
-                    ) from error
+                    raise self._foreign(end) from error
 
     def line(self, row: Row) -> str:
         """A row as it is written, with its line end."""
@@ -161,8 +160,19 @@ class ResultsFile:
     def _cut_incomplete_line(self) -> None:
         with open(self.path, "rb+") as file:
             content = file.read()
-            if content and not content.endswith(b"\n"):
-                file.truncate(content.rfind(b"\n") + 1)
+            end = content.rfind(b"\n") + 1
+            if not (cut := content[end:]):
+                return
+            begins = self._head().encode() or BEGINS
+            known = self.is_csv and end > 0  # the lines before it are rows
+            if not known and not cut.startswith(begins) and not begins.startswith(cut):
+                raise self._foreign(len(content))
+            file.truncate(end)
+
+    def _foreign(self, end: int) -> InputError:
+        return InputError(
+            f"'{self.path}' is no file of results, by the line that ends at byte {end}. Name another one with --out."
+        )
 
 
 @contextlib.contextmanager
