@@ -202,3 +202,21 @@ def test_decisions_that_nobody_asked_for_are_told(
     monkeypatch.undo()
     monkeypatch.chdir(parts)
     assert told not in cli(*given, "--decisions", "s/decisions.csv")[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["screen", "parts", "--out", ""], "--out"),
+        (["screen", "parts", "--out="], "--out"),
+        (["screen", "parts", "--out", "s", "--cache", ""], "--cache"),
+        (["predict", "", "parts"], "an argument"),
+    ],
+)
+def test_an_empty_value_is_not_the_current_folder(
+    cli: Callable[..., tuple[int, str, str]], parts: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], named: str
+) -> None:
+    monkeypatch.chdir(parts)
+    code, _, error = cli(*given)
+    assert (code, error) == (2, f"flawsift: error: The value of {named} is empty. Was a variable not set?\n")
+    assert [path.name for path in parts.iterdir()] == ["parts"]

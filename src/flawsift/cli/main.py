@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with _ended_by_signals():
             _check_here()
+            _refuse_empty(sys.argv[1:] if arguments is None else arguments)
             code = app(args=arguments, prog_name="flawsift", standalone_mode=False)
     except FlawsiftError as error:
         code = _fail(str(error))
@@ -114,6 +115,15 @@ def _check_here() -> None:
         os.getcwd()
     except OSError as error:
         raise FlawsiftError("The current folder is gone. Change to another one and try again.") from error
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise where a value is empty, as of a shell variable that is not set: as a path it is the current folder."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option, is_given, value = argument.partition("=")
+        if not argument or (option.startswith("--") and is_given and not value):
+            name = option or (before if before.startswith("-") else "an argument")
+            raise FlawsiftError(f"The value of {name} is empty. Was a variable not set?")
 
 
 class _Ended(BaseException):
