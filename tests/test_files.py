@@ -311,3 +311,11 @@ def test_a_damaged_plan_is_told_and_reaches_no_file_outside(tmp_path: Path, plan
         settle(tmp_path / "r")
     assert (tmp_path / "mine").read_text() == "work"
     assert pending.is_dir()
+
+
+def test_a_folder_takes_the_place_of_no_file(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(OutputError, match="it is a file, not a folder"), new_folder(tmp_path / "x"):
+        raise AssertionError("work was done")
+    assert (tmp_path / "x").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -70,8 +70,6 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file in one step: readers see the old content or all of the new one.
 
     Args:
-        path: The file.
-        data: Its content.
         durable: Wait until it is on the disk, for a power cut may leave it empty else; 10 to 40 ms a file.
 
     Raises:
@@ -113,11 +111,13 @@ def new_folder(path: Path, *, keep: bool = False) -> Iterator[Path]:
         keep: Where there is one by then, it stays, and the new one is dropped; else it is replaced.
 
     Raises:
-        OutputError: It cannot be written; nothing half-written is left.
+        OutputError: It cannot be written, or is a file; nothing half-written is left.
     """
     temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            raise FileExistsError(errno.EEXIST, "it is a file")
         temporary.mkdir()
         yield temporary
         sync_tree(temporary)

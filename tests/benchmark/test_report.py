@@ -270,3 +270,19 @@ def test_quoted_figures_are_added_only_where_they_are_asked_for(tmp_path: Path) 
     assert both.startswith(own["Markdown"].read_text("utf-8"))
     assert "### Quoted: " in both
     assert "Failed cells" not in own["HTML"].read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n1,2\n".encode("utf-16"), "'utf-8' codec can't decode"),
+        (b'a,b\n"1,2\n', "unexpected end of data"),
+        (b"a,b\n\0,2\n", "NUL bytes"),
+        (b"a,b\n1,2\n", "no column 'data'"),
+    ],
+)
+def test_a_file_of_no_rows_is_told(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "results.csv").write_bytes(content)
+    with pytest.raises(InputError, match=f"holds no rows of a benchmark: .*{message}"):
+        write_benchmark_report(tmp_path, tmp_path / "report")
+    assert (tmp_path / "results.csv").read_bytes() == content

@@ -67,7 +67,7 @@ def write_benchmark_report(
         OutputError: The folder cannot be written.
     """
     path = _rows_file(results)
-    rows = read_rows(path)
+    rows = read_rows(path, ADDRESS)
     if not rows:
         raise InputError(f"'{show(path)}' has no rows. Run `flawsift benchmark` first.")
     refuse_other_results(folder)
@@ -103,7 +103,7 @@ def failures_of(results: str | Path) -> list[tuple[str, int]]:
     Args:
         results: As for `write_benchmark_report`.
     """
-    return failures(newest(read_rows(_rows_file(results)))[1])
+    return failures(newest(read_rows(_rows_file(results), ADDRESS))[1])
 
 
 def _rows_file(results: str | Path) -> Path:

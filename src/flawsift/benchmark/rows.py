@@ -1,5 +1,6 @@
 """Measured rows in CSV files, and where a figure comes from: code, machine, memory."""
 
+import csv
 import functools
 import itertools
 import json
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from flawsift.benchmark.extra import needed_for
+from flawsift.errors import InputError
 from flawsift.files import alone, ensure_folder
+from flawsift.paths import show
 from flawsift.tables import cells_of, write_csv
 
 Row = dict[str, Any]
@@ -63,11 +66,22 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """All rows of a CSV file; none if it does not exist."""
+def read_rows(path: Path, needs: Sequence[str] = ()) -> list[dict[str, str]]:
+    """All rows of a CSV file; none if it does not exist.
+
+    Raises:
+        InputError: It is no CSV table in UTF-8, or has rows and lacks a column of `needs`.
+    """
     if not path.exists():
         return []
-    header, *rows = cells_of(path.read_bytes()) or [[]]
+    try:
+        header, *rows = cells_of(path.read_bytes()) or [[]]
+        if rows and (lacking := [name for name in needs if name not in header]):
+            raise ValueError(f"no column '{lacking[0]}'")
+    except (ValueError, csv.Error) as error:
+        raise InputError(
+            f"'{show(path)}' holds no rows of a benchmark: {error}. Take a copy of it, or move it away and run again."
+        ) from error
     return [dict(itertools.zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
 
 

@@ -299,7 +299,7 @@ def run(
     cells = plan(config)
     executor = make_executor(config.executor) if executor is None else executor
     by_cells = config.fan_out == "cells"
-    earlier = [] if fresh else read_rows(folder / RESULTS)
+    earlier = [] if fresh else read_rows(folder / RESULTS, ["key"])
     runner = Runner(
         sources=_sources(config, cells, (store or FeatureStore()).root.resolve()),
         done=frozenset(

@@ -55,7 +55,7 @@ def benchmark(
     wanted = read_config(config)
     cells = grid.plan(wanted)
     if dry_run:
-        earlier = [] if out is None else read_rows(out / RESULTS)
+        earlier = [] if out is None else read_rows(out / RESULTS, ["key"])
         done = set() if fresh else grid.done_places(earlier, None if any_commit else source_commit())
         open_ = [c for c in cells if any(c.place(preset) not in done for preset in c.presets)]
         seconds, unknown = grid.estimate_seconds(open_, earlier)
