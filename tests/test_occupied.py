@@ -47,6 +47,15 @@ def test_every_kind_may_replace_itself_only(name: str, tmp_path: Path) -> None:
     refuse_other_results(tmp_path / "missing")
 
 
+def test_what_an_earlier_version_put_beside_a_model_does_not_keep_it_from_being_renewed(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text("{}")
+    (tmp_path / "predictions.jsonl").write_text("{}")
+    refuse_other_results(tmp_path, ["model.json"])
+    for own in (["predictions.jsonl"], ["metrics.json"]):
+        with pytest.raises(OutputError, match="holds a model"):
+            refuse_other_results(tmp_path, own)
+
+
 def test_no_manifest_replaces_that_of_another_kind(tmp_path: Path) -> None:
     with new_result(tmp_path, old=["model.json"]) as new:
         (new / "model.json").write_text("{}")

@@ -7,7 +7,8 @@ from pathlib import Path
 from flawsift.errors import OutputError
 from flawsift.paths import show
 
-# Of every kind of result, the file that no other kind has. All write a `report.html` or a `manifest.json`.
+# Of every kind of result, the file that no other kind has. All write a `report.html`; the first two a `manifest.json`
+# too, by which each is damage to the other.
 RESULTS = {
     "model.json": "a model",
     "screening.json": "a screening",
@@ -15,10 +16,13 @@ RESULTS = {
     "metrics.json": "an evaluation",
     "drift.json": "a comparison of predictions",
 }
+WITH_MANIFEST = ("model.json", "screening.json")
 
 
 def refuse_other_results(folder: str | Path, own: Sequence[str] = ()) -> None:
     """Raise where a folder holds a result of another kind than the one that is to be written.
+
+    Predictions and the like that an earlier version put beside a model do not keep the model from being renewed.
 
     Args:
         folder: Of the new result; it may be missing.
@@ -27,9 +31,11 @@ def refuse_other_results(folder: str | Path, own: Sequence[str] = ()) -> None:
     Raises:
         OutputError: It holds another kind of result.
     """
-    for name, kind in RESULTS.items():
-        if not any(fnmatch(name, pattern) for pattern in own) and (Path(folder) / name).is_file():
-            raise OutputError(
-                f"'{show(folder)}' holds {kind} ({name}), which another result in the same folder would damage. "
-                "Choose another folder."
-            )
+    there = [name for name in RESULTS if (Path(folder) / name).is_file()]
+    mine = [name for name in there if any(fnmatch(name, pattern) for pattern in own)]
+    others = [name for name in there if name not in mine and (not mine or name in WITH_MANIFEST)]
+    if others:
+        raise OutputError(
+            f"'{show(folder)}' holds {RESULTS[others[0]]} ({others[0]}), which another result in the same folder would "
+            "damage. Choose another folder."
+        )

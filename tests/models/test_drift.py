@@ -165,7 +165,7 @@ GOOD = ["a.png", "20.5"]
         (b"path,score,error\na.png,,damaged\nb.png,,damaged\n", "none of its 2 images could be read"),
         (b"path,score\na.png\n", "none of its 1 images could be read"),
         (b"path,score\n\xff\xfe\xfa,3\n", "is not a CSV table"),
-        (b'path,score\n"a.png,20\n', "none of its 1 images"),
+        (b'path,score\n"a.png,20\n', "is not a CSV table in UTF-8: unexpected end of data"),
         (b"path,score,p_value\na.png,20,0.999\n", "is of another model: in row 2 the p-value is 0.999"),
         (b"path,score,p_value\na.png,20,much\n", "no number in row 2, column 'p_value': 'much'"),
     ],
