@@ -74,6 +74,18 @@ def test_mean_and_sd_of_the_newest_commit_and_last_row_of_a_seed(rows: Any, tabl
     assert "Commit `new`; A CPU, 2 cores, 8 GiB, Linux; 3 seeds." in text
 
 
+def test_hits_stand_below_aupro_where_rows_have_them(rows: Any, render: Any, tables: Any, tmp_path: Path) -> None:
+    rows.append_rows(tmp_path / "accuracy.csv", [{**cell(0, 0.9, arm="all_data"), "aupro": 0.8}])
+    old = render.TABLES["detectors-aupro"](tmp_path)
+    assert "0.800" in old
+    assert "Hits" not in old
+    new = {**cell(0, 0.9, commit="newer", arm="all_data"), "aupro": 0.7, "pixel_ap": 0.25, "hits_per_100": 40.0}
+    rows.append_rows(tmp_path / "accuracy.csv", [new])
+    text = render.TABLES["detectors-aupro"](tmp_path)
+    assert [part in text.partition("Hits")[2] for part in ("0.400", "0.700", "0.250")] == [True, False, False]
+    assert text.index("0.700") < text.index("0.250") < text.index("0.400")
+
+
 def test_rivals_are_compared_on_the_same_sets_and_seeds(rows: Any, tables: Any, tmp_path: Path) -> None:
     values = {"quorum": (0.9, 0.8), "softpatch": (0.7, 0.5), "inreach": (0.9, 0.7), "funad": (0.6, 0.6)}
     for name, aurocs in values.items():
