@@ -58,6 +58,22 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
     return call
 
 
+def test_tiles_by_position(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    cut = ["--backbone", "tiny", "--size", "128", "--tiles", "64:0", "--tiles-by-position"]
+    screened = run("screen", easy_folder, "--out", tmp_path / "s", *cut, "--detector", "quorum", "--json")
+    assert screened.code == 0, screened.err
+    fitted = run("fit", easy_folder, "--out", tmp_path / "m", *cut, "--screening", tmp_path / "s", "--json")
+    assert fitted.code == 0, fitted.err
+    assert fitted.json["detector"]["params"]["tiles_by_position"] == "64:0"
+    assert run("predict", tmp_path / "m", easy_folder, "--json").code == 0
+    whole = run("fit", easy_folder, "--out", tmp_path / "w", *TINY, "--tiles-by-position")
+    assert whole.code == 2
+    assert "in one piece" in whole.err
+    exported = run("export-model", tmp_path / "m", "--to", "onnx", "--out", tmp_path / "e")
+    assert exported.code == 2
+    assert "by position cannot be exported" in exported.err
+
+
 def test_the_main_job(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     screened = run("screen", easy_folder, "--out", tmp_path / "s", *TINY, "--json")
     assert screened.code == 0, screened.err

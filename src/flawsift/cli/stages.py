@@ -28,10 +28,20 @@ from flawsift.cli.options import (
 from flawsift.screening.options import ScreenOptions
 
 if TYPE_CHECKING:
+    from flawsift.detectors.base import Detector
+    from flawsift.features.backbones import Backbone
     from flawsift.pipeline import FitResult
     from flawsift.screening.result import Screening
 
 
+ByPosition = Annotated[
+    bool,
+    typer.Option(
+        "--tiles-by-position",
+        help="For cameras that stand still: compare each tile only with the same tile of other images (quorum, "
+        "patchcore).",
+    ),
+]
 SCREENER = DetectorChoice(ScreenOptions().screener)  # what `screen` takes where no detector is named
 
 
@@ -44,6 +54,7 @@ def screen(
     detector: DetectorChoice = SCREENER,
     backbone: BackboneChoice,
     stage1: ScreeningStage,
+    tiles_by_position: ByPosition = False,
     groups: Groups = None,
     value_range: RangeOption = None,
     roi: RoiOption = None,
@@ -58,11 +69,12 @@ def screen(
 
     options, pictures = stage1.options or ScreenOptions(), images_in(images, groups, value_range, roi)
     ensure_folder(out)
+    network = backbone.load(machine.device, pictures)
     with shown_progress() as progress:
         result = pipeline.screen(
             pictures,
-            detector.make(machine.seed),
-            backbone.load(machine.device, pictures),
+            _chosen(detector, machine.seed, network, tiles_by_position),
+            network,
             options=options,
             out=out,
             **machine.resources(progress),
@@ -71,6 +83,14 @@ def screen(
     lines = screened_lines(result)
     lines += [f"Table:  {out / 'screening.csv'}", f"Report: {page}", f"Decide: flawsift review {out}"]
     say(as_json, {**summary_of(result), "out": str(out), "report": str(page)}, lines)
+
+
+def _chosen(choice: DetectorChoice, seed: int, backbone: "Backbone", by_position: bool) -> "Detector":
+    """The unfitted detector, which compares tiles by position where that is asked for."""
+    from flawsift.detectors.parts.positions import compared_by_tile
+
+    made = choice.make(seed)
+    return compared_by_tile(made, backbone.tiles) if by_position else made
 
 
 def screened_lines(result: "Screening") -> list[str]:
@@ -105,6 +125,7 @@ def fit(
     detector: DetectorChoice,
     backbone: BackboneChoice,
     stage1: FitStage,
+    tiles_by_position: ByPosition = False,
     groups: Groups = None,
     value_range: RangeOption = None,
     roi: RoiOption = None,
@@ -120,11 +141,12 @@ def fit(
     from flawsift.models.calibration import DEFAULT_RATE
 
     options, pictures = stage1.options, images_in(images, groups, value_range, roi)
+    network = backbone.load(machine.device, pictures)
     with shown_progress() as progress:
         result = pipeline.fit(
             pictures,
-            detector.make(machine.seed),
-            backbone.load(machine.device, pictures),
+            _chosen(detector, machine.seed, network, tiles_by_position),
+            network,
             screening=screening,
             no_screen=no_screen,
             options=options,
