@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from flawsift.data.decoding import ARRAYS, NotAnImage, check_array
-from flawsift.data.folders import groups_by_id, with_pages
+from flawsift.data.folders import groups_by_id, tell_animations, with_pages
 from flawsift.data.images import ArraySource, FileSource, ImageSet, MixedSource, Source
 from flawsift.data.listing import parts_among
 from flawsift.data.values import ValueRange
@@ -139,6 +139,7 @@ def _from_list(items: Sequence[OneImage], what: str) -> ImageSet:
     if not memory:
         return _from_files(list(files.values()))
     files, memory = _sorted_out(_pages(items), what, 0)
+    tell_animations(Path(), map(str, files.values()))
     sources: dict[int, Source] = dict.fromkeys(memory, ArraySource(memory))
     if not files:
         return _over(sources[0])
@@ -188,6 +189,7 @@ def _sorted_out(
 
 
 def _from_files(files: Sequence[Path]) -> ImageSet:
+    tell_animations(Path(), map(str, files))
     return _over(_file_source(dict(enumerate(map(Path, with_pages(Path(), map(str, files)))))))
 
 
