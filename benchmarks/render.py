@@ -67,6 +67,22 @@ def scale(results: Path) -> str | None:
     return table(header, body, rows, seeds=False)
 
 
+def tiles(results: Path) -> str | None:
+    """What the features of large pictures cost, by the way they are looked at."""
+    rows = read(results / "tiles.csv")
+    if rows.empty:
+        return None
+    rows = newest(rows, ["mode", "height", "width"])
+    body = []
+    for (width, height, mode), some in rows.groupby(["width", "height", "mode"], sort=False):
+        last = some.iloc[-1]
+        cut = "" if pd.isna(last["tiles"]) else f" of {str(last['tiles']).replace(':', ' that share ')}"
+        figures = [f"{last[key]:.2f}" for key in ("looked_at", "seconds", "cpu_seconds", "cpu_per_megapixel")]
+        body.append([f"{width} x {height}", f"{mode}{cut}", *figures, f"{last['peak_mb']:,.0f}"])
+    header = ["picture", "looked at", "megapixels of it", "seconds", "core seconds", "per megapixel", "peak MiB"]
+    return table(header, body, rows, seeds=False)
+
+
 def training(results: Path) -> str | None:
     """What a budget preset costs."""
     rows = read(results / "training.csv").dropna(subset=["seconds"])
@@ -217,6 +233,7 @@ MEASURED: Mapping[str, Callable[[Path], str | None]] = {
     "stage1-padim": lambda r: _tables.stage1(r, "padim"),
     "speed": speed,
     "scale": scale,
+    "tiles": tiles,
     "confirmation": _tables.confirmation,
     "headline": _tables.headline,
     "headline-plain": lambda r: plain(_tables.headline(r)),
