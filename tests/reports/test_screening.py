@@ -213,6 +213,22 @@ def test_without_grids_only_thumbnails(images: ImageSet) -> None:
     assert {len(card["images"]) for card in with_maps.cards["suspects"]} == {2}
 
 
+def test_lines_surround_what_is_set_aside_and_not_each_kept_image() -> None:
+    grey = ImageSet.from_arrays([np.full((64, 64, 3), 128, np.uint8)] * N)
+    maps = np.zeros((N, 4, 6), np.float16)
+    maps[:, 1, 2] = 1 + 0.01 * np.arange(N)
+    screening = make_screening(grey)
+    maps[~screening.is_kept] -= 0.5  # lower than on any kept one
+    page = Page(screening_report(replace(screening, patch_maps=maps), grey, n_suspects=N, n_borderline=0))
+    lined = {}
+    for card in page.cards["suspects"]:
+        whites = (np.asarray(picture(card["images"][1]["src"])).min(2) > 240).any()
+        lined[card["name"]] = bool(whites), "set aside" in card["text"]
+    assert len(lined) == N
+    assert all(line for line, aside in lined.values() if aside)
+    assert sum(line for line, aside in lined.values() if not aside) <= 1, "the highest of 32"
+
+
 def test_a_vanished_file_is_named_without_a_picture(folder: Path) -> None:
     files = ImageSet.from_folder(folder)
     screening = make_screening(files)

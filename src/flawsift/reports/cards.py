@@ -146,7 +146,7 @@ class ScreeningCards:
         if self.screening.patch_maps is None:
             return Shown.of(image, None, None)
         patch_map = self.screening.patch_maps[p]
-        outlines = outlines_of(patch_map, self.scale, self._level, image.size)
+        outlines = outlines_of(patch_map, self.scale, self._level, image.size, kept=bool(self.kept[p]))
         shown = Shown.of(image, smoothed(patch_map).numpy(), self.scale, outlines)
         return replace(shown, peak_position=peak_position(patch_map))
 

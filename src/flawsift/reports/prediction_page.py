@@ -1,4 +1,4 @@
-"""Predictions as one HTML page: the flagged images with their heatmaps and boxes, then all others, ranked."""
+"""Predictions as one HTML page: the flagged images with their heatmaps, then all others, ranked."""
 
 import base64
 import hashlib

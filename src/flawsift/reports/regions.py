@@ -72,10 +72,15 @@ def regions(
 
 
 def outlines_of(
-    patch_map: npt.NDArray[np.float16], scale: Scale | None, level: float, size: tuple[int, int]
+    patch_map: npt.NDArray[np.float16], scale: Scale | None, level: float, size: tuple[int, int], *, kept: bool = False
 ) -> list[list[float]]:
-    """The outlines of all `regions` of one image; none where its map is flat."""
-    if np.ptp(patch_map) == 0:
+    """The outlines of all `regions` of one image; none where its map is flat.
+
+    Nor on one that is kept and stays below the threshold: every image has a highest place.
+    """
+    from flawsift.reports.evidence import smoothed
+
+    if np.ptp(patch_map) == 0 or (kept and scale is not None and not smoothed(patch_map).max() > scale.threshold):
         return []
     return [line for one in regions(patch_map, scale, level, size) for line in one.polygons]
 

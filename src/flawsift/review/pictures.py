@@ -141,9 +141,9 @@ class Pictures:
         if self.screening.patch_maps is None or self._scale is None:
             return None
         edge = THUMB if kind == "thumb-map" else LAYER
-        patch_map = self.screening.patch_maps[self._position[id_]]
-        size = _fitted(image, edge)
-        outlines = outlines_of(patch_map, self._scale, self._level, size)
+        position, size = self._position[id_], _fitted(image, edge)
+        patch_map, kept = self.screening.patch_maps[position], bool(self.screening.is_kept[position])
+        outlines = outlines_of(patch_map, self._scale, self._level, size, kept=kept)
         layer(size, smoothed(patch_map), self._scale, outlines).save(buffer, "PNG", compress_level=3)
         return buffer.getvalue()
 
