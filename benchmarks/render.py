@@ -76,7 +76,9 @@ def tiles(results: Path) -> str | None:
     body = []
     for (width, height, mode), some in rows.groupby(["width", "height", "mode"], sort=False):
         last = some.iloc[-1]
-        cut = "" if pd.isna(last["tiles"]) else f" of {str(last['tiles']).replace(':', ' that share ')}"
+        cut = f" of {str(last['tiles']).replace(':', ' that share ')}"
+        if pd.isna(last["tiles"]):
+            cut = ", of which one holds it" if mode == "in tiles" else ""
         figures = [f"{last[key]:.2f}" for key in ("looked_at", "seconds", "cpu_seconds", "cpu_per_megapixel")]
         body.append([f"{width} x {height}", f"{mode}{cut}", *figures, f"{last['peak_mb']:,.0f}"])
     header = ["picture", "looked at", "megapixels of it", "seconds", "core seconds", "per megapixel", "peak MiB"]

@@ -169,6 +169,8 @@ def test_the_cost_of_tiles_by_the_megapixel(rows: Any, render: Any, tmp_path: Pa
     text = render.tiles(tmp_path)
     assert "| 4096 x 3072 | in tiles of 1024 that share 256 | 12.58 | 15.00 | 25.16 | 2.00 | 900 |" in text
     assert "| 4096 x 3072 | shrunk to 256 | 0.05 |" in text
+    rows.append_rows(tmp_path / "tiles.csv", [{**cut, "tiles": None, "height": 9}])
+    assert "| 4096 x 9 | in tiles, of which one holds it |" in render.tiles(tmp_path)
     assert "99" not in text
     assert render.tiles(tmp_path / "none") is None
 
