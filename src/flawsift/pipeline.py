@@ -32,7 +32,7 @@ from flawsift.models.plan import TrainingPlan, calibrate, judge, options_for, pl
 from flawsift.models.profile import Profile
 from flawsift.models.provenance import how_seen, is_made_by, provenance_of, versions
 from flawsift.paths import show
-from flawsift.progress import ProgressOption, as_progress
+from flawsift.progress import CHECKING, FINDING, LOADING, TRAINING, WRITING, ProgressOption, as_progress, steps_of
 from flawsift.reports import calibration
 from flawsift.reports.pages import REPORT
 from flawsift.reports.screening import write_fit_report, write_screening_report
@@ -133,6 +133,7 @@ def screen(
         job = _prepare(images, given, backbone, own, {**resources, "progress": tell})
         screening, _ = _stage1(job, chosen, out, wants_fitted=False)
         if out is not None:
+            tell(WRITING, 0, 1)
             with new_result(Path(out), old=storage.FILES, aside=edited_table(Path(out))) as new:
                 write_files(screening, new)
                 write_screening_report(screening, job.images, new)
@@ -199,6 +200,7 @@ def fit(
         started=time.monotonic(),
     )
     with as_progress(resources.get("progress")) as tell:
+        tell(FINDING, 0, 1)
         given = as_images(images)
         asked = replace(asked, choices=located(asked.choices, given.names))
         if asked.screening is not None:
@@ -256,6 +258,7 @@ def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
     }
     model = _stage2(job, plan, merged, out, record, asked.started)
     if out is not None:
+        job.run.progress(WRITING, 0, 1)
         _write(job, asked, model, stage1, out)
     return FitResult(model, stage1, plan, out)
 
@@ -315,8 +318,10 @@ def _prepare(
     given_run: dict[str, Any] = {key: value for key, value in resources.items() if key != "store"}
     run = Run(**{**given_run, "executor": make_executor(resources.get("executor", SERIAL))})
     resolve_device(run.device)  # one that is not there is told now, not after the work
+    run.progress(FINDING, 0, 1)
     given = ready_to_train(as_images(images))
     made = make_detector(detector, seed=run.seed) if isinstance(detector, str) else detector
+    run.progress(LOADING, 0, 1)
     loaded = load_backbone(backbone, size=fitting_size(given)) if isinstance(backbone, str) else backbone
     first = made if stage1 is None else resolve_screener(stage1.screener, made, loaded, run.seed)
     if stage1 is not None:
@@ -352,10 +357,10 @@ def _stage2(
     """Train and calibrate; `merged` is an additive detector of all images, where stage 1 made one."""
     run = job.run
     unfinished = None if out is None else _run_folder(out / RESUME, job, set_digest(plan.images), run.seed)
-    run.progress("detector", 0, 1)
+    run.progress(TRAINING, 0, 1)
     checkpoint = None if unfinished is None else unfinished / "training.safetensors"
-    fitted = _fitted(job, plan.images, merged, Watch(lambda _, n, of: run.progress("detector", n, of), checkpoint))
-    run.progress("detector", 1, 1)
+    fitted = _fitted(job, plan.images, merged, Watch(steps_of(run.progress, TRAINING), checkpoint))
+    run.progress(CHECKING, 0, 1)
     halves = replace(run, checkpoint=None if unfinished is None else unfinished / "calibration")
     judged = judge(plan, fitted, halves)
     training = {

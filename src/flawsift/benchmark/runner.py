@@ -39,7 +39,7 @@ from flawsift.features.store import FeatureStore
 from flawsift.files import ensure_folder, write_bytes
 from flawsift.models.model import Model, set_digest
 from flawsift.models.provenance import versions
-from flawsift.progress import Progress, silent
+from flawsift.progress import CELLS, LOOKING, Progress, silent
 from flawsift.types import Ids
 from flawsift.workers import Failure
 
@@ -315,13 +315,14 @@ def run(
     outer = executor if by_cells else SERIAL
     origin = {"commit": commit, "machine": machine(), "versions": versions()}
     new: list[Row] = []
+    progress(LOOKING, 0, 1)
     runner.warm_all(outer)
-    progress("cells", 0, len(cells))
+    progress(CELLS, 0, len(cells))
     for number, (position, outcome) in enumerate(outer.completed(runner, cells)):
         cell = cells[position]
         rows = _written(folder, cell, outcome, origin)
         new += rows
-        progress("cells", number + 1, len(cells))
+        progress(CELLS, number + 1, len(cells))
         if on_cell is not None:
             on_cell(cell, rows)
     return new
