@@ -32,7 +32,18 @@ from flawsift.models.plan import TrainingPlan, calibrate, judge, options_for, pl
 from flawsift.models.profile import Profile
 from flawsift.models.provenance import how_seen, is_made_by, provenance_of, versions
 from flawsift.paths import show
-from flawsift.progress import CHECKING, FINDING, LOADING, TRAINING, WRITING, ProgressOption, as_progress, steps_of
+from flawsift.progress import (
+    CHECKING,
+    FINDING,
+    LOADING,
+    THRESHOLD,
+    TRAINING,
+    WRITING,
+    Progress,
+    ProgressOption,
+    as_progress,
+    steps_of,
+)
 from flawsift.reports import calibration
 from flawsift.reports.pages import REPORT
 from flawsift.reports.screening import write_fit_report, write_screening_report
@@ -200,8 +211,7 @@ def fit(
         started=time.monotonic(),
     )
     with as_progress(resources.get("progress")) as tell:
-        tell(FINDING, 0, 1)
-        given = as_images(images)
+        given = _listed(images, tell)
         asked = replace(asked, choices=located(asked.choices, given.names))
         if asked.screening is not None:
             given, note = grouped(asked.screening, given)
@@ -318,11 +328,11 @@ def _prepare(
     given_run: dict[str, Any] = {key: value for key, value in resources.items() if key != "store"}
     run = Run(**{**given_run, "executor": make_executor(resources.get("executor", SERIAL))})
     resolve_device(run.device)  # one that is not there is told now, not after the work
-    run.progress(FINDING, 0, 1)
-    given = ready_to_train(as_images(images))
+    listed = _listed(images, run.progress)
+    run.progress(CHECKING, 0, 1)
+    given = ready_to_train(listed)
     made = make_detector(detector, seed=run.seed) if isinstance(detector, str) else detector
-    run.progress(LOADING, 0, 1)
-    loaded = load_backbone(backbone, size=fitting_size(given)) if isinstance(backbone, str) else backbone
+    loaded = _loaded(backbone, given, run.progress)
     first = made if stage1 is None else resolve_screener(stage1.screener, made, loaded, run.seed)
     if stage1 is not None:
         ranker_of(first, stage1)  # an option that would not be read is told now, not after the work
@@ -331,6 +341,20 @@ def _prepare(
     data, failed = attach(given, loaded, layers, views=views, store=store, progress=run.progress)
     unreadable = {given.source.name(i): reason for i, reason in sorted(failed.items())}
     return _Job(given, data, made, first, loaded, unreadable, run)
+
+
+def _listed(images: Images, tell: Progress) -> ImageSet:
+    if isinstance(images, ImageSet):
+        return images
+    tell(FINDING, 0, 1)
+    return as_images(images)
+
+
+def _loaded(backbone: Backbone | str, images: ImageSet, tell: Progress) -> Backbone:
+    if not isinstance(backbone, str):
+        return backbone
+    tell(LOADING, 0, 1)
+    return load_backbone(backbone, size=fitting_size(images))
 
 
 def _stage1(
@@ -360,7 +384,7 @@ def _stage2(
     run.progress(TRAINING, 0, 1)
     checkpoint = None if unfinished is None else unfinished / "training.safetensors"
     fitted = _fitted(job, plan.images, merged, Watch(steps_of(run.progress, TRAINING), checkpoint))
-    run.progress(CHECKING, 0, 1)
+    run.progress(THRESHOLD, 0, 1)
     halves = replace(run, checkpoint=None if unfinished is None else unfinished / "calibration")
     judged = judge(plan, fitted, halves)
     training = {

@@ -7,7 +7,6 @@ import typer
 
 from flawsift.cli.lines import range_lines, size_lines, threshold_lines, warning_lines
 from flawsift.cli.options import (
-    AsJson,
     BackboneChoice,
     Decisions,
     DetectorChoice,
@@ -21,10 +20,10 @@ from flawsift.cli.options import (
     RoiOption,
     ScreeningStage,
     images_in,
-    say,
-    shown_progress,
     takes_groups,
 )
+from flawsift.cli.output import Output
+from flawsift.progress import FINDING, LOADING
 from flawsift.screening.options import ScreenOptions
 
 if TYPE_CHECKING:
@@ -48,20 +47,23 @@ def screen(
     value_range: RangeOption = None,
     roi: RoiOption = None,
     machine: Machine,
-    as_json: AsJson = False,
+    output: Output,
 ) -> None:
     """Stage 1: rank the images of a folder by how defective they look, and say which to keep."""
-    from flawsift import pipeline
-    from flawsift.files import ensure_folder
-    from flawsift.reports.pages import REPORT
-    from flawsift.screening.storage import summary_of
+    with output.progress() as progress:
+        from flawsift import pipeline
+        from flawsift.files import ensure_folder
+        from flawsift.reports.pages import REPORT
+        from flawsift.screening.storage import summary_of
 
-    options, pictures = stage1.options or ScreenOptions(), images_in(images, groups, value_range, roi)
-    ensure_folder(out)
-    with shown_progress() as progress:
+        progress(FINDING, 0, 1)
+        options, pictures = stage1.options or ScreenOptions(), images_in(images, groups, value_range, roi)
+        ensure_folder(out)
+        unfitted = detector.make(machine.seed)
+        progress(LOADING, 0, 1)
         result = pipeline.screen(
             pictures,
-            detector.make(machine.seed),
+            unfitted,
             backbone.load(machine.device, pictures),
             options=options,
             out=out,
@@ -70,7 +72,7 @@ def screen(
     page = out / REPORT
     lines = screened_lines(result)
     lines += [f"Table:  {out / 'screening.csv'}", f"Report: {page}", f"Decide: flawsift review {out}"]
-    say(as_json, {**summary_of(result), "out": str(out), "report": str(page)}, lines)
+    output.say({**summary_of(result), "out": str(out), "report": str(page)}, lines)
 
 
 def screened_lines(result: "Screening") -> list[str]:
@@ -113,17 +115,20 @@ def fit(
     no_screen: Annotated[bool, typer.Option("--no-screen", help="Train on every image.")] = False,
     false_alarm_rate: Rate = None,
     machine: Machine,
-    as_json: AsJson = False,
+    output: Output,
 ) -> None:
     """Both stages: screen a folder, then train a detector on what is kept."""
-    from flawsift import pipeline
-    from flawsift.models.calibration import DEFAULT_RATE
+    with output.progress() as progress:
+        from flawsift import pipeline
+        from flawsift.models.calibration import DEFAULT_RATE
 
-    options, pictures = stage1.options, images_in(images, groups, value_range, roi)
-    with shown_progress() as progress:
+        progress(FINDING, 0, 1)
+        options, pictures = stage1.options, images_in(images, groups, value_range, roi)
+        unfitted = detector.make(machine.seed)
+        progress(LOADING, 0, 1)
         result = pipeline.fit(
             pictures,
-            detector.make(machine.seed),
+            unfitted,
             backbone.load(machine.device, pictures),
             screening=screening,
             no_screen=no_screen,
@@ -140,7 +145,7 @@ def fit(
     summary: dict[str, Any] = {"out": str(out), **result.model.training}
     summary |= {"threshold": None if threshold is None else vars(threshold)}
     summary |= {"warning": None if threshold is None else threshold.warning}
-    say(as_json, {**summary, "report": None if result.report is None else str(result.report)}, lines)
+    output.say({**summary, "report": None if result.report is None else str(result.report)}, lines)
 
 
 def fitted_lines(result: "FitResult", out: Path) -> list[str]:
