@@ -43,6 +43,7 @@ CELLS = "Running cells"
 
 BAR_WIDTH = 20  # columns
 MOST_ROWS = 6  # on a terminal: the present stage and those before it; more would push away what was on it
+SHORT = 1.0  # seconds: of a stage that took less, nobody needs to know afterwards
 REDRAWN = 0.1  # seconds between two changes of the bar of a notebook: as often as rich redraws a terminal
 
 
@@ -140,6 +141,11 @@ class Stage:
         return max(1.0, each * (self.total - self.done) - (time.monotonic() - self._told))
 
     @property
+    def spent(self) -> float:
+        """Seconds that it took, or has taken."""
+        return (self._ended or time.monotonic()) - self.began
+
+    @property
     def count(self) -> str:
         """Steps done of all, where there are several."""
         return f"{self.done:,}/{self.total:,}" if self.total > 1 else ""
@@ -148,8 +154,7 @@ class Stage:
     def times(self) -> str:
         """How long it has taken, and what is left."""
         left = self.left
-        spent = clock((self._ended or time.monotonic()) - self.began)
-        return spent if left is None else f"{spent}, about {clock(left)} left"
+        return clock(self.spent) if left is None else f"{clock(self.spent)}, about {clock(left)} left"
 
 
 class _Display(ABC):
@@ -167,6 +172,7 @@ class _Display(ABC):
             return
         if now is not None:
             now.end()
+            self._end(now)
         self._stage = Stage(stage, total, done)
         self._begin(self._stage)
 
@@ -175,6 +181,10 @@ class _Display(ABC):
 
     @abstractmethod
     def _advance(self, stage: Stage) -> None: ...
+
+    def _end(self, stage: Stage) -> None:
+        """It is over: shown by the next one, unless a display does more."""
+        return
 
     @abstractmethod
     def close(self) -> None:
@@ -237,11 +247,14 @@ class _Bars(_Display):
         self._tasks: list[Any] = []  # ids of the rows
         self._rows.start()
 
-    def _begin(self, stage: Stage) -> None:
-        if self._tasks:
-            self._rows.update(self._tasks[-1], total=1, completed=1)  # a full bar
-        if len(self._tasks) == MOST_ROWS:
+    def _end(self, stage: Stage) -> None:
+        self._rows.update(self._tasks[-1], total=1, completed=1)  # a full bar
+        if stage.spent < SHORT:
+            self._rows.remove_task(self._tasks.pop())
+        elif len(self._tasks) == MOST_ROWS:
             self._rows.remove_task(self._tasks.pop(0))
+
+    def _begin(self, stage: Stage) -> None:
         self._tasks.append(self._rows.add_task("", total=None, stage=stage))
         self._advance(stage)
 
