@@ -27,7 +27,7 @@ READING = "Reading images"
 LOOKING = "Looking at images"
 LEARNING = "Learning from images"
 COMPARING = "Comparing images"
-PARTS = "Training models to compare"
+PARTS = "Training several models"
 COUNTING = "Counting probable defects"
 TRAINING = "Training the detector"
 THRESHOLD = "Setting the threshold"
@@ -112,13 +112,14 @@ class Stage:
     name: str
     total: int
     done: int
-    began: float = field(default_factory=time.monotonic)
-    _first: tuple[int, float] = (0, 0.0)  # steps done and time that the estimate counts from
-    _told: float = 0.0  # when `done` was last told
-    _ended: float | None = None
+    began: float = field(init=False)
+    _first: tuple[int, float] = field(init=False)  # steps done and time that the estimate counts from
+    _told: float = field(init=False)  # when `done` was last told
+    _ended: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._first, self._told = (self.done, self.began), self.began
+        self.began = self._told = time.monotonic()
+        self._first = self.done, self.began
 
     def tell(self, done: int, total: int) -> None:
         """Take note of steps done."""
