@@ -20,18 +20,7 @@ from flawsift.features.devices import resolve_device
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.models.model import set_digest
-from flawsift.progress import (
-    CHECKING,
-    COMPARING,
-    COUNTING,
-    LEARNING,
-    LOOKING,
-    PARTS,
-    READING,
-    THRESHOLD,
-    TRAINING,
-    WRITING,
-)
+from flawsift.progress import Stage
 from flawsift.screening.options import ScreenOptions
 
 SMALL = make_detector("patchcore", coreset_ratio=0.05)
@@ -127,20 +116,27 @@ def test_progress_is_told_to_whoever_asks(easy: Dataset, tiny: Backbone, store: 
     def listen(stage: str, done: int, total: int) -> None:
         told.setdefault(stage, []).append((done, total))
 
-    for screener, own in (("quorum", LEARNING), ("patchcore", PARTS)):
+    for screener, own in (("quorum", Stage.LEARNING), ("patchcore", Stage.PARTS)):
         told.clear()
         options = ScreenOptions(screener=screener)
         fresh = FeatureStore(tmp_path / screener)
         pipeline.fit(easy.images, SMALL, tiny, options=options, store=fresh, progress=listen, out=tmp_path / "m")
         # PatchCore's threshold comes from two more models
-        last = [COMPARING, COUNTING, TRAINING, THRESHOLD, *([PARTS] if own != PARTS else []), WRITING]
-        assert list(told) == [CHECKING, READING, LOOKING, own, *last]
-        for stage in (READING, LOOKING, COMPARING):
+        last = [
+            Stage.COMPARING,
+            Stage.COUNTING,
+            Stage.TRAINING,
+            Stage.THRESHOLD,
+            *([Stage.PARTS] if own != Stage.PARTS else []),
+            Stage.WRITING,
+        ]
+        assert list(told) == [Stage.CHECKING, Stage.READING, Stage.LOOKING, own, *last]
+        for stage in (Stage.READING, Stage.LOOKING, Stage.COMPARING):
             assert (50, 50) in told[stage]
         # of 50 images k is chosen, and of 25 the scale
         steps = [(0, 1), *((i, 75) for i in range(50)), (50, 75), (75, 75)]
-        models = [*((m, 5) for m in range(5)), (0, 2), (1, 2)]
-        assert told[own] == (steps if own == LEARNING else models)
+        models = [(m, 5) for m in range(5)]
+        assert told[own] == (steps if own == Stage.LEARNING else models)
     for progress in (True, False, None):
         pipeline.screen(easy.images, SMALL, tiny, store=store, progress=progress)
 

@@ -13,38 +13,42 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol, TypeAlias
 
 from flawsift.errors import ParameterError
-
-# The names of stages. With bar, count and times beside it, the longest fits in a terminal of 80 columns.
-STARTING = "Starting"
-FINDING = "Finding images"
-LOADING = "Loading the network"
-MODEL = "Loading the model"
-CHECKING = "Checking images"
-READING = "Reading images"
-LOOKING = "Looking at images"
-LEARNING = "Learning from images"
-COMPARING = "Comparing images"
-PARTS = "Training several models"
-COUNTING = "Counting probable defects"
-TRAINING = "Training the detector"
-THRESHOLD = "Setting the threshold"
-SCORING = "Scoring images"
-MEASURING = "Measuring"
-WRITING = "Writing results"
-COMPARING_DAYS = "Comparing scores"
-OPENING = "Opening the screening"
-EXPORTING = "Exporting the model"
-COMPARED = "Comparing the export"
-VERIFYING = "Checking the cache"
-CELLS = "Running cells"
 
 BAR_WIDTH = 20  # columns
 MOST_ROWS = 6  # on a terminal: the present stage and those before it; more would push away what was on it
 SHORT = 1.0  # seconds: of a stage that took less, nobody needs to know afterwards
 REDRAWN = 0.1  # seconds between two changes of the bar of a notebook: as often as rich redraws a terminal
+
+
+class Stage(StrEnum):
+    """What is done, by names for people. With bar, count and times, the longest fits in a terminal of 80 columns."""
+
+    STARTING = "Starting"
+    FINDING = "Finding images"
+    LOADING = "Loading the network"
+    MODEL = "Loading the model"
+    CHECKING = "Checking images"
+    READING = "Reading images"
+    LOOKING = "Looking at images"
+    LEARNING = "Learning from images"
+    COMPARING = "Comparing images"
+    PARTS = "Training several models"
+    COUNTING = "Counting probable defects"
+    TRAINING = "Training the detector"
+    THRESHOLD = "Setting the threshold"
+    SCORING = "Scoring images"
+    MEASURING = "Measuring"
+    WRITING = "Writing results"
+    COMPARING_DAYS = "Comparing scores"
+    OPENING = "Opening the screening"
+    EXPORTING = "Exporting the model"
+    COMPARED = "Comparing the export"
+    VERIFYING = "Checking the cache"
+    CELLS = "Running cells"
 
 
 class Progress(Protocol):
@@ -83,7 +87,7 @@ def as_progress(progress: ProgressOption) -> Iterator[Progress]:
         yield progress
         return
     with contextlib.closing(_display()) as display:
-        display(STARTING, 0, 1)
+        display(Stage.STARTING, 0, 1)
         yield display
 
 
@@ -99,8 +103,8 @@ def clock(seconds: float) -> str:
 
 
 @dataclass
-class Stage:
-    """How far a stage is.
+class Pace:
+    """How far a stage is, and how fast.
 
     Attributes:
         name: For people.
@@ -162,11 +166,11 @@ class _Display(ABC):
     """Shows the stages: told of steps, it sees where a stage ends and the next one begins."""
 
     def __init__(self) -> None:
-        self._stage: Stage | None = None
+        self._pace: Pace | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """See `Progress`. A name that comes again with fewer steps done is the same work on other images."""
-        now = self._stage
+        now = self._pace
         if now is not None and now.name == stage and now.done <= done:
             now.tell(done, total)
             self._advance(now)
@@ -174,16 +178,16 @@ class _Display(ABC):
         if now is not None:
             now.end()
             self._end(now)
-        self._stage = Stage(stage, total, done)
-        self._begin(self._stage)
+        self._pace = Pace(stage, total, done)
+        self._begin(self._pace)
 
     @abstractmethod
-    def _begin(self, stage: Stage) -> None: ...
+    def _begin(self, pace: Pace) -> None: ...
 
     @abstractmethod
-    def _advance(self, stage: Stage) -> None: ...
+    def _advance(self, pace: Pace) -> None: ...
 
-    def _end(self, stage: Stage) -> None:
+    def _end(self, pace: Pace) -> None:
         """It is over: shown by the next one, unless a display does more."""
         return
 
@@ -211,13 +215,13 @@ class _Lines(_Display):
         super().__init__()
         self._began = time.monotonic()
 
-    def _begin(self, stage: Stage) -> None:
-        count = f" ({stage.total:,})" if stage.total > 1 else ""
+    def _begin(self, pace: Pace) -> None:
+        count = f" ({pace.total:,})" if pace.total > 1 else ""
         with contextlib.suppress(OSError):  # whoever read it has gone: no reason to stop the work
-            sys.stderr.write(f"{clock(stage.began - self._began):>5} {stage.name}{count}\n")
+            sys.stderr.write(f"{clock(pace.began - self._began):>5} {pace.name}{count}\n")
             sys.stderr.flush()
 
-    def _advance(self, stage: Stage) -> None:
+    def _advance(self, pace: Pace) -> None:
         """Nothing: a log is not to be long."""
 
     def close(self) -> None:
@@ -233,7 +237,7 @@ class _Bars(_Display):
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Rows
 
-        texts = [f"{{task.fields[stage].{name}}}" for name in ("name", "count", "times")]
+        texts = [f"{{task.fields[pace].{name}}}" for name in ("name", "count", "times")]
         name, count, times = (TextColumn(text, markup=False) for text in texts)
         # stdout stays what it is: rich would send what is printed to it to stderr
         self._rows = Rows(
@@ -248,20 +252,20 @@ class _Bars(_Display):
         self._tasks: list[Any] = []  # ids of the rows
         self._rows.start()
 
-    def _end(self, stage: Stage) -> None:
+    def _end(self, pace: Pace) -> None:
         self._rows.update(self._tasks[-1], total=1, completed=1)  # a full bar
-        if stage.spent < SHORT:
+        if pace.spent < SHORT:
             self._rows.remove_task(self._tasks.pop())
         elif len(self._tasks) == MOST_ROWS:
             self._rows.remove_task(self._tasks.pop(0))
 
-    def _begin(self, stage: Stage) -> None:
-        self._tasks.append(self._rows.add_task("", total=None, stage=stage))
-        self._advance(stage)
+    def _begin(self, pace: Pace) -> None:
+        self._tasks.append(self._rows.add_task("", total=None, pace=pace))
+        self._advance(pace)
 
-    def _advance(self, stage: Stage) -> None:
-        if stage.total > 1:  # else the bar only moves to and fro
-            self._rows.update(self._tasks[-1], total=stage.total, completed=stage.done)
+    def _advance(self, pace: Pace) -> None:
+        if pace.total > 1:  # else the bar only moves to and fro
+            self._rows.update(self._tasks[-1], total=pace.total, completed=pace.done)
 
     def close(self) -> None:
         self._rows.stop()
@@ -277,16 +281,16 @@ class _NotebookBar(_Display):
         self._drawn = time.monotonic()
         self._handle = display({"text/plain": ""}, raw=True, display_id=True)
 
-    def _begin(self, stage: Stage) -> None:
-        self._draw(stage)
+    def _begin(self, pace: Pace) -> None:
+        self._draw(pace)
 
-    def _advance(self, stage: Stage) -> None:
+    def _advance(self, pace: Pace) -> None:
         if time.monotonic() - self._drawn >= REDRAWN:
-            self._draw(stage)
+            self._draw(pace)
 
-    def _draw(self, stage: Stage) -> None:
-        text = " ".join(part for part in (stage.name, stage.count, stage.times) if part)
-        value = f' value="{stage.done}" max="{stage.total}"' if stage.total > 1 else ""
+    def _draw(self, pace: Pace) -> None:
+        text = " ".join(part for part in (pace.name, pace.count, pace.times) if part)
+        value = f' value="{pace.done}" max="{pace.total}"' if pace.total > 1 else ""
         page = f"<progress{value}></progress> {html.escape(text)}"
         self._handle.update({"text/html": page, "text/plain": text}, raw=True)
         self._drawn = time.monotonic()

@@ -9,7 +9,7 @@ import typer
 from flawsift.cli.options import Cache, Out, store_of, takes_groups
 from flawsift.cli.output import Output
 from flawsift.errors import InputError
-from flawsift.progress import VERIFYING, WRITING
+from flawsift.progress import Stage
 
 cache_app = typer.Typer(help="List, verify or clear the feature cache.", no_args_is_help=True)
 
@@ -142,7 +142,7 @@ def benchmark_report(
 
         _use_data_root(data_root)
         grid = None if config is None else read_config(config)
-        progress(WRITING, 0, 1)
+        progress(Stage.WRITING, 0, 1)
         written = write_benchmark_report(results, out, config=grid, quoted=quoted)
     n_failed = sum(n for _, n in failures_of(results))
     lines = [f"{name}: {path}" for name, path in written.items()]
@@ -175,7 +175,7 @@ def cache_verify(
     """Recompute the checksums of the feature cache; exit code 1 when something is damaged and left so."""
     with output.progress() as progress:
         store = store_of(cache)
-        progress(VERIFYING, 0, 1)
+        progress(Stage.VERIFYING, 0, 1)
         problems = store.verify(repair=repair)
     output.say({"problems": problems, "repaired": repair}, problems or ["The feature cache is intact."])
     if problems and not repair:

@@ -14,7 +14,7 @@ from flawsift.cli.options import (
 )
 from flawsift.cli.output import Output
 from flawsift.errors import InputError
-from flawsift.progress import FINDING, MODEL, READING, WRITING
+from flawsift.progress import Stage
 
 if TYPE_CHECKING:
     from flawsift.data.images import ImageSet
@@ -59,20 +59,20 @@ def calibrate(
         from flawsift.models.labelled import recalibrate
         from flawsift.reports.calibration import write_calibration_page
 
-        progress(MODEL, 0, 1)
+        progress(Stage.MODEL, 0, 1)
         loaded = model.load()
         folder = model.model if out is None else out
         if not dry_run:
             ensure_folder(folder)
-        progress(FINDING, 0, 1)
+        progress(Stage.FINDING, 0, 1)
         given, truth = labelled_images(labelled, images)
-        progress(READING, 0, 1)
+        progress(Stage.READING, 0, 1)
         result = recalibrate(
             loaded, given, truth, false_alarm_rate=false_alarm_rate, misses=misses, device=device, progress=progress
         )
         page = None
         if not dry_run:
-            progress(WRITING, 0, 1)
+            progress(Stage.WRITING, 0, 1)
             in_place = out is None or out.resolve() == model.model.resolve()
             (result.model.save_threshold if in_place else result.model.save)(folder)
             page = write_calibration_page(result, folder)

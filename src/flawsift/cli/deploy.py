@@ -23,7 +23,7 @@ from flawsift.cli.options import ModelChoice, Rate, takes_groups
 from flawsift.cli.output import Notices, Output
 from flawsift.errors import InputError, ParameterError
 from flawsift.paths import show
-from flawsift.progress import COMPARED, EXPORTING, MODEL, Progress
+from flawsift.progress import Progress, Stage
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -62,7 +62,7 @@ class Keeping(StrEnum):
 Exported = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="File or folder of `flawsift export-model`, or a model folder.", show_default=False
+        metavar="Stage.MODEL", help="File or folder of `flawsift export-model`, or a model folder.", show_default=False
     ),
 ]
 
@@ -82,9 +82,9 @@ def export_model(
     with output.progress() as progress:
         from flawsift.deploy import export
 
-        progress(MODEL, 0, 1)
+        progress(Stage.MODEL, 0, 1)
         loaded = model.load()
-        progress(EXPORTING, 0, 1)
+        progress(Stage.EXPORTING, 0, 1)
         path = export.export_model(loaded, out, to.value)
         found = None if check is None else _checked(loaded, path, check, progress)
     compared = export.read_card(path)["parity"]
@@ -147,7 +147,7 @@ def watch(
 
             path = stack.enter_context(_exported(model, progress))
             stack.enter_context(sole_writer(out))
-            progress(MODEL, 0, 1)
+            progress(Stage.MODEL, 0, 1)
             inspector = Inspector(path, false_alarm_rate=rate)
         watched: FolderWatch | VideoWatch
         if _is_video(source):
@@ -211,7 +211,7 @@ def serve(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="[NAME=]MODEL...",
+            metavar="[NAME=]Stage.MODEL...",
             help="Files or folders of `flawsift export-model`, or model folders.",
             show_default=False,
         ),
@@ -251,7 +251,7 @@ def serve(
             served = {}
             for name, path in read_products(models).items():
                 exported = stack.enter_context(_exported(path, progress))
-                progress(MODEL, 0, 1)
+                progress(Stage.MODEL, 0, 1)
                 threads = max((os.cpu_count() or 1) // workers, 1)
                 served[name] = Product(exported, false_alarm_rate=rate, n_threads=threads)
 
@@ -305,9 +305,9 @@ def _exported(model: str, progress: Progress) -> Iterator[Path]:
     from flawsift.models.model import load_model
 
     with tempfile.TemporaryDirectory(prefix="flawsift-") as folder:
-        progress(MODEL, 0, 1)
+        progress(Stage.MODEL, 0, 1)
         loaded = load_model(path)
-        progress(EXPORTING, 0, 1)
+        progress(Stage.EXPORTING, 0, 1)
         yield export(loaded, Path(folder) / "exported")
 
 
@@ -328,7 +328,7 @@ def _checked(model: "Model", path: Path, folder: str, progress: Progress) -> dic
 
     def pictures() -> "Iterator[npt.NDArray[np.uint8]]":
         for n, id_ in enumerate(images.ids.tolist()):
-            progress(COMPARED, n, min(len(images), MAX_CHECKED))
+            progress(Stage.COMPARED, n, min(len(images), MAX_CHECKED))
             with contextlib.suppress(UnreadableImage):  # it has no score either way
                 yield np.asarray(images.image(id_), np.uint8)
 

@@ -309,6 +309,8 @@ def images_in(
     groups: Path | None,
     value_range: tuple[float, float] | None = None,
     region: str | None = None,
+    *,
+    progress: "Progress",
 ) -> "ImageSet":
     """The images of a folder, of some files or of a pattern, with groups of a file, a range of values and a region."""
     from flawsift.data.folders import read_groups
@@ -316,7 +318,8 @@ def images_in(
     from flawsift.data.roi import read_region
 
     images = given[0] if len(given) == 1 else list(given)
-    found = as_images(images, groups=None if groups is None else read_groups(groups), value_range=value_range)
+    known = None if groups is None else read_groups(groups)
+    found = as_images(images, groups=known, value_range=value_range, progress=progress)
     return found if region is None else found.looked_at(read_region(region, found))
 
 

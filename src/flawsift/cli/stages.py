@@ -23,7 +23,7 @@ from flawsift.cli.options import (
     takes_groups,
 )
 from flawsift.cli.output import Output
-from flawsift.progress import FINDING, LOADING
+from flawsift.progress import Stage
 from flawsift.screening.options import ScreenOptions
 
 if TYPE_CHECKING:
@@ -56,11 +56,13 @@ def screen(
         from flawsift.reports.pages import REPORT
         from flawsift.screening.storage import summary_of
 
-        progress(FINDING, 0, 1)
-        options, pictures = stage1.options or ScreenOptions(), images_in(images, groups, value_range, roi)
+        options, pictures = (
+            stage1.options or ScreenOptions(),
+            images_in(images, groups, value_range, roi, progress=progress),
+        )
         ensure_folder(out)
         unfitted = detector.make(machine.seed)
-        progress(LOADING, 0, 1)
+        progress(Stage.LOADING, 0, 1)
         result = pipeline.screen(
             pictures,
             unfitted,
@@ -122,10 +124,9 @@ def fit(
         from flawsift import pipeline
         from flawsift.models.calibration import DEFAULT_RATE
 
-        progress(FINDING, 0, 1)
-        options, pictures = stage1.options, images_in(images, groups, value_range, roi)
+        options, pictures = stage1.options, images_in(images, groups, value_range, roi, progress=progress)
         unfitted = detector.make(machine.seed)
-        progress(LOADING, 0, 1)
+        progress(Stage.LOADING, 0, 1)
         result = pipeline.fit(
             pictures,
             unfitted,

@@ -22,7 +22,7 @@ from flawsift.cli.options import (
     takes_groups,
 )
 from flawsift.cli.output import Notices, Output
-from flawsift.progress import COMPARING, FINDING, LOADING, OPENING, WRITING
+from flawsift.progress import Stage
 
 
 @takes_groups
@@ -42,7 +42,7 @@ def review(
         from flawsift.review.server import serve
         from flawsift.review.session import Review
 
-        progress(OPENING, 0, 1)
+        progress(Stage.OPENING, 0, 1)
         session = Review.open(folder, images=images, cache=cache)
 
     def ready(address: str) -> None:
@@ -72,14 +72,14 @@ def export(
         from flawsift.screening.decisions import NAME, read_decisions, read_defect_types
         from flawsift.screening.storage import images_of, load_screening, screening_folder
 
-        progress(OPENING, 0, 1)
+        progress(Stage.OPENING, 0, 1)
         place = screening_folder(folder)
         there = place / NAME if decisions is None and (place / NAME).exists() else decisions
         found = load_screening(place)
         pictures = images_of(found, images)
         choices = None if there is None else read_decisions(there)
         types = None if there is None else read_defect_types(there)
-        progress(WRITING, 0, 1)
+        progress(Stage.WRITING, 0, 1)
         counts = exporting.export(found, pictures, out, to.value, choices=choices, defect_types=types, link=link)
     lines = [f"{counts['kept']} kept and {counts['removed']} removed images written to {out}."]
     if counts["missing"]:
@@ -111,16 +111,15 @@ def diagnose(
         from flawsift.reports import diagnostics
 
         ensure_folder(out)
-        progress(FINDING, 0, 1)
-        found = images_in(images, None)
+        found = images_in(images, None, progress=progress)
         truth = None if labels is None else diagnostics.read_labels(labels, found)
         chosen = found if truth is None else found.select(truth.ids)
-        progress(LOADING, 0, 1)
+        progress(Stage.LOADING, 0, 1)
         network = backbone.load(device, found)
         data, failed = attach(chosen, network, (layer,), store=store_of(cache), progress=progress)
-        progress(COMPARING, 0, 1)
+        progress(Stage.COMPARING, 0, 1)
         result = diagnostics.diagnose(data, layer, truth=truth, seed=seed)
-        progress(WRITING, 0, 1)
+        progress(Stage.WRITING, 0, 1)
         page = diagnostics.write_diagnosis(result, out)
     counts = {**result.counts, "unlabelled": len(found) - len(chosen), "unreadable": len(failed)}
     without = "" if truth is None else f" {counts['unlabelled']} without a label,"

@@ -19,7 +19,7 @@ from flawsift.cli.options import (
     tested_images,
 )
 from flawsift.cli.output import Output
-from flawsift.progress import COMPARING_DAYS, FINDING, MODEL, WRITING
+from flawsift.progress import Stage
 
 if TYPE_CHECKING:
     from flawsift.data.images import ImageSet
@@ -63,10 +63,9 @@ def _predict(
 
     if out is not None:
         ensure_folder(out)
-    progress(MODEL, 0, 1)
+    progress(Stage.MODEL, 0, 1)
     loaded = model.load()
-    progress(FINDING, 0, 1)
-    given = images_in(images, None)
+    given = images_in(images, None, progress=progress)
     threshold = loaded.threshold(false_alarm_rate)
     pictures = HighestPictures(loaded.calibration, threshold)
     takers: list[Callable[[ImageSet, Prediction], None]] = [] if out is None else [pictures]
@@ -97,7 +96,7 @@ def _predict(
     if out is None:
         summary["images"] = [_as_json(one) for one in result]
     else:
-        progress(WRITING, 0, 1)
+        progress(Stage.WRITING, 0, 1)
         drawn = result.ids.tolist() if maps else None
         table = write_predictions(result, out, heatmaps=drawn)
         summary["json_lines"] = str(write_json_lines(result, out, heatmaps=drawn))
@@ -170,7 +169,7 @@ def drift(
 
         if out is not None:
             ensure_folder(out)
-        progress(COMPARING_DAYS, 0, 1)
+        progress(Stage.COMPARING_DAYS, 0, 1)
         found = drifting.drift(model, files, false_alarm_rate=false_alarm_rate)
         page = None if out is None else write_drift_report(found, out)
     summary, lines = found.as_json(), str(found).splitlines()
@@ -201,14 +200,14 @@ def evaluate(
         from flawsift.reports.predictions import move_earlier_maps, write_predictions
 
         ensure_folder(out)
-        progress(MODEL, 0, 1)
+        progress(Stage.MODEL, 0, 1)
         loaded = model.load()
-        progress(FINDING, 0, 1)
+        progress(Stage.FINDING, 0, 1)
         data = datasets.load(dataset)
         images = tested_images(data)
         move_earlier_maps(out, [])
         result, predictions = loaded.evaluate(images, data.truth, device=device, progress=progress)
-        progress(WRITING, 0, 1)
+        progress(Stage.WRITING, 0, 1)
         write_predictions(predictions, out, data.truth)
         write_json(out / "metrics.json", result)
         page = write_evaluation_report(loaded, result, predictions, images, data.truth, out, device=device)

@@ -23,7 +23,7 @@ from flawsift.features.backbones import Backbone
 from flawsift.features.readers import MemoryFeatures, StoredFeatures, view_digest
 from flawsift.features.store import DTYPES, Arrays, FeatureStore
 from flawsift.files import ensure_folder
-from flawsift.progress import LOOKING, READING, SCORING, Progress, silent
+from flawsift.progress import Progress, Stage, silent
 from flawsift.types import Shape, Size, as_shape
 
 # Images in a shard of the store, and in a piece: 10 s of work on 2 cores is the most that a kill can cost. Of inputs of
@@ -115,12 +115,12 @@ def stream(
     total = len(given) if isinstance(given, ImageSet) else 0
     done = 0
     for piece in in_pieces(given, size):
-        progress(SCORING, done, total or done + len(piece))
+        progress(Stage.SCORING, done, total or done + len(piece))
         piece = piece.within(value_range)
         attached = piece.reader is not None and piece.reader.key == backbone.key
         yield Piece(piece, piece, {}, {}) if attached else Piece(piece, *_attach_memory(piece, backbone, layers))
         done += len(piece)
-    progress(SCORING, done, done)
+    progress(Stage.SCORING, done, done)
 
 
 def loaded(images: ImageSet, layers: Sequence[str], views: Sequence[str] = (), *, pixels: bool = False) -> ImageSet:
@@ -173,7 +173,7 @@ def _attach_stored(
     undecodable: dict[str, str] = {}
     n_shard = shard_of(backbone)
     for start in range(0, len(missing), n_shard):
-        progress(LOOKING, start, len(missing))
+        progress(Stage.LOOKING, start, len(missing))
         part = images.select(missing[start : start + n_shard])
         pixels, bad, _ = _decode(part, backbone.size)
         undecodable.update((digests[i], reason) for i, reason in bad.items())
@@ -181,7 +181,7 @@ def _attach_stored(
             arrays = _extract(backbone, list(pixels.values()), exact, store.dtype)
             store.write(backbone, [digests[i] for i in pixels], arrays)
     if missing:
-        progress(LOOKING, len(missing), len(missing))
+        progress(Stage.LOOKING, len(missing), len(missing))
         index = store.index(store.space(backbone), exact, set(digests.values()))
     failed |= {i: undecodable[d] for i, d in digests.items() if d in undecodable}
     good = images.select([i for i in images.ids if int(i) not in failed])
@@ -210,12 +210,12 @@ def _digests(images: ImageSet, progress: Progress) -> tuple[dict[int, str], dict
     failed: dict[int, str] = {}
     for n, i in enumerate(images.ids):
         if n % SHARD == 0:
-            progress(READING, n, len(images))
+            progress(Stage.READING, n, len(images))
         try:
             digests[int(i)] = view_digest(images.source.digest(int(i)), images.derived)
         except UnreadableImage as error:
             failed[int(i)] = str(error)
-    progress(READING, len(images), len(images))
+    progress(Stage.READING, len(images), len(images))
     return digests, failed
 
 

@@ -41,7 +41,7 @@ from flawsift.models.predictions import ImagePrediction, Predictions, with_score
 from flawsift.models.profile import Profile
 from flawsift.models.record import FORMAT, JSON, calibration_of, content_of, fit_record, model_id, told_damage
 from flawsift.paths import show
-from flawsift.progress import MEASURING, Progress, ProgressOption, as_progress, silent
+from flawsift.progress import Progress, ProgressOption, Stage, as_progress, silent
 from flawsift.types import Ids
 
 FILES = (JSON, "detector.json", "state-*.safetensors")  # patterns of what a model folder holds
@@ -210,7 +210,7 @@ class Model:
         truth = usable_masks(truth.select(chosen.ids), chosen)
         maps = MapCollector(truth, exact_pixels, len(chosen)) if truth.has_masks else None
         predictions = self.predict(chosen, device=device, on_maps=maps, progress=progress)
-        progress(MEASURING, 0, 1)
+        progress(Stage.MEASURING, 0, 1)
         n_trained_on = None if self.learned is None else len(self.trained_on(content_digests(chosen)))
         return {**measure(predictions, truth, maps), "n_trained_on": n_trained_on}, predictions
 

@@ -7,7 +7,7 @@ from flawsift.detectors.parts.training import Watch
 from flawsift.detectors.protocols import LeavesOut
 from flawsift.errors import InputError
 from flawsift.executors import Run
-from flawsift.progress import COMPARING, LEARNING, steps_of
+from flawsift.progress import Stage, steps_of
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Ranking
 
@@ -30,11 +30,11 @@ def rank_by_held_out_scores(
     if len(train.members) < 2:
         what = "image" if len(train) == 1 else "group of images"
         raise InputError(f"Images are compared with those of other groups, and there is only one {what}. Add images.")
-    run.progress(LEARNING, 0, 1)
-    fitted = detector.clone().fit(train, device=run.device, watch=Watch(steps_of(run.progress, LEARNING)))
+    run.progress(Stage.LEARNING, 0, 1)
+    fitted = detector.clone().fit(train, device=run.device, watch=Watch(steps_of(run.progress, Stage.LEARNING)))
     assert isinstance(fitted, LeavesOut)
-    run.progress(COMPARING, 0, len(train))
-    held_out = fitted.held_out(train, device=run.device, progress=steps_of(run.progress, COMPARING))
+    run.progress(Stage.COMPARING, 0, len(train))
+    held_out = fitted.held_out(train, device=run.device, progress=steps_of(run.progress, Stage.COMPARING))
     return Ranking(
         consensus=held_out.scores,
         held_out_scores=held_out.scores,

@@ -27,7 +27,7 @@ from flawsift.executors import Executor, Run, Serial
 from flawsift.features.devices import resolve_device
 from flawsift.features.extraction import loaded
 from flawsift.files import write_text
-from flawsift.progress import COMPARING, PARTS, Progress, silent, steps_of
+from flawsift.progress import Progress, Stage, silent, steps_of
 from flawsift.screening.consensus import combine, held_out_mean, normalize_scores, own_mask
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Ranking, SubModelScores
@@ -122,9 +122,9 @@ class SubModels:
             stored = [s for m in rows if not keep_models and (s := self._resume_scores(m)) is not None]
             if len(stored) < k:
                 trained = [self._train(m, on_submodel) for m in rows]
-                self.progress(COMPARING, 0, len(self.train))
+                self.progress(Stage.COMPARING, 0, len(self.train))
                 # larger batches than one model takes: each reads its state once per batch
-                tell = steps_of(self.progress, COMPARING)
+                tell = steps_of(self.progress, Stage.COMPARING)
                 scored = score_together(trained, self.train, self.device, 64, keep_grids=True, progress=tell)
                 stored = [(one.scores, one.grids) for one in scored]
                 for m, (scores, grids) in zip(rows, stored, strict=True):
@@ -137,7 +137,7 @@ class SubModels:
 
     def _train(self, m: int, on_submodel: Callable[[int, Detector], None] | None) -> Detector:
         """Sub-model m, from its checkpoint or trained now."""
-        self.progress(PARTS, m * self._steps, len(self.scores) * self._steps)
+        self.progress(Stage.PARTS, m * self._steps, len(self.scores) * self._steps)
         folder = None if self.checkpoint is None else self.checkpoint / f"model-{m}"
         if folder is not None and (folder / SAVED).exists():
             try:
@@ -167,7 +167,7 @@ class SubModels:
         task = _SubModel(runs, keep_models or on_submodel is not None)
         results = executor.map(task, missing)
         for m in range(n_models):  # in this order, like `all`: sums of maps depend on it
-            self.progress(PARTS, m, n_models)
+            self.progress(Stage.PARTS, m, n_models)
             if m not in missing:
                 stored = self._resume_scores(m)
                 assert stored is not None
@@ -179,7 +179,7 @@ class SubModels:
                     on_submodel(m, model)
                 models += [model] if model is not None and keep_models else ()
             self._add_maps(m, grids)
-        self.progress(PARTS, n_models, n_models)
+        self.progress(Stage.PARTS, n_models, n_models)
         return models
 
     def mean_maps(self) -> npt.NDArray[np.float16] | None:
@@ -206,7 +206,7 @@ class SubModels:
 
         def tell(stage: str, done: int, total: int) -> None:
             self._steps = total
-            self.progress(PARTS, m * total + done, len(self.scores) * total)
+            self.progress(Stage.PARTS, m * total + done, len(self.scores) * total)
 
         return Watch(tell, path)
 
