@@ -210,13 +210,20 @@ class Detector(ABC):
         """A clone that has learned what `state` of a detector of this class and these hyper-parameters returned.
 
         Raises:
-            ModelError: A name is not one of learned state, so that it would replace something else.
+            ModelError: A name is not one of learned state, so that it would replace something else, or a value is none
+                that such a detector learns.
         """
         if wrong := sorted(n for n in state if not n.endswith("_") or n.startswith("_") or hasattr(type(self), n)):
             raise ModelError(f"{type(self).__name__} learns nothing of the name {', '.join(wrong)}. Fit it again.")
         fitted = self.clone()
         vars(fitted).update(state)
+        if wrong := fitted._unlike_learned():
+            raise ModelError(f"{type(self).__name__} learns no such {', '.join(wrong)}. Fit it again.")
         return fitted
+
+    def _unlike_learned(self) -> list[str]:
+        """Names of learned values, other than tensors, that are missing or that no fit leaves."""
+        return []
 
     def save(self, folder: Path) -> str:
         """Write detector.json and a safetensors file into an existing folder; nothing is pickled.

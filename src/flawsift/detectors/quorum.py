@@ -1,5 +1,6 @@
 """Quorum: a patch is normal when several other images have one like it."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -273,6 +274,19 @@ class Quorum(Detector):
     def _learned(self) -> dict[str, float]:
         """What stays when images come and go."""
         return {"k_": self.k_, "scale_": self.scale_, "drawn_": self.drawn_}
+
+    def _unlike_learned(self) -> list[str]:
+        learned = vars(self).get
+        k, scale, names = learned("k_"), learned("scale_"), learned("groups_")
+        right = {
+            "k_": type(k) is int and k >= 1,
+            "scale_": type(scale) is float and 0 < scale < math.inf,
+            "drawn_": type(learned("drawn_")) is bool,
+            "groups_": isinstance(names, list)
+            and len(names) == len(learned("ids_", ()))
+            and all(type(n) is str for n in names),
+        }
+        return [name for name, holds in right.items() if not holds]
 
     @property
     def n_drawn(self) -> int | None:
