@@ -165,7 +165,7 @@ def run_cell(
         if arm in PRESETS:
             row |= {key: measured[key] for key in ("screener", "seconds_stage1", "stage1_auroc")}
         if arm == "default":
-            row |= {key: measured[key] for key in ("alpha_hat", "alpha_low", "alpha_high")}
+            row |= {key: measured.get(key) for key in ("alpha_hat", "alpha_low", "alpha_high")}  # of few images, none
         rows.append(row)
     return rows
 

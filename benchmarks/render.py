@@ -185,6 +185,62 @@ def export(results: Path) -> str | None:
     return table(header, body, rows)
 
 
+def latency(results: Path) -> str | None:
+    """One picture after the other, ours beside the inferencer of another library in the same run."""
+    rows = read(results / "latency.csv")
+    if rows.empty:
+        return None
+    rows = newest(rows, ["detector", "library", "n_train"])
+    body = [
+        [
+            *(str(row[column]) for column in ("detector", "library", "n_train")),
+            *(f"{row[column]:.0f}" for column in ("ms_median", "ms_p99")),
+            f"{row['seconds_start']:.2f}",
+            *(f"{row[column]:.0f}" for column in ("peak_mb", "file_mb")),
+        ]
+        for row in rows.to_dict("records")
+    ]
+    header = [
+        "detector",
+        "run by",
+        "training images",
+        "ms a picture",
+        "99th percentile",
+        "start, s",
+        "peak, MB",
+        "file, MB",
+    ]
+    return table(header, body, rows, seeds=False)
+
+
+def serving(results: Path) -> str | None:
+    """Many clients of one server."""
+    rows = read(results / "serving.csv")
+    if rows.empty:
+        return None
+    rows = newest(rows, ["n_clients"])
+    columns = ["n_clients", "n_requests", "n_damaged", "n_failed", "n_other_answers", "n_told_to_come_again"]
+    body = [
+        [
+            *(f"{row[column]:,.0f}" for column in columns),
+            *(f"{row[column] / 1000:.1f}" for column in ("ms_median", "ms_p99")),
+            f"{row['per_second']:.1f}",
+        ]
+        for row in rows.to_dict("records")
+    ]
+    header = [
+        "clients",
+        "requests",
+        "damaged",
+        "failed",
+        "other answers",
+        "told to come again",
+        "median, s",
+        "99th percentile, s",
+    ]
+    return table([*header, "requests a second"], body, rows, seeds=False)
+
+
 def campaign(results: Path) -> str | None:
     """What came of mutated input and of kills in the last campaign."""
     path = results / "campaign.csv"
@@ -262,6 +318,8 @@ MEASURED: Mapping[str, Callable[[Path], str | None]] = {
     "semantic": _tables.semantic,
     "peers": peers,
     "export": export,
+    "latency": latency,
+    "serving": serving,
     "campaign": campaign,
 }
 TABLES = {**MEASURED, **_answers.answers(MEASURED)}

@@ -1,6 +1,8 @@
 """Quorum against brute force."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +16,8 @@ from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.parts.maps import embed_patches
 from flawsift.detectors.protocols import Additive, LeavesOut
 from flawsift.detectors.quorum import GROWTH, MOST, SHARP, Quorum
-from flawsift.errors import InputError, NotFittedError, ParameterError
+from flawsift.detectors.registry import load_detector
+from flawsift.errors import InputError, ModelError, NotFittedError, ParameterError
 from flawsift.features.readers import MemoryFeatures
 
 LAYERS = ("a", "b")
@@ -234,3 +237,23 @@ def test_odd_grids_keep_their_borders() -> None:
     assert scores[5] > 2 * scores[:5].max()
     assert int(maps[5].argmax()) in (40, 41, 47, 48)
     assert maps[5, 6, 6] > 2 * maps[:5].max()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("k_", value) for value in (None, 0, 2.0, True, "2")),
+        *(("scale_", value) for value in (None, 0.0, -1.0, float("nan"), float("inf"), "1")),
+        *(("groups_", value) for value in (None, "x" * 7, ["x"] * 6, [["x"]] * 7, [0] * 7)),
+        ("drawn_", 1),
+    ],
+)
+def test_learned_values_that_no_fit_leaves_are_errors_of_the_file(name: str, value: Any, tmp_path: Path) -> None:
+    digest = exact().fit(feature_set(7), device="cpu").save(tmp_path)
+    assert load_detector(tmp_path, exact(), digest=digest).fitted
+    path = tmp_path / "detector.json"
+    content = json.loads(path.read_text())
+    for changed in ({**content["state"], name: value}, {k: v for k, v in content["state"].items() if k != name}):
+        path.write_text(json.dumps({**content, "state": changed}))
+        with pytest.raises(ModelError, match=rf"detector\.json.*learns no such {name}"):
+            load_detector(tmp_path, exact())

@@ -7,7 +7,6 @@ import typer
 
 from flawsift.cli.lines import range_lines, size_lines, threshold_lines, warning_lines
 from flawsift.cli.options import (
-    AsJson,
     BackboneChoice,
     Decisions,
     DetectorChoice,
@@ -21,10 +20,10 @@ from flawsift.cli.options import (
     RoiOption,
     ScreeningStage,
     images_in,
-    say,
-    shown_progress,
     takes_groups,
 )
+from flawsift.cli.output import Output
+from flawsift.progress import Stage
 from flawsift.screening.options import ScreenOptions
 
 if TYPE_CHECKING:
@@ -59,21 +58,26 @@ def screen(
     value_range: RangeOption = None,
     roi: RoiOption = None,
     machine: Machine,
-    as_json: AsJson = False,
+    output: Output,
 ) -> None:
     """Stage 1: rank the images of a folder by how defective they look, and say which to keep."""
-    from flawsift import pipeline
-    from flawsift.files import ensure_folder
-    from flawsift.reports.pages import REPORT
-    from flawsift.screening.storage import summary_of
+    with output.progress() as progress:
+        from flawsift import pipeline
+        from flawsift.files import ensure_folder
+        from flawsift.reports.pages import REPORT
+        from flawsift.screening.storage import summary_of
 
-    options, pictures = stage1.options or ScreenOptions(), images_in(images, groups, value_range, roi)
-    ensure_folder(out)
-    network = backbone.load(machine.device, pictures)
-    with shown_progress() as progress:
+        options, pictures = (
+            stage1.options or ScreenOptions(),
+            images_in(images, groups, value_range, roi, progress=progress),
+        )
+        ensure_folder(out)
+        unfitted = detector.make(machine.seed)
+        progress(Stage.LOADING, 0, 1)
+        network = backbone.load(machine.device, pictures)
         result = pipeline.screen(
             pictures,
-            _chosen(detector, machine.seed, network, tiles_by_position),
+            _placed(unfitted, network) if tiles_by_position else unfitted,
             network,
             options=options,
             out=out,
@@ -82,15 +86,14 @@ def screen(
     page = out / REPORT
     lines = screened_lines(result)
     lines += [f"Table:  {out / 'screening.csv'}", f"Report: {page}", f"Decide: flawsift review {out}"]
-    say(as_json, {**summary_of(result), "out": str(out), "report": str(page)}, lines)
+    output.say({**summary_of(result), "out": str(out), "report": str(page)}, lines)
 
 
-def _chosen(choice: DetectorChoice, seed: int, backbone: "Backbone", by_position: bool) -> "Detector":
-    """The unfitted detector, which compares tiles by position where that is asked for."""
+def _placed(detector: "Detector", backbone: "Backbone") -> "Detector":
+    """The unfitted detector, comparing tiles by position."""
     from flawsift.detectors.parts.positions import compared_by_tile
 
-    made = choice.make(seed)
-    return compared_by_tile(made, backbone.tiles) if by_position else made
+    return compared_by_tile(detector, backbone.tiles)
 
 
 def screened_lines(result: "Screening") -> list[str]:
@@ -134,18 +137,20 @@ def fit(
     no_screen: Annotated[bool, typer.Option("--no-screen", help="Train on every image.")] = False,
     false_alarm_rate: Rate = None,
     machine: Machine,
-    as_json: AsJson = False,
+    output: Output,
 ) -> None:
     """Both stages: screen a folder, then train a detector on what is kept."""
-    from flawsift import pipeline
-    from flawsift.models.calibration import DEFAULT_RATE
+    with output.progress() as progress:
+        from flawsift import pipeline
+        from flawsift.models.calibration import DEFAULT_RATE
 
-    options, pictures = stage1.options, images_in(images, groups, value_range, roi)
-    network = backbone.load(machine.device, pictures)
-    with shown_progress() as progress:
+        options, pictures = stage1.options, images_in(images, groups, value_range, roi, progress=progress)
+        unfitted = detector.make(machine.seed)
+        progress(Stage.LOADING, 0, 1)
+        network = backbone.load(machine.device, pictures)
         result = pipeline.fit(
             pictures,
-            _chosen(detector, machine.seed, network, tiles_by_position),
+            _placed(unfitted, network) if tiles_by_position else unfitted,
             network,
             screening=screening,
             no_screen=no_screen,
@@ -162,7 +167,7 @@ def fit(
     summary: dict[str, Any] = {"out": str(out), **result.model.training}
     summary |= {"threshold": None if threshold is None else vars(threshold)}
     summary |= {"warning": None if threshold is None else threshold.warning}
-    say(as_json, {**summary, "report": None if result.report is None else str(result.report)}, lines)
+    output.say({**summary, "report": None if result.report is None else str(result.report)}, lines)
 
 
 def fitted_lines(result: "FitResult", out: Path) -> list[str]:

@@ -20,6 +20,7 @@ from flawsift.data.listing import parts_among
 from flawsift.data.values import ValueRange
 from flawsift.errors import InputError
 from flawsift.paths import name_some, show
+from flawsift.progress import Progress, Stage, silent
 
 OneImage: TypeAlias = str | os.PathLike[str] | npt.NDArray[Any] | Image.Image
 Images: TypeAlias = ImageSet | OneImage | Iterable[OneImage]
@@ -28,7 +29,11 @@ _ONE = f"a path to an image file, a PIL image, or {ARRAYS}"
 
 
 def as_images(
-    images: Images, *, groups: Mapping[str, str] | None = None, value_range: tuple[float, float] | None = None
+    images: Images,
+    *,
+    groups: Mapping[str, str] | None = None,
+    value_range: tuple[float, float] | None = None,
+    progress: Progress = silent,
 ) -> ImageSet:
     """What users have as an `ImageSet`; an iterator is read to its end.
 
@@ -46,11 +51,14 @@ def as_images(
             TIFF are images of their own, called "a.tif#page=1" and so on, and a group where nothing else is said.
         value_range: Which values are black and white, of images of more than 8 bits. None leaves it as it is, and
             `screen` and `fit` learn it from all images.
+        progress: Told before images are looked for; an `ImageSet` has found them.
 
     Raises:
         InputError: There is no image, a file is missing, or comes twice in a list, or no group is of one of the images.
         NotAnImage: Something else was given, alone or in a list; it is a TypeError too.
     """
+    if not isinstance(images, ImageSet):
+        progress(Stage.FINDING, 0, 1)
     if isinstance(images, ImageSet):
         made = images
     elif isinstance(images, str | os.PathLike):

@@ -8,7 +8,7 @@ hold the two together.
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -35,6 +35,7 @@ COARSEST = 6.0  # two to the power of it is the coarsest: patches 64 times beyon
 ZERO = 128  # what stands for nought among unsigned bytes
 N_EXACT = 8  # patches, the worst ones, whose distances are measured by subtraction
 N_MEASURED = 4  # patches of each of the nearest images that are measured so
+RESULTS = 32  # of a resize, made from one window: fewer lose time to windows that overlap, more to zeros
 CHUNK = 8  # images of the bank whose distances are made at a time: more do not fit a processor's cache
 
 
@@ -96,7 +97,7 @@ def resized(image: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
 
     Bilinear with antialiasing, across and then down, by weights of 22 bits and rounded after each; large pictures are
     averaged over blocks first. A runtime's own resize rounds otherwise, and one step of a grey value here and there
-    moves scores by up to a hundredth. Products of whole numbers are exact, and cost less than those of floats.
+    moves scores by up to a hundredth.
     """
     height, width = (torch.as_tensor(n) for n in image.shape[:2])  # under the tracer they are inputs of the graph
     shape = as_shape(size)
@@ -104,9 +105,9 @@ def resized(image: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
     rows, columns = (torch.tensor(n).double() for n in shape) if contents is None else contents
     down, across = _block(height, rows), _block(width, columns)
     x = _averaged(image.permute(2, 0, 1), down, across)  # (3, h, w)
-    x = _weighted(x.flatten(0, 1), _limbs(width, across, columns, shape[1])).view(3, -1, shape[1])  # (3, h, W)
-    x = _weighted(x.transpose(1, 2).flatten(0, 1), _limbs(height, down, rows, shape[0]))
-    return x.view(3, shape[1], shape[0]).transpose(1, 2), contents
+    x = _weighted(x.flatten(0, 1).T, width, across, columns, shape[1])  # (W, 3 h)
+    x = _weighted(x.view(3 * shape[1], -1).T, height, down, rows, shape[0]).view(*shape, 3)
+    return x.permute(2, 0, 1), contents
 
 
 def _content(height: Tensor, width: Tensor, shape: Shape) -> Tensor:
@@ -114,7 +115,7 @@ def _content(height: Tensor, width: Tensor, shape: Shape) -> Tensor:
     picture = torch.stack([height, width]).double()
     full = torch.tensor(shape, dtype=torch.float64)
     scales = full / picture
-    scale = scales.amin(0, keepdim=True)  # not of no dimension, as in `_limbs`
+    scale = scales.amin(0, keepdim=True)  # not of no dimension, as in `_weighted`
     fitted = (picture * scale + 0.5).floor().clamp_min(1)
     return torch.where(
         scales.amax(0, keepdim=True) <= scale * torch.tensor([STRETCH], dtype=torch.float64), full, fitted
@@ -126,53 +127,52 @@ def _block(n: Tensor, size: Tensor) -> Tensor:
     return (n.double() / (size * REDUCING_GAP)).floor().clamp_min(1).long()
 
 
-def _averaged(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
+def _block_means(x: Tensor, down: int, across: int) -> Tensor:
     """(3, H, W) uint8 to means of blocks, rounded as by Pillow's `reduce`; the last ones may be of fewer pixels."""
-    edges = [(torch.as_tensor(n), block) for n, block in zip(x.shape[1:], (down, across), strict=True)]
-    (h, rows), (w, columns) = ((_over(n + block - 1, block), block) for n, block in edges)
-    missing = [_whole(cells * block - n) for (n, block), cells in zip(edges, (h, w), strict=True)]
-    padded = F.pad(x.float(), (0, missing[1], 0, missing[0]))  # whole numbers: these are the quicker ones in a runtime
-    shape = [3, *(_whole(edge) for edge in (h, rows, w, columns))]
-    sums = padded.reshape(shape).sum((2, 4))
-    there = [
-        torch.minimum(block, n - torch.arange(_whole(c)) * block) for (n, block), c in zip(edges, (h, w), strict=True)
-    ]
-    counts = (there[0][:, None] * there[1]).double()
-    share = (2**24 / counts).floor() / 2**24  # of 24 bits, as Pillow has it
+    if down == 1 and across == 1:
+        return x
+    height, width = x.shape[1], x.shape[2]
+    h, w = (height + down - 1) // down, (width + across - 1) // across
+    padded = F.pad(x.float(), [0, w * across - width, 0, h * down - height])  # whole numbers: quicker as floats
+    sums = padded.reshape(3, h, down, w, across).sum([2, 4])
+    rows = (height - torch.arange(h) * down).clamp_max(down)
+    columns = (width - torch.arange(w) * across).clamp_max(across)
+    counts = (rows[:, None] * columns).double()
+    share = (16777216 / counts).floor() / 16777216  # of 24 bits, as Pillow has it
     return ((sums.double() + (counts / 2).floor()) * share).floor().to(torch.uint8)
 
 
-def _limbs(n: Tensor, block: Tensor, size: Tensor, full: int) -> Tensor:
-    """(3 full, n / block) uint8: weights of pixels in each of `size`, three bytes of 22 bits, the highest first.
+# scripted, so that a graph asks whether there is anything to average
+_averaged: Callable[..., Tensor] = cast(Any, torch.jit).script_if_tracing(_block_means)
 
-    The last one is repeated up to `full`.
+
+def _weighted(x: Tensor, n: Tensor, block: Tensor, size: Tensor, full: int) -> Tensor:
+    """(cells, R) uint8, means of `block` of n pixels each, to (full, R): the first `size`, then the last one again.
+
+    A result lies on few cells, so a window of them makes `RESULTS` at a time.
     """
     # not of no dimension: the exporter takes such numbers for floats of 32 bits
     edge, to = (n.double() / block).reshape(1).double(), size.reshape(1)
     scale = edge.float().double() / to  # Pillow takes the edge as a float
-    centres = (torch.minimum(torch.arange(full).double(), (to - 1).double()) + 0.5) * scale
-    cells = torch.arange(_whole(_over(n + block - 1, block))).double() + 0.5
-    weights = (1 - ((cells - centres[:, None]) / scale.clamp_min(1)).abs()).clamp_min(0)
-    whole = (weights / weights.sum(1, keepdim=True) * 2**22 + 0.5).int()
-    high, low = _over(whole, 2**8), whole % 2**8
-    return torch.cat([_over(high, 2**8), high % 2**8, low]).to(torch.uint8)
-
-
-def _weighted(rows: Tensor, limbs: Tensor) -> Tensor:
-    """(R, n) uint8 rows of pixels to (R, size) uint8."""
-    product: Tensor = _Product.apply(rows, limbs.T)
-    high, middle, low = (product[:, part] for part in blocks(len(limbs), len(limbs) // 3))
-    return _over(high * 2**16 + middle * 2**8 + low + 2**21, 2**22).to(torch.uint8)
+    reach = scale.clamp_min(1)
+    place = torch.arange(-(-full // RESULTS) * RESULTS).double().view(-1, RESULTS)
+    centres = (torch.minimum(place, (to - 1).double()) + 0.5) * scale  # (windows, results)
+    width: Any = ((RESULTS - 1) * scale + 2 * reach).ceil().long()[0] + 1
+    cells = (centres[:, :1] - reach).floor().clamp_min(0) + torch.arange(width).double()  # (windows, width)
+    weights = (1 - ((cells[:, None] + 0.5 - centres[..., None]) / reach).abs()).clamp_min(0)
+    weights = torch.where((cells < x.shape[0])[:, None], weights, 0)
+    whole = (weights / weights.sum(2, keepdim=True) * 2**22 + 0.5).floor()
+    high = (whole / 2**11).floor()
+    halves = torch.cat([high, whole - high * 2**11], 1).float()  # (windows, 2 results, width): 11 bits each
+    there = torch.minimum(cells, torch.as_tensor(x.shape[0]) - 1).long()
+    product = halves @ x[there].float()  # (windows, 2 results, R): whole numbers below 2^24, so exact in any order
+    high, low = product[:, :RESULTS].int(), product[:, RESULTS:].int()
+    return _over(high * 2**11 + low + 2**21, 2**22).to(torch.uint8).flatten(0, 1)[:full]
 
 
 def _over(a: Tensor | int, b: Tensor | int) -> Tensor:
     """a / b of whole numbers that are not negative, rounded down."""
     return torch.div(a, b, rounding_mode="trunc")
-
-
-def _whole(n: Tensor) -> Any:
-    """A whole number for an argument that wants one; under the tracer it stays what the graph computes."""
-    return n if cast(Any, torch.jit).is_tracing() else int(n)
 
 
 def _traceable(detector: Detector) -> Detector:

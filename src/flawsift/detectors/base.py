@@ -24,6 +24,7 @@ from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import ModelError, NotFittedError, ParameterError
 from flawsift.features.devices import resolve_device
 from flawsift.files import content_digest, write_bytes, write_json
+from flawsift.progress import Progress, silent
 from flawsift.types import Ids, Size, as_shape
 
 T = TypeVar("T")
@@ -209,13 +210,20 @@ class Detector(ABC):
         """A clone that has learned what `state` of a detector of this class and these hyper-parameters returned.
 
         Raises:
-            ModelError: A name is not one of learned state, so that it would replace something else.
+            ModelError: A name is not one of learned state, so that it would replace something else, or a value is none
+                that such a detector learns.
         """
         if wrong := sorted(n for n in state if not n.endswith("_") or n.startswith("_") or hasattr(type(self), n)):
             raise ModelError(f"{type(self).__name__} learns nothing of the name {', '.join(wrong)}. Fit it again.")
         fitted = self.clone()
         vars(fitted).update(state)
+        if wrong := fitted._unlike_learned():
+            raise ModelError(f"{type(self).__name__} learns no such {', '.join(wrong)}. Fit it again.")
         return fitted
+
+    def _unlike_learned(self) -> list[str]:
+        """Names of learned values, other than tensors, that are missing or that no fit leaves."""
+        return []
 
     def save(self, folder: Path) -> str:
         """Write detector.json and a safetensors file into an existing folder; nothing is pickled.
@@ -278,9 +286,17 @@ class Detector(ABC):
 
 
 def score_together(
-    models: Sequence[Detector], data: ImageSet, device: str, batch_size: int, *, keep_grids: bool
+    models: Sequence[Detector],
+    data: ImageSet,
+    device: str,
+    batch_size: int,
+    *,
+    keep_grids: bool,
+    progress: Progress = silent,
 ) -> list[Scored]:
     """Scores by each of some fitted detectors of one kind, in one pass that shares what they derive from a batch.
+
+    `progress` is told of images.
 
     Raises:
         NotFittedError: One is not fitted.
@@ -303,6 +319,7 @@ def score_together(
                 medians[m].append(model._map_medians(batch.counted_or_nan(batch_maps)).float().cpu())
                 if keep_grids:
                     grids[m].append(batch.over_image(batch_maps.float().cpu()))
+            progress("scored", sum(map(len, scores[0])), len(data))
     return [
         Scored(_joined(s), _joined(middle), torch.cat(g) if g else torch.empty(0, 1, 1), size)
         for s, middle, g in zip(scores, medians, grids, strict=True)

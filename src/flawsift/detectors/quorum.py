@@ -1,7 +1,8 @@
 """Quorum: a patch is normal when several other images have one like it."""
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress, islice
 from typing import Any, ClassVar, Literal, Self
@@ -17,11 +18,12 @@ from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.groups import GroupNeighbors
 from flawsift.detectors.parts.maps import embed_batch
-from flawsift.detectors.parts.positions import PlacedGroups, check_grid, is_tiling, windows
+from flawsift.detectors.parts.positions import PlacedGroups, are_edges, check_grid, is_tiling, windows
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.detectors.protocols import Evidence, HeldOut
 from flawsift.errors import InputError, NotFittedError
 from flawsift.features.devices import resolve_device
+from flawsift.progress import Progress, silent
 from flawsift.types import Ids, as_shape
 
 AUTO: Literal["auto"] = "auto"
@@ -113,8 +115,14 @@ class Quorum(Detector):
         self.usable_ = torch.cat(usable)[learned]  # (N, P), False where a patch was rejected
         self.ids_ = torch.from_numpy(data.ids)[learned]  # (N,)
         self.groups_ = list(compress(data.group_names, learned))  # (N,)
-        self.k_ = self._choose_k(target) if self.n_groups == AUTO else int(self.n_groups)
-        self.scale_ = self._find_scale(data, target)  # of single patches to scores
+        some = data.select(data.ids[:: max(1, len(data) // N_SCALED)])
+        asked = self._asked() if self.n_groups == AUTO else []
+
+        def tell(done: int) -> None:
+            watch.progress("learning", done, len(asked) + len(some))
+
+        self.k_ = self._choose_k(target, tell) if self.n_groups == AUTO else int(self.n_groups)
+        self.scale_ = self._find_scale(some, target, lambda n: tell(len(asked) + n))  # of single patches to scores
         return self
 
     def merged(self, other: Self) -> Self:
@@ -137,10 +145,10 @@ class Quorum(Detector):
         rest = {name: mine[name][stays] for name in ("memory_bank_", "usable_", "ids_")}
         left = self.with_state({**rest, "groups_": list(compress(self.groups_, stays)), **self._learned()})
         if self.n_groups == AUTO and not stays.all():
-            left.k_ = left._choose_k(resolve_device(device))
+            left.k_ = left._choose_k(resolve_device(device), lambda _: None)
         return left
 
-    def held_out(self, data: ImageSet, *, device: str = "auto") -> HeldOut:
+    def held_out(self, data: ImageSet, *, device: str = "auto", progress: Progress = silent) -> HeldOut:
         """Scores, maps and evidence of images, each without its own group: of a training set, in one pass.
 
         Scores are those of a model of the other images with the same k.
@@ -164,6 +172,7 @@ class Quorum(Detector):
                 worst.append(place if batch.frame is None else batch.frame.place_over_image(place, *grid.shape[1:]))
                 patches.append(_rows(self._embed(batch))[torch.arange(len(place)), place])
                 groups.append(own)
+                progress("held out", sum(map(len, groups)), len(data))
             maps = torch.cat(grids)
             if not maps.isfinite().all():
                 raise InputError("Quorum compares images of different groups, and there is only one group.")
@@ -241,13 +250,21 @@ class Quorum(Detector):
         over: Ids = frame.place_over_image(torch.from_numpy(places.ravel()), *grid).view(places.shape).numpy()
         return over
 
-    def _choose_k(self, device: str) -> int:
-        """The largest number of groups that leaves the score of the median image within `GROWTH`."""
+    def _asked(self) -> list[int]:
+        """Positions in the bank of the images that k is chosen by."""
+        n = len(self.ids_)
+        return torch.linspace(0, n - 1, min(N_ASKED, n)).long().tolist()
+
+    def _choose_k(self, device: str, tell: Callable[[int], None]) -> int:
+        """The largest number of groups that leaves the score of the median image within `GROWTH`.
+
+        `tell` is called with the number of images that were asked.
+        """
         search = self._search(device)
         numbers = self._group_numbers()
-        asked = torch.linspace(0, len(numbers) - 1, min(N_ASKED, len(numbers))).long()
-        curves = []
-        for i in asked.tolist():
+        curves: list[Tensor] = []
+        for i in self._asked():
+            tell(len(curves))
             places = self.usable_[i].nonzero()[:, 0]
             near = search.query(self.memory_bank_[i][places], places, MOST, numbers[i].repeat(len(places))).cpu()
             curves.append((near.cumsum(1) / torch.arange(1, MOST + 1)).amax(0))  # (MOST,) score for each k
@@ -255,14 +272,15 @@ class Quorum(Detector):
         fits = median <= GROWTH * median[0]
         return max(FEWEST, int(fits.nonzero()[-1]) + 1 if fits.any() else 0)
 
-    def _find_scale(self, data: ImageSet, device: str) -> float:
+    def _find_scale(self, some: ImageSet, device: str, tell: Callable[[int], None]) -> float:
         """The median of how much lower an image scores than the highest of its single patches, own group left out."""
-        some = data.select(data.ids[:: max(1, len(data) // N_SCALED)])
-        search, ratios = self._search(device), []
+        search, ratios = self._search(device), list[Tensor]()
         with torch.inference_mode():
+            tell(0)
             for batch, own, grids in self._without_own(search, some):
                 maps = self._sharpened(search, embed_batch(batch, self.layers), grids, own)
                 ratios.append(self._image_scores(grids) / self._image_scores(maps))
+                tell(sum(map(len, ratios)))
         usable = torch.cat(ratios)
         usable = usable[usable.isfinite() & (usable > 0)]
         return float(usable.median()) if len(usable) else 1.0
@@ -270,6 +288,21 @@ class Quorum(Detector):
     def _learned(self) -> dict[str, Any]:
         """What stays when images come and go."""
         return {name: value for name, value in self.state().items() if name in STAYS}
+
+    def _unlike_learned(self) -> list[str]:
+        learned = vars(self).get
+        k, scale, names = learned("k_"), learned("scale_"), learned("groups_")
+        right = {
+            "k_": type(k) is int and k >= 1,
+            "scale_": type(scale) is float and 0 < scale < math.inf,
+            "drawn_": type(learned("drawn_")) is bool,
+            "groups_": isinstance(names, list)
+            and len(names) == len(learned("ids_", ()))
+            and all(type(n) is str for n in names),
+        }
+        if self.tiles_by_position is not None:
+            right |= {name: are_edges(learned(name)) for name in ("grid_", "size_")}
+        return [name for name, holds in right.items() if not holds]
 
     @property
     def n_drawn(self) -> int | None:

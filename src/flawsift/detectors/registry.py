@@ -100,6 +100,9 @@ def load_detector(folder: str | Path, like: Detector | None = None, *, digest: s
         by_name = load(tensors)
         check(by_name, content.get("tensors"))  # of earlier versions, only that they are numbers
         state = {**content["state"], **nested(by_name)}
-        return detector.with_state(state)
+        try:
+            return detector.with_state(state)
+        except ModelError as error:
+            raise ModelError(f"'{folder / 'detector.json'}': {error}") from error
     except (OSError, *DAMAGE, SafetensorError) as error:
         raise ModelError(f"'{folder}' is not a readable detector folder: {error}.") from error

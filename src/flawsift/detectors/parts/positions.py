@@ -39,6 +39,11 @@ def is_tiling(text: str | None) -> bool:
     return text is None or re.fullmatch(r"[0-9]+:[0-9]+", text) is not None
 
 
+def are_edges(value: object) -> bool:
+    """Whether it is a height and a width, as they are learned."""
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and n >= 1 for n in value)
+
+
 def compared_by_tile(detector: Detector, tiles: Tiles | None) -> Detector:
     """A detector, unfitted, that compares within each of the tiles that the input is cut into.
 
