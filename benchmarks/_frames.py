@@ -13,7 +13,8 @@ import pandas as pd
 SET, CELL = ["data", "alpha"], ["data", "detector", "alpha", "arm"]
 # columns that tables ask for where a file may lack them
 TEXTS = ["commit", "machine", "backbone", "protocol", *CELL[:2], "arm", "variant", "preset"]
-NUMBERS = ["alpha", "seed", "image_auroc", "aupro", "missed_per_100", "alpha_low", "n_decisions", "seconds"]
+NUMBERS = ["alpha", "seed", "image_auroc", "aupro", "pixel_ap", "hits_per_100", "missed_per_100", "alpha_low"]
+NUMBERS += ["n_decisions", "seconds"]
 ARM_OF = {
     "none": "all_data",
     "default": "default",
@@ -37,6 +38,7 @@ def read(path: Path) -> Rows:
     """All rows of a CSV file; none if it does not exist."""
     rows = pd.read_csv(path, dtype={"commit": str}) if path.exists() else Rows()
     rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, *TEXTS, *NUMBERS])))
+    rows = rows.assign(hits=rows["hits_per_100"].astype(float) / 100)  # a share, as the other metrics
     return rows.astype(dict.fromkeys(TEXTS, object)).fillna(dict.fromkeys(TEXTS, ""))
 
 

@@ -1,6 +1,6 @@
 """Tables of what detectors and screenings are worth. Each reads the rows that it is of; without rows there is none."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,17 @@ def detectors(results: Path, arm: str, metric: str, *, overlap: bool = False) ->
         texts = ["-" if pd.isna(mean) else f"{mean:.3f}" for mean in means]
         body.append(["mean of sets", f"{alpha:.0%}", *bold_best(texts, means)])
     return table([*SET_HEADER, *(DETECTORS[name] for name in names)], body, rows)
+
+
+def localised(make: Callable[[str], str | None]) -> str | None:
+    """The table of AUPRO that `make` makes of a metric, and those of the other measures of maps that rows have."""
+    first = make("aupro")
+    others = {
+        "Pixel AP": "pixel_ap",
+        "Hits: of the defective images found, the share whose hottest place is marked": "hits",
+    }
+    more = [f"\n\n{title}:\n\n{text}" for title, metric in others.items() if (text := make(metric))]
+    return None if first is None else first + "".join(more)
 
 
 def trim(results: Path) -> str | None:

@@ -53,7 +53,8 @@ ARMS = ("all_data", "paper", "default", "oracle_clean")
 PRESET_OF = {arm: "none" if arm == "all_data" else arm for arm in ARMS}  # as `flawsift.benchmark.trial` calls it
 SECONDS = ("seconds_stage2", "seconds_evaluate")
 LAYERS = ("stride4", "stride8", "stride16")  # what the detectors read
-METRICS = ("image_auroc", "image_ap", "pixel_auroc", "aupro", "false_alarms_per_100", "missed_per_100")
+METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
+RATES = ("false_alarms_per_100", "missed_per_100", "hits_per_100")
 KEY = ("commit", "data", "detector", "alpha", "seed", "arm")
 OVERLAP = ", overlap"  # at the end of a row's protocol
 
@@ -154,7 +155,7 @@ def run_cell(
     )
     results = trial.rows(presets)
     for arm, measured in zip(arms, results, strict=True):
-        row = {**common, "arm": arm, **{key: measured[key] for key in (*METRICS, *SECONDS)}}
+        row = {**common, "arm": arm, **{key: measured[key] for key in (*METRICS, *RATES, *SECONDS)}}
         row |= {
             "keep_share": measured["keep_share"],
             "alpha_kept": measured["alpha_kept"],
@@ -234,7 +235,7 @@ def _values(rows: Sequence[dict[str, str]], metric: str, **where: object) -> lis
 
 
 def _print_table(name: str, rows: Sequence[dict[str, str]], args: argparse.Namespace) -> None:
-    for metric in ("image_auroc", "aupro"):
+    for metric in ("image_auroc", "aupro", "pixel_ap", "hits_per_100"):
         for detector in args.detectors:
             if not _values(rows, metric, detector=detector):
                 continue

@@ -67,6 +67,24 @@ def scale(results: Path) -> str | None:
     return table(header, body, rows, seeds=False)
 
 
+def tiles(results: Path) -> str | None:
+    """What the features of large pictures cost, by the way they are looked at."""
+    rows = read(results / "tiles.csv")
+    if rows.empty:
+        return None
+    rows = newest(rows, ["mode", "height", "width"])
+    body = []
+    for (width, height, mode), some in rows.groupby(["width", "height", "mode"], sort=False):
+        last = some.iloc[-1]
+        cut = f" of {str(last['tiles']).replace(':', ' that share ')}"
+        if pd.isna(last["tiles"]):
+            cut = ", of which one holds it" if mode == "in tiles" else ""
+        figures = [f"{last[key]:.2f}" for key in ("looked_at", "seconds", "cpu_seconds", "cpu_per_megapixel")]
+        body.append([f"{width} x {height}", f"{mode}{cut}", *figures, f"{last['peak_mb']:,.0f}"])
+    header = ["picture", "looked at", "megapixels of it", "seconds", "core seconds", "per megapixel", "peak MiB"]
+    return table(header, body, rows, seeds=False)
+
+
 def training(results: Path) -> str | None:
     """What a budget preset costs."""
     rows = read(results / "training.csv").dropna(subset=["seconds"])
@@ -259,11 +277,11 @@ def plain(text: str | None) -> str | None:
 MEASURED: Mapping[str, Callable[[Path], str | None]] = {
     "accuracy": lambda r: _tables.accuracy(r, "patchcore", "image_auroc"),
     "accuracy-padim": lambda r: _tables.accuracy(r, "padim", "image_auroc"),
-    "aupro": lambda r: _tables.accuracy(r, "patchcore", "aupro"),
-    "aupro-padim": lambda r: _tables.accuracy(r, "padim", "aupro"),
+    "aupro": lambda r: _tables.localised(lambda metric: _tables.accuracy(r, "patchcore", metric)),
+    "aupro-padim": lambda r: _tables.localised(lambda metric: _tables.accuracy(r, "padim", metric)),
     "detectors": lambda r: _tables.detectors(r, "all_data", "image_auroc"),
     "detectors-screened": lambda r: _tables.detectors(r, "default", "image_auroc"),
-    "detectors-aupro": lambda r: _tables.detectors(r, "all_data", "aupro"),
+    "detectors-aupro": lambda r: _tables.localised(lambda metric: _tables.detectors(r, "all_data", metric)),
     "training": training,
     "goals": _tables.goals,
     "estimates": lambda r: _tables.estimates(r, DEVELOPMENT),
@@ -273,6 +291,7 @@ MEASURED: Mapping[str, Callable[[Path], str | None]] = {
     "stage1-padim": lambda r: _tables.stage1(r, "padim"),
     "speed": speed,
     "scale": scale,
+    "tiles": tiles,
     "confirmation": _tables.confirmation,
     "headline": _tables.headline,
     "headline-plain": lambda r: plain(_tables.headline(r)),
@@ -285,16 +304,16 @@ MEASURED: Mapping[str, Callable[[Path], str | None]] = {
     "decisions": lambda r: _tables.decisions(r, FINAL),
     "decisions-patchcore": lambda r: _tables.decisions(r, "patchcore"),
     "quorum": lambda r: _tables.quorum(r, "image_auroc", DEVELOPMENT),
-    "quorum-aupro": lambda r: _tables.quorum(r, "aupro", DEVELOPMENT),
+    "quorum-aupro": lambda r: _tables.localised(lambda metric: _tables.quorum(r, metric, DEVELOPMENT)),
     "quorum-confirmed": lambda r: _tables.quorum(r, "image_auroc", CONFIRMATION),
-    "quorum-aupro-confirmed": lambda r: _tables.quorum(r, "aupro", CONFIRMATION),
+    "quorum-aupro-confirmed": lambda r: _tables.localised(lambda metric: _tables.quorum(r, metric, CONFIRMATION)),
     "quorum-stage1": lambda r: _tables.ranked(r, FINAL, DEVELOPMENT),
     "quorum-sizes": lambda r: _tables.sizes(r, FINAL),
     "patchcore-sizes": lambda r: _tables.sizes(r, "patchcore"),
     "quorum-cost": quorum_cost,
     "quorum-precision": quorum_precision,
     "rivals": lambda r: _tables.rivals(r, "image_auroc"),
-    "rivals-aupro": lambda r: _tables.rivals(r, "aupro"),
+    "rivals-aupro": lambda r: _tables.localised(lambda metric: _tables.rivals(r, metric)),
     "overlap": lambda r: _tables.detectors(r, "all_data", "image_auroc", overlap=True),
     "semantic": _tables.semantic,
     "peers": peers,

@@ -295,7 +295,7 @@ def test_odd_sets_on_the_command_line(name: str, tmp_path: Path, capsys: pytest.
         (tmp_path / "groups.csv").write_text("file,group\n" + "".join(rows))
         arguments += ["--groups", str(tmp_path / "groups.csv")]
     with pytest.raises(SystemExit) as stop:
-        main(["fit", *arguments])
+        main(["fit", *arguments, "--quiet"])
     told = capsys.readouterr()
     assert "nan" not in told.out.lower()
     if refusal:

@@ -25,6 +25,7 @@ from flawsift.executors import SERIAL, Executor, Processes, Ray, Run, make_execu
 from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import attach, loaded
 from flawsift.features.store import FeatureStore
+from flawsift.progress import Stage
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Screening
 from flawsift.screening.stage1 import screen
@@ -314,7 +315,7 @@ def test_a_damaged_submodel_is_told_and_trained_again(
     first = screen(data, detector, options, Run())
 
     def stop(stage: str, done: int, total: int) -> None:
-        if (stage, done) == ("sub-models", 2):
+        if (stage, done) == (Stage.PARTS, 2):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -11,7 +11,10 @@ from PIL import Image
 import flawsift
 from flawsift import pipeline
 from flawsift.cli.main import main
+from flawsift.data.images import ImageSet
 from flawsift.datasets import Dataset
+from flawsift.detectors.parts.training import UNWATCHED, Watch
+from flawsift.detectors.patchcore import PatchCore
 from flawsift.detectors.registry import make_detector
 from flawsift.errors import InputError, ParameterError
 from flawsift.executors import Processes, Run
@@ -20,6 +23,7 @@ from flawsift.features.devices import resolve_device
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.models.model import set_digest
+from flawsift.progress import Stage
 from flawsift.screening.options import ScreenOptions
 
 SMALL = make_detector("patchcore", coreset_ratio=0.05)
@@ -109,17 +113,57 @@ def test_a_screening_from_memory_lies_beside_its_model(
     assert fitted.decisions == {"keep": 0, "remove": 0, "unsure": 0, "elsewhere": 0}
 
 
-def test_progress_is_told_to_whoever_asks(easy: Dataset, tiny: Backbone, store: FeatureStore) -> None:
-    stages: list[str] = []
-    for screener in ("quorum", "patchcore"):
-        stages.clear()
+def test_progress_is_told_to_whoever_asks(easy: Dataset, tiny: Backbone, store: FeatureStore, tmp_path: Path) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    def listen(stage: str, done: int, total: int) -> None:
+        told.setdefault(stage, []).append((done, total))
+
+    for screener, own in (("quorum", Stage.LEARNING), ("patchcore", Stage.PARTS)):
+        told.clear()
         options = ScreenOptions(screener=screener)
-        pipeline.fit(
-            easy.images, SMALL, tiny, options=options, store=store, progress=lambda *told: stages.append(told[0])
-        )
-        assert {"sub-models" if screener == "patchcore" else "ranking", "detector"} <= set(stages)
+        fresh = FeatureStore(tmp_path / screener)
+        pipeline.fit(easy.images, SMALL, tiny, options=options, store=fresh, progress=listen, out=tmp_path / "m")
+        # PatchCore's threshold comes from two more models
+        last = [
+            Stage.COMPARING,
+            Stage.COUNTING,
+            Stage.TRAINING,
+            Stage.THRESHOLD,
+            *([Stage.PARTS] if own != Stage.PARTS else []),
+            Stage.WRITING,
+        ]
+        assert list(told) == [Stage.CHECKING, Stage.READING, Stage.LOOKING, own, *last]
+        for stage in (Stage.READING, Stage.LOOKING, Stage.COMPARING):
+            assert (50, 50) in told[stage]
+        # of 50 images k is chosen, and of 25 the scale
+        steps = [(0, 1), *((i, 75) for i in range(50)), (50, 75), (75, 75)]
+        models = [(m, 5) for m in range(5)]
+        assert told[own] == (steps if own == Stage.LEARNING else models)
     for progress in (True, False, None):
         pipeline.screen(easy.images, SMALL, tiny, store=store, progress=progress)
+
+
+class Stepwise(PatchCore):
+    """Tells of four steps, as a training does."""
+
+    def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
+        for step in range(4):
+            watch.progress("training", step + 1, 4)
+        return super().fit(data, device=device)
+
+
+def test_the_steps_of_several_models_are_counted_together(easy: Dataset, tiny: Backbone, store: FeatureStore) -> None:
+    told: list[tuple[str, int, int]] = []
+    options = ScreenOptions(rank_by="submodels", n_subsets=2, n_partitions=2)
+    detector = Stepwise(coreset_ratio=0.05)
+    pipeline.screen(easy.images, detector, tiny, options=options, store=store, progress=lambda *one: told.append(one))
+    parts = [(done, total) for stage, done, total in told if stage == Stage.PARTS]
+    assert parts[0] == (0, 4), "how many steps a training takes is not known yet"
+    assert [total for _, total in parts[1:]] == [16] * (len(parts) - 1)
+    assert [done for done, _ in parts] == [0, *range(1, 5), *range(4, 9), *range(8, 13), *range(12, 17)]
+    compared = [stage for stage, done, total in told if stage == Stage.COMPARING and done == total == 50]
+    assert len(compared) == 2, "once for each partition"
 
 
 def test_a_screening_shows_itself(easy: Dataset, tiny: Backbone, store: FeatureStore) -> None:

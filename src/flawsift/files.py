@@ -201,7 +201,7 @@ def new_result(
     Raises:
         OutputError: It cannot be written, or holds another kind of result; that, or the earlier result, is whole.
     """
-    None if adds else refuse_other_results(folder, old)
+    refuse_other_results(None if adds else folder, old)
     folder = ensure_folder(folder)
     temporary = temporary_beside(folder / PENDING)
     new = temporary / NEW

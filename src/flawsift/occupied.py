@@ -19,18 +19,20 @@ RESULTS = {
 WITH_MANIFEST = ("model.json", "screening.json")
 
 
-def refuse_other_results(folder: str | Path, own: Sequence[str] = ()) -> None:
+def refuse_other_results(folder: str | Path | None, own: Sequence[str] = ()) -> None:
     """Raise where a folder holds a result of another kind than the one that is to be written.
 
     Predictions and the like that an earlier version put beside a model do not keep the model from being renewed.
 
     Args:
-        folder: Of the new result; it may be missing.
+        folder: Of the new result; it may be missing. None where nothing is to be written.
         own: Names, or patterns, of files of the new result.
 
     Raises:
         OutputError: It holds another kind of result.
     """
+    if folder is None:
+        return
     there = [name for name in RESULTS if (Path(folder) / name).is_file()]
     mine = [name for name in there if any(fnmatch(name, pattern) for pattern in own)]
     others = [name for name in there if name not in mine and (not mine or name in WITH_MANIFEST)]

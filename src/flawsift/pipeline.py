@@ -33,7 +33,7 @@ from flawsift.models.profile import Profile
 from flawsift.models.provenance import how_seen, is_made_by, provenance_of, versions
 from flawsift.occupied import refuse_other_results
 from flawsift.paths import show
-from flawsift.progress import ProgressOption, as_progress
+from flawsift.progress import ProgressOption, Stage, as_progress, steps_of
 from flawsift.reports import calibration
 from flawsift.reports.pages import REPORT
 from flawsift.reports.screening import write_fit_report, write_screening_report
@@ -129,11 +129,11 @@ def screen(
     if detector is not None and chosen.screener not in (OWN, FINAL):
         raise ParameterError(f"Give either detector or options with screener='{chosen.screener}', not both.")
     with as_progress(resources.get("progress")) as tell:
-        named = FINAL if chosen.screener == OWN else chosen.screener
-        given, own = detector or named, replace(chosen, screener=OWN)
-        job = _prepare(images, given, backbone, own, {**resources, "progress": tell})
+        given = detector or (FINAL if chosen.screener == OWN else chosen.screener)
+        job = _prepare(images, given, backbone, replace(chosen, screener=OWN), {**resources, "progress": tell})
         screening, _ = _stage1(job, chosen, out, wants_fitted=False)
         if out is not None:
+            tell(Stage.WRITING, 0, 1)
             with new_result(Path(out), old=storage.FILES, aside=edited_table(Path(out))) as new:
                 write_files(screening, new)
                 write_screening_report(screening, job.images, new)
@@ -186,8 +186,6 @@ def fit(
         raise InputError("Give either a screening or no_screen, not both.")
     if options is not None and (no_screen or screening is not None):
         ScreenOptions.of(options).refuse(no_screen=no_screen)
-    if out is not None:
-        ensure_folder(out)
     Calibration.of([]).threshold(false_alarm_rate)  # a bad rate is told now, not after the work
     asked = _Asked(
         screening=load_screening(screening) if isinstance(screening, str | Path) else screening,
@@ -196,11 +194,11 @@ def fit(
         options=ScreenOptions.of("default" if options is None else options),
         choices=choices_of(decisions),
         false_alarm_rate=false_alarm_rate,
-        out=None if out is None else Path(out),
+        out=None if out is None else ensure_folder(out),
         started=time.monotonic(),
     )
     with as_progress(resources.get("progress")) as tell:
-        given = as_images(images)
+        given = as_images(images, progress=tell)
         asked = replace(asked, choices=located(asked.choices, given.names))
         if asked.screening is not None:
             given, note = grouped(asked.screening, given)
@@ -215,7 +213,7 @@ def _check(resources: Resources, out: str | Path | None, own: Sequence[str]) -> 
         if name in {f.name for f in fields(ScreenOptions)}:
             raise TypeError(f"'{name}' is an option of stage 1: give options=ScreenOptions({name}=...).")
         raise TypeError(unknown_name("argument", name, Resources.__annotations__))
-    None if out is None else refuse_other_results(out, own)
+    refuse_other_results(out, own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +255,7 @@ def _both_stages(job: "_Job", asked: _Asked) -> FitResult:
     }
     model = _stage2(job, plan, merged, out, record, asked.started)
     if out is not None:
+        job.run.progress(Stage.WRITING, 0, 1)
         _write(job, asked, model, stage1, out)
     return FitResult(model, stage1, plan, out)
 
@@ -316,17 +315,19 @@ def _prepare(
     given_run: dict[str, Any] = {key: value for key, value in resources.items() if key != "store"}
     run = Run(**{**given_run, "executor": make_executor(resources.get("executor", SERIAL))})
     resolve_device(run.device)  # one that is not there is told now, not after the work
-    given = ready_to_train(as_images(images))
+    given = ready_to_train(as_images(images, progress=run.progress), progress=run.progress)
     made = make_detector(detector, seed=run.seed) if isinstance(detector, str) else detector
-    loaded = load_backbone(backbone, size=fitting_size(given)) if isinstance(backbone, str) else backbone
-    first = made if stage1 is None else resolve_screener(stage1.screener, made, loaded, run.seed)
+    if isinstance(backbone, str):
+        run.progress(Stage.LOADING, 0, 1)
+        backbone = load_backbone(backbone, size=fitting_size(given))
+    first = made if stage1 is None else resolve_screener(stage1.screener, made, backbone, run.seed)
     if stage1 is not None:
         ranker_of(first, stage1)  # an option that would not be read is told now, not after the work
     layers = tuple(dict.fromkeys([*made.layers, *first.layers]))
     views = tuple(dict.fromkeys([*made.views, *first.views]))
-    data, failed = attach(given, loaded, layers, views=views, store=store, progress=run.progress)
+    data, failed = attach(given, backbone, layers, views=views, store=store, progress=run.progress)
     unreadable = {given.source.name(i): reason for i, reason in sorted(failed.items())}
-    return _Job(given, data, made, first, loaded, unreadable, run)
+    return _Job(given, data, made, first, backbone, unreadable, run)
 
 
 def _stage1(
@@ -353,12 +354,11 @@ def _stage2(
     """Train and calibrate; `merged` is an additive detector of all images, where stage 1 made one."""
     run = job.run
     unfinished = None if out is None else _run_folder(out / RESUME, job, set_digest(plan.images), run.seed)
-    run.progress("detector", 0, 1)
+    run.progress(Stage.TRAINING, 0, 1)
     checkpoint = None if unfinished is None else unfinished / "training.safetensors"
-    fitted = _fitted(job, plan.images, merged, Watch(lambda _, n, of: run.progress("detector", n, of), checkpoint))
-    run.progress("detector", 1, 1)
-    halves = replace(run, checkpoint=None if unfinished is None else unfinished / "calibration")
-    judged = judge(plan, fitted, halves)
+    fitted = _fitted(job, plan.images, merged, Watch(steps_of(run.progress, Stage.TRAINING), checkpoint))
+    run.progress(Stage.THRESHOLD, 0, 1)
+    judged = judge(plan, fitted, replace(run, checkpoint=None if unfinished is None else unfinished / "calibration"))
     training = {
         "n_images": record["n_images"],
         "n_kept": len(plan.kept),

@@ -19,6 +19,7 @@ from flawsift.benchmark.rows import append_rows, peak_mb, read_rows
 from flawsift.benchmark.runner import run
 from flawsift.benchmark.tables import (
     Figure,
+    Metric,
     TableCell,
     figure,
     latex,
@@ -72,18 +73,18 @@ def test_means_over_categories_first_then_over_seeds() -> None:
         row(category="a", seed=1, image_auroc=0.6),
         row(category="b", seed=1, image_auroc=0.8),
     ]
-    both = figure(rows, "image_auroc")
+    both = figure(rows, Metric("image_auroc"))
     assert both is not None
     assert both.mean == pytest.approx(0.8)
     assert both.sd == pytest.approx(0.1 * 2**0.5)
     assert (both.n_seeds, both.complete) == (2, True)
     assert both.text() == "0.800 ± 0.141"
-    part = figure(rows[:3], "image_auroc")
+    part = figure(rows[:3], Metric("image_auroc"))
     assert part is not None
     assert not part.complete  # seed 1 lacks a category: its mean is of others
     assert part.text().endswith("†")
-    assert figure([row(aupro="")], "aupro") is None
-    one = figure(rows[:1], "image_auroc", rows)
+    assert figure([row(aupro="")], Metric("aupro")) is None
+    one = figure(rows[:1], Metric("image_auroc"), rows)
     assert one is not None
     assert not one.complete  # others have a second category and a second seed
 
@@ -93,9 +94,9 @@ def test_best_and_second_by_metric_and_ties_share() -> None:
         return TableCell(Figure(auroc, None, 1, True), None if aupro is None else Figure(aupro, None, 1, True))
 
     cells = ranked([cell(0.9, 0.5), cell(0.8, None), cell(0.9, 0.7), cell(0.7, 0.6)])
-    assert [c.auroc_place for c in cells] == [1, 2, 1, 0]
-    assert [c.aupro_place for c in cells] == [0, 0, 1, 2]
-    assert [c.auroc_place for c in ranked([cell(0.9, 0.5)])] == [0]  # nobody to beat
+    assert [c.first_place for c in cells] == [1, 2, 1, 0]
+    assert [c.second_place for c in cells] == [0, 0, 1, 2]
+    assert [c.first_place for c in ranked([cell(0.9, 0.5)])] == [0]  # nobody to beat
 
 
 def test_a_table_of_two_methods_in_markdown_and_latex() -> None:
@@ -111,6 +112,17 @@ def test_a_table_of_two_methods_in_markdown_and_latex() -> None:
     assert r"tiles & 20\% & paper & \underline{0.850 $\pm$ 0.071} / \textbf{0.800 $\pm$ 0.000}" in text
     assert r"A\_B" in text
     assert text.count("{") == text.count("}")
+
+
+def test_hits_have_a_table_where_rows_have_them() -> None:
+    old = row(data="before")  # of a version that did not measure them
+    rows = [old, row(pixel_ap=0.4, hits_per_100=75), row(detector="B", pixel_ap=0.5, hits_per_100="")]
+    measured, located = measured_tables(rows)
+    assert "| before | 20% | paper | 0.900 / 0.800 | - |" in markdown(measured)
+    assert located.title == "Pixel AP / hits, no overlap"
+    assert "| tiles | 20% | paper | <u>0.400</u> / 0.750 | **0.500** / - |" in markdown(located)
+    assert "before" not in markdown(located)
+    assert len(measured_tables([old])) == 1
 
 
 def test_marks_of_tables_in_names_are_text() -> None:
@@ -131,9 +143,9 @@ def test_quoted_figures_stand_beside_ours_and_are_not_ranked() -> None:
     (table,) = measured_tables(rows)
     _, quoted = table.lines
     assert quoted.quoted
-    assert quoted.cells[0].auroc == Figure(0.873, None, 1, True)  # RD at 20 %
-    assert quoted.cells[1].aupro == Figure(0.865, None, 1, True)  # PaDiM
-    assert {c.auroc_place for c in quoted.cells} == {0}
+    assert quoted.cells[0].first == Figure(0.873, None, 1, True)  # RD at 20 %
+    assert quoted.cells[1].second == Figure(0.865, None, 1, True)  # PaDiM
+    assert {c.first_place for c in quoted.cells} == {0}
     assert "| realiad | 20% | quoted | 0.873 / 0.949 | 0.801 / 0.865 |" in markdown(table)
     assert not any(line.quoted for line in measured_tables([row(data="realiad")])[0].lines)  # another protocol
 
@@ -142,7 +154,7 @@ def test_the_papers_own_figures_are_shipped() -> None:
     fuiad, mvtec = quoted_tables()
     assert [line.alpha for line in fuiad.lines] == [0.0, 0.1, 0.2, 0.4]
     column = next(i for i, m in enumerate(fuiad.methods) if m.startswith("LLBNAD"))
-    figures = [(line.cells[column].auroc, line.cells[column].aupro) for line in fuiad.lines]
+    figures = [(line.cells[column].first, line.cells[column].second) for line in fuiad.lines]
     assert [(a.mean, p.mean) for a, p in figures if a and p] == [
         (0.934, 0.959),
         (0.915, 0.958),
@@ -151,7 +163,7 @@ def test_the_papers_own_figures_are_shipped() -> None:
     ]
     assert len(fuiad.methods) == 9
     assert "not measured here" in fuiad.note
-    assert mvtec.lines[0].cells[mvtec.methods.index("SimpleNet")].aupro is None
+    assert mvtec.lines[0].cells[mvtec.methods.index("SimpleNet")].second is None
 
 
 def test_the_last_good_row_counts_and_failures_without_one_are_told() -> None:

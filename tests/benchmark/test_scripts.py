@@ -74,6 +74,18 @@ def test_mean_and_sd_of_the_newest_commit_and_last_row_of_a_seed(rows: Any, tabl
     assert "Commit `new`; A CPU, 2 cores, 8 GiB, Linux; 3 seeds." in text
 
 
+def test_hits_stand_below_aupro_where_rows_have_them(rows: Any, render: Any, tables: Any, tmp_path: Path) -> None:
+    rows.append_rows(tmp_path / "accuracy.csv", [{**cell(0, 0.9, arm="all_data"), "aupro": 0.8}])
+    old = render.TABLES["detectors-aupro"](tmp_path)
+    assert "0.800" in old
+    assert "Hits" not in old
+    new = {**cell(0, 0.9, commit="newer", arm="all_data"), "aupro": 0.7, "pixel_ap": 0.25, "hits_per_100": 40.0}
+    rows.append_rows(tmp_path / "accuracy.csv", [new])
+    text = render.TABLES["detectors-aupro"](tmp_path)
+    assert [part in text.partition("Hits")[2] for part in ("0.400", "0.700", "0.250")] == [True, False, False]
+    assert text.index("0.700") < text.index("0.250") < text.index("0.400")
+
+
 def test_rivals_are_compared_on_the_same_sets_and_seeds(rows: Any, tables: Any, tmp_path: Path) -> None:
     values = {"quorum": (0.9, 0.8), "softpatch": (0.7, 0.5), "inreach": (0.9, 0.7), "funad": (0.6, 0.6)}
     for name, aurocs in values.items():
@@ -146,6 +158,29 @@ def test_sizes_of_the_input_stand_beside_each_other(rows: Any, tables: Any, tmp_
     assert "| elpv | 0.700 ± 0.000 |" in ranked
     assert "384" not in ranked
     assert tables.sizes(tmp_path, "padim") is None
+
+
+def test_the_cost_of_tiles_by_the_megapixel(rows: Any, render: Any, tmp_path: Path) -> None:
+    common = {"commit": "new", "machine": MACHINE, "height": 3072, "width": 4096}
+    whole = {**common, "mode": "shrunk to 256", "looked_at": 0.049, "seconds": 0.1, "peak_mb": 1234}
+    cut = {**common, "mode": "in tiles", "tiles": "1024:256", "looked_at": 12.58, "seconds": 15.0, "peak_mb": 900}
+    cut |= {"cpu_seconds": 25.16, "cpu_per_megapixel": 2.0}
+    rows.append_rows(tmp_path / "tiles.csv", [{**cut, "commit": "old", "seconds": 99}, whole, cut])
+    text = render.tiles(tmp_path)
+    assert "| 4096 x 3072 | in tiles of 1024 that share 256 | 12.58 | 15.00 | 25.16 | 2.00 | 900 |" in text
+    assert "| 4096 x 3072 | shrunk to 256 | 0.05 |" in text
+    rows.append_rows(tmp_path / "tiles.csv", [{**cut, "tiles": None, "height": 9}])
+    assert "| 4096 x 9 | in tiles, of which one holds it |" in render.tiles(tmp_path)
+    assert "99" not in text
+    assert render.tiles(tmp_path / "none") is None
+
+
+def test_tiles_are_measured_as_they_are_cut(rows: Any) -> None:
+    script = importlib.import_module("tiles")
+    shrunk, tiled, piece = (script.child(mode, 160, 1088, 1) for mode in (script.SHRUNK, script.TILED, script.PIECE))
+    assert shrunk["looked_at"] == 256 * 38 / 1e6
+    assert [one["tiles"] for one in (shrunk, tiled, piece)] == [None, "1024:256", None]
+    assert tiled["cpu_per_megapixel"] == pytest.approx(tiled["cpu_seconds"] / tiled["looked_at"])
 
 
 def test_render_fills_markers_and_keeps_what_has_no_rows(rows: Any, render: Any, tmp_path: Path) -> None:

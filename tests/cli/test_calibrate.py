@@ -126,7 +126,7 @@ def test_errors_leave_the_model_as_it_is(
     before = {p.name: p.read_bytes() for p in model.iterdir() if p.is_file()}
     names = {n: str(tmp_path / n) for n in ("missing", "empty", "parts", "damaged")}
     names |= {"model": str(model), "labelled": str(labelled), "good": str(tmp_path / "only")}
-    code, out, err = cli("calibrate", *[a.format(**names) for a in arguments])
+    code, out, err = cli("calibrate", *[a.format(**names) for a in arguments], "--quiet")
     assert (code, out) == (2, "")
     assert text in err
     assert err.count("\n") == 1

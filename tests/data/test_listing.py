@@ -144,3 +144,27 @@ def test_heatmaps_are_no_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     (tmp_path / "predictions.csv").write_text("path,other\n")
     assert ImageSet.from_folder(tmp_path).names == ["a.png", "maps/b.png"]
     assert "2 pictures are left out, which flawsift wrote there" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "mpo", "apng"])
+def test_animations_are_counted_and_named(ending: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    kind = {"apng": "PNG", "mpo": "MPO"}.get(ending, ending.upper())
+    frames[0].save(tmp_path / f"moving.{ending}", kind, save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "still.gif")
+    (tmp_path / "broken.webp").write_bytes(b"RIFF")
+    os.mkfifo(tmp_path / "pipe.gif")
+    line = f"1 file has several frames, of which only the first is looked at: moving.{ending}."
+    with caplog.at_level(logging.WARNING, "flawsift"):
+        images = ImageSet.from_folder(tmp_path)
+        assert [line in r.getMessage() for r in caplog.records] == [True]
+        name = f"moving.{ending}"
+        colour = np.asarray(images.image(int(images.ids[images.names.index(name)])), int)[0, 0]
+        assert np.abs(colour - (255, 0, 0)).max() < 20
+        caplog.clear()
+        as_images([tmp_path / name, np.zeros((4, 4), np.uint8)])
+        as_images([tmp_path / name])
+        assert ["several frames" in r.getMessage() for r in caplog.records] == [True, True]
+        caplog.clear()
+        as_images([tmp_path / "still.gif"])
+        assert not caplog.records

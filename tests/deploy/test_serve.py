@@ -462,7 +462,7 @@ def test_the_command_serves_without_torch(exported: Path, bad: bytes, tmp_path: 
     with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment) as process:
         assert process.stderr is not None
         assert process.stdout is not None
-        line = process.stderr.readline()
+        line = next(line for line in process.stderr if line.startswith("Serving at "))
         port = line.split("0.0.0.0:")[1].partition("/")[0]
         address = f"http://127.0.0.1:{port}/v1/tiles/inspect?regions=1&map=png"
         request = urllib.request.Request(address, bad, {"X-API-Key": KEY, "Content-Type": "image/png"})

@@ -21,6 +21,7 @@ from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import SHARD, attach
 from flawsift.models.calibration import Calibration
 from flawsift.models.model import Model, evaluate, predict
+from flawsift.progress import Stage
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +189,11 @@ def test_functions_are_the_methods(model: Model, easy: Dataset, easy_folder: Pat
 def test_progress_is_told(model: Model, easy: Dataset) -> None:
     told: list[tuple[str, int, int]] = []
     model.predict(as_images(easy.images), progress=lambda *step: told.append(step))
-    assert told == [("features", 0, 50), ("features", 50, 50)]
+    assert told == [(Stage.SCORING, 0, 50), (Stage.SCORING, 50, 50)]
     told.clear()
     pictures = (np.asarray(easy.images.image(i % 50)) for i in range(SHARD + 6))
     model.predict(pictures, progress=lambda *step: told.append(step))
-    assert told == [("features", 0, SHARD), ("features", SHARD, SHARD + 6), ("features", SHARD + 6, SHARD + 6)]
+    assert told == [(Stage.SCORING, 0, SHARD), (Stage.SCORING, SHARD, SHARD + 6), (Stage.SCORING, SHARD + 6, SHARD + 6)]
 
 
 def test_the_text_of_a_model(model: Model, tiny: Backbone) -> None:

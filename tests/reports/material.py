@@ -97,9 +97,12 @@ class Page(HTMLParser):
         if tag == "section":
             self._section = values["id"]
         elif values.get("class") == "card":
-            self.cards.setdefault(self._section, []).append({"images": [], "alike": [], "name": "", "text": ""})
+            self.cards.setdefault(self._section, []).append(
+                {"images": [], "close": [], "alike": [], "name": "", "text": ""}
+            )
         elif tag == "img":
-            kind = "alike" if values["alt"].startswith("Typical") else "images"
+            alt = values["alt"]
+            kind = "alike" if alt.startswith("Typical") else "close" if alt.endswith("pixel by pixel") else "images"
             self.cards[self._section][-1][kind].append(values)
         elif tag == "h3":
             self._in_name = True

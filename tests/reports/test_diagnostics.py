@@ -275,7 +275,7 @@ def test_bad_labels_are_told(
     labels = tmp_path / "labels.csv"
     if content is not None:
         labels.write_text(content)
-    assert command(folder / "parts", "--out", tmp_path / "out", *TINY, "--labels", labels) == 2
+    assert command(folder / "parts", "--out", tmp_path / "out", *TINY, "--labels", labels, "--quiet") == 2
     error = capsys.readouterr().err
     assert text in error
     assert error.count("\n") == 1

@@ -1,6 +1,5 @@
 """Heatmaps over pictures: sizes, places, and that colours mean the same on every image."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flawsift.errors import OutputError
-from flawsift.reports.overlays import Scale, overlay, save_overlay
+from flawsift.reports.overlays import Scale, overlay
 from tests.reports.material import noise
 
 SCALE = Scale(1.0, 2.0)
@@ -45,16 +43,27 @@ def test_overlay_leaves_good_places_and_marks_bad_ones() -> None:
     map_[20:40, 10:50] = 2.5
     map_[50:60, 50:60] = 1.4  # above typical, below the threshold
     after = np.asarray(overlay(image, map_, SCALE))
+    assert not (after == 255).all(2)[20:40, 10:50].any(), "no line that nobody asked for"
     changed = (after != before).any(2)
     assert not changed[map_ == 0].any()
     assert changed[map_ > 2].mean() > 0.99
     assert changed[map_ == np.float32(1.4)].mean() > 0.95
     assert (np.asarray(image) == before).all()
-    # the line, dark then white, runs along the edge of the area above the threshold and nowhere else
-    assert (after[20, 10:50] == 20).all()
-    assert (after[21, 11:49] == 255).all()
-    inside = (after == 255).all(2)
-    assert not inside[50:60, 50:60].any()
+
+
+def test_a_line_runs_around_what_is_suspect_and_leaves_it_bare() -> None:
+    image = Image.fromarray(noise(1, edge=128)[0])
+    corners = [40, 40, 80, 40, 80, 60, 40, 60]  # in pixels of the image
+    after = np.asarray(overlay(image, np.full((8, 8), 2.5), SCALE, [corners]))
+    before = np.asarray(image)
+    assert (after[40:60, 40:80] == before[40:60, 40:80]).all()
+    assert (after[39, 39:80] == 255).all()
+    assert (after[38, 38:80] == 20).all()
+    assert (after[:38] != before[:38]).any(2).mean() > 0.99
+    half = np.asarray(overlay(image, np.zeros((8, 8)), SCALE, [corners], max_edge=64))
+    shown = np.argwhere((half == 255).all(2))
+    assert shown.min(0).tolist() == [19, 19], "shrunk with the picture"
+    assert shown.max(0).tolist() == [31, 41], "shrunk with the picture"
 
 
 def test_the_place_is_right_on_pictures_that_are_not_square() -> None:
@@ -137,13 +146,3 @@ def test_scale_is_never_empty(scores: list[float], threshold: float | None) -> N
 @pytest.mark.parametrize("scale", [Scale(2.0, 2.0), Scale(3.0, 2.0), Scale(np.nan, 2.0)])
 def test_a_scale_without_width_still_draws(scale: Scale) -> None:
     assert overlay(grey((16, 16)), np.linspace(0, 9, 16).reshape(4, 4), scale).size == (16, 16)
-
-
-def test_save_overlay_makes_folders_and_leaves_no_pieces(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "part.jpg.png"
-    save_overlay(path, grey((20, 10)), np.ones((2, 2)), SCALE)
-    with Image.open(path) as saved:
-        assert (saved.format, saved.size) == ("PNG", (20, 10))
-    assert [file.name for file in path.parent.iterdir()] == ["part.jpg.png"]
-    with pytest.raises(OutputError):
-        save_overlay(path / "below-a-file" / "x.png", grey((2, 2)), np.ones((2, 2)), SCALE)

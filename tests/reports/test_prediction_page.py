@@ -71,21 +71,26 @@ def test_the_flagged_come_first_with_pictures_and_the_others_are_rows() -> None:
     assert words(page.text[""]).count("Of 40 images, 19 look defective.") == 1
     assert {len(card["images"]) for card in page.cards["images"]} == {2}
     best = page.cards["images"][0]
-    assert "Rank 1 flagged" in words(best["text"])
+    assert "Rank 1, score 0.975 flagged" in words(best["text"])
     p_value = float(CALIBRATION.p_values(scores.max()))
     assert f"Score 0.975 Threshold 0.5 p-value {p_value:.3g}" in words(best["text"])
 
 
-def test_boxes_surround_the_regions_of_flagged_images_only() -> None:
-    images = ImageSet.from_arrays(noise(2, edge=160))
+def test_a_line_surrounds_the_regions_of_flagged_images_only() -> None:
+    images = ImageSet.from_arrays([np.full((160, 160, 3), 128, np.uint8)] * 2)
     scores = np.array([0.4, 0.9])
     page = Page(prediction_page(predictions_of(images, scores, ("good", "bad")), seen(images, scores)))
-    (box,) = page.tags("rect")[:1]
-    boxes = [values for values in page.tags("rect") if values["class"] == "box"]
-    assert boxes == [box]
-    assert [float(box[key]) for key in ("x", "y", "width", "height")] == [40, 40, 20, 20]  # cell (2, 2) of 8 x 8
-    assert page.tags("svg")[0]["viewbox"] == "0 0 160 160"
-    assert picture(page.cards["images"][0]["images"][0]["src"]).size == (160, 160)
+    bad, good = page.cards["images"]  # by score
+    for card, lined in ((bad, True), (good, False)):
+        for uri in (card["images"][1]["src"], card["close"][0]["src"]):
+            drawn = picture(uri)
+            assert drawn.size == (160, 160)
+            pixels = np.asarray(drawn.convert("L"), int)
+            assert (pixels[38:62, 39].max() > 200) == lined, "beside cell (2, 2) of 8 x 8, which is 40 to 60"
+            if lined:
+                assert np.abs(pixels[44:56, 44:56] - 128).max() < 12, "bare within"
+    bars = [values["style"] for _, values in page.elements if values.get("class") == "scale-bar"]
+    assert bars == ["width: 31.25%"] * 2, "50 of 160 pixels"
 
 
 @settings(max_examples=5, deadline=None)

@@ -58,7 +58,10 @@ def test_an_outline_is_drawn_exactly_on_images_that_are_called_anomalous(
     writer(images, Prediction(images.ids, np.array([score], np.float32), values))
     (path,) = tmp_path.rglob("*.png")
     with Image.open(path) as picture:
-        assert (np.asarray(picture) == 255).all(2).any() == outlined
+        assert picture.size[1] > 64, "a line of text below"
+        whole = np.asarray(picture)[:64]
+    assert (whole[:, :64] == 128).all(), "the original"
+    assert (whole[:, 64:] == 255).all(2).any() == outlined, "the heatmap beside it"
 
 
 def test_the_table_tells_where_a_heatmap_is(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from flawsift.datasets.synthetic import TEXTURES, synthetic
 from flawsift.features.store import FeatureStore
 from flawsift.reports.evidence import map_scale
 from flawsift.reports.overlays import Scale
-from flawsift.reports.regions import EDGE, Region, hills, normal_level, outlines, regions
+from flawsift.reports.regions import EDGE, Region, hills, normal_level, outlines, outlines_of, regions
 from flawsift.screening.result import Screening
 
 
@@ -48,6 +48,15 @@ def test_each_peak_above_the_threshold_has_its_region() -> None:
     assert len(hills(values, 0.5, 0.0)) == 3
     (alone,) = hills(values, 20.0, 0.0)  # none is above: the highest stands for the image
     np.testing.assert_array_equal(alone, high)
+
+
+def test_a_kept_image_below_the_threshold_has_no_outline() -> None:
+    patch_map = hill(6, 5, 10, 1.5, size=12).astype(np.float16)
+    high, low = Scale(0.0, 3.0), Scale(0.0, 30.0)
+    assert [bool(outlines_of(patch_map, scale, 0.0, (48, 48), kept=True)) for scale in (high, low)] == [True, False]
+    expected = [line for one in regions(patch_map, low, 0.0, (48, 48)) for line in one.polygons]
+    assert outlines_of(patch_map, low, 0.0, (48, 48)) == expected != []
+    assert outlines_of(np.ones((4, 4), np.float16), high, 0.0, (48, 48)) == []
 
 
 def test_a_shoulder_is_no_peak() -> None:

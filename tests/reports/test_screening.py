@@ -27,7 +27,7 @@ def test_suspects_are_in_rank_order_with_their_numbers(images: ImageSet) -> None
     assert page.names("suspects") == ranked(screening)[:11]
     best = int(np.argmax(screening.consensus))
     text = words(page.cards["suspects"][0]["text"])
-    assert "Rank 1 set aside" in text
+    assert f"Rank 1, consensus {screening.consensus[best]:.4g} set aside" in text
     assert f"Consensus {screening.consensus[best]:.4g}" in text
     assert f"Held-out score {screening.held_out_scores[best]:.4g}" in text
     assert "Sub-models agreeing 4 of 4" in text
@@ -213,6 +213,22 @@ def test_without_grids_only_thumbnails(images: ImageSet) -> None:
     assert {len(card["images"]) for card in with_maps.cards["suspects"]} == {2}
 
 
+def test_lines_surround_what_is_set_aside_and_not_each_kept_image() -> None:
+    grey = ImageSet.from_arrays([np.full((64, 64, 3), 128, np.uint8)] * N)
+    maps = np.zeros((N, 4, 6), np.float16)
+    maps[:, 1, 2] = 1 + 0.01 * np.arange(N)
+    screening = make_screening(grey)
+    maps[~screening.is_kept] -= 0.5  # lower than on any kept one
+    page = Page(screening_report(replace(screening, patch_maps=maps), grey, n_suspects=N, n_borderline=0))
+    lined = {}
+    for card in page.cards["suspects"]:
+        whites = (np.asarray(picture(card["images"][1]["src"])).min(2) > 240).any()
+        lined[card["name"]] = bool(whites), "set aside" in card["text"]
+    assert len(lined) == N
+    assert all(line for line, aside in lined.values() if aside)
+    assert sum(line for line, aside in lined.values() if not aside) <= 1, "the highest of 32"
+
+
 def test_a_vanished_file_is_named_without_a_picture(folder: Path) -> None:
     files = ImageSet.from_folder(folder)
     screening = make_screening(files)
@@ -241,7 +257,7 @@ def test_size_is_bounded_with_thousands_of_large_images(tmp_path: Path) -> None:
     path = write_screening_report(make_screening(large, 300), large, tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "report.html"
     page = Page(path.read_text("utf-8"))
-    assert len(page.tags("img")) == 2 * (24 + 8) + 3 * 24
+    assert len(page.tags("img")) == 3 * (24 + 8) + 3 * 24
     assert picture(page.tags("img")[0]["src"]).size == (320, 320)
     assert path.stat().st_size < 15e6
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]

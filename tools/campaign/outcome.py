@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from flawsift.errors import FlawsiftError
 # valid: the changed input is itself one that means something, such as another digit in a table that a person writes.
 # fault: anything else.
 Kind = Literal["same", "error", "told", "valid", "fault"]
+STAGE = re.compile(r"^ *\d+(:\d\d)+ .*\n", re.MULTILINE)  # a line of progress, which is no word about the input
 KINDS: tuple[Kind, ...] = ("same", "error", "told", "valid", "fault")
 
 
@@ -60,7 +62,7 @@ def command(*arguments: object) -> Answer:
         try:
             main([str(a) for a in arguments])
         except SystemExit as stop:
-            return Answer(int(stop.code or 0), out.getvalue(), err.getvalue())
+            return Answer(int(stop.code or 0), out.getvalue(), STAGE.sub("", err.getvalue()))
         except BaseException:  # noqa: BLE001  # of whatever kind, it is what the campaign looks for
             return Answer(None, out.getvalue(), traceback.format_exc())
     return Answer(None, out.getvalue(), "the command came back")

@@ -12,7 +12,7 @@ import numpy as np
 
 from flawsift.benchmark.extra import needed_for
 from flawsift.benchmark.grid import NONE, ORACLE
-from flawsift.benchmark.tables import PRESET_NAMES, Figure, Rows, figure, grouped
+from flawsift.benchmark.tables import PRESET_NAMES, Figure, Metric, Rows, figure, grouped
 
 DEFECTIVE = "defective in training, %"
 SIZE = (3.1, 2.1)  # inches at 72 points: four in a row of the page
@@ -109,7 +109,7 @@ def _figures(rows: Rows, alphas: Sequence[float]) -> dict[tuple[str, ...], list[
     """{(detector, preset): its image AUROC at each contamination}."""
     at = [[row for row in rows if float(row["alpha"]) == alpha] for alpha in alphas]
     return {
-        key: [figure(grouped(some, "detector", "preset").get(key, []), "image_auroc", some) for some in at]
+        key: [figure(grouped(some, "detector", "preset").get(key, []), Metric("image_auroc"), some) for some in at]
         for key in grouped(rows, "detector", "preset")
     }
 

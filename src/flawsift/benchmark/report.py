@@ -41,6 +41,7 @@ from flawsift.occupied import refuse_other_results
 from flawsift.paths import show
 from flawsift.reports.overlays import Scale, overlay, shrink
 from flawsift.reports.pages import data_uri, template
+from flawsift.reports.regions import outlines_of_prediction
 
 PAGE, MARKDOWN, LATEX = "report.html", "table.md", "table.tex"
 EXAMPLE_ALPHA = 0.2  # the contamination of the example pictures, where the rows have it
@@ -280,4 +281,7 @@ def _heatmap(picture: Image.Image, arrays: Mapping[str, Any], at: int) -> Image.
     grid = torch.from_numpy(arrays["grids"][at : at + 1].astype(np.float32))
     fine = to_image_grid(grid, scaled_shape(grid, THUMB))[0]
     peak = float(fine.max())  # smoothing lowers it below the score
-    return overlay(picture, fine * (float(arrays["scores"][at]) / peak) if peak > 0 else fine, scale, max_edge=THUMB)
+    score = float(arrays["scores"][at])
+    drawn = fine.numpy() * np.float32(score / peak) if peak > 0 else fine.numpy()
+    outlines = outlines_of_prediction(drawn, score, scale.threshold, picture.size)
+    return overlay(picture, drawn, scale, outlines, max_edge=THUMB)

@@ -39,7 +39,7 @@ from flawsift.features.store import FeatureStore
 from flawsift.files import ensure_folder, write_bytes
 from flawsift.models.model import Model, set_digest
 from flawsift.models.provenance import versions
-from flawsift.progress import Progress, silent
+from flawsift.progress import Progress, Stage, silent
 from flawsift.types import Ids
 from flawsift.workers import Failure
 
@@ -150,9 +150,10 @@ class Runner:
         """Compute the features of a source."""
         prepare(source)
 
-    def warm_all(self, executor: Executor) -> None:
+    def warm_all(self, executor: Executor, progress: Progress) -> None:
         """Compute the features of all sources, so that no two workers do; one process alone gets there by itself."""
         if not isinstance(executor, Serial):
+            progress(Stage.LOOKING, 0, 1)
             # a source that cannot be prepared fails again in its cells, which say so
             for _ in executor.completed(self.warm, list(dict.fromkeys(self.sources.values()))):
                 pass
@@ -315,13 +316,13 @@ def run(
     outer = executor if by_cells else SERIAL
     origin = {"commit": commit, "machine": machine(), "versions": versions()}
     new: list[Row] = []
-    runner.warm_all(outer)
-    progress("cells", 0, len(cells))
+    runner.warm_all(outer, progress)
+    progress(Stage.CELLS, 0, len(cells))
     for number, (position, outcome) in enumerate(outer.completed(runner, cells)):
         cell = cells[position]
         rows = _written(folder, cell, outcome, origin)
         new += rows
-        progress("cells", number + 1, len(cells))
+        progress(Stage.CELLS, number + 1, len(cells))
         if on_cell is not None:
             on_cell(cell, rows)
     return new

@@ -35,12 +35,29 @@ class Figure:
 
 @dataclass(frozen=True)
 class TableCell:
-    """One method in one line of a table; `place` is 1 for the best of the line, 2 for the second, else 0."""
+    """Two metrics of one method in one line; a place is 1 for the best of the line, 2 for the second, else 0."""
 
-    auroc: Figure | None
-    aupro: Figure | None
-    auroc_place: int = 0
-    aupro_place: int = 0
+    first: Figure | None
+    second: Figure | None
+    first_place: int = 0
+    second_place: int = 0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of rows; `whole` is what its value is a share of."""
+
+    column: str
+    whole: float = 1.0
+
+
+# (title, metrics) of the tables, side by side in a cell. Hits: of the defective images that are found, in how many the
+# highest place of the map lies in the mask.
+QUOTED = "Image AUROC / AUPRO"  # what papers publish
+PAIRS = {
+    QUOTED: (Metric("image_auroc"), Metric("aupro")),
+    "Pixel AP / hits": (Metric("pixel_ap"), Metric("hits_per_100", 100.0)),
+}
 
 
 @dataclass(frozen=True)
@@ -71,18 +88,19 @@ def newest(rows: Rows) -> tuple[list[Mapping[str, str]], list[Mapping[str, str]]
     return list(good.values()), [row for place, row in failed.items() if place not in good]
 
 
-def figure(rows: Rows, column: str, expected: Rows | None = None) -> Figure | None:
+def figure(rows: Rows, metric: Metric, expected: Rows | None = None) -> Figure | None:
     """Mean over the categories of each seed, then mean and standard deviation over seeds.
 
     Args:
         rows: Of one method.
-        column: The metric.
+        metric: What is shown; rows may lack it.
         expected: Rows of all methods; a seed or category that only others have makes the figure incomplete.
     """
     by_seed: dict[str, dict[str, float]] = {}
+    column = metric.column
     for row in rows:
         if row.get(column):
-            by_seed.setdefault(row["seed"], {})[row["category"]] = float(row[column])
+            by_seed.setdefault(row["seed"], {})[row["category"]] = float(row[column]) / metric.whole
     if not by_seed:
         return None
     means = [statistics.fmean(by_category.values()) for by_category in by_seed.values()]
@@ -95,22 +113,28 @@ def figure(rows: Rows, column: str, expected: Rows | None = None) -> Figure | No
 
 
 def measured_tables(rows: Rows) -> list[Table]:
-    """Table I of each protocol and k: a line per data set, contamination and preset, a column per method."""
+    """Tables of each protocol and k: a line per data set, contamination and preset, a column per method.
+
+    The first has the metrics of papers, the second how well defects are found within the images; what no row has of it
+    is left out.
+    """
     tables = []
     for (protocol, k), mine in grouped(rows, "protocol", "n_subsets").items():
         methods = tuple(dict.fromkeys(r["detector"] for r in mine))
         registry = {r["detector"]: r.get("method", "") for r in mine}
-        lines = []
-        for (data, alpha), here in _sorted_by_alpha(grouped(mine, "data", "alpha")):
-            for preset, some in grouped(here, "preset").items():
-                by_method = grouped(some, "detector")
-                cells = [_cell(by_method.get((m,), []), some) for m in methods]
-                lines.append(Line(data, alpha, preset[0], ranked(cells)))
-            if quoted := _quoted_line(data, alpha, protocol, [registry[m] for m in methods]):
-                lines.append(quoted)
         subsets = f", k = {k}" if k else ""
-        title = f"Image AUROC / AUPRO, {protocol.replace('_', ' ')}{subsets}"
-        tables.append(Table(title, methods, tuple(lines)))
+        for pair, metrics in PAIRS.items():
+            lines = []
+            for (data, alpha), here in _sorted_by_alpha(grouped(mine, "data", "alpha")):
+                for preset, some in grouped(here, "preset").items():
+                    by_method = grouped(some, "detector")
+                    cells = [_cell(by_method.get((m,), []), some, metrics) for m in methods]
+                    if pair == QUOTED or any(c.first or c.second for c in cells):
+                        lines.append(Line(data, alpha, preset[0], ranked(cells)))
+                quoted = _quoted_line(data, alpha, protocol, [registry[m] for m in methods]) if pair == QUOTED else None
+                lines += [quoted] if quoted else []
+            if lines:
+                tables.append(Table(f"{pair}, {protocol.replace('_', ' ')}{subsets}", methods, tuple(lines)))
     return tables
 
 
@@ -130,12 +154,12 @@ def quoted_tables() -> list[Table]:
 def ranked(cells: Sequence[TableCell]) -> tuple[TableCell, ...]:
     """The same cells with the best and the second of each metric marked; equal figures share a place."""
     places = []
-    for values in ([c.auroc for c in cells], [c.aupro for c in cells]):
+    for values in ([c.first for c in cells], [c.second for c in cells]):
         known = sorted({round(v.mean, 6) for v in values if v is not None}, reverse=True)
         enough = sum(v is not None for v in values) > 1
         at = [known.index(round(v.mean, 6)) + 1 if v is not None and enough else 0 for v in values]
         places.append([p if p <= 2 else 0 for p in at])
-    return tuple(TableCell(c.auroc, c.aupro, a, p) for c, a, p in zip(cells, *places, strict=True))
+    return tuple(TableCell(c.first, c.second, a, p) for c, a, p in zip(cells, *places, strict=True))
 
 
 def markdown(table: Table) -> str:
@@ -169,7 +193,7 @@ def latex(table: Table) -> str:
 def _joined(cell: TableCell, mark: Mapping[int, Callable[[str], str]]) -> str:
     texts = [
         "-" if value is None else mark[place](value.text())
-        for value, place in ((cell.auroc, cell.auroc_place), (cell.aupro, cell.aupro_place))
+        for value, place in ((cell.first, cell.first_place), (cell.second, cell.second_place))
     ]
     return "-" if texts == ["-", "-"] else " / ".join(texts)
 
@@ -183,8 +207,9 @@ def _tex(text: str) -> str:
     return text.translate(TEX)
 
 
-def _cell(rows: Rows, expected: Rows) -> TableCell:
-    return TableCell(figure(rows, "image_auroc", expected), figure(rows, "aupro", expected))
+def _cell(rows: Rows, expected: Rows, metrics: tuple[Metric, Metric]) -> TableCell:
+    first, second = metrics
+    return TableCell(figure(rows, first, expected), figure(rows, second, expected))
 
 
 @functools.cache
@@ -201,7 +226,7 @@ def _quoted_line(data: str, alpha: float, protocol: str, methods: Sequence[str])
             known = {r["method"]: r for r in table["rows"] if r["alpha"] == alpha}
             figures = [known.get(m, {}) for m in methods]
             cells = [TableCell(_given(f.get("image_auroc")), _given(f.get("aupro"))) for f in figures]
-            if any(c.auroc or c.aupro for c in cells):
+            if any(c.first or c.second for c in cells):
                 return Line(data, alpha, "quoted", tuple(cells), quoted=True)
     return None
 

@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from flawsift.cli.options import AsJson, Cache, Out, say, shown_progress, store_of
+from flawsift.cli.options import Cache, Out, store_of, takes_groups
+from flawsift.cli.output import Output
 from flawsift.errors import InputError
+from flawsift.progress import Stage
 
 cache_app = typer.Typer(help="List, verify or clear the feature cache.", no_args_is_help=True)
 
@@ -22,6 +24,7 @@ DataRoot = Annotated[
 
 
 # long: each parameter is an option of the command
+@takes_groups
 def benchmark(
     config: Annotated[Path, typer.Argument(help="TOML file of the grid, such as benchmarks/example.toml.")],
     out: Annotated[
@@ -39,40 +42,30 @@ def benchmark(
     fresh: Annotated[bool, typer.Option("--fresh", help="Make rows again that are there.")] = False,
     any_commit: Annotated[bool, typer.Option("--any-commit", help="Rows of other commits count as done.")] = False,
     cache: Cache = None,
-    as_json: AsJson = False,
+    *,
+    output: Output,
 ) -> None:
     """Run a grid of detectors, data sets, contaminations, protocols, presets and seeds; resumable.
 
     Exit code 1 if a cell failed.
     """
-    from flawsift.benchmark import forecast, grid
-    from flawsift.benchmark.config import read_config
-    from flawsift.benchmark.rows import read_rows, source_commit
-    from flawsift.benchmark.runner import RESULTS, run
-    from flawsift.executors import make_executor
-
-    _use_data_root(data_root)
-    wanted = read_config(config)
-    cells = grid.plan(wanted)
     if dry_run:
-        earlier = [] if out is None else read_rows(out / RESULTS, ["key"])
-        done = set() if fresh else grid.done_places(earlier, None if any_commit else source_commit())
-        open_ = [c for c in cells if any(c.place(preset) not in done for preset in c.presets)]
-        seconds, unknown = grid.estimate_seconds(open_, earlier)
-        rough, missing = forecast.rough_seconds(open_), forecast.missing_data(wanted)
-        lines = grid.describe_plan(wanted, open_, len(cells), seconds, unknown)
-        if unknown:
-            lines.append(
-                f"Rough guess for {len(open_)} cells, from their numbers of images alone: {forecast.duration(rough)} "
-                "on two cores. It may be several times more or less."
-            )
-        lines += [f"MISSING {name}: {reason}" for name, reason in missing.items()]
-        plan = {"n_cells": len(cells), "n_open": len(open_), "seconds": seconds, "n_unknown": unknown}
-        say(as_json, {**plan, "rough_seconds": rough, "missing": missing}, lines)
+        with output.progress():
+            _use_data_root(data_root)
+            plan, lines = _planned(config, out, fresh=fresh, any_commit=any_commit)
+        output.say(plan, lines)
         return
     if out is None:
         raise InputError("Where should the rows go? Give --out FOLDER. Only --dry-run needs none.")
-    with shown_progress() as progress:
+    with output.progress() as progress:
+        from flawsift.benchmark import grid
+        from flawsift.benchmark.config import read_config
+        from flawsift.benchmark.runner import RESULTS, run
+        from flawsift.executors import make_executor
+
+        _use_data_root(data_root)
+        wanted = read_config(config)
+        cells = grid.plan(wanted)
         rows = run(
             wanted,
             out,
@@ -86,9 +79,34 @@ def benchmark(
     lines = [f"{len(cells)} cells, {len(rows)} new rows, {len(failed)} of them failed: {out / RESULTS}"]
     reasons = list(dict.fromkeys(row["error"] for row in failed))
     lines += [f"  {reason}" for reason in reasons[:5]]
-    say(as_json, {"n_cells": len(cells), "n_rows": len(rows), "n_failed": len(failed), "reasons": reasons}, lines)
+    output.say({"n_cells": len(cells), "n_rows": len(rows), "n_failed": len(failed), "reasons": reasons}, lines)
     if failed:
         raise typer.Exit(1)
+
+
+def _planned(config: Path, out: Path | None, *, fresh: bool, any_commit: bool) -> tuple[dict[str, Any], list[str]]:
+    """What would run, for programs and for people."""
+    from flawsift.benchmark import forecast, grid
+    from flawsift.benchmark.config import read_config
+    from flawsift.benchmark.rows import read_rows, source_commit
+    from flawsift.benchmark.runner import RESULTS
+
+    wanted = read_config(config)
+    cells = grid.plan(wanted)
+    earlier = [] if out is None else read_rows(out / RESULTS, ["key"])
+    done = set() if fresh else grid.done_places(earlier, None if any_commit else source_commit())
+    open_ = [c for c in cells if any(c.place(preset) not in done for preset in c.presets)]
+    seconds, unknown = grid.estimate_seconds(open_, earlier)
+    rough, missing = forecast.rough_seconds(open_), forecast.missing_data(wanted)
+    lines = grid.describe_plan(wanted, open_, len(cells), seconds, unknown)
+    if unknown:
+        lines.append(
+            f"Rough guess for {len(open_)} cells, from their numbers of images alone: {forecast.duration(rough)} "
+            "on two cores. It may be several times more or less."
+        )
+    lines += [f"MISSING {name}: {reason}" for name, reason in missing.items()]
+    plan = {"n_cells": len(cells), "n_open": len(open_), "seconds": seconds, "n_unknown": unknown}
+    return {**plan, "rough_seconds": rough, "missing": missing}, lines
 
 
 def _use_data_root(folder: Path | None) -> None:
@@ -100,6 +118,7 @@ def _use_data_root(folder: Path | None) -> None:
         os.environ[DATA_VARIABLE] = str(require_folder(folder).resolve())
 
 
+@takes_groups
 def benchmark_report(
     results: Annotated[Path, typer.Argument(help="results.csv of `flawsift benchmark`, or its folder.")],
     out: Out,
@@ -110,51 +129,63 @@ def benchmark_report(
         bool, typer.Option("--quoted", help="Add figures that others published, apart from the measured ones.")
     ] = False,
     data_root: DataRoot = None,
-    as_json: AsJson = False,
+    *,
+    output: Output,
 ) -> None:
     """Tables (Markdown, LaTeX, HTML), curves, example pictures and prices of a benchmark.
 
     Exit code 1 if cells failed; the report names them first.
     """
-    from flawsift.benchmark.config import read_config
-    from flawsift.benchmark.report import failures_of, write_benchmark_report
+    with output.progress() as progress:
+        from flawsift.benchmark.config import read_config
+        from flawsift.benchmark.report import failures_of, write_benchmark_report
 
-    _use_data_root(data_root)
-    grid = None if config is None else read_config(config)
-    written = write_benchmark_report(results, out, config=grid, quoted=quoted)
+        _use_data_root(data_root)
+        grid = None if config is None else read_config(config)
+        progress(Stage.WRITING, 0, 1)
+        written = write_benchmark_report(results, out, config=grid, quoted=quoted)
     n_failed = sum(n for _, n in failures_of(results))
     lines = [f"{name}: {path}" for name, path in written.items()]
     if n_failed:
         lines.insert(0, f"WARNING: {n_failed} cells failed. The report names them; its tables lack them.")
-    say(as_json, {**{name: str(path) for name, path in written.items()}, "n_failed": n_failed}, lines)
+    output.say({**{name: str(path) for name, path in written.items()}, "n_failed": n_failed}, lines)
     if n_failed:
         raise typer.Exit(1)
 
 
 @cache_app.command("list")
-def cache_list(cache: Cache = None, as_json: AsJson = False) -> None:
+@takes_groups
+def cache_list(cache: Cache = None, *, output: Output) -> None:
     """What the feature cache holds."""
-    store = store_of(cache)
-    rows = store.summary()
+    with output.progress():
+        store = store_of(cache)
+        rows = store.summary()
     lines = [f"{r['key']}: {r['images']} images, {', '.join(r['layers'])}, {r['bytes'] / 1e6:.1f} MB" for r in rows]
-    say(as_json, {"root": str(store.root), "entries": rows}, [f"Feature cache: {store.root}", *(lines or ["empty"])])
+    output.say({"root": str(store.root), "entries": rows}, [f"Feature cache: {store.root}", *(lines or ["empty"])])
 
 
 @cache_app.command("verify")
+@takes_groups
 def cache_verify(
     cache: Cache = None,
     repair: Annotated[bool, typer.Option("--repair", help="Remove what is damaged.")] = False,
-    as_json: AsJson = False,
+    *,
+    output: Output,
 ) -> None:
     """Recompute the checksums of the feature cache; exit code 1 when something is damaged and left so."""
-    problems = store_of(cache).verify(repair=repair)
-    say(as_json, {"problems": problems, "repaired": repair}, problems or ["The feature cache is intact."])
+    with output.progress() as progress:
+        store = store_of(cache)
+        progress(Stage.VERIFYING, 0, 1)
+        problems = store.verify(repair=repair)
+    output.say({"problems": problems, "repaired": repair}, problems or ["The feature cache is intact."])
     if problems and not repair:
         raise typer.Exit(1)
 
 
 @cache_app.command("clear")
-def cache_clear(cache: Cache = None, as_json: AsJson = False) -> None:
+@takes_groups
+def cache_clear(cache: Cache = None, *, output: Output) -> None:
     """Remove everything that flawsift cached."""
-    freed = store_of(cache).clear()
-    say(as_json, {"freed_bytes": freed}, [f"{freed / 1e6:.1f} MB freed."])
+    with output.progress():
+        freed = store_of(cache).clear()
+    output.say({"freed_bytes": freed}, [f"{freed / 1e6:.1f} MB freed."])

@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flawsift.cli.options import (
-    AsJson,
     Device,
     ModelChoice,
     Rate,
-    say,
-    shown_progress,
     takes_groups,
     tested_images,
 )
+from flawsift.cli.output import Output
 from flawsift.errors import InputError
+from flawsift.progress import Stage
 
 if TYPE_CHECKING:
     from flawsift.data.images import ImageSet
@@ -52,34 +51,38 @@ def calibrate(
     out: ModelOut = None,
     dry_run: DryRun = False,
     device: Device = "auto",
-    as_json: AsJson = False,
+    output: Output,
 ) -> None:
     """Set a model's threshold from labelled images, and show misses against false alarms: calibration.html."""
-    from flawsift.files import ensure_folder
-    from flawsift.models.labelled import recalibrate
-    from flawsift.models.model import FILES
-    from flawsift.occupied import refuse_other_results
-    from flawsift.reports.calibration import write_calibration_page
+    with output.progress() as progress:
+        from flawsift.files import ensure_folder
+        from flawsift.models.labelled import recalibrate
+        from flawsift.models.model import FILES
+        from flawsift.occupied import refuse_other_results
+        from flawsift.reports.calibration import write_calibration_page
 
-    loaded = model.load()
-    folder = model.model if out is None else out
-    if not dry_run:
-        None if out is None else refuse_other_results(out, FILES)
-        ensure_folder(folder)
-    given, truth = labelled_images(labelled, images)
-    with shown_progress() as progress:
+        progress(Stage.MODEL, 0, 1)
+        loaded = model.load()
+        folder = model.model if out is None else out
+        if not dry_run:
+            refuse_other_results(out, FILES)
+            ensure_folder(folder)
+        progress(Stage.FINDING, 0, 1)
+        given, truth = labelled_images(labelled, images)
+        progress(Stage.READING, 0, 1)
         result = recalibrate(
             loaded, given, truth, false_alarm_rate=false_alarm_rate, misses=misses, device=device, progress=progress
         )
-    page = None
-    if not dry_run:
-        in_place = out is None or out.resolve() == model.model.resolve()
-        (result.model.save_threshold if in_place else result.model.save)(folder)
-        page = write_calibration_page(result, folder)
+        page = None
+        if not dry_run:
+            progress(Stage.WRITING, 0, 1)
+            in_place = out is None or out.resolve() == model.model.resolve()
+            (result.model.save_threshold if in_place else result.model.save)(folder)
+            page = write_calibration_page(result, folder)
     lines = calibrated_lines(result)
     lines.append("Nothing was written." if page is None else f"Model: {folder}   Page: {page}")
     written = {"out": None if page is None else str(folder), "report": None if page is None else str(page)}
-    say(as_json, {**_as_json(result), **written}, lines)
+    output.say({**_as_json(result), **written}, lines)
 
 
 def labelled_images(labelled: str, images: Path | None) -> tuple["ImageSet", "GroundTruth"]:

@@ -20,7 +20,7 @@ from flawsift.features.store import FeatureStore
 from flawsift.files import write_json
 from flawsift.models import model as models
 from flawsift.models.calibration import Calibration
-from flawsift.progress import Progress, silent
+from flawsift.progress import Progress, Stage, silent
 from flawsift.reports.pages import REPORT
 from flawsift.reports.predictions import OverlayWriter, move_earlier_maps, write_predictions
 from flawsift.screening.result import Screening
@@ -103,20 +103,24 @@ def run_demo(
     """
     started = time.monotonic()
     out = Path(out)
+    progress(Stage.FINDING, 0, 1)
     data = load("elpv")
     split = contaminate(data.truth, alpha=ALPHA, n_train=N_TRAIN, test_normal=N_TEST, test_anomalous=N_TEST, seed=seed)
     train, test = data.images.select(split.train_ids), data.images.select(split.test_ids)
+    progress(Stage.LOADING, 0, 1)
     backbone, detector = load_backbone(device=device), make_detector("patchcore", seed=seed)
     common: dict[str, Any] = {"store": store or FeatureStore(), "seed": seed, "device": device, "progress": progress}
     fitted = pipeline.fit(train, backbone=backbone, out=out / "model", **common)
     model, screening = fitted.model, fitted.screening
     assert screening is not None
+    progress(Stage.TRAINING, 0, 1)
     features, _ = attach(train, backbone, detector.layers, store=common["store"])  # cached by now
     plain = detector.clone().fit(features, device=device)
     unscreened = models.Model(plain, backbone, Calibration.of([]), {})
-    test, _ = attach(test, backbone, detector.layers, store=common["store"])  # once for both models
+    test, _ = attach(test, backbone, detector.layers, store=common["store"], progress=progress)  # once for both models
     before, _ = models.evaluate(unscreened, test, data.truth, device=device, progress=progress)
     after, predictions = models.evaluate(model, test, data.truth, device=device, progress=progress)
+    progress(Stage.WRITING, 0, 1)
     worst = test.select(predictions.ids[np.argsort(-predictions.scores)[:N_OVERLAYS]])
     move_earlier_maps(out, worst.names)
     write_predictions(predictions, out, data.truth, heatmaps=worst.ids.tolist())

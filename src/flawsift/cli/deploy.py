@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flawsift.cli.lines import threshold_lines, warning_lines
-from flawsift.cli.options import AsJson, ModelChoice, Rate, say, takes_groups
+from flawsift.cli.options import ModelChoice, Rate, takes_groups
+from flawsift.cli.output import Notices, Output
 from flawsift.errors import InputError, ParameterError
 from flawsift.paths import show
+from flawsift.progress import Progress, Stage
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -60,7 +62,7 @@ class Keeping(StrEnum):
 Exported = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="File or folder of `flawsift export-model`, or a model folder.", show_default=False
+        metavar="Stage.MODEL", help="File or folder of `flawsift export-model`, or a model folder.", show_default=False
     ),
 ]
 
@@ -73,13 +75,18 @@ def export_model(
     check: Annotated[
         str | None, typer.Option("--check", help=f"Compare on images of this folder too, on {MAX_CHECKED} at most.")
     ] = None,
-    as_json: AsJson = False,
+    *,
+    output: Output,
 ) -> None:
     """Write a model as one file for a machine without torch: from pixels to score, p-value, verdict and map."""
-    from flawsift.deploy import export
+    with output.progress() as progress:
+        from flawsift.deploy import export
 
-    loaded = model.load()
-    path = export.export_model(loaded, out, to.value)
+        progress(Stage.MODEL, 0, 1)
+        loaded = model.load()
+        progress(Stage.EXPORTING, 0, 1)
+        path = export.export_model(loaded, out, to.value)
+        found = None if check is None else _checked(loaded, path, check, progress)
     compared = export.read_card(path)["parity"]
     n_bytes = sum(part.stat().st_size for part in path.parent.iterdir())
     lines = [
@@ -87,8 +94,8 @@ def export_model(
         f"Scores are those of the model, within {_percent(compared)}, on {compared['n_images']} made-up pictures.",
     ]
     summary: dict[str, Any] = {"file": str(path), "bytes": n_bytes, "parity": compared}
-    if check is not None:
-        summary["check"] = found = _checked(loaded, path, check)
+    if found is not None:
+        summary["check"] = found
         lines.append(
             f"On {found['n_images']} images of '{check}': within {_percent(found)}, {found['n_other_verdicts']} other "
             f"verdicts; {found['ms_median']:.0f} ms a picture (99 of 100 within {found['ms_p99']:.0f})."
@@ -98,9 +105,10 @@ def export_model(
     lines += threshold_lines(threshold)
     lines = [*warning_lines(threshold), *lines]
     lines.append(f'Run it: flawsift.runtime.Inspector("{path}")(image)')
-    say(as_json, summary, lines)
+    output.say(summary, lines)
 
 
+@takes_groups
 # long: the options of the command
 def watch(
     model: Exported,
@@ -127,14 +135,20 @@ def watch(
         Keeping, typer.Option("--keep", help="Frames that are saved, of a camera or video.")
     ] = Keeping.none,
     rate: Rate = None,
+    *,
+    notices: Notices,
 ) -> None:
     """Score images of a folder as they appear, or frames; started again, it goes on where it was."""
-    from flawsift.deploy.results import one_line_of, sole_writer
-    from flawsift.deploy.webhook import Webhook
-    from flawsift.runtime import Inspector
+    with contextlib.ExitStack() as stack:
+        with notices.progress() as progress:
+            from flawsift.deploy.results import one_line_of, sole_writer
+            from flawsift.deploy.webhook import Webhook
+            from flawsift.runtime import Inspector
 
-    with _exported(model) as path, sole_writer(out):
-        inspector = Inspector(path, false_alarm_rate=rate)
+            path = stack.enter_context(_exported(model, progress))
+            stack.enter_context(sole_writer(out))
+            progress(Stage.MODEL, 0, 1)
+            inspector = Inspector(path, false_alarm_rate=rate)
         watched: FolderWatch | VideoWatch
         if _is_video(source):
             if sort is not Sorting.none or new_only:
@@ -167,7 +181,7 @@ def watch(
             typer.echo(f"{row.status:<10} {one_line_of(row.file)}  {score}")
             sys.stdout.flush()
 
-        typer.echo(f"Watching '{_shown(source)}'; results go to '{show(out)}'. Stop with Ctrl-C.", err=True)
+        notices.note(f"Watching '{_shown(source)}'; results go to '{show(out)}'. Stop with Ctrl-C.")
         with _stopped_by_signals() as stop:
             if hook is not None:
                 hook.start()
@@ -176,7 +190,7 @@ def watch(
         counts = ", ".join(f"{n} {status}" for status, n in sorted(watched.counts.items())) or "no images"
         unsent = f" {left} results are still to be sent to the webhook." if left else ""
         word = "Done" if stop.number is None else "Stopped"
-        typer.echo(f"{word}: {counts}.{unsent} The same command goes on where it was.", err=True)
+        notices.note(f"{word}: {counts}.{unsent} The same command goes on where it was.")
         if stop.number is not None:
             raise typer.Exit(128 + stop.number)
 
@@ -191,16 +205,18 @@ def _shown(source: str) -> str:
     return show(urllib.parse.urlsplit(source).hostname or "stream") if "://" in source else show(source)
 
 
+@takes_groups
 # long: the options of the command
 def serve(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="[NAME=]MODEL...",
+            metavar="[NAME=]Stage.MODEL...",
             help="Files or folders of `flawsift export-model`, or model folders.",
             show_default=False,
         ),
     ],
+    *,
     host: Annotated[str, typer.Option("--host", help="Another address than this machine's needs an API key.")] = (
         "127.0.0.1"
     ),
@@ -215,34 +231,40 @@ def serve(
     max_megabytes: Annotated[int, typer.Option("--max-megabytes", min=1, help="Of a request.")] = 64,
     max_megapixels: Annotated[int, typer.Option("--max-megapixels", min=1, help="Of a picture.")] = 50,
     rate: Rate = None,
+    notices: Notices,
 ) -> None:
     """Answer pictures over HTTP with scores and verdicts; a changed model file is taken without a pause."""
-    from flawsift.deploy.gate import Limits, check_key
-    from flawsift.deploy.products import Product, read_products
-    from flawsift.deploy.serve import serve as run
-
-    key = os.environ.get("FLAWSIFT_API_KEY") if key_file is None else key_file.read_text("utf-8")
-    check_key(key, host)  # before models are loaded
-    limits = Limits(
-        max_body=max_megabytes << 20, max_pixels=max_megapixels * 10**6, max_requests=max_requests, workers=workers
-    )
     with contextlib.ExitStack() as stack:
-        served = {}
-        for name, path in read_products(models).items():
-            exported = stack.enter_context(_exported(path))
-            threads = max((os.cpu_count() or 1) // workers, 1)
-            served[name] = Product(exported, false_alarm_rate=rate, n_threads=threads)
-        run(served, host=host, port=port, key=key, limits=limits, log=_log_line, on_ready=_say_served)
+        with notices.progress() as progress:
+            from flawsift.deploy.gate import Limits, check_key
+            from flawsift.deploy.products import Product, read_products
+            from flawsift.deploy.serve import serve as run
+
+            key = os.environ.get("FLAWSIFT_API_KEY") if key_file is None else key_file.read_text("utf-8")
+            check_key(key, host)  # before models are loaded
+            limits = Limits(
+                max_body=max_megabytes << 20,
+                max_pixels=max_megapixels * 10**6,
+                max_requests=max_requests,
+                workers=workers,
+            )
+            served = {}
+            for name, path in read_products(models).items():
+                exported = stack.enter_context(_exported(path, progress))
+                progress(Stage.MODEL, 0, 1)
+                threads = max((os.cpu_count() or 1) // workers, 1)
+                served[name] = Product(exported, false_alarm_rate=rate, n_threads=threads)
+
+        def ready(address: str) -> None:
+            notices.note(f"Serving at {address}; stop with Ctrl-C. A line for each request follows.")
+
+        run(served, host=host, port=port, key=key, limits=limits, log=_log_line, on_ready=ready)
 
 
 def _log_line(told: Mapping[str, Any]) -> None:
     """A request as JSON on stdout. A log that cannot be written is no reason to refuse it."""
     with contextlib.suppress(OSError):
         typer.echo(json.dumps(told))
-
-
-def _say_served(address: str) -> None:
-    typer.echo(f"Serving at {address}; stop with Ctrl-C. A line for each request follows.", err=True)
 
 
 class _Stop(threading.Event):
@@ -273,7 +295,7 @@ def _stopped_by_signals() -> Iterator[_Stop]:
 
 
 @contextlib.contextmanager
-def _exported(model: str) -> Iterator[Path]:
+def _exported(model: str, progress: Progress) -> Iterator[Path]:
     """An exported file, or that of a model folder, made for as long as it is needed."""
     path = Path(model)
     if not (path / "model.json").is_file():
@@ -283,14 +305,17 @@ def _exported(model: str) -> Iterator[Path]:
     from flawsift.models.model import load_model
 
     with tempfile.TemporaryDirectory(prefix="flawsift-") as folder:
-        yield export(load_model(path), Path(folder) / "exported")
+        progress(Stage.MODEL, 0, 1)
+        loaded = load_model(path)
+        progress(Stage.EXPORTING, 0, 1)
+        yield export(loaded, Path(folder) / "exported")
 
 
 def _percent(parity: dict[str, Any]) -> str:
     return f"{100 * parity['largest_difference']:.2g} %"
 
 
-def _checked(model: "Model", path: Path, folder: str) -> dict[str, Any]:
+def _checked(model: "Model", path: Path, folder: str, progress: Progress) -> dict[str, Any]:
     """Parity on the images of a folder, and how long one takes from its pixels to its verdict."""
     import numpy as np
 
@@ -302,7 +327,8 @@ def _checked(model: "Model", path: Path, folder: str) -> dict[str, Any]:
     images, inspector, taken = as_images(folder).within(model.value_range), Inspector(path), []
 
     def pictures() -> "Iterator[npt.NDArray[np.uint8]]":
-        for id_ in images.ids.tolist():
+        for n, id_ in enumerate(images.ids.tolist()):
+            progress(Stage.COMPARED, n, min(len(images), MAX_CHECKED))
             with contextlib.suppress(UnreadableImage):  # it has no score either way
                 yield np.asarray(images.image(id_), np.uint8)
 

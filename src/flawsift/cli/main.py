@@ -1,7 +1,7 @@
 """The command line: thin commands over public functions.
 
-Results go to stdout (`--json` makes them machine-readable), progress to stderr when it is a terminal, and an error is
-one line with exit code 2. Heavy imports live inside the commands, so that `--help` answers at once.
+Results go to stdout (`--json` makes them machine-readable), progress and notices to stderr (`--quiet` leaves them out),
+and an error is one line with exit code 2. Heavy imports live inside the commands, after their first sign of life.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from flawsift.cli import stages, tools, use
 from flawsift.cli.benchmark import benchmark, benchmark_report, cache_app
 from flawsift.cli.calibrate import calibrate
 from flawsift.cli.deploy import export_model, serve, watch
-from flawsift.cli.options import TOLD
+from flawsift.cli.output import TOLD
 from flawsift.errors import FlawsiftError
 from flawsift.paths import printed
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run a command, print errors as one line, exit."""
     _open_closed_streams()
     _quiet_libraries()
-    TOLD.lines.clear()
+    TOLD.start()
     logging.getLogger("flawsift").addHandler(TOLD)
     try:
         with _ended_by_signals():

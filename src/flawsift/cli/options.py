@@ -1,14 +1,10 @@
 """What the commands take, and what they make of it: options and their help, and the objects that they name."""
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-import json
-import logging
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,13 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 import typer
 
 from flawsift.damage import parse_json
-from flawsift.errors import InputError, OutputError, ParameterError
-from flawsift.paths import printed
+from flawsift.errors import InputError, ParameterError
 from flawsift.screening.options import FINAL, FLAG, HELP, PRESETS, ScreenOptions
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from flawsift.data.images import ImageSet
     from flawsift.datasets import Dataset
     from flawsift.detectors.base import Detector
@@ -116,7 +109,6 @@ ExecutorOption = Annotated[
 ]
 Cache = Annotated[Path | None, typer.Option("--cache", help="Feature cache. [~/.cache/flawsift or $FLAWSIFT_CACHE]")]
 Rate = Annotated[float | None, typer.Option("--false-alarm-rate", help="Share of good parts that may be stopped.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Decisions = Annotated[
     Path | None, typer.Option("--decisions", help="CSV with columns path, decision: keep, remove or unsure.")
 ]
@@ -303,35 +295,6 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     return flat
 
 
-class Told(logging.Handler):
-    """What the library warns of while a command runs: a line each on stderr, and in the result of --json."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = printed(" ".join(record.getMessage().split()))
-        self.lines.append(line)
-        with contextlib.suppress(OSError):  # that nobody can read it stops no work
-            typer.echo(f"flawsift: {line}", err=True)
-
-
-TOLD = Told()
-
-
-def say(as_json: bool, result: dict[str, Any], lines: Sequence[str]) -> None:
-    """Print a result: one JSON object, with what was warned of as `log`, or lines for people."""
-    result = {**result, **({"log": TOLD.lines} if TOLD.lines else {})}
-    text = json.dumps(result, ensure_ascii=False, default=str) if as_json else "\n".join(map(printed, lines))
-    try:
-        typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
-    except BrokenPipeError:  # nobody reads on, as of `| head -1`: typer ends quietly
-        raise
-    except OSError as error:
-        raise OutputError(f"Cannot print the result: {error.strerror}. What goes to folders is written.") from error
-
-
 def multiple_of(backbone: str) -> int:
     """What the edges of a network's input are multiples of: transformers name their patch."""
     from flawsift.features.backbones import MULTIPLE
@@ -342,7 +305,12 @@ def multiple_of(backbone: str) -> int:
 
 
 def images_in(
-    given: Sequence[str], groups: Path | None, value_range: tuple[float, float] | None = None, region: str | None = None
+    given: Sequence[str],
+    groups: Path | None,
+    value_range: tuple[float, float] | None = None,
+    region: str | None = None,
+    *,
+    progress: "Progress",
 ) -> "ImageSet":
     """The images of a folder, of some files or of a pattern, with groups of a file, a range of values and a region."""
     from flawsift.data.folders import read_groups
@@ -350,7 +318,8 @@ def images_in(
     from flawsift.data.roi import read_region
 
     images = given[0] if len(given) == 1 else list(given)
-    found = as_images(images, groups=None if groups is None else read_groups(groups), value_range=value_range)
+    known = None if groups is None else read_groups(groups)
+    found = as_images(images, groups=known, value_range=value_range, progress=progress)
     return found if region is None else found.looked_at(read_region(region, found))
 
 
@@ -389,10 +358,3 @@ def _share(keep: str) -> float | str:
         return float(keep)
     except ValueError:
         raise ParameterError(f"--keep must be 'auto' or a share such as 0.4, got '{keep}'.") from None
-
-
-def shown_progress() -> "AbstractContextManager[Progress]":
-    """A progress bar on stderr when that is a terminal, else silence."""
-    from flawsift.progress import as_progress
-
-    return as_progress(sys.stderr.isatty())

@@ -8,7 +8,6 @@ import typer
 
 from flawsift.cli.lines import range_lines, size_lines, threshold_lines, warning_lines
 from flawsift.cli.options import (
-    AsJson,
     BackboneChoice,
     Decisions,
     DetectorChoice,
@@ -22,18 +21,28 @@ from flawsift.cli.options import (
     RoiOption,
     ScreeningStage,
     images_in,
-    say,
-    shown_progress,
     takes_groups,
 )
+from flawsift.cli.output import Output
+from flawsift.progress import Stage
 from flawsift.screening.options import ScreenOptions
 
 if TYPE_CHECKING:
+    from flawsift.detectors.base import Detector
+    from flawsift.features.backbones import Backbone
     from flawsift.pipeline import FitResult
     from flawsift.screening.result import Screening
 
 
 log = logging.getLogger("flawsift")
+ByPosition = Annotated[
+    bool,
+    typer.Option(
+        "--tiles-by-position",
+        help="For cameras that stand still: compare each tile only with the same tile of other images (quorum, "
+        "patchcore).",
+    ),
+]
 SCREENER = DetectorChoice(ScreenOptions().screener)  # what `screen` takes where no detector is named
 
 
@@ -46,25 +55,32 @@ def screen(
     detector: DetectorChoice = SCREENER,
     backbone: BackboneChoice,
     stage1: ScreeningStage,
+    tiles_by_position: ByPosition = False,
     groups: Groups = None,
     value_range: RangeOption = None,
     roi: RoiOption = None,
     machine: Machine,
-    as_json: AsJson = False,
+    output: Output,
 ) -> None:
     """Stage 1: rank the images of a folder by how defective they look, and say which to keep."""
-    from flawsift import pipeline
-    from flawsift.files import ensure_folder
-    from flawsift.reports.pages import REPORT
-    from flawsift.screening.storage import summary_of
+    with output.progress() as progress:
+        from flawsift import pipeline
+        from flawsift.files import ensure_folder
+        from flawsift.reports.pages import REPORT
+        from flawsift.screening.storage import summary_of
 
-    options, pictures = stage1.options or ScreenOptions(), images_in(images, groups, value_range, roi)
-    ensure_folder(out)
-    with shown_progress() as progress:
+        options, pictures = (
+            stage1.options or ScreenOptions(),
+            images_in(images, groups, value_range, roi, progress=progress),
+        )
+        ensure_folder(out)
+        unfitted = detector.make(machine.seed)
+        progress(Stage.LOADING, 0, 1)
+        network = backbone.load(machine.device, pictures)
         result = pipeline.screen(
             pictures,
-            detector.make(machine.seed),
-            backbone.load(machine.device, pictures),
+            _placed(unfitted, network) if tiles_by_position else unfitted,
+            network,
             options=options,
             out=out,
             **machine.resources(progress),
@@ -72,7 +88,14 @@ def screen(
     page = out / REPORT
     lines = screened_lines(result)
     lines += [f"Table:  {out / 'screening.csv'}", f"Report: {page}", f"Decide: flawsift review {out}"]
-    say(as_json, {**summary_of(result), "out": str(out), "report": str(page)}, lines)
+    output.say({**summary_of(result), "out": str(out), "report": str(page)}, lines)
+
+
+def _placed(detector: "Detector", backbone: "Backbone") -> "Detector":
+    """The unfitted detector, comparing tiles by position."""
+    from flawsift.detectors.parts.positions import compared_by_tile
+
+    return compared_by_tile(detector, backbone.tiles)
 
 
 def screened_lines(result: "Screening") -> list[str]:
@@ -107,6 +130,7 @@ def fit(
     detector: DetectorChoice,
     backbone: BackboneChoice,
     stage1: FitStage,
+    tiles_by_position: ByPosition = False,
     groups: Groups = None,
     value_range: RangeOption = None,
     roi: RoiOption = None,
@@ -115,21 +139,24 @@ def fit(
     no_screen: Annotated[bool, typer.Option("--no-screen", help="Train on every image.")] = False,
     false_alarm_rate: Rate = None,
     machine: Machine,
-    as_json: AsJson = False,
+    output: Output,
 ) -> None:
     """Both stages: screen a folder, then train a detector on what is kept."""
-    from flawsift import pipeline
-    from flawsift.models.calibration import DEFAULT_RATE
-    from flawsift.pipeline import SCREENING
+    with output.progress() as progress:
+        from flawsift import pipeline
+        from flawsift.models.calibration import DEFAULT_RATE
+        from flawsift.pipeline import SCREENING
 
-    options, pictures = stage1.options, images_in(images, groups, value_range, roi)
-    if decisions is None and not no_screen:
-        _tell_decisions(out / SCREENING if screening is None else screening)
-    with shown_progress() as progress:
+        options, pictures = stage1.options, images_in(images, groups, value_range, roi, progress=progress)
+        if decisions is None and not no_screen:
+            _tell_decisions(out / SCREENING if screening is None else screening)
+        unfitted = detector.make(machine.seed)
+        progress(Stage.LOADING, 0, 1)
+        network = backbone.load(machine.device, pictures)
         result = pipeline.fit(
             pictures,
-            detector.make(machine.seed),
-            backbone.load(machine.device, pictures),
+            _placed(unfitted, network) if tiles_by_position else unfitted,
+            network,
             screening=screening,
             no_screen=no_screen,
             options=options,
@@ -145,7 +172,7 @@ def fit(
     summary: dict[str, Any] = {"out": str(out), **result.model.training}
     summary |= {"threshold": None if threshold is None else vars(threshold)}
     summary |= {"warning": None if threshold is None else threshold.warning}
-    say(as_json, {**summary, "report": None if result.report is None else str(result.report)}, lines)
+    output.say({**summary, "report": None if result.report is None else str(result.report)}, lines)
 
 
 def _tell_decisions(screening: Path) -> None:

@@ -8,7 +8,6 @@ import typer
 
 from flawsift.cli.lines import threshold_lines, warning_lines
 from flawsift.cli.options import (
-    AsJson,
     Device,
     Images,
     ModelChoice,
@@ -16,16 +15,18 @@ from flawsift.cli.options import (
     Out,
     Rate,
     images_in,
-    say,
-    shown_progress,
     takes_groups,
     tested_images,
 )
+from flawsift.cli.output import Output
+from flawsift.errors import InputError
+from flawsift.progress import Stage
 
 if TYPE_CHECKING:
     from flawsift.data.images import ImageSet
     from flawsift.detectors.base import Prediction
     from flawsift.models.predictions import ImagePrediction, Predictions
+    from flawsift.progress import Progress
 
 METRICS = "metrics.json"  # what `evaluate` measures
 MAX_SHOWN = 20  # images that `predict` prints one by one where it writes no table
@@ -35,13 +36,28 @@ MAX_SHOWN = 20  # images that `predict` prints one by one where it writes no tab
 def predict(
     model: ModelChoice,
     images: Images,
+    *,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the page, the table and the heatmaps.")] = None,
     device: Device = "auto",
     false_alarm_rate: Rate = None,
     maps: Annotated[bool, typer.Option("--maps/--no-maps", help="Write heatmap overlays.")] = True,
-    as_json: AsJson = False,
+    output: Output,
 ) -> None:
     """Score new images: verdicts on the screen; with --out, a page, a table and heatmap overlays in OUT/maps."""
+    with output.progress() as progress:
+        summary, lines = _predict(model, images, out, device, false_alarm_rate, maps, progress)
+    output.say(summary, lines)
+
+
+def _predict(
+    model: ModelChoice,
+    images: list[str],
+    out: Path | None,
+    device: str,
+    false_alarm_rate: float | None,
+    maps: bool,
+    progress: "Progress",
+) -> tuple[dict[str, Any], list[str]]:
     from flawsift.data.listing import MAPS
     from flawsift.reports.prediction_page import HighestPictures, write_prediction_report
     from flawsift.reports.predictions import (
@@ -53,8 +69,9 @@ def predict(
     )
 
     _check_folder(out, LINES)
+    progress(Stage.MODEL, 0, 1)
     loaded = model.load()
-    given = images_in(images, None)
+    given = images_in(images, None, progress=progress)
     threshold = loaded.threshold(false_alarm_rate)
     pictures = HighestPictures(loaded.calibration, threshold)
     takers: list[Callable[[ImageSet, Prediction], None]] = [] if out is None else [pictures]
@@ -64,15 +81,18 @@ def predict(
         for taker in takers:
             taker(piece, prediction)
 
-    None if out is None else move_earlier_maps(out, given.names if maps else [])
-    with shown_progress() as progress:
-        result = loaded.predict(
-            given,
-            false_alarm_rate=false_alarm_rate,
-            device=device,
-            on_maps=take if takers else None,
-            progress=progress,
-        )
+    if out is not None:
+        move_earlier_maps(out, given.names if maps else [])
+    result = loaded.predict(
+        given,
+        false_alarm_rate=false_alarm_rate,
+        device=device,
+        on_maps=take if takers else None,
+        progress=progress,
+    )
+    if (n := len(result)) and len(result.errors) == n:
+        what = "The image cannot be scored" if n == 1 else f"None of the {n} images can be scored"
+        raise InputError(f"{what}. '{result.names[0]}': {result.errors[int(result.ids[0])]}.")
     lines = predicted_lines(result, one_by_one=out is None)
     summary: dict[str, Any] = {
         "n_images": len(result),
@@ -85,13 +105,14 @@ def predict(
     if out is None:
         summary["images"] = [_as_json(one) for one in result]
     else:
+        progress(Stage.WRITING, 0, 1)
         drawn = result.ids.tolist() if maps else None
         table = write_predictions(result, out, heatmaps=drawn)
         summary["json_lines"] = str(write_json_lines(result, out, heatmaps=drawn))
         page = write_prediction_report(result, pictures, out, heatmaps=drawn or ())
         lines += [f"Table:  {table}" + (f"   Heatmaps: {out / MAPS}" if maps else ""), f"Report: {page}"]
         summary |= {"predictions": str(table), "report": str(page)}
-    say(as_json, summary, lines)
+    return summary, lines
 
 
 def _check_folder(out: Path | None, own: str) -> None:
@@ -99,8 +120,8 @@ def _check_folder(out: Path | None, own: str) -> None:
     from flawsift.files import ensure_folder
     from flawsift.occupied import refuse_other_results
 
+    refuse_other_results(out, [own])
     if out is not None:
-        refuse_other_results(out, [own])
         ensure_folder(out)
 
 
@@ -144,6 +165,7 @@ def _as_json(one: "ImagePrediction") -> dict[str, object]:
     return {"path": one.name, **(known if one.error is None else {"error": one.error})}
 
 
+@takes_groups
 def drift(
     model: ModelFolder,
     files: Annotated[
@@ -152,24 +174,27 @@ def drift(
             help="Tables that `flawsift predict --out` wrote, or their folders, in order.", show_default=False
         ),
     ],
+    *,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for report.html and drift.json.")] = None,
     false_alarm_rate: Rate = None,
-    as_json: AsJson = False,
+    output: Output,
 ) -> None:
     """Whether scores have shifted: the predictions of several days against training and the first day."""
-    from flawsift.models import drift as drifting
-    from flawsift.reports.drift import DATA, write_drift_report
+    with output.progress() as progress:
+        from flawsift.models import drift as drifting
+        from flawsift.reports.drift import DATA, write_drift_report
 
-    _check_folder(out, DATA)
-    found = drifting.drift(model, files, false_alarm_rate=false_alarm_rate)
+        _check_folder(out, DATA)
+        progress(Stage.COMPARING_DAYS, 0, 1)
+        found = drifting.drift(model, files, false_alarm_rate=false_alarm_rate)
+        page = None if out is None else write_drift_report(found, out)
     summary, lines = found.as_json(), str(found).splitlines()
     lines = [*warning_lines(found.threshold), *lines, *threshold_lines(found.threshold)]
     lines += [f"Note: {note}" for note in found.notes]
-    if out is not None:
-        page = write_drift_report(found, out)
+    if page is not None:
         summary |= {"out": str(out), "report": str(page)}
         lines.append(f"Report: {page}")
-    say(as_json, summary, lines)
+    output.say(summary, lines)
 
 
 @takes_groups
@@ -180,24 +205,28 @@ def evaluate(
     ],
     out: Out,
     device: Device = "auto",
-    as_json: AsJson = False,
+    *,
+    output: Output,
 ) -> None:
     """Measure a model on labelled images: OUT/metrics.json and OUT/predictions.csv."""
-    from flawsift import datasets
-    from flawsift.files import write_json
-    from flawsift.reports.evaluation import write_evaluation_report
-    from flawsift.reports.predictions import move_earlier_maps, write_predictions
+    with output.progress() as progress:
+        from flawsift import datasets
+        from flawsift.files import write_json
+        from flawsift.reports.evaluation import write_evaluation_report
+        from flawsift.reports.predictions import move_earlier_maps, write_predictions
 
-    _check_folder(out, METRICS)
-    loaded = model.load()
-    data = datasets.load(dataset)
-    images = tested_images(data)
-    move_earlier_maps(out, [])
-    with shown_progress() as progress:
+        _check_folder(out, METRICS)
+        progress(Stage.MODEL, 0, 1)
+        loaded = model.load()
+        progress(Stage.FINDING, 0, 1)
+        data = datasets.load(dataset)
+        images = tested_images(data)
+        move_earlier_maps(out, [])
         result, predictions = loaded.evaluate(images, data.truth, device=device, progress=progress)
-    write_predictions(predictions, out, data.truth)
-    write_json(out / METRICS, result)
-    page = write_evaluation_report(loaded, result, predictions, images, data.truth, out, device=device)
+        progress(Stage.WRITING, 0, 1)
+        write_predictions(predictions, out, data.truth)
+        write_json(out / METRICS, result)
+        page = write_evaluation_report(loaded, result, predictions, images, data.truth, out, device=device)
     width = max(map(len, result))
     lines = [*warning_lines(predictions.threshold), *notice_lines(predictions)]
     lines += [f"{key:<{width}}  {'-' if value is None else f'{value:.4g}'}" for key, value in result.items()]
@@ -205,4 +234,4 @@ def evaluate(
         lines.append(f"Note: the model was trained on {n} of these {len(images)} images. On new ones it is worse.")
     lines += [f"Written: {out / METRICS}", f"Report:  {page}"]
     notices = [notice.as_json() for notice in predictions.notices]
-    say(as_json, {**result, "notices": notices, "out": str(out), "report": str(page)}, lines)
+    output.say({**result, "notices": notices, "out": str(out), "report": str(page)}, lines)

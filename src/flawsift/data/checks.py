@@ -16,6 +16,7 @@ from flawsift.data.images import ImageSet
 from flawsift.data.values import Sample, learn_range
 from flawsift.errors import InputError
 from flawsift.paths import name_some
+from flawsift.progress import Progress, Stage, silent
 
 log = logging.getLogger("flawsift")
 Result = TypeVar("Result")
@@ -24,7 +25,7 @@ N_LOOKED_AT = 100  # images, evenly spaced, that are decoded in full: what the c
 SATURATED = 0.99  # share of values at one end: what is left shows nothing of a surface
 
 
-def ready_to_train(images: ImageSet) -> ImageSet:
+def ready_to_train(images: ImageSet, *, progress: Progress = silent) -> ImageSet:
     """The images, those of more than 8 bits read by one range of values: the given one, or what is learned from all.
 
     Of up to `N_LOOKED_AT` images, those that are of one colour, saturated, or the same as another are told as warnings.
@@ -32,6 +33,7 @@ def ready_to_train(images: ImageSet) -> ImageSet:
     Raises:
         InputError: A range was given and no image has more than 8 bits, or one range is not for all; see `learn_range`.
     """
+    progress(Stage.CHECKING, 0, 1)
     ranged = _in_range(images)
     for line in _oddities(ranged):
         log.warning("%s", line)

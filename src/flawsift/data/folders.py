@@ -2,8 +2,11 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from PIL import Image
 
 from flawsift.data import tiff
 from flawsift.data.joins import joined, read_table
@@ -16,6 +19,8 @@ log = logging.getLogger("flawsift")
 EXTENSIONS = frozenset({".bmp", ".dib", ".gif", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".webp"})
 EXTENSIONS |= {".apng", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", *tiff.ENDINGS}
 EXTENSIONS |= {".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx"}  # JPEG 2000
+UNOPENED: tuple[type[Exception], ...] = (*tiff.UNREADABLE, Image.DecompressionBombError)
+ANIMATED = frozenset({".apng", ".gif", ".mpo", ".webp"})  # whose files may hold several frames
 # Raw data of cameras: a picture only once it is developed. What a scan meets of them is told.
 RAW = frozenset({".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".mos", ".mrw"})
 RAW |= {".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"}
@@ -66,6 +71,31 @@ def with_pages(root: Path, names: Iterable[str]) -> list[str]:
         pages = tiff.pages_of(root / name) if Path(name).suffix.lower() in tiff.ENDINGS else [0]
         listed += [name] if len(pages) == 1 else [page_name(name, page) for page in pages]
     return listed
+
+
+def tell_animations(root: Path, names: Iterable[str]) -> None:
+    """Say in one line which files have several frames: only the first of each is looked at."""
+    animated = [name for name in names if Path(name).suffix.lower() in ANIMATED and _has_frames(root / name)]
+    if animated:
+        log.warning(
+            "%d %s several frames, of which only the first is looked at: %s. Save frames that show parts as files.",
+            len(animated),
+            "file has" if len(animated) == 1 else "files have",
+            name_some(animated),
+        )
+
+
+def _has_frames(path: Path) -> bool:
+    """Whether a file holds more than one; one that cannot be read says why when it is decoded."""
+    if not path.is_file():  # a pipe of that name would never end
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF and large sizes
+            with Image.open(path) as opened:
+                return bool(getattr(opened, "is_animated", False))
+    except UNOPENED:
+        return False
 
 
 def read_groups(path: str | Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from flawsift.data.decoding import check_array, to_pixels
-from flawsift.data.folders import EXTENSIONS, groups_by_id, scan_folder, with_pages
+from flawsift.data.folders import EXTENSIONS, groups_by_id, scan_folder, tell_animations, with_pages
 from flawsift.data.frames import Frame, Region
 from flawsift.data.listing import parts_among
 from flawsift.data.sources import ArraySource as ArraySource
@@ -145,6 +145,7 @@ class ImageSet:
         if not names:
             kinds = ", ".join(sorted(EXTENSIONS))
             raise InputError(f"No images in '{show(root)}'. Looked in all sub-folders for {kinds}.")
+        tell_animations(root, names)
         by_id = dict(enumerate(names))
         return cls(np.arange(len(names), dtype=np.int64), FileSource(root, by_id), groups_by_id(by_id, groups or {}))
 

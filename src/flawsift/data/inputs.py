@@ -14,12 +14,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from flawsift.data.decoding import ARRAYS, NotAnImage, check_array
-from flawsift.data.folders import groups_by_id, with_pages
+from flawsift.data.folders import groups_by_id, tell_animations, with_pages
 from flawsift.data.images import ArraySource, FileSource, ImageSet, MixedSource, Source
 from flawsift.data.listing import parts_among
 from flawsift.data.values import ValueRange
 from flawsift.errors import InputError
 from flawsift.paths import name_some, show
+from flawsift.progress import Progress, Stage, silent
 
 OneImage: TypeAlias = str | os.PathLike[str] | npt.NDArray[Any] | Image.Image
 Images: TypeAlias = ImageSet | OneImage | Iterable[OneImage]
@@ -28,7 +29,11 @@ _ONE = f"a path to an image file, a PIL image, or {ARRAYS}"
 
 
 def as_images(
-    images: Images, *, groups: Mapping[str, str] | None = None, value_range: tuple[float, float] | None = None
+    images: Images,
+    *,
+    groups: Mapping[str, str] | None = None,
+    value_range: tuple[float, float] | None = None,
+    progress: Progress = silent,
 ) -> ImageSet:
     """What users have as an `ImageSet`; an iterator is read to its end.
 
@@ -46,11 +51,14 @@ def as_images(
             TIFF are images of their own, called "a.tif#page=1" and so on, and a group where nothing else is said.
         value_range: Which values are black and white, of images of more than 8 bits. None leaves it as it is, and
             `screen` and `fit` learn it from all images.
+        progress: Told before images are looked for; an `ImageSet` has found them.
 
     Raises:
         InputError: There is no image, a file is missing, or comes twice in a list, or no group is of one of the images.
         NotAnImage: Something else was given, alone or in a list; it is a TypeError too.
     """
+    if not isinstance(images, ImageSet):
+        progress(Stage.FINDING, 0, 1)
     if isinstance(images, ImageSet):
         made = images
     elif isinstance(images, str | os.PathLike):
@@ -139,6 +147,7 @@ def _from_list(items: Sequence[OneImage], what: str) -> ImageSet:
     if not memory:
         return _from_files(list(files.values()))
     files, memory = _sorted_out(_pages(items), what, 0)
+    tell_animations(Path(), map(str, files.values()))
     sources: dict[int, Source] = dict.fromkeys(memory, ArraySource(memory))
     if not files:
         return _over(sources[0])
@@ -188,6 +197,7 @@ def _sorted_out(
 
 
 def _from_files(files: Sequence[Path]) -> ImageSet:
+    tell_animations(Path(), map(str, files))
     return _over(_file_source(dict(enumerate(map(Path, with_pages(Path(), map(str, files)))))))
 
 

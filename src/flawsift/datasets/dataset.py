@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from flawsift.data.folders import groups_by_id, scan_folder, with_pages
+from flawsift.data.folders import groups_by_id, scan_folder, tell_animations, with_pages
 from flawsift.data.images import FileSource, ImageSet
 from flawsift.data.truth import GroundTruth
 from flawsift.errors import InputError
@@ -97,6 +97,7 @@ def from_entries(name: str, root: Path, entries: Sequence[Entry], groups: Mappin
     """
     entries = [page for entry in entries for page in _pages(root, entry)]
     by_id = dict(enumerate(e.file for e in entries))
+    tell_animations(root, by_id.values())
     defect_types = tuple(e.defect_type for e in entries)
     truth = GroundTruth(
         ids=np.arange(len(entries), dtype=np.int64),

@@ -22,7 +22,9 @@ from flawsift.detectors.base import Detector
 from flawsift.detectors.padim import PaDiM
 from flawsift.detectors.parts.maps import embed_batch, to_image_grid
 from flawsift.detectors.parts.neighbors import blocks
+from flawsift.detectors.parts.positions import PARAMETER
 from flawsift.detectors.quorum import SHARP, Quorum, counted_as
+from flawsift.errors import ParameterError
 from flawsift.features.backbones import Backbone
 from flawsift.models.calibration import Calibration
 from flawsift.types import Shape, Size, as_shape
@@ -178,6 +180,10 @@ def _traceable(detector: Detector) -> Detector:
     plain = copy.copy(detector)
     cache = vars(plain)["_cache"] = {}
     bank = getattr(detector, "memory_bank_", None)
+    if getattr(detector, PARAMETER, None) is not None:
+        raise ParameterError(
+            "Models that compare tiles by position cannot be exported: fit one without, or use its folder."
+        )
     if isinstance(detector, Quorum):
         cache["search", "cpu"] = Groups(detector)
     elif bank is not None:

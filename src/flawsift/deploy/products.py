@@ -18,7 +18,7 @@ from flawsift.data import decoding
 from flawsift.data.values import VALUE_RANGE, ValueRange
 from flawsift.errors import FlawsiftError, InputError, ParameterError, one_line
 from flawsift.reports.overlays import Scale, painted, shrink
-from flawsift.reports.regions import regions_of_prediction
+from flawsift.reports.regions import outlines_of_prediction, regions_of_prediction
 from flawsift.runtime import Inspector, Verdict
 
 log = logging.getLogger("flawsift")
@@ -179,7 +179,8 @@ def heatmap(verdict: Verdict, picture: Image.Image, card: Mapping[str, Any]) -> 
     values = np.nan_to_num(verdict.map.astype(np.float32), nan=scale.low, posinf=scale.threshold, neginf=scale.low)
     stretched = Image.fromarray(values).resize(shown.size, Image.Resampling.BILINEAR)
     content = io.BytesIO()
-    heat = painted(np.asarray(stretched, np.float32), scale)
+    outlines = outlines_of_prediction(verdict.map, verdict.score, verdict.threshold, shown.size)
+    heat = painted(np.asarray(stretched, np.float32), scale, outlines)
     Image.alpha_composite(shown.convert("RGBA"), heat).convert("RGB").save(content, "PNG")
     return content.getvalue()
 

@@ -24,6 +24,7 @@ from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import ModelError, NotFittedError, ParameterError
 from flawsift.features.devices import resolve_device
 from flawsift.files import content_digest, write_bytes, write_json
+from flawsift.progress import Progress, silent
 from flawsift.types import Ids, Size, as_shape
 
 T = TypeVar("T")
@@ -285,9 +286,17 @@ class Detector(ABC):
 
 
 def score_together(
-    models: Sequence[Detector], data: ImageSet, device: str, batch_size: int, *, keep_grids: bool
+    models: Sequence[Detector],
+    data: ImageSet,
+    device: str,
+    batch_size: int,
+    *,
+    keep_grids: bool,
+    progress: Progress = silent,
 ) -> list[Scored]:
     """Scores by each of some fitted detectors of one kind, in one pass that shares what they derive from a batch.
+
+    `progress` is told of images.
 
     Raises:
         NotFittedError: One is not fitted.
@@ -310,6 +319,7 @@ def score_together(
                 medians[m].append(model._map_medians(batch.counted_or_nan(batch_maps)).float().cpu())
                 if keep_grids:
                     grids[m].append(batch.over_image(batch_maps.float().cpu()))
+            progress("scored", sum(map(len, scores[0])), len(data))
     return [
         Scored(_joined(s), _joined(middle), torch.cat(g) if g else torch.empty(0, 1, 1), size)
         for s, middle, g in zip(scores, medians, grids, strict=True)

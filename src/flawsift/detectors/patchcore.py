@@ -1,5 +1,6 @@
 """PatchCore: nearest neighbour in a memory bank of patches."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -12,9 +13,11 @@ from flawsift.detectors.base import Detector
 from flawsift.detectors.parts import coreset
 from flawsift.detectors.parts.maps import embed_batch
 from flawsift.detectors.parts.neighbors import NearestNeighbors, query_grid
+from flawsift.detectors.parts.positions import PlacedNeighbors, Window, check_grid, is_tiling, windows
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.errors import InputError
 from flawsift.features.devices import resolve_device
+from flawsift.types import as_shape
 
 
 @dataclass(kw_only=True, eq=False)
@@ -45,6 +48,8 @@ class PatchCore(Detector):
         n_neighbors: Neighbours whose distances are averaged.
         reweight_neighbors: b of equation 7, which weights the image score by how typical the nearest entry is; 0
             leaves it out.
+        tiles_by_position: "EDGE:OVERLAP" in pixels of the network's input, for cameras that stand still: each tile has
+            a bank of its own (`flawsift.detectors.parts.positions`), of `coreset_ratio` of its patches. None has one.
     """
 
     name: ClassVar[str] = "patchcore"
@@ -62,6 +67,7 @@ class PatchCore(Detector):
     projection_dim: int = 128
     n_neighbors: int = 1
     reweight_neighbors: int = 0
+    tiles_by_position: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,26 +77,45 @@ class PatchCore(Detector):
         self._require("projection_dim", self.projection_dim >= 1, "be at least 1")
         self._require("n_neighbors", self.n_neighbors >= 1, "be at least 1")
         self._require("reweight_neighbors", self.reweight_neighbors >= 0, "not be negative")
+        cut = self.tiles_by_position
+        self._require("tiles_by_position", is_tiling(cut), "be such as '512:256', or None")
+        self._require("reweight_neighbors", cut is None or not self.reweight_neighbors, "be 0 with tiles_by_position")
 
     def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
         """See `Detector.fit`."""
         self._forget()
         target = resolve_device(device)
         generator = torch.Generator().manual_seed(self.seed)
-        pool, owners = self._pool(data, generator)
-        n_select = max(1, int(self.coreset_ratio * len(pool)))
-        if self.coreset == "greedy":
-            projected = coreset.project(pool, self.projection_dim, generator).to(target)
-            chosen = coreset.k_center_greedy(projected, n_select, generator)
+        pool, owners, places = self._pool(data, generator)
+        if self.tiles_by_position is None:
+            chosen = self._coreset(pool, target, generator)
         else:
-            chosen = torch.randperm(len(pool), generator=generator)[:n_select]
-        self.memory_bank_ = pool[chosen.cpu()]  # (M, C)
-        self.owner_ = owners[chosen.cpu()]  # (M,) id of the image that each entry comes from
+            parts, tile = [], []
+            for number, one in enumerate(self._tiles()):
+                mine = torch.isin(places, one.seen).nonzero()[:, 0]
+                if len(mine):
+                    parts.append(mine[self._coreset(pool[mine], target, generator)])
+                    tile.append(torch.full((len(parts[-1]),), number))
+            chosen, self.tile_ = torch.cat(parts), torch.cat(tile)  # (M,) of each entry; where tiles overlap, of any
+        self.memory_bank_ = pool[chosen]  # (M, C)
+        self.owner_ = owners[chosen]  # (M,) id of the image that each entry comes from
         return self
 
-    def _pool(self, data: ImageSet, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(R, C) patches that the bank is chosen from, and (R,) ids of their images."""
-        rows, owners = [], []
+    def _coreset(self, pool: Tensor, device: str, generator: torch.Generator) -> Tensor:
+        """(M,) rows of the bank in a (R, C) pool."""
+        n_select = max(1, int(self.coreset_ratio * len(pool)))
+        if self.coreset == "greedy":
+            projected = coreset.project(pool, self.projection_dim, generator).to(device)
+            return coreset.k_center_greedy(projected, n_select, generator).cpu()
+        return torch.randperm(len(pool), generator=generator)[:n_select]
+
+    def _tiles(self) -> list[Window]:
+        assert self.tiles_by_position is not None
+        return windows(self.tiles_by_position, as_shape(self.size_), self.grid_)
+
+    def _pool(self, data: ImageSet, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """(R, C) patches that the bank is chosen from, (R,) ids of their images and (R,) places in them."""
+        rows, owners, places = [], [], []
         for batch in data.batches(self.layers):
             embedding = self._embed(batch)
             h, w = embedding.shape[2:]
@@ -107,9 +132,12 @@ class PatchCore(Detector):
                 usable = usable[:quota]
                 rows.append(patches[j, usable])
                 owners.append(torch.full((len(usable),), id_))
+                places.append(usable)
+            if self.tiles_by_position is not None:
+                self.grid_, self.size_ = [h, w], list(as_shape(batch.size))
         if not sum(map(len, rows)):
             raise InputError("PatchCore.fit needs at least one image with a patch to learn from, got none.")
-        return torch.cat(rows), torch.cat(owners)
+        return torch.cat(rows), torch.cat(owners), torch.cat(places)
 
     def _maps(self, batch: Batch, device: str) -> Tensor:
         return self._search_batch(batch, device)[0]
@@ -143,9 +171,18 @@ class PatchCore(Detector):
     def _search_batch(self, batch: Batch, device: str) -> tuple[Tensor, Tensor, Tensor]:
         """(B, h, w) maps, (B, h, w) nearest entries and the (B, C, h, w) embedding that they answer."""
         embedding = self._embed(batch).to(device)
-        k = min(self.n_neighbors, len(self.memory_bank_))
-        distances, entries = query_grid(self._neighbors(device), embedding, k=k)
+        if self.tiles_by_position is None:
+            k = min(self.n_neighbors, len(self.memory_bank_))
+            distances, entries = query_grid(self._neighbors(device), embedding, k=k)
+        else:
+            check_grid(self.grid_, embedding.shape[2:])
+            distances, entries = self._placed(device).query_grid(embedding, k=self.n_neighbors)
         return distances.mean(3), entries[..., 0], embedding
+
+    def _placed(self, device: str) -> PlacedNeighbors:
+        """The bank of each tile, ready to be searched on a device."""
+        make = functools.partial(PlacedNeighbors, self.memory_bank_.to(device), self.tile_.to(device))
+        return self._cached("placed", device, lambda: make(self._tiles()))
 
     def _neighbors(self, device: str) -> NearestNeighbors:
         """The memory bank, ready to be searched on a device."""

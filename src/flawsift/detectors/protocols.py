@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Detector
+from flawsift.progress import Progress, silent
 from flawsift.types import Ids
 
 
@@ -84,5 +85,5 @@ class HeldOut:
 class LeavesOut(Protocol):
     """A fitted detector that scores images of its training set without them, so that stage 1 needs no sub-models."""
 
-    def held_out(self, data: ImageSet, *, device: str = "auto") -> HeldOut:
-        """Scores, maps and evidence of N images, each without itself and its group."""
+    def held_out(self, data: ImageSet, *, device: str = "auto", progress: Progress = silent) -> HeldOut:
+        """Scores, maps and evidence of N images, each without itself and its group; `progress` is told of images."""

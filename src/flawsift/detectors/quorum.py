@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress, islice
 from typing import Any, ClassVar, Literal, Self
@@ -18,10 +18,12 @@ from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.groups import GroupNeighbors
 from flawsift.detectors.parts.maps import embed_batch
+from flawsift.detectors.parts.positions import PlacedGroups, are_edges, check_grid, is_tiling, windows
 from flawsift.detectors.parts.training import UNWATCHED, Watch
 from flawsift.detectors.protocols import Evidence, HeldOut
 from flawsift.errors import InputError, NotFittedError
 from flawsift.features.devices import resolve_device
+from flawsift.progress import Progress, silent
 from flawsift.types import Ids, as_shape
 
 AUTO: Literal["auto"] = "auto"
@@ -30,6 +32,7 @@ GROWTH = 1.08  # what more groups may do to the score of an ordinary image, see 
 N_ASKED = 100  # images that this is told by: their median moves by less than a hundredth
 SHARP = 0.25  # of the places, the highest: they hold the defects, and cost as much again as the scores
 N_SCALED = 20  # images by which single patches are brought on the scale of scores
+STAYS = ("k_", "scale_", "drawn_", "grid_", "size_")  # of what was learned, when images come and go
 N_SHOWN = 3  # groups whose nearest patch is named as evidence
 
 
@@ -63,6 +66,9 @@ class Quorum(Detector):
     Attributes:
         n_groups: k; "auto" as above, between 2 and 16.
         max_images: Most images in the bank, drawn by whole groups; None for all. A score needs k near groups, not all.
+        tiles_by_position: "EDGE:OVERLAP" in pixels of the network's input, for cameras that stand still: patches are
+            compared only with those of the same tile of other images (`flawsift.detectors.parts.positions`). What is
+            ordinary elsewhere is then no excuse, and the search is shorter. None compares them with those anywhere.
         precision: "float32" for products of that precision on every machine; "auto" takes bfloat16 where that is
             quicker, which moves distances by about 0.2 %.
     """
@@ -75,6 +81,7 @@ class Quorum(Detector):
 
     n_groups: int | Literal["auto"] = AUTO
     max_images: int | None = 1000
+    tiles_by_position: str | None = None
     precision: Literal["auto", "float32"] = "auto"
 
     def __post_init__(self) -> None:
@@ -82,6 +89,7 @@ class Quorum(Detector):
         counts = type(self.n_groups) is int and self.n_groups >= 1
         self._require("n_groups", self.n_groups == AUTO or counts, "be 'auto' or a whole number of at least 1")
         self._require("max_images", self.max_images is None or self.max_images >= 1, "be at least 1, or None")
+        self._require("tiles_by_position", is_tiling(self.tiles_by_position), "be such as '512:256', or None")
         self._require("precision", self.precision in ("auto", "float32"), "be 'auto' or 'float32'")
 
     def fit(self, data: ImageSet, *, device: str = "auto", watch: Watch = UNWATCHED) -> Self:
@@ -96,6 +104,8 @@ class Quorum(Detector):
             accepted = batch.accepted(*embedding.shape[2:])
             patches.append(_rows(embedding).half())
             usable.append(torch.ones(patches[-1].shape[:2]).bool() if accepted is None else accepted.flatten(1))
+            if self.tiles_by_position is not None:
+                self.grid_, self.size_ = list(embedding.shape[2:]), list(as_shape(batch.size))
         learned = torch.cat(usable).any(1) if usable else torch.zeros(0).bool()
         if not learned.any():
             raise InputError("Quorum.fit needs at least one image with a patch to learn from, got none.")
@@ -105,8 +115,14 @@ class Quorum(Detector):
         self.usable_ = torch.cat(usable)[learned]  # (N, P), False where a patch was rejected
         self.ids_ = torch.from_numpy(data.ids)[learned]  # (N,)
         self.groups_ = list(compress(data.group_names, learned))  # (N,)
-        self.k_ = self._choose_k(target) if self.n_groups == AUTO else int(self.n_groups)
-        self.scale_ = self._find_scale(data, target)  # of single patches to scores
+        some = data.select(data.ids[:: max(1, len(data) // N_SCALED)])
+        asked = self._asked() if self.n_groups == AUTO else []
+
+        def tell(done: int) -> None:
+            watch.progress("learning", done, len(asked) + len(some))
+
+        self.k_ = self._choose_k(target, tell) if self.n_groups == AUTO else int(self.n_groups)
+        self.scale_ = self._find_scale(some, target, lambda n: tell(len(asked) + n))  # of single patches to scores
         return self
 
     def merged(self, other: Self) -> Self:
@@ -129,10 +145,10 @@ class Quorum(Detector):
         rest = {name: mine[name][stays] for name in ("memory_bank_", "usable_", "ids_")}
         left = self.with_state({**rest, "groups_": list(compress(self.groups_, stays)), **self._learned()})
         if self.n_groups == AUTO and not stays.all():
-            left.k_ = left._choose_k(resolve_device(device))
+            left.k_ = left._choose_k(resolve_device(device), lambda _: None)
         return left
 
-    def held_out(self, data: ImageSet, *, device: str = "auto") -> HeldOut:
+    def held_out(self, data: ImageSet, *, device: str = "auto", progress: Progress = silent) -> HeldOut:
         """Scores, maps and evidence of images, each without its own group: of a training set, in one pass.
 
         Scores are those of a model of the other images with the same k.
@@ -146,26 +162,29 @@ class Quorum(Detector):
         if not len(data):
             raise InputError("There is no image to score.")
         search = self._search(resolve_device(device))
-        grids, scores, worst, patches, groups = [], [], [], [], []
+        grids, scores, places, worst, patches, groups = [], [], [], [], [], []
         with torch.inference_mode():
             for batch, own, grid in self._without_own(search, data):
                 place = grid.flatten(1).argmax(1)
                 scores.append(self._image_scores(grid))
                 grids.append(batch.over_image(grid))
+                places.append(place)
                 worst.append(place if batch.frame is None else batch.frame.place_over_image(place, *grid.shape[1:]))
                 patches.append(_rows(self._embed(batch))[torch.arange(len(place)), place])
                 groups.append(own)
+                progress("held out", sum(map(len, groups)), len(data))
             maps = torch.cat(grids)
             if not maps.isfinite().all():
                 raise InputError("Quorum compares images of different groups, and there is only one group.")
-            near = search.nearest_patches(torch.cat(patches), min(N_SHOWN, search.n_groups), torch.cat(groups))
-        distances, images, places = (part.cpu().numpy() for part in near)
+            at = torch.cat(places)
+            near = search.nearest_patches(torch.cat(patches), at, min(N_SHOWN, search.n_groups), torch.cat(groups))
+        distances, images, image_places = (part.cpu().numpy() for part in near)
         sizes = Counter(self.groups_)
         evidence = Evidence(
             grid=(maps.shape[1], maps.shape[2]),
             places=torch.cat(worst).numpy(),
             images=np.where(images >= 0, self.ids_.numpy()[images], -1),
-            image_places=self._over_images(data, images, places, maps.shape[1:]),
+            image_places=self._over_images(data, images, image_places, maps.shape[1:]),
             distances=distances,
             n_others=np.array([len(self.ids_) - sizes[group] for group in data.group_names]),
         )
@@ -191,7 +210,7 @@ class Quorum(Detector):
     def _map_medians(self, maps: Tensor) -> Tensor:
         return super()._map_medians(maps) / self.scale_  # held-out maps are means of four patches, not scaled
 
-    def _sharpened(self, search: GroupNeighbors, fine: Tensor, grids: Tensor, own: Tensor | None = None) -> Tensor:
+    def _sharpened(self, search: PlacedGroups, fine: Tensor, grids: Tensor, own: Tensor | None = None) -> Tensor:
         """(B, H, W) maps on the grid of (B, C, H, W): of single patches where (B, h, w) scores are high, else those.
 
         Patches that are not averaged show where a defect ends. They score somewhat higher than means of four.
@@ -201,17 +220,20 @@ class Quorum(Detector):
         rows, columns = (torch.arange(n) // 2 for n in (height, width))
         maps = grids[:, rows][:, :, columns]
         high = maps >= low
-        out = None if own is None else own[high.nonzero()[:, 0]]
-        maps[high] = _mean_of(search.query(fine.permute(0, 2, 3, 1)[high], self.k_, out)).cpu()
+        image, row, column = high.nonzero(as_tuple=True)
+        out, places = None if own is None else own[image], row // 2 * grids.shape[2] + column // 2
+        maps[high] = _mean_of(search.query(fine.permute(0, 2, 3, 1)[high], places, self.k_, out)).cpu()
         return maps
 
-    def _to_grid(self, search: GroupNeighbors, embedding: Tensor, own: Tensor | None = None) -> Tensor:
+    def _to_grid(self, search: PlacedGroups, embedding: Tensor, own: Tensor | None = None) -> Tensor:
         """(B, h, w) scores s(q) of a (B, C, h, w) embedding, on the CPU; own (B,) are numbers of groups left out."""
         b, _, h, w = embedding.shape
-        out = None if own is None else own.repeat_interleave(h * w)
-        return _mean_of(search.query(_rows(embedding).flatten(0, 1), self.k_, out)).view(b, h, w).cpu()
+        if self.tiles_by_position is not None:
+            check_grid(self.grid_, (h, w))
+        out, places = None if own is None else own.repeat_interleave(h * w), torch.arange(h * w).repeat(b)
+        return _mean_of(search.query(_rows(embedding).flatten(0, 1), places, self.k_, out)).view(b, h, w).cpu()
 
-    def _without_own(self, search: GroupNeighbors, data: ImageSet) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    def _without_own(self, search: PlacedGroups, data: ImageSet) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Each batch, its groups' (B,) numbers, -1 for those not in the bank, and (B, h, w) scores without them."""
         numbers, names = self._numbers, iter(data.group_names)
         for batch in data.batches(self.layers):
@@ -228,35 +250,44 @@ class Quorum(Detector):
         over: Ids = frame.place_over_image(torch.from_numpy(places.ravel()), *grid).view(places.shape).numpy()
         return over
 
-    def _choose_k(self, device: str) -> int:
-        """The largest number of groups that leaves the score of the median image within `GROWTH`."""
+    def _asked(self) -> list[int]:
+        """Positions in the bank of the images that k is chosen by."""
+        n = len(self.ids_)
+        return torch.linspace(0, n - 1, min(N_ASKED, n)).long().tolist()
+
+    def _choose_k(self, device: str, tell: Callable[[int], None]) -> int:
+        """The largest number of groups that leaves the score of the median image within `GROWTH`.
+
+        `tell` is called with the number of images that were asked.
+        """
         search = self._search(device)
         numbers = self._group_numbers()
-        asked = torch.linspace(0, len(numbers) - 1, min(N_ASKED, len(numbers))).long()
-        curves = []
-        for i in asked.tolist():
-            patches = self.memory_bank_[i][self.usable_[i]]
-            near = search.query(patches, MOST, numbers[i].repeat(len(patches))).cpu()
+        curves: list[Tensor] = []
+        for i in self._asked():
+            tell(len(curves))
+            places = self.usable_[i].nonzero()[:, 0]
+            near = search.query(self.memory_bank_[i][places], places, MOST, numbers[i].repeat(len(places))).cpu()
             curves.append((near.cumsum(1) / torch.arange(1, MOST + 1)).amax(0))  # (MOST,) score for each k
         median = torch.stack(curves).quantile(0.5, dim=0)
         fits = median <= GROWTH * median[0]
         return max(FEWEST, int(fits.nonzero()[-1]) + 1 if fits.any() else 0)
 
-    def _find_scale(self, data: ImageSet, device: str) -> float:
+    def _find_scale(self, some: ImageSet, device: str, tell: Callable[[int], None]) -> float:
         """The median of how much lower an image scores than the highest of its single patches, own group left out."""
-        some = data.select(data.ids[:: max(1, len(data) // N_SCALED)])
-        search, ratios = self._search(device), []
+        search, ratios = self._search(device), list[Tensor]()
         with torch.inference_mode():
+            tell(0)
             for batch, own, grids in self._without_own(search, some):
                 maps = self._sharpened(search, embed_batch(batch, self.layers), grids, own)
                 ratios.append(self._image_scores(grids) / self._image_scores(maps))
+                tell(sum(map(len, ratios)))
         usable = torch.cat(ratios)
         usable = usable[usable.isfinite() & (usable > 0)]
         return float(usable.median()) if len(usable) else 1.0
 
-    def _learned(self) -> dict[str, float]:
+    def _learned(self) -> dict[str, Any]:
         """What stays when images come and go."""
-        return {"k_": self.k_, "scale_": self.scale_, "drawn_": self.drawn_}
+        return {name: value for name, value in self.state().items() if name in STAYS}
 
     def _unlike_learned(self) -> list[str]:
         learned = vars(self).get
@@ -269,6 +300,8 @@ class Quorum(Detector):
             and len(names) == len(learned("ids_", ()))
             and all(type(n) is str for n in names),
         }
+        if self.tiles_by_position is not None:
+            right |= {name: are_edges(learned(name)) for name in ("grid_", "size_")}
         return [name for name, holds in right.items() if not holds]
 
     @property
@@ -286,18 +319,19 @@ class Quorum(Detector):
         numbers = self._numbers
         return torch.tensor([numbers[group] for group in self.groups_])
 
-    def _search(self, device: str) -> GroupNeighbors:
-        return self._cached(
-            "search",
-            device,
-            lambda: GroupNeighbors(
-                self.memory_bank_,
-                self._group_numbers(),
-                usable=None if self.usable_.all() else self.usable_,
-                device=device,
-                exact=self.precision == "float32",
-            ),
-        )
+    def _search(self, device: str) -> PlacedGroups:
+        cut, exact = self.tiles_by_position, self.precision == "float32"
+
+        def among(places: Tensor | slice) -> GroupNeighbors:
+            usable = self.usable_[:, places]
+            some = None if usable.all() else usable
+            bank, groups = self.memory_bank_[:, places], self._group_numbers()
+            return GroupNeighbors(bank, groups, usable=some, device=device, exact=exact)
+
+        def make() -> PlacedGroups:
+            return PlacedGroups(None if cut is None else windows(cut, as_shape(self.size_), self.grid_), among)
+
+        return self._cached("search", device, make)
 
     def _drawn(self, data: ImageSet) -> ImageSet:
         """As many groups as `max_images` has room for, two at least."""

@@ -23,7 +23,7 @@ from flawsift.features.backbones import Backbone
 from flawsift.features.readers import MemoryFeatures, StoredFeatures, view_digest
 from flawsift.features.store import DTYPES, Arrays, FeatureStore
 from flawsift.files import ensure_folder
-from flawsift.progress import Progress, silent
+from flawsift.progress import Progress, Stage, silent
 from flawsift.types import Shape, Size, as_shape
 
 # Images in a shard of the store, and in a piece: 10 s of work on 2 cores is the most that a kill can cost. Of inputs of
@@ -48,7 +48,7 @@ def attach(
         layers: Layer names or aliases such as "stride8".
         views: Derived views to extract too, each with ids of the same set and entries of its own in the store.
         store: Where features are kept; None keeps them in memory, for small sets only.
-        progress: Told about each shard.
+        progress: Told about files that are read and images that the backbone looks at.
 
     Returns:
         The readable images with features attached, and {id: reason} for the others.
@@ -115,12 +115,12 @@ def stream(
     total = len(given) if isinstance(given, ImageSet) else 0
     done = 0
     for piece in in_pieces(given, size):
-        progress("features", done, total or done + len(piece))
+        progress(Stage.SCORING, done, total or done + len(piece))
         piece = piece.within(value_range)
         attached = piece.reader is not None and piece.reader.key == backbone.key
         yield Piece(piece, piece, {}, {}) if attached else Piece(piece, *_attach_memory(piece, backbone, layers))
         done += len(piece)
-    progress("features", done, done)
+    progress(Stage.SCORING, done, done)
 
 
 def loaded(images: ImageSet, layers: Sequence[str], views: Sequence[str] = (), *, pixels: bool = False) -> ImageSet:
@@ -161,7 +161,7 @@ def _attach_stored(
 ) -> tuple[ImageSet, dict[int, str]]:
     names = {layer: backbone.resolve(layer).name for layer in layers}
     exact = sorted(set(names.values()))
-    digests, failed = _digests(images)
+    digests, failed = _digests(images, progress)
     index = store.index(store.space(backbone), exact, set(digests.values()))
     complete = set.intersection(*(set(entries) for entries in index.values())) if index else set()
     # the first id of each content stands for all its copies
@@ -173,7 +173,7 @@ def _attach_stored(
     undecodable: dict[str, str] = {}
     n_shard = shard_of(backbone)
     for start in range(0, len(missing), n_shard):
-        progress("features", start, len(missing))
+        progress(Stage.LOOKING, start, len(missing))
         part = images.select(missing[start : start + n_shard])
         pixels, bad, _ = _decode(part, backbone.size)
         undecodable.update((digests[i], reason) for i, reason in bad.items())
@@ -181,7 +181,7 @@ def _attach_stored(
             arrays = _extract(backbone, list(pixels.values()), exact, store.dtype)
             store.write(backbone, [digests[i] for i in pixels], arrays)
     if missing:
-        progress("features", len(missing), len(missing))
+        progress(Stage.LOOKING, len(missing), len(missing))
         index = store.index(store.space(backbone), exact, set(digests.values()))
     failed |= {i: undecodable[d] for i, d in digests.items() if d in undecodable}
     good = images.select([i for i in images.ids if int(i) not in failed])
@@ -205,14 +205,17 @@ def _joined(reader: FeatureReader | None, other: FeatureReader | None) -> Featur
     return replace(reader, entries={layer: {**rows, **other.entries[layer]} for layer, rows in reader.entries.items()})
 
 
-def _digests(images: ImageSet) -> tuple[dict[int, str], dict[int, str]]:
+def _digests(images: ImageSet, progress: Progress) -> tuple[dict[int, str], dict[int, str]]:
     digests: dict[int, str] = {}
     failed: dict[int, str] = {}
-    for i in images.ids:
+    for n, i in enumerate(images.ids):
+        if n % SHARD == 0:
+            progress(Stage.READING, n, len(images))
         try:
             digests[int(i)] = view_digest(images.source.digest(int(i)), images.derived)
         except UnreadableImage as error:
             failed[int(i)] = str(error)
+    progress(Stage.READING, len(images), len(images))
     return digests, failed
 
 

@@ -41,7 +41,7 @@ from flawsift.models.predictions import ImagePrediction, Predictions, with_score
 from flawsift.models.profile import Profile
 from flawsift.models.record import FORMAT, JSON, calibration_of, content_of, fit_record, model_id, told_damage
 from flawsift.paths import show
-from flawsift.progress import Progress, ProgressOption, as_progress, silent
+from flawsift.progress import Progress, ProgressOption, Stage, as_progress, silent
 from flawsift.types import Ids
 
 FILES = (JSON, "detector.json", "state-*.safetensors")  # patterns of what a model folder holds
@@ -200,10 +200,17 @@ class Model:
         Raises:
             InputError: No image can be read, or an image has no label.
         """
-        chosen = as_images(images).within(self.value_range)
+        with as_progress(progress) as tell:
+            return self._evaluated(as_images(images), truth, device, exact_pixels, tell)
+
+    def _evaluated(
+        self, images: ImageSet, truth: GroundTruth, device: str, exact_pixels: int | None, progress: Progress
+    ) -> tuple[dict[str, Any], Predictions]:
+        chosen = images.within(self.value_range)
         truth = usable_masks(truth.select(chosen.ids), chosen)
         maps = MapCollector(truth, exact_pixels, len(chosen)) if truth.has_masks else None
         predictions = self.predict(chosen, device=device, on_maps=maps, progress=progress)
+        progress(Stage.MEASURING, 0, 1)
         n_trained_on = None if self.learned is None else len(self.trained_on(content_digests(chosen)))
         return {**measure(predictions, truth, maps), "n_trained_on": n_trained_on}, predictions
 

@@ -14,6 +14,7 @@ from flawsift.executors import Run
 from flawsift.models.calibration import Calibration
 from flawsift.models.model import set_digest
 from flawsift.paths import name_some, show
+from flawsift.progress import Stage, steps_of
 from flawsift.screening.consensus import design_effect
 from flawsift.screening.decisions import SAID, apply_decisions
 from flawsift.screening.mixture import UNKNOWN, ordinary_scores
@@ -170,7 +171,7 @@ def judge(plan: TrainingPlan, fitted: Detector, run: Run | None = None) -> Judge
     if len(set(plan.images.group_names)) < HALVES:
         return NOTHING
     if isinstance(fitted, LeavesOut):
-        held_out = fitted.held_out(plan.train, device=run.device)
+        held_out = fitted.held_out(plan.train, device=run.device, progress=steps_of(run.progress, Stage.THRESHOLD))
         return Judged.of_maps(plan.train.ids, held_out.scores, held_out.maps.numpy())
     if isinstance(fitted, Additive):
         judged = Judged(plan.images.ids, fitted.held_out_scores(plan.images, device=run.device))

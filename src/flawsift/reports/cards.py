@@ -1,5 +1,6 @@
 """Cards of a screening: one image each, with its scores, its picture, its heatmap and typical images beside it."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,9 +10,11 @@ from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import ImageSet
 from flawsift.paths import show
 from flawsift.reports.evidence import agreement, is_typical, map_scale, smoothed
-from flawsift.reports.overlays import overlay, peak_position, shrink
-from flawsift.reports.pages import THUMB, data_uri, number
+from flawsift.reports.heatmaps import Shown
+from flawsift.reports.overlays import peak_position, shrink
+from flawsift.reports.pages import data_uri, number
 from flawsift.reports.places import crop
+from flawsift.reports.regions import normal_level, outlines_of
 from flawsift.reports.wording import nearest_text
 from flawsift.screening.lookalikes import most_alike
 from flawsift.screening.result import Screening
@@ -31,9 +34,8 @@ class ScreeningCard:
         kept: Whether it goes on to stage 2.
         consensus, held_out: Scores as text.
         votes: Sub-models that suspect the image on their own.
-        picture, heatmap: Data URIs; "" where there is none.
-        peak_position: Where its map is highest, in words.
-        problem: Why there is no picture.
+        shown: In pictures; None where it cannot be read.
+        problem: Why it cannot.
         alike: (name, data URI) of the typical images that look most like it.
         nearest_text: What is said above its worst place and those nearest to it.
         place: Data URI of its worst place; "" where it is not known or cannot be shown.
@@ -46,9 +48,7 @@ class ScreeningCard:
     consensus: str
     held_out: str
     votes: int
-    picture: str = ""
-    heatmap: str = ""
-    peak_position: str = ""
+    shown: Shown | None = None
     problem: str = ""
     alike: Sequence[tuple[str, str]] = ()
     nearest_text: str = ""
@@ -101,11 +101,10 @@ class ScreeningCards:
     def _make(self, id_: int) -> ScreeningCard:
         p = self.position[id_]
         s = self.screening
-        picture = heatmap = problem = place = ""
+        shown, problem, place = None, "", ""
         try:
             image = self.images.image(id_)
-            picture = data_uri(shrink(image, THUMB))
-            heatmap = self._heatmap(image, p)
+            shown = self._shown(image, p)
             place = "" if s.evidence is None else data_uri(crop(image, s.evidence.grid, int(s.evidence.places[p])))
         except UnreadableImage as error:
             problem = show(str(error))
@@ -117,9 +116,7 @@ class ScreeningCards:
             consensus=number(s.consensus[p]),
             held_out=number(s.held_out_scores[p]),
             votes=int(self.votes[p]),
-            picture=picture,
-            heatmap=heatmap,
-            peak_position=peak_position(s.patch_maps[p]) if s.patch_maps is not None else "",
+            shown=shown,
             problem=problem,
             nearest_text=nearest_text(s, p),
             place=place if nearest else "",
@@ -145,10 +142,14 @@ class ScreeningCards:
                 self._places[id_, place] = ""
         return self._places[id_, place]
 
-    def _heatmap(self, image: Image.Image, p: int) -> str:
-        if self.screening.patch_maps is None or self.scale is None:
-            return ""
-        # full chroma resolution: the contour is one pixel wide
-        return data_uri(
-            overlay(image, smoothed(self.screening.patch_maps[p]), self.scale, max_edge=THUMB), subsampling=0
-        )
+    def _shown(self, image: Image.Image, p: int) -> Shown:
+        if self.screening.patch_maps is None:
+            return Shown.of(image, None, None)
+        patch_map = self.screening.patch_maps[p]
+        outlines = outlines_of(patch_map, self.scale, self._level, image.size, kept=bool(self.kept[p]))
+        shown = Shown.of(image, smoothed(patch_map).numpy(), self.scale, outlines)
+        return replace(shown, peak_position=peak_position(patch_map))
+
+    @functools.cached_property
+    def _level(self) -> float:
+        return normal_level(self.screening)

@@ -16,10 +16,12 @@ from flawsift.files import ensure_folder, write_text
 from flawsift.models import model as models
 from flawsift.models.predictions import Predictions
 from flawsift.paths import show
+from flawsift.reports.heatmaps import Shown
 from flawsift.reports.histogram import Histogram
-from flawsift.reports.overlays import Scale, overlay, peak_position, shrink
-from flawsift.reports.pages import REPORT, THUMB, css_ramp, data_uri, flat, number, template, unreadable_files
+from flawsift.reports.overlays import Scale
+from flawsift.reports.pages import REPORT, css_ramp, flat, number, template, unreadable_files
 from flawsift.reports.predictions import scaled_map
+from flawsift.reports.regions import outlines_of_prediction
 from flawsift.types import Floats
 
 N_WORST = 12  # of each kind of error: a screen or two
@@ -48,16 +50,14 @@ METRICS = {
 
 @dataclass(frozen=True)
 class EvaluationCard:
-    """One test image as the page shows it; texts, and data URIs that are "" where there is none."""
+    """One test image as the page shows it: texts, and pictures where it can be read."""
 
     name: str
     truth: str
     verdict: str
     is_wrong: bool  # on the wrong side of the threshold
     score: str
-    picture: str = ""
-    heatmap: str = ""
-    peak_position: str = ""
+    shown: Shown | None = None
     problem: str = ""
 
 
@@ -113,7 +113,7 @@ def write_evaluation_report(
             _group("missed", "Missed defects", "defective", [cards[i] for i in lowest_defective.tolist()], missed),
             _group("false-alarms", "False alarms", "good", [cards[i] for i in highest_good.tolist()], alarms),
         ],
-        has_maps=any(card.heatmap for card in cards.values()),
+        has_maps=any(card.shown and card.shown.heatmap for card in cards.values()),
         ramp=css_ramp(),
         **unreadable_files((names[i], reason) for i, reason in predictions.errors.items()),
         details=list(flat(_settings(model, predictions))),
@@ -230,18 +230,17 @@ def _cards(
             verdict="no threshold" if stopped is None else "stopped" if stopped else "passed",
             is_wrong=stopped is not None and stopped != bool(label),
             score=number(score_of[id_]),
-            **_pictures(chosen, id_, maps.get(id_), scale),
+            **_pictures(chosen, id_, maps.get(id_), scale, score_of[id_], cut),
         )
     return cards
 
 
-def _pictures(images: ImageSet, id_: int, map_: npt.NDArray[np.float32] | None, scale: Scale) -> dict[str, str]:
+def _pictures(
+    images: ImageSet, id_: int, map_: npt.NDArray[np.float32] | None, scale: Scale, score: float, cut: float | None
+) -> dict[str, Any]:
     try:
         image = images.image(id_)
     except UnreadableImage as error:
         return {"problem": show(str(error))}
-    result = {"picture": data_uri(shrink(image, THUMB))}
-    if map_ is not None:
-        result["heatmap"] = data_uri(overlay(image, map_, scale, max_edge=THUMB), subsampling=0)
-        result["peak_position"] = peak_position(map_)
-    return result
+    outlines = [] if map_ is None else outlines_of_prediction(map_, score, cut, image.size)
+    return {"shown": Shown.of(image, map_, scale, outlines)}

@@ -1,15 +1,12 @@
 """Anomaly maps as heatmaps over pictures, with colours that mean the same on every image of a model."""
 
-import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFilter
-
-from flawsift.files import ensure_folder, write_bytes
+from PIL import Image, ImageDraw, ImageFilter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +20,9 @@ LINE_EDGE = 400  # pixels of a picture's long edge for each pixel of line width
 MAX_LINE = 3  # pixels; more costs time and shows no more
 TINY = float(np.finfo(np.float32).tiny)  # the width of a scale without one: a step at the threshold
 TOP_QUANTILE = 0.99  # stands in for a missing threshold: one good image in a hundred lies above
+DARK, LIGHT = (20, 20, 20), (255, 255, 255)  # of a line around something: one of them shows on any background
+
+Outlines = Sequence[Sequence[float]]  # closed lines [x1, y1, x2, y2, ...] in pixels of a picture
 
 
 @dataclass(frozen=True)
@@ -79,40 +79,78 @@ def colours(levels: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
 
 
 def overlay(
-    image: Image.Image, map: "npt.NDArray[Any] | Tensor", scale: Scale, *, max_edge: int | None = 512
+    image: Image.Image,
+    map: "npt.NDArray[Any] | Tensor",
+    scale: Scale,
+    outlines: Outlines = (),
+    *,
+    max_edge: int | None = 512,
 ) -> Image.Image:
-    """A heatmap over a picture: the higher a value, the more opaque; a line surrounds what is above the threshold.
+    """A heatmap over a picture: the higher a value, the more opaque, but within an outline the picture is bare.
 
     Args:
         image: The picture, any size.
         map: (h, w), square or not; stretched over the picture.
         scale: What the colours mean.
+        outlines: Around what is suspect, in pixels of `image`; see `flawsift.reports.regions`.
         max_edge: Long edge of the result at most; None keeps the picture's size. Small pictures are not enlarged.
 
     Returns:
         RGB, in the picture's aspect ratio.
     """
     picture = shrink(image, max_edge)
-    return Image.alpha_composite(picture.convert("RGBA"), layer(picture.size, map, scale)).convert("RGB")
+    drawn = moved(outlines, scale=(picture.width / image.width, picture.height / image.height))
+    return Image.alpha_composite(picture.convert("RGBA"), layer(picture.size, map, scale, drawn)).convert("RGB")
 
 
-def layer(size: tuple[int, int], map: "npt.NDArray[Any] | Tensor", scale: Scale) -> Image.Image:
+def layer(
+    size: tuple[int, int], map: "npt.NDArray[Any] | Tensor", scale: Scale, outlines: Outlines = ()
+) -> Image.Image:
     """The heatmap alone, to be laid over a picture of a size (width, height): RGBA, transparent up to `scale.low`.
 
     Args:
         size: Of the picture.
         map: (h, w), square or not; stretched over the picture.
         scale: What the colours mean.
+        outlines: In pixels of that size.
     """
-    return painted(_stretch(map, size, scale), scale)
+    return painted(_stretch(map, size, scale), scale, outlines)
 
 
-def painted(values: npt.NDArray[np.float32], scale: Scale) -> Image.Image:
+def painted(values: npt.NDArray[np.float32], scale: Scale, outlines: Outlines = ()) -> Image.Image:
     """A map that has the picture's size, (H, W), as a heatmap to be laid over it: RGBA, as `layer` makes it."""
     steps = colours(np.linspace(0, 1, 256))  # a table: colouring 256 levels is cheaper than colouring each pixel
     colour = steps[np.rint(255 * scale.levels(values)).astype(np.uint8)]
-    _draw_contour(colour, values > scale.threshold)
+    within, light, dark = lines(outlines, (values.shape[1], values.shape[0]))
+    colour[within] = 0
+    colour[light], colour[dark] = (*LIGHT, 255), (*DARK, 255)
     return Image.fromarray(colour)
+
+
+def moved(outlines: Outlines, scale: tuple[float, float] = (1, 1), by: tuple[float, float] = (0, 0)) -> Outlines:
+    """Outlines on another size of the picture, or on a part of it that begins at (x, y) `by`."""
+    (across, down), (left, upper) = scale, by
+    return [
+        [at for x, y in zip(line[::2], line[1::2], strict=True) for at in (x * across - left, y * down - upper)]
+        for line in outlines
+    ]
+
+
+def lines(outlines: Iterable[Sequence[float]], size: tuple[int, int]) -> tuple[npt.NDArray[np.bool_], ...]:
+    """(H, W) what is within outlines, and the white and the dark line around it: they hide nothing of what is within.
+
+    Args:
+        outlines: In pixels of a picture.
+        size: Its width and height.
+    """
+    area = Image.new("L", size)
+    for line in outlines:
+        ImageDraw.Draw(area).polygon(list(line), fill=1)  # one pixel more at the right and below
+    width = min(MAX_LINE, max(1, round(max(size) / LINE_EDGE)))
+    grown = area.filter(ImageFilter.MaxFilter(2 * width + 1))
+    around = grown.filter(ImageFilter.MaxFilter(2 * width + 1))
+    within, light, dark = (np.asarray(one) == 1 for one in (area, grown, around))
+    return within, light & ~within, dark & ~light
 
 
 def shrink(image: Image.Image, max_edge: int | None) -> Image.Image:
@@ -130,19 +168,6 @@ def peak_position(map: npt.NDArray[np.floating[Any]]) -> str:
     return f"highest {100 * (column + 0.5) / w:.0f} % from the left and {100 * (row + 0.5) / h:.0f} % from the top"
 
 
-def save_overlay(path: Path, image: Image.Image, map: "npt.NDArray[Any] | Tensor", scale: Scale) -> None:
-    """Write an overlay as PNG in one step, and the folders above it.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    buffer = io.BytesIO()
-    overlay(image, map, scale).save(buffer, "PNG")
-    if not path.parent.is_dir():
-        ensure_folder(path.parent)
-    write_bytes(path, buffer.getvalue(), durable=False)  # pictures are many, and made again from the same command
-
-
 def _stretch(map: "npt.NDArray[Any] | Tensor", size: tuple[int, int], scale: Scale) -> npt.NDArray[np.float32]:
     """(H, W) of a picture from (h, w) over it, bilinear."""
     import torch  # here, so that a machine without it can paint the maps of exported models
@@ -154,20 +179,3 @@ def _stretch(map: "npt.NDArray[Any] | Tensor", size: tuple[int, int], scale: Sca
     # one nan would spread over its neighbours, one infinity over the whole cell
     values = values.nan_to_num(nan=scale.low, posinf=2 * scale.threshold - scale.low, neginf=scale.low)
     return np.asarray(upsample(values.unsqueeze(0), (size[1], size[0])).squeeze(0).numpy(), np.float32)
-
-
-def _draw_contour(colour: npt.NDArray[np.uint8], above: npt.NDArray[np.bool_]) -> None:
-    """A dark line with a white one inside it, both within the area, so that they show on any background.
-
-    Args:
-        colour: (H, W, 4), drawn on in place.
-        above: (H, W), the area.
-    """
-    if not above.any():
-        return
-    width = min(MAX_LINE, max(1, round(max(above.shape) / LINE_EDGE)))
-    area = Image.fromarray(above.astype(np.uint8))
-    inside = area.filter(ImageFilter.MinFilter(2 * width + 1))
-    core = inside.filter(ImageFilter.MinFilter(2 * width + 1))
-    colour[above & (np.asarray(inside) == 0)] = (20, 20, 20, 255)
-    colour[(np.asarray(inside) == 1) & (np.asarray(core) == 0)] = (255, 255, 255, 255)

@@ -2,10 +2,11 @@
 
 from PIL import Image, ImageDraw
 
+from flawsift.reports.overlays import DARK, LIGHT
+
 EDGE = 96  # pixels of the long edge: sharp at a quarter of a card
 PATCHES = 3  # a crop is so many patches wide: a patch means little without what is around it
 LEAST = 48  # pixels of the original: fewer show no shape
-DARK, LIGHT = (20, 20, 20), (255, 255, 255)  # of the outline, as around heatmaps: one shows on any background
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower
 

@@ -1,4 +1,4 @@
-"""Predictions as one HTML page: the flagged images with their heatmaps and boxes, then all others, ranked."""
+"""Predictions as one HTML page: the flagged images with their heatmaps, then all others, ranked."""
 
 import base64
 import hashlib
@@ -22,39 +22,16 @@ from flawsift.files import ensure_folder, write_text
 from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.predictions import ImagePrediction, Predictions
 from flawsift.paths import safe_name, show
+from flawsift.reports.heatmaps import Shown
 from flawsift.reports.histogram import Histogram
-from flawsift.reports.overlays import Scale, overlay, peak_position, shrink
-from flawsift.reports.pages import REPORT, css_ramp, data_uri, number, plural, template, unreadable_files
+from flawsift.reports.overlays import Scale
+from flawsift.reports.pages import REPORT, css_ramp, number, plural, template, unreadable_files
 from flawsift.reports.predictions import PNG, scaled_map
-from flawsift.reports.regions import regions_of_prediction
+from flawsift.reports.regions import outlines_of_prediction
 
 EDGE = 240  # pixels of a picture's long edge: two beside each other in a card
 N_HIGHEST = 24  # pictured though not flagged, where fewer are: a screen or two
 MAX_BYTES = 10_000_000  # of all pictures: with a row for each of 5,000 images a page stays below 15 MB
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What the page shows of an image.
-
-    Attributes:
-        picture, heatmap: Data URIs.
-        width, height: Of the picture, in pixels.
-        boxes: (x, y, width, height) of its suspect regions on the picture; empty unless it is flagged.
-        peak_position: Where its map is highest, in words.
-    """
-
-    picture: str
-    heatmap: str
-    width: int
-    height: int
-    boxes: tuple[tuple[float, ...], ...]
-    peak_position: str
-
-    @property
-    def n_bytes(self) -> int:
-        """How much it adds to the page."""
-        return len(self.picture) + len(self.heatmap)
 
 
 @dataclass(eq=False)
@@ -72,7 +49,7 @@ class HighestPictures:
     calibration: Calibration
     threshold: Threshold | None
     max_bytes: int = MAX_BYTES
-    _heap: list[tuple[float, int, Picture]] = field(default_factory=list, init=False)  # the lowest score first
+    _heap: list[tuple[float, int, Shown]] = field(default_factory=list, init=False)  # the lowest score first
     _n_bytes: int = field(default=0, init=False)
     _out_of_reach: float = field(default=-math.inf, init=False)  # the highest score that did not fit
 
@@ -92,7 +69,7 @@ class HighestPictures:
                 self._drop_lowest()
 
     @property
-    def by_id(self) -> dict[int, Picture]:
+    def by_id(self) -> dict[int, Shown]:
         """The pictures."""
         return {id_: picture for _, id_, picture in self._heap}
 
@@ -114,19 +91,9 @@ class HighestPictures:
             if too_large:
                 self._out_of_reach = max(self._out_of_reach, score)
 
-    def _pictured(self, image: Image.Image, map_: npt.NDArray[np.float32], scale: Scale, score: float) -> Picture:
-        small = shrink(image, EDGE)
-        boxes: list[list[float]] = []
-        if self.threshold is not None and self._flagged(score):
-            boxes = [one.box for one in regions_of_prediction(map_, self.threshold.value, small.size)]
-        return Picture(
-            picture=data_uri(small),
-            heatmap=data_uri(overlay(image, map_, scale, max_edge=EDGE), subsampling=0),
-            width=small.width,
-            height=small.height,
-            boxes=tuple(map(tuple, boxes)),
-            peak_position=peak_position(map_),
-        )
+    def _pictured(self, image: Image.Image, map_: npt.NDArray[np.float32], scale: Scale, score: float) -> Shown:
+        cut = None if self.threshold is None else self.threshold.value
+        return Shown.of(image, map_, scale, outlines_of_prediction(map_, score, cut, image.size), edge=EDGE)
 
 
 @dataclass(frozen=True)
@@ -139,7 +106,7 @@ class Row:
         flagged: Whether it is called anomalous.
         verdict, score, p_value: What is said of it.
         heatmap: Address of its heatmap, relative to the page.
-        picture: What is shown; None where only the row is.
+        shown: In pictures; None where only the row is.
     """
 
     rank: int
@@ -149,7 +116,7 @@ class Row:
     score: str
     p_value: str
     heatmap: str
-    picture: Picture | None
+    shown: Shown | None
 
 
 def write_prediction_report(
@@ -193,8 +160,8 @@ def prediction_page(predictions: Predictions, pictures: HighestPictures, *, heat
         notices=[show(str(notice)) for notice in predictions.notices],
         sections=[("images", "Images"), ("numbers", "Numbers"), ("unreadable", "Unreadable"), ("glossary", "Words")],
         n_flagged=n_flagged,
-        pictured=[row for row in rows if row.picture is not None],
-        rows=[row for row in rows if row.picture is None],
+        pictured=[row for row in rows if row.shown is not None],
+        rows=[row for row in rows if row.shown is None],
         threshold="" if cut is None else number(cut),
         threshold_text="There is no threshold." if threshold is None else f"{str(threshold).capitalize()}.",
         histogram=Histogram.of(scores, calm, cut=cut, sides=("normal", "flagged") if n_flagged else ("images", "")),
@@ -205,7 +172,7 @@ def prediction_page(predictions: Predictions, pictures: HighestPictures, *, heat
     )
 
 
-def _row(rank: int, one: ImagePrediction, picture: Picture | None, *, has_heatmap: bool) -> Row:
+def _row(rank: int, one: ImagePrediction, shown: Shown | None, *, has_heatmap: bool) -> Row:
     return Row(
         rank=rank,
         name=show(one.name),
@@ -215,7 +182,7 @@ def _row(rank: int, one: ImagePrediction, picture: Picture | None, *, has_heatma
         p_value="" if one.p_value is None else f"{one.p_value:.3g}",
         # a name that is no UTF-8 has no address
         heatmap=quote(f"{MAPS}/{safe_name(one.name, PNG)}", errors="replace") if has_heatmap else "",
-        picture=picture,
+        shown=shown,
     )
 
 

@@ -19,8 +19,10 @@ from flawsift.files import earlier_in, ensure_folder, write_text
 from flawsift.models.calibration import Calibration, Threshold
 from flawsift.models.predictions import Predictions
 from flawsift.paths import name_some, safe_name, show
-from flawsift.reports.overlays import Scale, save_overlay
-from flawsift.reports.pages import REPORT
+from flawsift.reports.heatmaps import save, sheet
+from flawsift.reports.overlays import Scale
+from flawsift.reports.pages import REPORT, number
+from flawsift.reports.regions import outlines_of_prediction
 from flawsift.tables import write_csv
 
 LINES = "predictions.jsonl"
@@ -130,10 +132,10 @@ def write_json_lines(predictions: Predictions, folder: str | Path, *, heatmaps: 
 
 @dataclass(frozen=True, eq=False)
 class OverlayWriter:
-    """Writes a heatmap overlay per image as the predictions come, `folder/<relative path>.png`, or as `safe_name` says.
+    """Writes each image beside its heatmap as predictions come: `folder/<relative path>.png`, or as `safe_name` says.
 
-    Smoothing lowers a map's peak below the image score; the map is scaled back to it, so that a line around what lies
-    above the threshold is drawn exactly on the images that are called anomalous.
+    Smoothing lowers a map's peak below the image score; the map is scaled back to it, so that colours agree with the
+    score. A line surrounds the regions of the images that are called anomalous.
 
     Attributes:
         folder: Where overlays go, in the sub-folders of the images.
@@ -147,13 +149,22 @@ class OverlayWriter:
 
     def __call__(self, images: ImageSet, prediction: Prediction) -> None:
         scores = self.calibration.scores if len(self.calibration.scores) else prediction.scores
-        scale = Scale.of(scores, None if self.threshold is None else self.threshold.value)
+        cut = None if self.threshold is None else self.threshold.value
+        scale = Scale.of(scores, cut)
         assert prediction.maps is not None
         if self.folder.name == MAPS and not is_results(self.folder):  # before the first of them: the table comes last
             mark_results(self.folder.parent)
         for id_, name, score, map_ in zip(images.ids, images.names, prediction.scores, prediction.maps, strict=True):
-            drawn = scaled_map(map_, float(score))
-            save_overlay(self.folder / safe_name(name, PNG), images.image(int(id_)), drawn, scale)
+            drawn, image = scaled_map(map_, float(score)), images.image(int(id_))
+            outlines = outlines_of_prediction(drawn, float(score), cut, image.size)
+            text = _said(float(score), cut)
+            save(self.folder / safe_name(name, PNG), sheet(image, drawn, scale, outlines, text))
+
+
+def _said(score: float, cut: float | None) -> str:
+    if cut is None:
+        return f"score {number(score)}"
+    return f"score {number(score)}, threshold {number(cut)}: {'anomalous' if score > cut else 'normal'}"
 
 
 def scaled_map(map_: npt.NDArray[np.float32], score: float) -> npt.NDArray[np.float32]:

@@ -71,6 +71,20 @@ def regions(
     return regions_of(values, scale.threshold, min(level, float(values.max())), size)
 
 
+def outlines_of(
+    patch_map: npt.NDArray[np.float16], scale: Scale | None, level: float, size: tuple[int, int], *, kept: bool = False
+) -> list[list[float]]:
+    """The outlines of all `regions` of one image; none where its map is flat.
+
+    Nor on one that is kept and stays below the threshold: every image has a highest place.
+    """
+    from flawsift.reports.evidence import smoothed
+
+    if np.ptp(patch_map) == 0 or (kept and scale is not None and not smoothed(patch_map).max() > scale.threshold):
+        return []
+    return [line for one in regions(patch_map, scale, level, size) for line in one.polygons]
+
+
 def regions_of_prediction(map_: Floats, threshold: float, size: tuple[int, int]) -> list[Region]:
     """The regions of an image that is called anomalous, by its map (h, w), on a picture of a size (width, height).
 
@@ -81,6 +95,22 @@ def regions_of_prediction(map_: Floats, threshold: float, size: tuple[int, int])
         height, width = (max(1, round(edge * GRID / max(values.shape))) for edge in values.shape)
         values = np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BOX), np.float32)
     return regions_of(values, threshold, float(np.median(values)), size)
+
+
+def outlines_of_prediction(
+    map_: Floats, score: float, threshold: float | None, size: tuple[int, int]
+) -> list[list[float]]:
+    """The outlines of all regions of an image; none unless its score is above the threshold.
+
+    Args:
+        map_: (h, w), whose highest place is the score.
+        score: Of the image.
+        threshold: In force, or None.
+        size: (width, height) of the picture.
+    """
+    if threshold is None or not score > threshold:
+        return []
+    return [line for one in regions_of_prediction(map_, threshold, size) for line in one.polygons]
 
 
 def regions_of(values: Floats, threshold: float, level: float, size: tuple[int, int]) -> list[Region]:

@@ -6,7 +6,6 @@ import stat
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from flawsift.data.decoding import UnreadableImage
@@ -14,7 +13,7 @@ from flawsift.data.images import FileSource, ImageSet
 from flawsift.reports.evidence import map_scale, smoothed
 from flawsift.reports.overlays import Scale, layer, shrink
 from flawsift.reports.places import crop
-from flawsift.reports.regions import normal_level, regions
+from flawsift.reports.regions import normal_level, outlines_of
 from flawsift.screening.result import Screening
 
 THUMB, PREVIEW = 256, 1200  # pixels of the long edge: a card on a dense screen, a laptop's window
@@ -114,10 +113,8 @@ class Pictures:
             size = self.images.source.size(id_)
         except UnreadableImage:
             return None
-        outlines: list[list[float]] = []
         maps = self.screening.patch_maps
-        if maps is not None and np.ptp(patch_map := maps[self._position[id_]]) > 0:
-            outlines = [line for one in regions(patch_map, self._scale, self._level, size) for line in one.polygons]
+        outlines = [] if maps is None else outlines_of(maps[self._position[id_]], self._scale, self._level, size)
         return {"size": size, "outlines": outlines}
 
     @functools.cached_property
@@ -144,8 +141,10 @@ class Pictures:
         if self.screening.patch_maps is None or self._scale is None:
             return None
         edge = THUMB if kind == "thumb-map" else LAYER
-        patch_map = self.screening.patch_maps[self._position[id_]]
-        layer(_fitted(image, edge), smoothed(patch_map), self._scale).save(buffer, "PNG", compress_level=3)
+        position, size = self._position[id_], _fitted(image, edge)
+        patch_map, kept = self.screening.patch_maps[position], bool(self.screening.is_kept[position])
+        outlines = outlines_of(patch_map, self._scale, self._level, size, kept=kept)
+        layer(size, smoothed(patch_map), self._scale, outlines).save(buffer, "PNG", compress_level=3)
         return buffer.getvalue()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flawsift.paths import show
+from flawsift.progress import Stage
 
 
 @dataclass(eq=False)
@@ -30,7 +31,7 @@ class Refit:
         with self._lock:
             if self.status["state"] == "running":
                 return False
-            self.status = {"state": "running", "stage": "starting", "done": 0, "total": 0, "started": time.time()}
+            self.status = {"state": "running", "stage": Stage.STARTING, "done": 0, "total": 0, "started": time.time()}
             try:
                 self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             except OSError as error:

@@ -3,9 +3,11 @@
 from flawsift.data.images import ImageSet
 from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.maps import as_float16
+from flawsift.detectors.parts.training import Watch
 from flawsift.detectors.protocols import LeavesOut
 from flawsift.errors import InputError
 from flawsift.executors import Run
+from flawsift.progress import Stage, steps_of
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Ranking
 
@@ -28,12 +30,11 @@ def rank_by_held_out_scores(
     if len(train.members) < 2:
         what = "image" if len(train) == 1 else "group of images"
         raise InputError(f"Images are compared with those of other groups, and there is only one {what}. Add images.")
-    run.progress("ranking", 0, 2)
-    fitted = detector.clone().fit(train, device=run.device)
-    run.progress("ranking", 1, 2)
+    run.progress(Stage.LEARNING, 0, 1)
+    fitted = detector.clone().fit(train, device=run.device, watch=Watch(steps_of(run.progress, Stage.LEARNING)))
     assert isinstance(fitted, LeavesOut)
-    held_out = fitted.held_out(train, device=run.device)
-    run.progress("ranking", 2, 2)
+    run.progress(Stage.COMPARING, 0, len(train))
+    held_out = fitted.held_out(train, device=run.device, progress=steps_of(run.progress, Stage.COMPARING))
     return Ranking(
         consensus=held_out.scores,
         held_out_scores=held_out.scores,

@@ -20,6 +20,7 @@ from flawsift.detectors.registry import make_detector
 from flawsift.errors import ParameterError
 from flawsift.executors import Run
 from flawsift.features.backbones import Backbone
+from flawsift.progress import Stage
 from flawsift.screening.consensus import (
     Contamination,
     choose,
@@ -121,6 +122,7 @@ def screen_and_fit(
     ranker = ranker or ranker_of(detector, options)
     ranking = ranker(train, detector, options, run, wants_fitted=wants_fitted)
     used = _used(options, detector)
+    run.progress(Stage.COUNTING, 0, 1)
     selection = _select(train, ranking.consensus, ranking.patch_maps, used)
     screening = Screening(
         ids=train.ids,

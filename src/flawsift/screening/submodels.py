@@ -27,7 +27,7 @@ from flawsift.executors import Executor, Run, Serial
 from flawsift.features.devices import resolve_device
 from flawsift.features.extraction import loaded
 from flawsift.files import write_text
-from flawsift.progress import Progress, silent
+from flawsift.progress import Progress, Stage, silent, steps_of
 from flawsift.screening.consensus import combine, held_out_mean, normalize_scores, own_mask
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Ranking, SubModelScores
@@ -107,6 +107,7 @@ class SubModels:
     progress: Progress
     scores: npt.NDArray[np.float32] = field(init=False)
     _map_sum: Tensor | None = None
+    _steps: int = 1  # of a training, where it tells of some
 
     def __post_init__(self) -> None:
         n_models = len(self.subset_of) * self.n_subsets
@@ -121,8 +122,10 @@ class SubModels:
             stored = [s for m in rows if not keep_models and (s := self._resume_scores(m)) is not None]
             if len(stored) < k:
                 trained = [self._train(m, on_submodel) for m in rows]
+                self.progress(Stage.COMPARING, 0, len(self.train))
                 # larger batches than one model takes: each reads its state once per batch
-                scored = score_together(trained, self.train, self.device, 64, keep_grids=True)
+                tell = steps_of(self.progress, Stage.COMPARING)
+                scored = score_together(trained, self.train, self.device, 64, keep_grids=True, progress=tell)
                 stored = [(one.scores, one.grids) for one in scored]
                 for m, (scores, grids) in zip(rows, stored, strict=True):
                     self._store_scores(m, scores, grids)
@@ -130,12 +133,11 @@ class SubModels:
             for m, (scores, grids) in zip(rows, stored, strict=True):
                 self.scores[m] = scores
                 self._add_maps(m, grids)
-        self.progress("sub-models", n_models, n_models)
         return models
 
     def _train(self, m: int, on_submodel: Callable[[int, Detector], None] | None) -> Detector:
         """Sub-model m, from its checkpoint or trained now."""
-        self.progress("sub-models", m, len(self.scores))
+        self.progress(Stage.PARTS, m * self._steps, len(self.scores) * self._steps)
         folder = None if self.checkpoint is None else self.checkpoint / f"model-{m}"
         if folder is not None and (folder / SAVED).exists():
             try:
@@ -165,7 +167,7 @@ class SubModels:
         task = _SubModel(runs, keep_models or on_submodel is not None)
         results = executor.map(task, missing)
         for m in range(n_models):  # in this order, like `all`: sums of maps depend on it
-            self.progress("sub-models", m, n_models)
+            self.progress(Stage.PARTS, m, n_models)
             if m not in missing:
                 stored = self._resume_scores(m)
                 assert stored is not None
@@ -177,7 +179,7 @@ class SubModels:
                     on_submodel(m, model)
                 models += [model] if model is not None and keep_models else ()
             self._add_maps(m, grids)
-        self.progress("sub-models", n_models, n_models)
+        self.progress(Stage.PARTS, n_models, n_models)
         return models
 
     def mean_maps(self) -> npt.NDArray[np.float16] | None:
@@ -199,10 +201,14 @@ class SubModels:
         self._map_sum[others] += grids[others].float()
 
     def _watch(self, m: int) -> Watch:
-        """Progress and checkpoint of the training of one sub-model."""
-        stage = f"sub-model {m + 1} of {len(self.scores)}"
+        """Progress, as steps of all trainings, and checkpoint of the training of one sub-model."""
         path = None if self.checkpoint is None else self.checkpoint / f"training-{m}.safetensors"
-        return Watch(lambda _, done, total: self.progress(stage, done, total), path)
+
+        def tell(stage: str, done: int, total: int) -> None:
+            self._steps = total
+            self.progress(Stage.PARTS, m * total + done, len(self.scores) * total)
+
+        return Watch(tell, path)
 
     def _path(self, m: int) -> Path | None:
         return None if self.checkpoint is None else self.checkpoint / f"scores-{m}.unfinished"

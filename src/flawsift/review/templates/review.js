@@ -600,9 +600,10 @@ import { endFlicker, isZoomed, look, pan, zoomKey } from "./zoom.js";
     $("refit-progress").hidden = !running;
     $("open-refit").textContent = running ? "Refitting…" : "Refit";
     if (running) {
-      if (status.total) $("refit-progress").value = status.done / status.total;
+      const counted = status.total > 1; // of one step nothing is counted
+      if (counted) $("refit-progress").value = status.done / status.total;
       else $("refit-progress").removeAttribute("value");
-      const steps = status.total ? `, ${status.done.toLocaleString("en")} of ${status.total.toLocaleString("en")}` : "";
+      const steps = counted ? `, ${status.done.toLocaleString("en")} of ${status.total.toLocaleString("en")}` : "";
       $("refit-status").textContent = `Running: ${status.stage}${steps}.`;
     } else if (status.state === "done") {
       $("refit-status").textContent = `Done in ${Math.round(status.seconds)} s: trained on ${count(status.n_kept, "image")}.`;
