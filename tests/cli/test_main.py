@@ -153,6 +153,20 @@ def test_predictions_are_written_as_a_page_and_as_lines(run: Any, easy_folder: P
     assert aside == {"maps", "predictions.csv", "predictions.jsonl", "report.html", ".flawsift"}
 
 
+def test_pictures_of_which_none_can_be_scored_are_an_error(run: Any, easy_folder: Path, tmp_path: Path) -> None:
+    small = ["--detector", "padim", "--set", "n_features=20"]
+    assert run("fit", easy_folder, "--out", tmp_path / "m", *TINY, *small).code == 0
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "a.png").touch()
+    found = run("predict", tmp_path / "m", tmp_path / "new", "--out", tmp_path / "p")
+    assert (found.code, "The image cannot be scored. 'a.png': " in found.err) == (2, True), found.err
+    (tmp_path / "new" / "b.png").write_text("no image")
+    found = run("predict", tmp_path / "m", tmp_path / "new", "--json")
+    assert (found.code, "None of the 2 images can be scored. 'a.png': " in found.err) == (2, True), found.err
+    shutil.copy(easy_folder / "part-00.png", tmp_path / "new")
+    assert run("predict", tmp_path / "m", tmp_path / "new").code == 0
+
+
 def test_days_are_compared(run: Any, easy_folder: Path, tmp_path: Path) -> None:
     small = ["--detector", "padim", "--set", "n_features=20"]
     assert run("fit", easy_folder, "--out", tmp_path / "m", *TINY, *small).code == 0
