@@ -41,8 +41,7 @@ types: $(READY)
 
 check: lint types test  ## what a change must pass
 
-docs: $(READY)  ## the pages as a site in build/site; any warning is an error
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+docs: $(READY)  ## the pages as a site in build/site; any warning is an error, and fails `make test` too
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo "Open build/site/index.html"
 

@@ -7,15 +7,35 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import _rows
+from PIL import Image
 
-N_GOOD, N_DEFECTIVE = 170, 30
+import _rows
+from _cloth import cloth
+
+N_GOOD, N_DEFECTIVE = 130, 20
+N_DAY, N_BAD_DAY, N_TEST = 24, 6, 40
+GRID = _rows.ROOT / "benchmarks" / "example.toml"
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 DESK, PHONE = (1280, 800), (390, 844)
+REVIEW = "review"
+# name of the picture: file of the page, and the section that the documents show; None: the page is looked at only
+PAGES: dict[str, tuple[str, str | None]] = {
+    "screening": ("screening/report.html", "suspects"),
+    "model": ("model/report.html", "model"),
+    "evaluation": ("evaluation/report.html", "metrics"),
+    "predictions": ("of-day-2/report.html", "images"),
+    "drift": ("drift/report.html", "bands"),
+    "calibration": ("calibrated/calibration.html", "curve"),
+    "diagnosis": ("diagnosis/diagnose.html", None),
+    "benchmark": ("benchmark/report.html", None),
+}
 
 
 def flawsift(*arguments: object) -> None:
@@ -24,82 +44,140 @@ def flawsift(*arguments: object) -> None:
 
 
 def make(folder: Path) -> None:
-    """A screening, a model and an evaluation of synthetic images."""
-    from flawsift.datasets.synthetic import synthetic, write_folder, write_mvtec
+    """Everything whose page is shown, of synthetic images; what is there already is used again."""
+    from flawsift.datasets.synthetic import write_folder, write_mvtec
 
-    # of one seed: the first good images of the larger set are those of the smaller one
-    write_folder(synthetic(N_GOOD, N_DEFECTIVE, size=256, texture="weave", seed=3), folder / "parts")
-    write_mvtec(synthetic(60, 60, size=256, texture="weave", seed=3), folder / "tree")
-    (folder / "parts" / "camera-fault.png").touch()
-    flawsift("screen", folder / "parts", "--out", folder / "screening")
-    flawsift("fit", folder / "parts", "--out", folder / "model", "--screening", folder / "screening")
-    flawsift("evaluate", folder / "model", folder / "tree", "--out", folder / "evaluation")
+    parts, tree, days = folder / "parts", folder / "tree", [folder / f"day-{n}" for n in (1, 2, 3)]
+    if not tree.exists():
+        write_folder(cloth(range(N_GOOD), range(N_DEFECTIVE)), parts)
+        (parts / "camera-fault.png").touch()
+        good, bad = N_GOOD, N_DEFECTIVE  # what comes from here on is new
+        for day in days:
+            write_folder(cloth(range(good, good + N_DAY), range(bad, bad + N_BAD_DAY)), day)
+            good, bad = good + N_DAY, bad + N_BAD_DAY
+        for path in days[-1].iterdir():  # an older lamp
+            with Image.open(path) as image:
+                image.point(lambda value: round(0.9 * value)).save(path)
+        write_mvtec(cloth(range(good, good + N_TEST), range(bad, bad + N_TEST)), tree, train_share=0)
+    model, screening = folder / "model", folder / "screening"
+    commands: dict[str, list[object]] = {
+        "screening": ["screen", parts],
+        "model": ["fit", parts, "--screening", screening],
+        "evaluation": ["evaluate", model, tree],
+        **{f"of-{day.name}": ["predict", model, day] for day in days},
+        "drift": ["drift", model, *(folder / f"of-{day.name}" for day in days)],
+        "calibrated": ["calibrate", model, tree],
+        "diagnosis": ["diagnose", parts],
+        "rows": ["benchmark", GRID],
+        "benchmark": ["benchmark-report", folder / "rows", "--config", GRID],
+    }
+    for name, words in commands.items():
+        if not (folder / name).exists():
+            flawsift(*words, "--out", folder / name)
 
 
-def shoot(page: Any, path: Path) -> None:
+def shoot(page: Any, path: Path, *, full_page: bool = False) -> None:
     """A screenshot of what has settled, as JPEG: heatmaps over a noisy texture are several times that as PNG."""
     page.wait_for_timeout(900)
-    page.screenshot(path=path, type="jpeg", quality=80)
+    page.screenshot(path=path, type="jpeg", quality=80, full_page=full_page)
 
 
 def main() -> None:
-    """Take them all, in light and dark and at two widths; those that the documents show carry no suffix."""
+    """Take those that the documents show, or, with --all, whole pages in light and dark, at two widths and printed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=_rows.ROOT / "docs")
-    parser.add_argument("--all", action="store_true", help="dark and phone too")
+    parser.add_argument("--all", action="store_true", help="whole pages, dark, phone and print too")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of these pages only, such as model or review")
     parser.add_argument("--work", type=Path, help="keep what is made here, and use it again")
     parser.add_argument("--chromium", type=Path, default=Path("/usr/bin/chromium"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="flawsift-shots-") as scratch:
         folder = args.work or Path(scratch)
-        if not (folder / "evaluation").exists():
-            folder.mkdir(exist_ok=True)
-            make(folder)
-        take(folder, args.out, args.chromium, every=args.all)
+        folder.mkdir(exist_ok=True)
+        make(folder)
+        take(folder, args.out, args.chromium, every=args.all, only=args.only)
 
 
-def take(folder: Path, out: Path, chromium: Path, *, every: bool) -> None:
+def take(folder: Path, out: Path, chromium: Path, *, every: bool, only: list[str] | None) -> None:
     """All pictures of one folder."""
     from playwright.sync_api import sync_playwright
 
-    command = [sys.executable, "-m", "flawsift", "review", str(folder / "screening"), "--no-browser"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as running:
-        assert server.stdout is not None
-        address = server.stdout.readline().strip()
+    names = [name for name in (*PAGES, REVIEW) if only is None or name in only]
+    with sync_playwright() as running:
         browser = running.chromium.launch(executable_path=str(chromium), args=FLAGS)
-        for scheme in ("light", "dark") if every else ("light",):
-            for width, height in (DESK, PHONE) if every else (DESK,):
-                suffix = ("-dark" if scheme == "dark" else "") + ("-phone" if (width, height) == PHONE else "")
-                context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": height})
-                page = context.new_page()
-                for name, section in (("screening", "suspects"), ("model", "model"), ("evaluation", "metrics")):
-                    page.goto((folder / name / "report.html").as_uri())
-                    if every:
-                        shoot(page, out / f"report-{name}-top{suffix}.jpg")
-                    page.evaluate("id => document.getElementById(id).scrollIntoView()", section)
-                    shoot(page, out / f"report-{name}{suffix}.jpg")
-                page.goto(address)
-                page.wait_for_selector("body[data-ready]")
-                page.locator(".tile").first.focus()
-                for key in ("r", "r", "k", "r", "u"):
-                    page.keyboard.press(key)
-                page.evaluate("scrollTo(0, 0)")
-                shoot(page, out / f"review-grid{suffix}.jpg")
-                page.keyboard.press("Enter")
-                page.locator("#alike-list button").first.click()
-                shoot(page, out / f"review-single{suffix}.jpg")
-                page.keyboard.press("Escape")
-                for dialog in ("overview", "help", "refit") if every else ():
-                    page.click(f"#open-{dialog}")
-                    shoot(page, out / f"review-{dialog}{suffix}.jpg")
-                    page.keyboard.press("Escape")
-                for _ in range(5):
-                    page.keyboard.press("z")
-                page.wait_for_timeout(500)
-                context.close()
+        schemes, sizes = (("light", "dark"), (DESK, PHONE)) if every else (("light",), (DESK,))
+        for scheme, (width, height) in product(schemes, sizes):
+            suffix = ("-dark" if scheme == "dark" else "") + ("-phone" if (width, height) == PHONE else "")
+            context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": height})
+            page = context.new_page()
+            page.set_default_timeout(20_000)
+            for name in names:
+                if name == REVIEW:
+                    review(page, folder / "screening", out, suffix, every=every)
+                else:
+                    report(page, folder, name, out, suffix, every=every)
+            context.close()
         browser.close()
-        server.terminate()
+
+
+def report(page: Any, folder: Path, name: str, out: Path, suffix: str, *, every: bool) -> None:
+    """What the documents show of a page, or all of it."""
+    file, section = PAGES[name]
+    page.goto((folder / file).as_uri())
+    if every:
+        page.evaluate("document.querySelectorAll('img').forEach(one => { one.loading = 'eager'; })")
+        shoot(page, out / f"report-{name}-whole{suffix}.jpg", full_page=True)
+        if not suffix:
+            page.pdf(path=out / f"report-{name}.pdf", format="A4")
+    elif section is not None:
+        page.evaluate("id => document.getElementById(id).scrollIntoView()", section)
+        for closed in page.query_selector_all(f"#{section} > details"):
+            closed.evaluate("element => { element.open = true; }")
+        shoot(page, out / f"report-{name}.jpg")
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of the review page of a screening, as long as it is looked at."""
+    command = [sys.executable, "-m", "flawsift", "review", str(folder), "--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            yield server.stdout.readline().strip()
+        finally:
+            server.terminate()
+
+
+def review(page: Any, folder: Path, out: Path, suffix: str, *, every: bool) -> None:
+    """The review page: the grid with some decisions, one image beside another, a region, and the dialogs."""
+    (folder / "decisions.csv").unlink(missing_ok=True)
+    with served(folder) as address:
+        page.goto(address)
+        page.wait_for_selector("body[data-ready]")
+        page.locator(".tile").first.focus()
+        for key in ("r", "r", "k", "r", "u"):
+            page.keyboard.press(key)
+        page.evaluate("scrollTo(0, 0)")
+        shoot(page, out / f"review-grid{suffix}.jpg")
+        page.keyboard.press("Enter")
+        page.locator("#alike-list button").first.click()
+        shoot(page, out / f"review-single{suffix}.jpg")
+        if every:
+            for _ in range(3):
+                page.keyboard.press("+")
+            shoot(page, out / f"review-zoom{suffix}.jpg")
+        page.keyboard.press("Escape")
+        page.click("#open-region")
+        box = page.locator("#region-svg").bounding_box()
+        for x, y in ((0.1, 0.1), (0.9, 0.15), (0.85, 0.8), (0.2, 0.9)):
+            page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        shoot(page, out / f"review-region{suffix}.jpg")
+        page.click("#region [data-close]")
+        for dialog in ("overview", "help", "refit") if every else ():
+            page.click(f"#open-{dialog}")
+            shoot(page, out / f"review-{dialog}{suffix}.jpg")
+            page.click(f"#{dialog} [data-close]")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,9 @@ import typer
 from PIL import Image
 
 from flawsift.cli.main import app, main
+from tools.make_notebook import BLOCK, NOT_RUN, NOTEBOOK, PAGE, written
 
 ROOT = Path(__file__).parent.parent
-# a remark just above a block says what tests do with it: "not run: WHY", or "the tests draw 30 for 200 and 8 for 20"
-BLOCK = re.compile(r"(?:<!-- ([^\n]*) -->\n)?```(sh|bash|python)\n(.*?)```", re.DOTALL)
 PAGES = ["README.md", "docs/commands.md", "docs/tutorial.md"]
 PAGES += sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/how-to/*.md"))
 ENDLESS = {"review", "serve", "watch"}  # until somebody stops them, but for `watch --once`
@@ -59,10 +58,15 @@ def material(easy_folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest
 def blocks(text: str) -> Iterator[tuple[str, str]]:
     """(language, code) of the blocks of a page that run."""
     for remark, language, code in BLOCK.findall(text):
-        if not remark.startswith("not run: "):
-            for less, more in re.findall(r"(\d+) for (\d+)", remark):
-                code = re.sub(rf"\b{more}\b", less, code)
-            yield "python" if language == "python" else "sh", code
+        if not remark.startswith(NOT_RUN):
+            yield "python" if language == "python" else "sh", smaller(code, remark)
+
+
+def smaller(code: str, remark: str) -> str:
+    """A block with the numbers that its remark gives to the tests."""
+    for less, more in re.findall(r"(\d+) for (\d+)", remark):
+        code = re.sub(rf"\b{more}\b", less, code)
+    return code
 
 
 def commands(code: str) -> Iterator[list[str]]:
@@ -117,7 +121,7 @@ def test_blocks_that_do_not_run_have_commands_and_extras_that_exist() -> None:
         for names in re.findall(r"pip install '?flawsift\[([\w,]+)\]", text):
             assert set(names.split(",")) <= set(extras), f"{page.name}: pip install flawsift[{names}]"
         for remark, _, code in BLOCK.findall(text):
-            if remark.startswith("not run: "):
+            if remark.startswith(NOT_RUN):
                 for words in commands(code):
                     if words[0] == "flawsift":
                         check_options(words)
@@ -134,6 +138,45 @@ def test_the_quick_start_finds_the_defects(material: Path, capsys: pytest.Captur
     assert "most anomalous: part-4" in printed
     assert "part-45.png" in printed
     assert "DEFECTIVE" in printed
+
+
+def test_the_notebook_is_that_of_the_tutorial() -> None:
+    assert NOTEBOOK.read_text("utf-8") == written(PAGE.read_text("utf-8")), "run python tools/make_notebook.py"
+
+
+# Lines after `!` run in the kernel instead of a shell, which would import torch anew for each and hide that one fails.
+IN_KERNEL = """
+def run(line):
+    words = shlex.split(line)
+    assert words[0] == "flawsift"
+    try:
+        main(words[1:])
+    except SystemExit as stop:
+        assert not stop.code, line
+
+import shlex
+from flawsift.cli.main import main
+get_ipython().system = run
+"""
+
+
+@pytest.mark.real
+def test_the_notebook_runs(material: Path) -> None:
+    """Cell by cell in a kernel of Jupyter."""
+    pytest.importorskip("elpv_dataset")
+    pytest.importorskip("ipykernel", reason="needs the extra dev")
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    remarks = " ".join(remark for remark, _, _ in BLOCK.findall(PAGE.read_text("utf-8")))
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.source = smaller(cell.source, remarks)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(IN_KERNEL))
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(material))
+    printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
+    assert "image_auroc" in printed
+    assert "Nothing was written." in printed
+    assert (material / "results" / "predictions.csv").is_file()
 
 
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning")  # of numba and scikit-learn

@@ -43,6 +43,7 @@ def test_the_curve_is_what_the_model_would_do() -> None:
     assert (np.diff(corners[:, 1]) >= 0).all(), "downwards is less: misses fall as false alarms rise"
     assert (np.diff(corners, axis=0) == 0).any(axis=1).all(), "level or upright: between two images nothing changes"
     low, high = curve.x_ticks[0], curve.x_ticks[-1]
+    top = float(curve.y_ticks[-1][1]) / 100
     assert (low, high) == ((0.0, "1"), (Curve.WIDTH, "100"))
     for rate in (1.01 / 61, 0.02, 0.05, 0.1, 0.3, 0.7, 0.98):
         threshold = result.model.threshold(rate)
@@ -50,7 +51,18 @@ def test_the_curve_is_what_the_model_would_do() -> None:
         assert threshold.misses is not None
         x = Curve.WIDTH * np.log(rate / 0.01) / np.log(100)
         y = corners[corners[:, 0] <= x][-1, 1]  # the last corner before it: steps are level
-        assert y == pytest.approx(Curve.HEIGHT * (1 - threshold.misses[0]), abs=0.06), rate
+        assert y == pytest.approx(Curve.HEIGHT * (1 - threshold.misses[0] / top), abs=0.06), rate
+
+
+def test_the_axis_ends_just_above_what_is_drawn() -> None:
+    good = [float(i) for i in range(1, 100)]
+    few = Curve.of(made(good, [200.0 + i for i in range(100)], 0.05))
+    assert few.y_ticks == [(300.0, "0"), (225.0, "5"), (150.0, "10"), (75.0, "15"), (0.0, "20")]
+    many = Curve.of(made(good, [50.0] * 100, 0.05))
+    assert many.y_ticks[-1] == (0.0, "100")
+    for curve in (few, many):
+        drawn = [float(y) for y in re.findall(r" ([\d.]+)", curve.band)]
+        assert 0 <= min(drawn) <= max(drawn) <= Curve.HEIGHT
 
 
 def test_points_and_rows() -> None:

@@ -188,6 +188,16 @@ def test_identical_images_are_finite(tmp_path: Path) -> None:
     assert "nan" not in page
 
 
+def test_a_page_begins_with_what_was_found_and_what_to_do() -> None:
+    found = diagnose(features_of(torch.randn(4, 4, 3, generator=torch.Generator().manual_seed(0))), "a")
+    page = diagnostics.diagnosis_page(found)
+    assert page.index("No sign that defects recur") < page.index("rank the images and train") < page.index("<main>")
+    warned = diagnostics.diagnosis_page(replace(found, warnings=("Alike.",), twins=("a.png",)))
+    assert (
+        warned.index("Alike.") < warned.index("Defects may look like each other") < warned.index("look at the images")
+    )
+
+
 def test_a_page_names_some_of_many_images_and_tells_how_many_more(tmp_path: Path) -> None:
     found = diagnose(features_of(torch.randn(4, 4, 3, generator=torch.Generator().manual_seed(0))), "a")  # the fewest
     for n, more in ((24, None), (25, 1), (40, 16)):

@@ -1,5 +1,6 @@
 """A threshold from labelled images as one HTML page: misses against false alarms, and what each rate would give."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +93,13 @@ class Curve:
         assert calibration.misses is not None
         rates, misses = calibration.rates[::-1], calibration.misses[::-1]  # rates rise, misses fall
         ticks = _ticks(float(rates[0]))
+        top = max(math.ceil(5 * float(misses.max())) / 5, 0.2)  # few misses are not squeezed into the lowest line
 
         def x(rate: float) -> float:
             return float(cls.WIDTH * (1 - np.log(max(rate, ticks[0])) / np.log(ticks[0])))
 
         def y(share: float) -> float:
-            return cls.HEIGHT * (1 - share)
+            return cls.HEIGHT * (1 - share / top)
 
         def steps(column: int) -> list[str]:
             return [f"{x(rate):.1f} {y(share):.1f}" for rate, share in _steps(rates, misses[:, column])]
@@ -117,7 +119,7 @@ class Curve:
             line="M" + " L".join(steps(0)),
             band="M" + " L".join([*steps(2), *reversed(steps(1))]) + " Z",
             x_ticks=[(x(tick), _tick_text(tick, len(ticks))) for tick in ticks],
-            y_ticks=[(y(share / 100), str(share)) for share in range(0, 101, 20)],
+            y_ticks=[(cls.HEIGHT * (1 - n / 4), f"{25 * top * n:g}") for n in range(5)],
             points=points,
         )
 

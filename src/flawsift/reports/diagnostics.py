@@ -28,7 +28,7 @@ from flawsift.errors import InputError
 from flawsift.files import ensure_folder, write_json, write_text
 from flawsift.metrics.ranking import image_auroc
 from flawsift.paths import name_some, show
-from flawsift.reports.pages import template
+from flawsift.reports.pages import css_ramp, template
 from flawsift.reports.pairs import (
     ANOMALY_ANOMALY,
     NORMAL_ANOMALY,
@@ -241,16 +241,39 @@ def write_diagnosis(diagnosis: Diagnosis, folder: str | Path) -> Path:
 
 def diagnosis_page(diagnosis: Diagnosis) -> str:
     """The diagnosis as one self-contained HTML page."""
+    twins, labelled = diagnosis.twins, diagnosis.nearest_auroc is not None
     return template(PAGE).render(
+        title="Diagnosis",
+        headline=_headline(bool(diagnosis.warnings), labelled),
+        explanation=f"{', '.join(f'{count:,} {name}' for name, count in diagnosis.counts.items())} compared.",
+        next_step=_next_step(bool(twins), labelled),
+        sections=[(name, name.capitalize()) for name in ("recurrence", "limits", "distances", "matches")],
+        ramp=css_ramp(),
         plot=_plot(diagnosis.distances),
         width=WIDTH,
         height=HEIGHT,
-        twins=[show(name) for name in diagnosis.twins[:MAX_NAMED]],
-        n_more=max(0, len(diagnosis.twins) - MAX_NAMED),
+        twins=[show(name) for name in twins[:MAX_NAMED]],
+        n_more=max(0, len(twins) - MAX_NAMED),
         tables=[("all vectors", diagnosis.matching), ("vectors of different images only", diagnosis.matching_across)],
-        labelled=diagnosis.nearest_auroc is not None,
+        labelled=labelled,
         **diagnosis.as_json(),
     )
+
+
+def _headline(warned: bool, labelled: bool) -> str:
+    """The result in a sentence."""
+    if warned:
+        return "Defects may look like each other here, and be learned as normal."
+    if labelled:
+        return "Anomalous patches vary more than normal ones, as methods for contaminated sets assume."
+    return "No sign that defects recur. Without labels that is all that can be said."
+
+
+def _next_step(recurs: bool, labelled: bool) -> str:
+    """What a person does with the result."""
+    if recurs:
+        return "look at the images that are named below, and set those aside that have a defect."
+    return "rank the images and train." if labelled else "rank the images and train; labels of some would say more."
 
 
 def _plot(distances: Mapping[str, Floats]) -> dict[str, Any]:
