@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +18,9 @@ from flawsift.datasets import Dataset
 from flawsift.detectors.parts.training import Watch
 from flawsift.features.backbones import Backbone
 from flawsift.testing import easy_set, tiny_backbone
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
+hypothesis.settings.load_profile("untimed")
 
 
 def _no_sync(fd: object) -> None:

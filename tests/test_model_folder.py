@@ -110,10 +110,13 @@ def test_a_screening_of_the_new_model_stays(
     assert (place / "decisions.csv").read_text() == DECIDED
 
 
-def test_a_screening_folder_keeps_its_page(other: Path, easy_folder: Path, tiny: Backbone, store: FeatureStore) -> None:
-    page = (other / "report.html").read_text("utf-8")
-    fit(easy_folder, tiny, store, other, no_screen=True)
-    assert (other / "report.html").read_text("utf-8") == page
+def test_no_model_goes_into_a_screening_folder(
+    other: Path, easy_folder: Path, tiny: Backbone, store: FeatureStore
+) -> None:
+    before = visible(other)
+    with pytest.raises(OutputError, match="holds a screening"):
+        fit(easy_folder, tiny, store, other, no_screen=True)
+    assert visible(other) == before
 
 
 @pytest.mark.parametrize("asked", [{"no_screen": True}, {"screening": "other"}])

@@ -115,7 +115,7 @@ def test_eight_bit_sets_have_no_range(easy_folder: Path, tiny: Backbone, tmp_pat
 
 def test_the_command_line_tells_the_range(parts: Path, tmp_path: Path, cli: Cli) -> None:
     options = ["--detector", "padim", "--backbone", "random:0", "--size", "32"]
-    code, out, error = cli("fit", parts, "--out", tmp_path / "m", "--no-screen", *options)
+    code, out, error = cli("fit", parts, "--out", tmp_path / "m", "--no-screen", "--quiet", *options)
     assert (code, error) == (0, "")
     assert LINE in out
     code, out, _ = cli("predict", tmp_path / "m", parts)

@@ -283,7 +283,7 @@ def _stale(out: Path, asked: _Asked) -> list[str]:
     stale, mine = [calibration.PAGE], out / SCREENING
     if (mine / CSV).exists() and (asked.no_screen or (asked.folder is not None and not mine.samefile(asked.folder))):
         stale.append(SCREENING)
-    if asked.no_screen and not (out / CSV).exists():  # else the page is about the screening beside it
+    if asked.no_screen:
         stale.append(REPORT)
     return stale
 

@@ -152,7 +152,7 @@ def test_a_library_without_the_memory_to_be_loaded_is_an_error(
         raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
 
     monkeypatch.setattr("flawsift.cli.use._check_folder", fails)
-    code, _, error = cli("predict", tmp_path, tmp_path)
+    code, _, error = cli("predict", tmp_path, tmp_path, "--quiet")
     assert code == 2
     assert error.startswith("flawsift: error: a library cannot be loaded: libtorch_cpu.so: failed to map")
 
@@ -161,7 +161,11 @@ def test_a_library_without_the_memory_to_be_loaded_is_an_error(
 def test_a_result_that_cannot_be_printed_is_an_error() -> None:
     with open("/dev/full", "w") as full:
         told = subprocess.run(
-            [sys.executable, "-m", "flawsift", "detectors"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", "flawsift", "detectors", "--quiet"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
         )
         unseen = subprocess.run(
             [sys.executable, "-m", "flawsift", "cache", "verify", "--nothing"], stderr=full, check=False

@@ -24,6 +24,8 @@ from flawsift.models.plan import judge, plan_training
 from flawsift.paths import name_some
 from flawsift.types import Floats
 
+BATCH = 32  # rows that are scored at a time
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -78,8 +80,11 @@ class Trained:
             return predictions.scores
         if self.columns is None:
             raise InputError("This detector was fitted on images, and got rows of features.")
-        rows = as_patches(self.columns.standardized(given))
-        return self.detector.predict(rows, device=self.device, maps=False).scores.astype(np.float64)
+        rows = self.columns.standardized(given)
+        # whole batches, for how a matrix product rounds depends on its number of rows
+        padded = as_patches(np.concatenate([rows, rows[-1:].repeat(-len(rows) % BATCH, 0)]))
+        scores = self.detector.predict(padded, device=self.device, maps=False, batch_size=BATCH).scores
+        return scores[: len(rows)].astype(np.float64)
 
 
 def images_in(given: Any) -> ImageSet | None:

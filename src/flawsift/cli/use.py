@@ -59,30 +59,24 @@ def _predict(
     progress: "Progress",
 ) -> tuple[dict[str, Any], list[str]]:
     from flawsift.data.listing import MAPS
+    from flawsift.reports import predictions as tables
     from flawsift.reports.prediction_page import HighestPictures, write_prediction_report
-    from flawsift.reports.predictions import (
-        LINES,
-        OverlayWriter,
-        move_earlier_maps,
-        write_json_lines,
-        write_predictions,
-    )
 
-    _check_folder(out, LINES)
+    _check_folder(out, tables.LINES)
     progress(Stage.MODEL, 0, 1)
     loaded = model.load()
     given = images_in(images, None, progress=progress)
     threshold = loaded.threshold(false_alarm_rate)
     pictures = HighestPictures(loaded.calibration, threshold)
     takers: list[Callable[[ImageSet, Prediction], None]] = [] if out is None else [pictures]
-    takers += [OverlayWriter(out / MAPS, loaded.calibration, threshold)] if out is not None and maps else []
+    takers += [tables.OverlayWriter(out / MAPS, loaded.calibration, threshold)] if out is not None and maps else []
 
     def take(piece: "ImageSet", prediction: "Prediction") -> None:
         for taker in takers:
             taker(piece, prediction)
 
     if out is not None:
-        move_earlier_maps(out, given.names if maps else [])
+        tables.move_earlier_maps(out, given.names if maps else [])
     result = loaded.predict(
         given,
         false_alarm_rate=false_alarm_rate,
@@ -90,9 +84,7 @@ def _predict(
         on_maps=take if takers else None,
         progress=progress,
     )
-    if (n := len(result)) and len(result.errors) == n:
-        what = "The image cannot be scored" if n == 1 else f"None of the {n} images can be scored"
-        raise InputError(f"{what}. '{result.names[0]}': {result.errors[int(result.ids[0])]}.")
+    _require_a_score(result)
     lines = predicted_lines(result, one_by_one=out is None)
     summary: dict[str, Any] = {
         "n_images": len(result),
@@ -107,12 +99,18 @@ def _predict(
     else:
         progress(Stage.WRITING, 0, 1)
         drawn = result.ids.tolist() if maps else None
-        table = write_predictions(result, out, heatmaps=drawn)
-        summary["json_lines"] = str(write_json_lines(result, out, heatmaps=drawn))
+        table = tables.write_predictions(result, out, heatmaps=drawn)
+        summary["json_lines"] = str(tables.write_json_lines(result, out, heatmaps=drawn))
         page = write_prediction_report(result, pictures, out, heatmaps=drawn or ())
         lines += [f"Table:  {table}" + (f"   Heatmaps: {out / MAPS}" if maps else ""), f"Report: {page}"]
         summary |= {"predictions": str(table), "report": str(page)}
     return summary, lines
+
+
+def _require_a_score(result: "Predictions") -> None:
+    if (n := len(result)) and len(result.errors) == n:
+        what = "The image cannot be scored" if n == 1 else f"None of the {n} images can be scored"
+        raise InputError(f"{what}. '{result.names[0]}': {result.errors[int(result.ids[0])]}.")
 
 
 def _check_folder(out: Path | None, own: str) -> None:
