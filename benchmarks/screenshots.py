@@ -4,6 +4,7 @@ Needs the extra `review`, Playwright and Chromium (--chromium).
 """
 
 import argparse
+import csv
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 import _rows
-from _cloth import cloth
+from _cloth import DEFECTS, cloth
 
 N_GOOD, N_DEFECTIVE = 130, 20
 N_DAY, N_BAD_DAY, N_TEST = 24, 6, 40
@@ -31,7 +32,7 @@ PAGES: dict[str, tuple[str, str | None]] = {
     "model": ("model/report.html", "model"),
     "evaluation": ("evaluation/report.html", "metrics"),
     "predictions": ("of-day-2/report.html", "images"),
-    "drift": ("drift/report.html", "bands"),
+    "drift": ("drift/report.html", None),
     "calibration": ("calibrated/calibration.html", "curve"),
     "diagnosis": ("diagnosis/diagnose.html", None),
     "benchmark": ("benchmark/report.html", None),
@@ -76,10 +77,26 @@ def make(folder: Path) -> None:
             flawsift(*words, "--out", folder / name)
 
 
+# whether no picture in view is still on its way
+LOADED = """() => [...document.images].every((one) => {
+  const box = one.getBoundingClientRect();
+  return one.complete || !one.src || box.bottom < 0 || box.top > innerHeight;
+})"""
+
+
+def settle(page: Any) -> None:
+    """Wait until pictures are there; the review page's policy forbids Playwright's own polling."""
+    for _ in range(50):
+        page.wait_for_timeout(200)
+        if page.evaluate(LOADED):
+            break
+    page.wait_for_timeout(300)  # layout, and what fades in
+
+
 def shoot(page: Any, path: Path, *, full_page: bool = False) -> None:
     """A screenshot of what has settled, as JPEG: heatmaps over a noisy texture are several times that as PNG."""
-    page.wait_for_timeout(900)
-    page.screenshot(path=path, type="jpeg", quality=80, full_page=full_page)
+    settle(page)
+    page.screenshot(path=path, type="jpeg", quality=72, full_page=full_page)
 
 
 def main() -> None:
@@ -96,7 +113,21 @@ def main() -> None:
         folder = args.work or Path(scratch)
         folder.mkdir(exist_ok=True)
         make(folder)
+        heatmap(folder, args.out / "heatmap.jpg")
         take(folder, args.out, args.chromium, every=args.all, only=args.only)
+
+
+def heatmap(folder: Path, path: Path) -> None:
+    """The highest-scoring scratch among new parts, and its heatmap beside it."""
+    with (folder / "of-day-2" / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: -float(row["score"]))
+    scratches = [f"{N_DAY + n:06d}.png" for n in range(N_BAD_DAY) if (N_DEFECTIVE + N_BAD_DAY + n) % len(DEFECTS) == 0]
+    name = next(row["path"] for row in rows if row["path"] in scratches)
+    with Image.open(folder / "day-2" / name) as part, Image.open(folder / "of-day-2" / "maps" / f"{name}.png") as map_:
+        pair = Image.new("RGB", (2 * part.width + 6, part.height), "white")
+        pair.paste(part, (0, 0))
+        pair.paste(map_.convert("RGB").resize(part.size), (part.width + 6, 0))
+        pair.save(path, quality=85)
 
 
 def take(folder: Path, out: Path, chromium: Path, *, every: bool, only: list[str] | None) -> None:
@@ -155,13 +186,19 @@ def review(page: Any, folder: Path, out: Path, suffix: str, *, every: bool) -> N
     with served(folder) as address:
         page.goto(address)
         page.wait_for_selector("body[data-ready]")
+        page.evaluate("document.querySelector('.path bdi').textContent = 'screening'")  # not where this machine has it
         page.locator(".tile").first.focus()
         for key in ("r", "r", "k", "r", "u"):
             page.keyboard.press(key)
         page.evaluate("scrollTo(0, 0)")
+        for _ in range(50):
+            if page.locator("#saved").inner_text() == "Saved":
+                break
+            page.wait_for_timeout(200)
         shoot(page, out / f"review-grid{suffix}.jpg")
         page.keyboard.press("Enter")
         page.locator("#alike-list button").first.click()
+        page.evaluate("document.querySelector('.side').scrollTo(0, 0)")
         shoot(page, out / f"review-single{suffix}.jpg")
         if every:
             for _ in range(3):
@@ -169,9 +206,11 @@ def review(page: Any, folder: Path, out: Path, suffix: str, *, every: bool) -> N
             shoot(page, out / f"review-zoom{suffix}.jpg")
         page.keyboard.press("Escape")
         page.click("#open-region")
+        settle(page)
         box = page.locator("#region-svg").bounding_box()
         for x, y in ((0.1, 0.1), (0.9, 0.15), (0.85, 0.8), (0.2, 0.9)):
             page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        page.click("#region-close")
         shoot(page, out / f"review-region{suffix}.jpg")
         page.click("#region [data-close]")
         for dialog in ("overview", "help", "refit") if every else ():

@@ -237,12 +237,12 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("[a](../examples/)", "docs/method.md", "method.md", "a"),
         ("[a](missing.md)", "docs/method.md", "method.md", "[a](missing.md)"),
         ("[a](https://example.org/b.md)", "docs/method.md", "method.md", "[a](https://example.org/b.md)"),
-        ("![a](docs/heatmap.png)", "README.md", "development/readme.md", "![a](../heatmap.png)"),
+        ("![a](docs/heatmap.jpg)", "README.md", "development/readme.md", "![a](../heatmap.jpg)"),
         ("`[a](docs/method.md)`", "ARCHITECTURE.md", "development/architecture.md", "`[a](docs/method.md)`"),
     ],
 )
 def test_links_of_the_site_lead_to_its_pages(site: Any, link: str, source: str, page: str, expected: str) -> None:
-    pages = {"glossary.md", "method.md", "benchmarks/index.md", "heatmap.png"}
+    pages = {"glossary.md", "method.md", "benchmarks/index.md", "heatmap.jpg"}
     assert site.relinked(f"see {link}.", source, page, pages) == f"see {expected}."
 
 

@@ -150,7 +150,7 @@ def test_draw_by_clicks_and_by_keys(browser: Any, errors: Errors, server: Server
     page = open_page(browser, errors, server.address)
     page.click("#open-region")
     status, svg = page.locator("#region-status"), page.locator("#region-svg")
-    expect(status).to_contain_text("Nothing is drawn")
+    expect(status).to_contain_text("No region is saved")
     expect(page.locator("#region-save")).to_be_disabled()
     box = svg.bounding_box()
     for x, y in ((0.25, 0.25), (0.75, 0.25), (0.75, 0.75), (0.25, 0.26)):  # the last is the first again
@@ -182,7 +182,7 @@ def test_draw_by_clicks_and_by_keys(browser: Any, errors: Errors, server: Server
     expect(page.locator("#region-shapes .closed")).to_have_count(2)
     page.click("#region-clear")
     page.click("#region-save")
-    expect(status).to_contain_text("Nothing is drawn")
+    expect(status).to_contain_text("No region is saved")
     assert not os.path.exists(path)
     assert server.decisions() == {}  # "k" was for the drawing
     assert errors == []

@@ -46,7 +46,7 @@ function tell(state) {
     : `The screening looked at ${percent(state.screened)} of each image; the rest is dark.`;
   const now = state.problem ? `roi.json cannot be used: ${state.problem}`
     : state.is_new ? `Saved: ${percent(state.share)} of each image. Refit screens the images anew with it. From the command line:`
-      : state.command ? "Saved: the region of the screening." : "Nothing is drawn.";
+      : state.command ? "Saved: the region of the screening." : "No region is saved.";
   $("region-status").replaceChildren(`${before} ${now} `, ...(state.is_new ? [make("code", "", state.command)] : []));
 }
 
