@@ -147,6 +147,7 @@ def test_two_tabs_do_not_overwrite_each_other(browser: Any, errors: Errors, serv
     expect(second.locator("#alert")).to_contain_text("Decided elsewhere meanwhile")
     expect(second.locator(".tile .badge").nth(1)).to_have_text("remove")
     expect(second.locator(".tile .badge").first).to_have_text("keep")
+    saved(second)  # badges change before that
     assert server.decisions() == {ranked[0]: "keep", ranked[1]: "remove"}
     expect(first.locator(".tile .badge").nth(1)).to_have_text("remove")  # by its poll
     assert [e for e in errors if "409" not in e] == []
