@@ -72,6 +72,7 @@ def main() -> None:
             if name != "quorum" and args.peer_python.exists():
                 path = _peer(args, work, "--fit", name)["path"]
                 sides["anomalib 2.7.0, openvino"] = _peer(args, work, "--time", path)
+                sides["anomalib 2.7.0, openvino in float32"] = _peer(args, work, "--time", path, "--precision", "f32")
             for library, figure in sides.items():
                 row = {**_rows.provenance(), "detector": name, "library": library, "n_train": args.images, **figure}
                 _rows.append_rows(args.results / "latency.csv", [row])
@@ -98,11 +99,11 @@ def _ours(path: Path, work: Path, pictures: Any) -> dict[str, float]:
     }
 
 
-def _peer(args: argparse.Namespace, work: Path, flag: str, value: str) -> dict[str, Any]:
-    command = [str(args.peer_python), str(PEER), "--work", str(work), flag, value]
+def _peer(args: argparse.Namespace, work: Path, *flags: str) -> dict[str, Any]:
+    command = [str(args.peer_python), str(PEER), "--work", str(work), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"anomalib could not do {flag} {value}:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"anomalib could not do {' '.join(flags)}:\n{done.stderr[-3000:]}")
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return told
 
