@@ -6,6 +6,7 @@ told, so whatever is not a stage of its own belongs to the one before it.
 
 import contextlib
 import html
+import importlib
 import os
 import sys
 import time
@@ -276,7 +277,7 @@ class _NotebookBar(_Display):
 
     def __init__(self) -> None:
         super().__init__()
-        from IPython.display import display
+        display = importlib.import_module("IPython.display").display  # an extra of nobody: a notebook has it
 
         self._drawn = time.monotonic()
         self._handle = display({"text/plain": ""}, raw=True, display_id=True)

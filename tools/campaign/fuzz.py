@@ -140,6 +140,9 @@ def fuzz(minutes: float, seed: int, areas: list[str], say: Callable[[str], objec
         areas: Names.
         say: Told of faults, and how far it is.
     """
+    import torch
+
+    torch.set_num_threads(1)  # as in the workers: the test network's weights depend on it in their last digits
     with tempfile.TemporaryDirectory(prefix="flawsift-material-") as folder:
         material = make_material(Path(folder) / "material").root
         counts: dict[str, Counter[str]] = {name: Counter() for name in areas}
@@ -181,6 +184,9 @@ def fault_line(name: str, seed: int, n: int, outcome: Outcome) -> str:
 
 def only(name: str, seed: int, n: int) -> Outcome:
     """One mutation in this process, to see it again."""
+    import torch
+
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="flawsift-fuzz-") as folder:
         material: Any = make_material(Path(folder) / "material")
         return tried(AREAS[name](material, Path(folder) / name), name, seed, n)

@@ -52,6 +52,8 @@ class Answer:
     @property
     def result(self) -> Any:
         """The object that `--json` printed."""
+        if not self.out:
+            raise ValueError(f"Nothing on stdout, but: {self.err[-800:]}")
         return json.loads(self.out)
 
 
