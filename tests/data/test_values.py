@@ -455,3 +455,20 @@ def test_pages_of_many_bits_follow_the_range(tmp_path: Path) -> None:
     found = [np.asarray(images.image(i))[..., 0] for i in range(2)]
     for seed in (0, 1):
         np.testing.assert_array_equal(found[seed], np.rint(grey(seed).astype(float) * 4 / 1023 * 255))
+
+
+@pytest.mark.parametrize("tag", ["ImageWidth", "ImageLength"])
+def test_a_head_that_claims_no_pixels_is_damage(tag: str, tmp_path: Path) -> None:
+    data = bytearray(tiff(grey(), photometric="minisblack"))
+    with tifffile.TiffFile(io.BytesIO(bytes(data))) as opened:
+        page: Any = opened.pages[0]
+        at = page.tags[tag].valueoffset
+    data[at : at + 2] = bytes(2)
+    with pytest.raises(UnreadableImage, match="no pixels"):
+        size_of(bytes(data))
+    (tmp_path / "parts").mkdir()
+    for i in range(3):
+        Image.fromarray(grey(i)).save(tmp_path / "parts" / f"{i}.png")
+    (tmp_path / "parts" / "a.tif").write_bytes(data)
+    height, width = fitting_size(ImageSet.from_folder(tmp_path / "parts"))
+    assert width > height, "the others tell the shape"

@@ -152,7 +152,10 @@ def size_of(given: bytes | npt.NDArray[Any] | Image.Image, page: int | None = No
         if isinstance(given, Image.Image):
             return _size(given)
         if tiff.is_tiff(given):
-            return tiff.size_of(given, page)
+            width, height = tiff.size_of(given, page)
+            if not width * height:
+                raise UnreadableImage("damaged: it says that it has no pixels")
+            return width, height
         if _is_heic(given):
             return _heic(given).size
         with Image.open(io.BytesIO(given)) as opened:
