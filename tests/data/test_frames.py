@@ -78,6 +78,14 @@ def test_what_does_not_count_is_as_low_as_the_lowest_that_does() -> None:
     assert frame.only_counted(maps)[0].tolist() == [[0, 1, 0, 0], [4, 5, 0, 0], [8, 9, 0, 0], [12, 13, 0, 0]]
 
 
+def test_an_image_thinner_than_a_patch_has_patches_that_count() -> None:
+    counted = Frame((64, 64), torch.tensor([[64, 1], [1, 64], [1, 1]], dtype=torch.float64)).counted(4, 4)
+    assert counted is not None
+    column, row = torch.zeros(2, 4, 4).bool()
+    column[:, 0], row[0] = True, True
+    assert torch.equal(counted, torch.stack([column, row, column & row]))
+
+
 def test_a_region_counts_by_the_middles_of_patches_and_one_at_least() -> None:
     cells = np.zeros((8, 8), np.bool_)
     cells[:4, 4:] = True

@@ -85,6 +85,12 @@ def client(made: Callable[..., Server]) -> TestClient:
     return made().client
 
 
+def test_a_name_that_is_no_text_is_answered_as_escapes(client: TestClient, good: bytes) -> None:
+    body = b'{"name": "\\ud800", "image": "' + base64.b64encode(good) + b'"}'
+    answer = client.post(AT, content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["results"][0]["name"]) == (200, "\\ud800")
+
+
 def test_the_three_ways_to_send_pictures_answer_the_same(
     client: TestClient, exported: Path, good: bytes, bad: bytes
 ) -> None:

@@ -1,6 +1,7 @@
 """What `Detector` does for all: caches, learned state, folders, names."""
 
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -103,3 +104,10 @@ def test_a_name_that_is_no_text_is_a_damaged_folder(tmp_path: Path) -> None:
     (tmp_path / "detector.json").write_text('{"name": 5, "params": {}, "state": {}}')
     with pytest.raises(ModelError, match="is not a readable detector folder"):
         load_detector(tmp_path)
+
+
+@pytest.mark.parametrize("value", [1e39, -1e308, math.inf, math.nan])
+def test_parameters_that_float32_cannot_hold_are_refused(value: float) -> None:
+    for name, parameter in (("softpatch", "max_weight"), ("padim", "eps"), ("funad", "learning_rate")):
+        with pytest.raises(ParameterError, match=f"{parameter} must be a number that float32 holds"):
+            detector_class(name)(**{parameter: value})

@@ -149,12 +149,14 @@ class Frame:
     def counted(self, h: int, w: int) -> Tensor | None:
         """(B or 1, h, w) bool on a patch grid: True where a patch counts, by its middle; None where all do.
 
-        At least one patch of an image counts: the one nearest to the middle of what is looked at.
+        At least one patch of an image counts: the first one, or the one nearest to the middle of a region.
         """
         if self.contents is None and self.region is None:
             return None
         rows, columns = self._places(h, 0), self._places(w, 1)  # (B, h), (B, w) in [0, 1) within the image
-        inside = (rows < 1)[:, :, None] & (columns < 1)[:, None, :]
+        # an image thinner than a patch ends before the middle of the first one
+        first = [torch.arange(n) == 0 for n in (h, w)]
+        inside = ((rows < 1) | first[0])[:, :, None] & ((columns < 1) | first[1])[:, None, :]
         if self.region is None:
             return inside
         cells = self._cells

@@ -14,6 +14,7 @@ from flawsift.deploy import products
 from flawsift.deploy.gate import Gate, Limits, Log, Metrics, check_key, refused
 from flawsift.deploy.products import Loaded, Product, Wanted
 from flawsift.errors import InputError, one_line
+from flawsift.paths import show
 
 try:
     import anyio
@@ -222,7 +223,7 @@ def _of_json(body: bytes) -> list[Given]:
         images = content.get("images", [content])
         if not isinstance(images, list):
             raise TypeError
-        named = [(str(image.get("name", "")), image["image"]) for image in images]
+        named = [(show(str(image.get("name", ""))), image["image"]) for image in images]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         message = 'Send {"image": BASE64}, or {"images": [{"name": TEXT, "image": BASE64}, ...]}.'
         raise BadRequest(400, "json", message) from None

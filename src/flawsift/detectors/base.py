@@ -278,6 +278,8 @@ class Detector(ABC):
             fits = type(value) in plain or (float in plain and type(value) is int)
             names = " or ".join("None" if t is NoneType else t.__name__ for t in plain)
             self._require(f.name, fits, f"be of type {names}")
+            if float in plain and value is not None:
+                self._require(f.name, abs(value) <= torch.finfo(torch.float32).max, "be a number that float32 holds")
 
     def _require(self, parameter: str, holds: bool, constraint: str) -> None:
         if not holds:
