@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,5 +110,6 @@ def test_a_name_that_is_no_text_is_a_damaged_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [1e39, -1e308, math.inf, math.nan])
 def test_parameters_that_float32_cannot_hold_are_refused(value: float) -> None:
     for name, parameter in (("softpatch", "max_weight"), ("padim", "eps"), ("funad", "learning_rate")):
+        params: Any = {parameter: value}
         with pytest.raises(ParameterError, match=f"{parameter} must be a number that float32 holds"):
-            detector_class(name)(**{parameter: value})
+            detector_class(name)(**params)
