@@ -1,5 +1,7 @@
 """A short form of `make fuzz` and `make kill`: bad input and kills end in a clear word and lose nothing."""
 
+import csv
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from tools.campaign.fuzz import AREAS, tried
 from tools.campaign.kill import kill
 from tools.campaign.material import Material, make_material
 from tools.campaign.outcome import Answer, judged
+from tools.campaign.rows import write_rows
 
 SEED = 5
 TRIES = {"requests": 60, "options": 15, "tables": 12, "exports": 16, "models": 10, "images": 10, "caches": 4}
@@ -47,3 +50,17 @@ def test_killed_commands_leave_the_old_result_or_the_new_one(tmp_path: Path) -> 
 )  # fmt: skip
 def test_who_judges_can_tell(answer: Answer, is_checked: bool, kind: str) -> None:
     assert judged(answer, 3, "what", ["a.csv"], is_checked=is_checked, view=lambda result: result).kind == kind
+
+
+def test_rows_of_one_area_leave_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    write_rows(path, "fuzz", 1, {"images": Counter(same=3), "tables": Counter(error=2)})
+    write_rows(path, "kill", 2, {"fit": Counter(same=1)})
+    write_rows(path, "fuzz", 4, {"tables": Counter(told=5)})
+    with path.open() as file:
+        found = [(row["task"], row["name"], row["seed"], row["same"], row["told"]) for row in csv.DictReader(file)]
+    assert found == [
+        ("fuzz", "images", "1", "3", "0"),
+        ("fuzz", "tables", "4", "0", "5"),
+        ("kill", "fit", "2", "1", "0"),
+    ]

@@ -13,11 +13,12 @@ HEADER = ["commit", "seed", "task", "name", *KINDS]
 
 
 def write_rows(path: Path, task: str, seed: int, counts: Mapping[str, Counter[str]]) -> None:
-    """Write the rows of a task in place of its earlier ones."""
+    """Write the rows of a task in place of its earlier ones of the same names."""
     rows: list[list[object]] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [[row[name] for name in HEADER] for row in csv.DictReader(file) if row["task"] != task]
+            earlier = [row for row in csv.DictReader(file) if row["task"] != task or row["name"] not in counts]
+            rows = [[row[name] for name in HEADER] for row in earlier]
     rows += [[_commit(), seed, task, name, *(count[kind] for kind in KINDS)] for name, count in sorted(counts.items())]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, HEADER, sorted(rows, key=lambda row: (str(row[2]), str(row[3]))))
