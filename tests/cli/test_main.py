@@ -385,7 +385,7 @@ def test_odd_names_and_bad_files(run: Any, easy_folder: Path, tmp_path: Path) ->
                 "--detector",
                 "inreach",
                 "--set",
-                "smoothing=1e308",
+                "smoothing=3e38",
             ],
             "is too large to compute with",
         ),
