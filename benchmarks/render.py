@@ -186,11 +186,11 @@ def export(results: Path) -> str | None:
 
 
 def latency(results: Path) -> str | None:
-    """One picture after the other, ours beside the inferencer of another library in the same run."""
+    """One picture after the other, ours beside the inferencer of another library, all in one run."""
     rows = read(results / "latency.csv")
     if rows.empty:
         return None
-    rows = newest(rows, ["detector", "library", "n_train"])
+    rows = rows[rows["commit"] == rows["commit"].iloc[-1]]
     body = [
         [
             *(str(row[column]) for column in ("detector", "library", "n_train")),
@@ -223,8 +223,8 @@ def serving(results: Path) -> str | None:
     body = [
         [
             *(f"{row[column]:,.0f}" for column in columns),
-            *(f"{row[column] / 1000:.1f}" for column in ("ms_median", "ms_p99")),
-            f"{row['per_second']:.1f}",
+            *(f"{row[column]:,.0f}" for column in ("ms_median", "ms_p99")),
+            f"{row['per_second']:.0f}",
         ]
         for row in rows.to_dict("records")
     ]
@@ -235,8 +235,8 @@ def serving(results: Path) -> str | None:
         "failed",
         "other answers",
         "told to come again",
-        "median, s",
-        "99th percentile, s",
+        "median, ms",
+        "99th percentile, ms",
     ]
     return table([*header, "requests a second"], body, rows, seeds=False)
 
