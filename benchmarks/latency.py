@@ -45,6 +45,7 @@ def main() -> None:
         "--peer-python", type=Path, default=PEERS / "bin" / "python", help="of an environment with anomalib"
     )
     args = parser.parse_args()
+    args.peer_python = args.peer_python.absolute()
     generator, figures = np.random.default_rng(0), dict[str, float]()
     train = [draw_normal(generator, 256) for _ in range(args.images)]
     pictures = np.stack([draw_normal(generator, 512) for _ in range(N_TIMED)])
@@ -101,7 +102,8 @@ def _ours(path: Path, work: Path, pictures: Any) -> dict[str, float]:
 
 def _peer(args: argparse.Namespace, work: Path, *flags: str) -> dict[str, Any]:
     command = [str(args.peer_python), str(PEER), "--work", str(work), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # there, since anomalib's inferencer leaves a cache of tens of MB in the folder where it runs
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"anomalib could not do {' '.join(flags)}:\n{done.stderr[-3000:]}")
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
