@@ -100,7 +100,8 @@ def common_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def finish(name: str, figures: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Append the figures of a finished script to figures.csv and print them as the last line of stdout."""
     shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
-    params = {k: v for k, v in vars(args).items() if k not in ("results", "cache", "child") and v is not None}
+    # paths are those of a machine, and change no figure
+    params = {k: v for k, v in vars(args).items() if k != "child" and v is not None and not isinstance(v, Path)}
     row = {"name": name, **provenance(), "params": json.dumps(params, default=str), "figures": json.dumps(shown)}
     append_rows(args.results / FIGURES, [row])
     print(json.dumps({"benchmark": name, "commit": row["commit"], **shown}), flush=True)
