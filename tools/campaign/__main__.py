@@ -10,6 +10,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from tools.campaign.fuzz import AREAS, fault_line, fuzz, only, work
 from tools.campaign.kill import kill
 from tools.campaign.rows import write_rows
@@ -32,6 +34,8 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--material", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    # before anything is forked, and alike in all processes: the test network's last digits depend on it
+    torch.set_num_threads(1)
     seed = secrets.randbelow(10**6) if args.seed is None else args.seed
     areas = sorted(AREAS) if args.area is None else [args.area]
     if args.task == "work":
@@ -54,9 +58,6 @@ def main() -> int:
 
 
 def _kill(args: argparse.Namespace, seed: int) -> dict[str, Counter[str]]:
-    import torch
-
-    torch.set_num_threads(1)  # before anything is forked
     tries = range(args.kills) if args.only is None else [args.only]
     with tempfile.TemporaryDirectory(prefix="flawsift-kill-") as folder:
         return kill(tries, seed, Path(folder) / "kill", _say)

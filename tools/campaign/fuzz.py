@@ -45,9 +45,6 @@ def tried(area: Area, name: str, seed: int, n: int) -> Outcome:
 
 def work(name: str, material: Path, seed: int, first: int) -> None:
     """Mutate from `first` on until the process is ended; a line of JSON on stdout before and after each."""
-    import torch
-
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="flawsift-fuzz-") as folder:
         out = os.fdopen(os.dup(1), "w")  # before anything else writes to stdout
         area = AREAS[name](Material(material), Path(folder) / name)
@@ -140,9 +137,6 @@ def fuzz(minutes: float, seed: int, areas: list[str], say: Callable[[str], objec
         areas: Names.
         say: Told of faults, and how far it is.
     """
-    import torch
-
-    torch.set_num_threads(1)  # as in the workers: the test network's weights depend on it in their last digits
     with tempfile.TemporaryDirectory(prefix="flawsift-material-") as folder:
         material = make_material(Path(folder) / "material").root
         counts: dict[str, Counter[str]] = {name: Counter() for name in areas}
@@ -184,9 +178,6 @@ def fault_line(name: str, seed: int, n: int, outcome: Outcome) -> str:
 
 def only(name: str, seed: int, n: int) -> Outcome:
     """One mutation in this process, to see it again."""
-    import torch
-
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="flawsift-fuzz-") as folder:
         material: Any = make_material(Path(folder) / "material")
         return tried(AREAS[name](material, Path(folder) / name), name, seed, n)
