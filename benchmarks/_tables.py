@@ -344,6 +344,21 @@ def sizes(results: Path, detector: str) -> str | None:
     return table(header, body, rows)
 
 
+def aligned(results: Path) -> str | None:
+    """Detectors on images as they are and aligned (`align.py`), by as many pixels of the network's input."""
+    cell = ["edge", "detector", "position", "alpha"]
+    rows = newest(read(results / "align.csv"), cell) if (results / "align.csv").exists() else None
+    if rows is None:
+        return None
+    metrics = {"image_auroc": 3, "aupro": 3, "pixel_ap": 3}
+    body = [
+        [detector, f"{edge} x {edge}", position, f"{alpha:.0%}", *texts_of(some, metrics)]
+        for (edge, detector, position, alpha), some in rows.groupby(cell, sort=False)
+    ]
+    header = ["detector", "as many pixels as", "screws", "defective", "image AUROC", "AUPRO", "pixel AP"]
+    return table(header, body, rows)
+
+
 def headline(results: Path) -> str | None:
     """Both stages by default, beside detectors on everything and the same one on the good images: means of the sets."""
     titles = {

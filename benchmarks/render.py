@@ -291,6 +291,7 @@ MEASURED: Mapping[str, Callable[[Path], str | None]] = {
     "stage1-padim": lambda r: _tables.stage1(r, "padim"),
     "speed": speed,
     "scale": scale,
+    "align": _tables.aligned,
     "tiles": tiles,
     "confirmation": _tables.confirmation,
     "headline": _tables.headline,

@@ -20,6 +20,7 @@ import typer
 from PIL import Image
 
 from flawsift.cli.main import app, main
+from tests.data.nails import nails
 from tools.make_notebook import BLOCK, NOT_RUN, NOTEBOOK, PAGE, written
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def material(easy_folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with what the pages call parts, new parts, labelled parts, groups and a region."""
+    """The current folder, with what the pages call parts, new parts, labelled parts, screws, groups and a region."""
     good, bad = range(20, 40), range(40, 46)
     folders: dict[str, Iterable[int]] = {
         "parts": [*good, *bad],
@@ -48,6 +49,9 @@ def material(easy_folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest
         (tmp_path / folder).mkdir(parents=True)
         for number in numbers:
             shutil.copy(easy_folder / f"part-{number:02d}.png", tmp_path / folder)
+    (tmp_path / "screws").mkdir()
+    for id_ in (images := nails(16, marked=2)).ids.tolist():
+        images.image(id_).save(tmp_path / "screws" / f"{id_:02}.png")
     (tmp_path / "groups.csv").write_text("file,group\npart-20.png,A\npart-21.png,A\npart-22.png,B\n")
     Image.new("L", (64, 64), 255).save(tmp_path / "region.png")
     monkeypatch.setenv("FLAWSIFT_CACHE", str(cache))

@@ -12,7 +12,8 @@ from flawsift.data.roi import read_region
 from flawsift.errors import InputError
 from flawsift.models.model import load_model
 from flawsift.pipeline import fit, screen
-from flawsift.screening.storage import load_screening, region_of
+from flawsift.screening.seen import region_of
+from flawsift.screening.storage import load_screening
 
 NONE = ImageSet.from_arrays([np.zeros((4, 4), np.uint8)])
 

@@ -21,7 +21,8 @@ from flawsift.models import model as models
 from flawsift.review.refit import Before, refit, summary_of
 from flawsift.review.server import make_app
 from flawsift.review.session import Review
-from flawsift.screening.storage import load_screening, region_of
+from flawsift.screening.seen import region_of
+from flawsift.screening.storage import load_screening
 from tests.review.browser import Errors, Server, expect, needs_browser, open_page, press
 from tests.review.material import BASE, PORT, TOKEN
 

@@ -42,6 +42,7 @@ def size_lines(backbone: Mapping[str, Any], record: Mapping[str, Any]) -> list[s
         backbone: Arguments that load it.
         record: Of a screening or a model.
     """
+    from flawsift.data.alignment import ALIGNMENT, Alignment
     from flawsift.data.frames import Region
     from flawsift.data.roi import REGION
     from flawsift.models.provenance import PICTURES
@@ -50,8 +51,10 @@ def size_lines(backbone: Mapping[str, Any], record: Mapping[str, Any]) -> list[s
     size = backbone["size"]
     height, width = as_shape(size)
     line, notes = f"Images are looked at in {width} x {height} pixels", []
+    alignment = Alignment.from_json(record.get(ALIGNMENT))
     if picture := record.get(PICTURES):
-        reduced = math.sqrt(picture[0] * picture[1] / (width * height))
+        seen = picture if alignment is None else alignment.size((picture[0], picture[1]))
+        reduced = math.sqrt(seen[0] * seen[1] / (width * height))
         line += f", most have {picture[0]} x {picture[1]}"
         if reduced > 1:
             least = math.ceil(SMALLEST_SEEN * reduced)
@@ -61,5 +64,8 @@ def size_lines(backbone: Mapping[str, Any], record: Mapping[str, Any]) -> list[s
     region = Region.from_json(record.get(REGION))
     if region is not None:
         notes.append(f"Only the region of interest counts: {100 * region.share:.0f} % of each image.")
+    if alignment is not None and picture:
+        how = "turned and cropped" if alignment.turned else "shifted and cropped (parts are too round to be turned)"
+        notes.append(f"Before that they are {how} to {seen[0]} x {seen[1]} pixels, so that all parts lie alike.")
     squeezed = ", squeezed into a square" if isinstance(size, int) else ""
     return [f"{line}{squeezed}.", *notes]

@@ -87,6 +87,14 @@ RoiOption = Annotated[
         "stands before a background of one colour.",
     ),
 ]
+AlignOption = Annotated[
+    bool,
+    typer.Option(
+        "--align",
+        help="Turn and crop each image so that its part lies as all others do: for parts at any angle before a plain "
+        "background.",
+    ),
+]
 RuntimeOption = Annotated[Runtime, typer.Option("--runtime", help="What runs the backbone.")]
 PresetOption = Annotated[
     Preset | None, typer.Option("--preset", help="Options of stage 1, where not given one by one. [default]")
@@ -167,7 +175,8 @@ class BackboneChoice:
             raise ParameterError(f"--size must be between {MIN_SIZE} and {MAX_SIZE} pixels, got {longer}.")
         if tiles is not None:
             multiple = math.lcm(multiple, GRID)
-            longer = longer or max(typical_picture(images) or (tiles[0],))
+            picture = typical_picture(images) or (tiles[0], tiles[0])
+            longer = longer or max(picture if images.alignment is None else images.alignment.size(picture))
         return load_backbone(
             self.backbone,
             weights=self.weights,
@@ -309,10 +318,12 @@ def images_in(
     groups: Path | None,
     value_range: tuple[float, float] | None = None,
     region: str | None = None,
+    align: bool = False,
     *,
     progress: "Progress",
 ) -> "ImageSet":
-    """The images of a folder, of some files or of a pattern, with groups of a file, a range of values and a region."""
+    """The images of a folder, of some files or of a pattern, with groups of a file, and how they are looked at."""
+    from flawsift.data.alignment import learn
     from flawsift.data.folders import read_groups
     from flawsift.data.inputs import as_images
     from flawsift.data.roi import read_region
@@ -320,7 +331,9 @@ def images_in(
     images = given[0] if len(given) == 1 else list(given)
     known = None if groups is None else read_groups(groups)
     found = as_images(images, groups=known, value_range=value_range, progress=progress)
-    return found if region is None else found.looked_at(read_region(region, found))
+    if region is not None:
+        found = found.looked_at(read_region(region, found))
+    return found.aligned(learn(found)) if align else found
 
 
 def tested_images(data: "Dataset") -> "ImageSet":

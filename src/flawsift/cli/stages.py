@@ -8,6 +8,7 @@ import typer
 
 from flawsift.cli.lines import range_lines, size_lines, threshold_lines, warning_lines
 from flawsift.cli.options import (
+    AlignOption,
     BackboneChoice,
     Decisions,
     DetectorChoice,
@@ -59,6 +60,7 @@ def screen(
     groups: Groups = None,
     value_range: RangeOption = None,
     roi: RoiOption = None,
+    align: AlignOption = False,
     machine: Machine,
     output: Output,
 ) -> None:
@@ -71,7 +73,7 @@ def screen(
 
         options, pictures = (
             stage1.options or ScreenOptions(),
-            images_in(images, groups, value_range, roi, progress=progress),
+            images_in(images, groups, value_range, roi, align, progress=progress),
         )
         ensure_folder(out)
         unfitted = detector.make(machine.seed)
@@ -134,6 +136,7 @@ def fit(
     groups: Groups = None,
     value_range: RangeOption = None,
     roi: RoiOption = None,
+    align: AlignOption = False,
     screening: Annotated[Path | None, typer.Option("--screening", help="Use this stage 1, edited or not.")] = None,
     decisions: Decisions = None,
     no_screen: Annotated[bool, typer.Option("--no-screen", help="Train on every image.")] = False,
@@ -146,8 +149,12 @@ def fit(
         from flawsift import pipeline
         from flawsift.models.calibration import DEFAULT_RATE
         from flawsift.pipeline import SCREENING
+        from flawsift.screening.seen import as_seen_by
+        from flawsift.screening.storage import load_screening, screening_folder
 
-        options, pictures = stage1.options, images_in(images, groups, value_range, roi, progress=progress)
+        options, pictures = stage1.options, images_in(images, groups, value_range, roi, align, progress=progress)
+        if screening is not None:
+            pictures = as_seen_by(load_screening(screening_folder(screening)), pictures)
         if decisions is None and not no_screen:
             _tell_decisions(out / SCREENING if screening is None else screening)
         unfitted = detector.make(machine.seed)

@@ -3,7 +3,8 @@
 An image whose aspect ratio is another than the rectangle's is brought to its upper left corner, as large as it fits,
 and its last row or column of pixels is repeated in what remains: a border of another colour would be an edge where the
 product has none. What remains counts for nothing: not for a score, not for what is learned by those who can leave out
-patches. Maps leave a detector stretched over the whole image again, so that nobody else need know of the frame.
+patches. Maps leave a detector stretched over the whole image again, so that nobody else need know of the frame; nor of
+how images were turned and cropped (`flawsift.data.alignment`), which is undone in the same place.
 """
 
 import base64
@@ -26,6 +27,7 @@ from flawsift.types import Shape, Size, as_shape
 # survive that, and a frame would cost every image of the set a border.
 STRETCH = 1.05
 REDUCING_GAP = 3  # times as many pixels as in the result are left by means of blocks: no pixel differs visibly
+_PARTS = 4  # places on an edge of a cell that are asked whether they are marked, where cells are turned
 ROI_EDGE = 256  # cells on the longer edge at which a region of interest is kept: finer than any grid of patches
 
 
@@ -140,17 +142,23 @@ class Frame:
         shape: (H, W) of the network's input.
         contents: (B, 2) rows and columns of it that each image takes; None where every image takes all.
         region: Of each image, what counts; None for all.
+        turns: (B, 2, 3) `Alignment.to_crop` of images that were turned and cropped; None where they were not.
+        finer: (down, across) how many times as many cells a map over the image has then, see `Alignment.finer`.
     """
 
     shape: Shape
     contents: Tensor | None = None
     region: Region | None = None
+    turns: Tensor | None = None
+    finer: tuple[float, float] = (1.0, 1.0)
 
     def counted(self, h: int, w: int) -> Tensor | None:
         """(B or 1, h, w) bool on a patch grid: True where a patch counts, by its middle; None where all do.
 
         At least one patch of an image counts: the first one, or the one nearest to the middle of a region.
         """
+        if self.turns is not None:
+            return self._within_image(h, w)
         if self.contents is None and self.region is None:
             return None
         rows, columns = self._places(h, 0), self._places(w, 1)  # (B, h), (B, w) in [0, 1) within the image
@@ -179,7 +187,13 @@ class Frame:
         return maps if inside is None else with_lowest(maps, inside.to(maps.device))
 
     def over_image(self, maps: Tensor) -> Tensor:
-        """(B, h, w) maps of the network's input, stretched so that they cover the image and nothing else."""
+        """(B, h, w) maps of the network's input, stretched so that they cover the image and nothing else.
+
+        Those of turned images are turned back, with as many cells as `over_grid` says; what lies beyond the crop is as
+        low as the lowest within.
+        """
+        if self.turns is not None:
+            return self._turned_back(maps)
         if self.contents is None:
             return maps
         for axis in (1, 2):
@@ -199,6 +213,8 @@ class Frame:
 
     def from_image(self, marked: Tensor) -> Tensor:
         """(B, h, w) bool over the images, in the network's input on the same grid: what touches one is marked."""
+        if self.turns is not None:
+            return self._turned(marked)
         if self.contents is None:
             return marked
         for axis in (1, 2):
@@ -213,15 +229,80 @@ class Frame:
         return marked
 
     def place_over_image(self, places: Tensor, h: int, w: int) -> Tensor:
-        """(B,) numbers of cells, row by row, of a grid of the network's input, on the same grid over the image."""
+        """(B,) numbers of cells, row by row, of a grid of the network's input, on `over_grid` of it over the image."""
+        rows, columns = places // w, places % w
+        if self.turns is not None:
+            seen = torch.stack([(columns + 0.5) / w, (rows + 0.5) / h], 1).double()
+            x, y = self._to_image(seen[:, None, :])[:, 0].T
+            height, width = self.over_grid(h, w)
+            row, column = ((at * n).long().clamp(0, n - 1) for at, n in ((y, height), (x, width)))
+            over_image: Tensor = row * width + column
+            return over_image
         if self.contents is None:
             return places
-        rows, columns = places // w, places % w
         over = [
             ((at + 0.5) * self.shape[axis] / self.contents[:, axis].to(at)).long().clamp_max(n - 1)
             for axis, (at, n) in enumerate(((rows, h), (columns, w)))
         ]
         return over[0] * w + over[1]
+
+    def over_grid(self, h: int, w: int) -> Shape:
+        """(rows, columns) of a map over the image, of one of the network's input on an (h, w) grid."""
+        down, across = self.finer
+        return max(1, round(h * down)), max(1, round(w * across))
+
+    def _within_image(self, h: int, w: int) -> Tensor:
+        """(B, h, w) True where the middle of a turned patch is on the image; what was filled in counts for nothing."""
+        places = self._to_image(_middles(h, w).expand(self._n_turned, -1, -1))
+        inside = ((places >= 0) & (places <= 1)).all(2).view(-1, h, w)
+        inside[:, h // 2, w // 2] = True  # one counts at least
+        return inside
+
+    def _turned_back(self, maps: Tensor) -> Tensor:
+        """(B, h, w) maps of the network's input over the images, bilinearly."""
+        height, width = self.over_grid(*maps.shape[1:])
+        places = self._to_seen(_middles(height, width).expand(self._n_turned, -1, -1)).view(-1, height, width, 2)
+        inside = ((places >= 0) & (places <= 1)).all(3).to(maps.device)
+        grid = (2 * places - 1).to(maps)
+        sampled = F.grid_sample(maps[:, None], grid, "bilinear", "border", align_corners=False)[:, 0]
+        lowest = maps.flatten(1).amin(1)
+        return torch.where(inside, sampled, lowest[:, None, None])
+
+    def _turned(self, marked: Tensor) -> Tensor:
+        """(B, h, w) bool over the images, in the network's input, by `_PARTS` x `_PARTS` places of each cell."""
+        h, w = marked.shape[1:]
+        places = self._to_image(_middles(_PARTS * h, _PARTS * w).expand(self._n_turned, -1, -1))
+        column, row = ((places[..., axis] * n).floor() for axis, n in ((0, w), (1, h)))
+        on_image = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+        index = row.clamp(0, h - 1).long() * w + column.clamp(0, w - 1).long()
+        found = marked.flatten(1).gather(1, index) & on_image
+        parts = found.view(-1, 1, _PARTS * h, _PARTS * w).float()
+        return F.max_pool2d(parts, _PARTS)[:, 0] > 0
+
+    @property
+    def _n_turned(self) -> int:
+        assert self.turns is not None
+        return len(self.turns)
+
+    def _to_seen(self, places: Tensor) -> Tensor:
+        """(B, n, 2) x and y over the image, from 0 to 1, over the network's input."""
+        assert self.turns is not None
+        seen = places @ self.turns[:, :, :2].mT + self.turns[:, None, :, 2]
+        return seen * self._filled
+
+    def _to_image(self, seen: Tensor) -> Tensor:
+        """The other way."""
+        assert self.turns is not None
+        shifted = seen / self._filled - self.turns[:, None, :, 2]
+        over_image: Tensor = torch.linalg.solve(self.turns[:, :, :2], shifted.mT).mT
+        return over_image
+
+    @property
+    def _filled(self) -> Tensor:
+        """(B or 1, 1, 2) share of the network's input that a crop takes, across and down."""
+        if self.contents is None:
+            return torch.ones(1, 1, 2, dtype=torch.float64)
+        return (self.contents / torch.tensor(self.shape, dtype=torch.float64)).flip(1)[:, None]
 
     def _places(self, n: int, axis: int) -> Tensor:
         """(B or 1, n) where the middles of n cells lie, 1 being the end of the image."""
@@ -234,3 +315,9 @@ class Frame:
     def _cells(self) -> Tensor:
         assert self.region is not None
         return torch.from_numpy(self.region.cells)
+
+
+def _middles(h: int, w: int) -> Tensor:
+    """(1, h w, 2) x and y of the middles of the cells of a grid, from 0 to 1, row by row."""
+    rows, columns = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (h, w))
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], 2).view(1, -1, 2)

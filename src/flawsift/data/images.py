@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from flawsift.data.alignment import Alignment, Pose
 from flawsift.data.decoding import check_array, to_pixels
 from flawsift.data.folders import EXTENSIONS, groups_by_id, scan_folder, tell_animations, with_pages
 from flawsift.data.frames import Frame, Region
@@ -115,6 +116,8 @@ class ImageSet:
         contents: {global id: rows and columns of the network's input that the image takes}, of those that do not take
             all; known where features are attached.
         region: The part of each image that counts; None for all.
+        alignment: How images are turned and cropped before they are looked at; None leaves them as they are.
+        poses: {global id: where the part lies}, of aligned images; known where features are attached.
     """
 
     ids: Ids
@@ -125,6 +128,8 @@ class ImageSet:
     rejected: Mapping[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
     contents: Mapping[int, Shape] = field(default_factory=dict)
     region: Region | None = None
+    alignment: Alignment | None = None
+    poses: Mapping[int, Pose] = field(default_factory=dict)
 
     @classmethod
     def from_folder(cls, root: str | Path, *, groups: Mapping[str, str] | None = None) -> Self:
@@ -221,8 +226,33 @@ class ImageSet:
         return replace(self, source=self.source.within(value_range))
 
     def looked_at(self, region: Region | None) -> Self:
-        """The same images, of which only a region counts; None for all of them."""
+        """The same images, of which only a region counts; None for all of them.
+
+        Raises:
+            InputError: They are aligned, so that a fixed region has no meaning.
+        """
+        if region is not None and self.alignment is not None:
+            raise InputError("A region of interest and --align exclude each other: aligned parts have no fixed place.")
         return self if region is self.region else replace(self, region=region)
+
+    def aligned(self, alignment: Alignment | None) -> Self:
+        """The same images, turned and cropped so that their parts lie alike; None leaves them as they are.
+
+        Features that are attached of images seen in another way are not theirs, and gone.
+
+        Raises:
+            InputError: They have a region of interest.
+        """
+        if alignment == self.alignment:
+            return self
+        if self.region is not None:
+            raise InputError("A region of interest and --align exclude each other: aligned parts have no fixed place.")
+        return replace(self, alignment=alignment, poses={}, contents={}, reader=None)
+
+    @property
+    def seen_as(self) -> str:
+        """What tells these pixels from those of the images themselves: alignment and derived view; "" for nothing."""
+        return " ".join(filter(None, ["" if self.alignment is None else self.alignment.key, self.derived]))
 
     def without_patches(self, rejected: Mapping[int, npt.NDArray[np.bool_]]) -> Self:
         """The same images, less some patches for detectors that can leave out patches when they learn.
@@ -269,7 +299,13 @@ class ImageSet:
         Raises:
             UnreadableImage: It cannot be decoded.
         """
-        return derive(to_pixels(self.image(id_), size), self.derived)
+        return derive(to_pixels(self.looked_at_in(self.image(id_), id_), size), self.derived)
+
+    def looked_at_in(self, image: Image.Image, id_: int) -> Image.Image:
+        """What is looked at of one of the images: all of it, or its part, turned and cropped."""
+        if self.alignment is None:
+            return image
+        return self.alignment.crop(image, self.poses.get(int(id_)) or self.alignment.pose(image))
 
     def pixels(self, size: Size) -> Tensor:
         """All images of the set as (N, 3, H, W) uint8 in a network's input, under the derived view."""
@@ -314,13 +350,22 @@ class ImageSet:
 
     def _frame(self, size: Size) -> Frame | None:
         """How the images lie in the network's input; a turned view of one has no such frame."""
-        if self.derived.startswith("rotate") or (self.region is None and not self.contents):
+        if self.derived.startswith("rotate") or (self.region is None and not self.contents and not self.poses):
             return None
+        return self.frame_of(self.ids.tolist(), size)
+
+    def frame_of(self, ids: Sequence[int], size: Size) -> Frame:
+        """How some images lie in a network's input; of those whose features are not attached, as if they filled it."""
         shape = as_shape(size)
         contents = None
-        if any(i in self.contents for i in self.ids.tolist()):
-            contents = torch.tensor([self.contents.get(i, shape) for i in self.ids.tolist()], dtype=torch.float64)
-        return Frame(shape, contents, self.region)
+        if any(i in self.contents for i in ids):
+            contents = torch.tensor([self.contents.get(i, shape) for i in ids], dtype=torch.float64)
+        if (alignment := self.alignment) is None:
+            return Frame(shape, contents, self.region)
+        poses = [self.poses.get(i) for i in ids]
+        crops = [np.eye(2, 3) if pose is None else alignment.to_crop(pose) for pose in poses]
+        turns = torch.from_numpy(np.stack(crops)) if crops else None
+        return Frame(shape, contents, turns=turns, finer=alignment.finer)
 
     def _rejected_patches(self) -> Tensor | None:
         masks = [self.rejected.get(int(i)) for i in self.ids]

@@ -87,6 +87,8 @@ def card_of(model: Model, now: datetime) -> dict[str, Any]:
     threshold = model.threshold()
     if threshold is None:
         raise ModelError("The model has no threshold, since it was fitted on too few images. Fit it on more.")
+    if model.alignment is not None:
+        raise ModelError("Models that align parts cannot be exported yet: fit one without --align, or use its folder.")
     training = dict(model.training)
     return {
         "format": CARD_FORMAT,

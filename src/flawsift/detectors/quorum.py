@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flawsift.data.frames import Frame, with_lowest
+from flawsift.data.frames import with_lowest
 from flawsift.data.images import Batch, ImageSet
 from flawsift.detectors.base import Detector
 from flawsift.detectors.parts.groups import GroupNeighbors
@@ -184,7 +184,7 @@ class Quorum(Detector):
             grid=(maps.shape[1], maps.shape[2]),
             places=torch.cat(worst).numpy(),
             images=np.where(images >= 0, self.ids_.numpy()[images], -1),
-            image_places=self._over_images(data, images, image_places, maps.shape[1:]),
+            image_places=self._over_images(data, images, image_places, grid.shape[1:]),
             distances=distances,
             n_others=np.array([len(self.ids_) - sizes[group] for group in data.group_names]),
         )
@@ -242,11 +242,9 @@ class Quorum(Detector):
 
     def _over_images(self, data: ImageSet, images: Ids, places: Ids, grid: Sequence[int]) -> Ids:
         """Places of patches in the network's input, of (N, n) images of the bank, as places over these images."""
-        if not data.contents or data.reader is None:
+        if data.reader is None or not (data.contents or data.poses):
             return places
-        shape = as_shape(data.reader.size)
-        contents = [data.contents.get(int(self.ids_[i]), shape) for i in images.ravel()]
-        frame = Frame(shape, torch.tensor(contents, dtype=torch.float64))
+        frame = data.frame_of([int(self.ids_[i]) for i in images.ravel()], data.reader.size)
         over: Ids = frame.place_over_image(torch.from_numpy(places.ravel()), *grid).view(places.shape).numpy()
         return over
 

@@ -232,6 +232,7 @@ def fitting_size(images: ImageSet, longer: int | None = None, *, multiple: int =
     It has as many pixels as a square of 384, or of 256 where most images have fewer pixels than 384 on their shorter
     side: small defects are found better at 384, at 5 times the cost of a search among patches. Of images that are more
     than `MOST_REDUCED` times as large it has more, as far as the number of images allows (`MOST_PATCHES`).
+    Of aligned images the crop counts.
 
     Args:
         images: Of which up to `N_MEASURED`, evenly spaced, are measured.
@@ -239,6 +240,8 @@ def fitting_size(images: ImageSet, longer: int | None = None, *, multiple: int =
         multiple: What both edges are a multiple of.
     """
     edges = _measured(images)
+    if images.alignment is not None:
+        edges = [images.alignment.size(picture) for picture in edges]
     aspect = statistics.median(width / height for width, height in edges) if edges else 1.0
     if longer is not None:
         area = longer**2 * min(aspect, 1 / aspect)

@@ -1,16 +1,18 @@
 """Each image through the frozen backbone once: into the feature store, or piece by piece into memory."""
 
+import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flawsift.data.alignment import Alignment, Pose
 from flawsift.data.decoding import UnreadableImage, to_pixels
 from flawsift.data.facts import ImageFacts, facts_of
 from flawsift.data.frames import content_of
@@ -23,12 +25,15 @@ from flawsift.features.backbones import Backbone
 from flawsift.features.readers import MemoryFeatures, StoredFeatures, view_digest
 from flawsift.features.store import DTYPES, Arrays, FeatureStore
 from flawsift.files import ensure_folder
+from flawsift.paths import name_some
 from flawsift.progress import Progress, Stage, silent
 from flawsift.types import Shape, Size, as_shape
 
 # Images in a shard of the store, and in a piece: 10 s of work on 2 cores is the most that a kill can cost. Of inputs of
 # more pixels than `SHARD_AREA` fewer, so that memory does not grow with them.
 SHARD, SHARD_AREA = 64, 512**2
+T = TypeVar("T")
+log = logging.getLogger("flawsift")
 
 
 def attach(
@@ -67,7 +72,23 @@ def attach(
     if not len(data) and len(images):
         reason = next(iter(failed.values()))
         raise InputError(f"None of the {len(images)} images can be read; the first one: {reason}.")
+    _tell_without_part(_without_part(data), len(data))
     return data, failed
+
+
+def _without_part(images: ImageSet) -> list[str]:
+    """Names of aligned images in which there is no part."""
+    return [images.source.name(i) for i in images.ids.tolist() if i in images.poses and not images.poses[i].found]
+
+
+def _tell_without_part(names: Sequence[str], n_images: int) -> None:
+    if names:
+        log.warning(
+            "%d of %d images show no part before the background (%s): they are looked at around their middle.",
+            len(names),
+            n_images,
+            name_some(names),
+        )
 
 
 class Piece(NamedTuple):
@@ -90,10 +111,11 @@ def stream(
     images: Images,
     backbone: Backbone,
     layers: Sequence[str],
+    value_range: ValueRange | None = None,
+    alignment: Alignment | None = None,
     *,
     size: int = SHARD,
     progress: Progress = silent,
-    value_range: ValueRange | None = None,
 ) -> Iterator[Piece]:
     """Images in pieces with features in memory, so that memory stays flat; nothing is stored.
 
@@ -103,9 +125,10 @@ def stream(
         images: As for `flawsift.data.inputs.in_pieces`.
         backbone: The frozen backbone.
         layers: Layer names or aliases such as "stride8".
+        value_range: By which images of more than 8 bits are read; None leaves what the images have.
+        alignment: How images are turned and cropped; None leaves them as they are.
         size: The most images in a piece; features do not depend on it.
         progress: Told about each piece. Of an iterator, whose length is unknown, the total is what has been read.
-        value_range: By which images of more than 8 bits are read; None leaves what the images have.
 
     Raises:
         InputError: As for `flawsift.data.inputs.as_images`.
@@ -113,14 +136,17 @@ def stream(
     given = images if is_stream(images) else as_images(images)
     size = min(size, shard_of(backbone))
     total = len(given) if isinstance(given, ImageSet) else 0
-    done = 0
+    done, without = 0, list[str]()
     for piece in in_pieces(given, size):
         progress(Stage.SCORING, done, total or done + len(piece))
-        piece = piece.within(value_range)
+        piece = piece.within(value_range).aligned(alignment)
         attached = piece.reader is not None and piece.reader.key == backbone.key
-        yield Piece(piece, piece, {}, {}) if attached else Piece(piece, *_attach_memory(piece, backbone, layers))
+        seen = Piece(piece, piece, {}, {}) if attached else Piece(piece, *_attach_memory(piece, backbone, layers))
+        without += _without_part(seen.data)
+        yield seen
         done += len(piece)
     progress(Stage.SCORING, done, done)
+    _tell_without_part(without, done)
 
 
 def loaded(images: ImageSet, layers: Sequence[str], views: Sequence[str] = (), *, pixels: bool = False) -> ImageSet:
@@ -146,9 +172,10 @@ def loaded(images: ImageSet, layers: Sequence[str], views: Sequence[str] = (), *
 def _attach_memory(
     images: ImageSet, backbone: Backbone, layers: Sequence[str], views: Sequence[str] = ()
 ) -> tuple[ImageSet, dict[int, str], dict[int, ImageFacts]]:
-    pixels, failed, facts = _decode(images, backbone.size)
+    pixels, failed, facts, poses = _decode(images, backbone.size)
     good = images.select([i for i in images.ids if int(i) in pixels])
-    good = replace(good, contents=_framed({i: (one.width, one.height) for i, one in facts.items()}, backbone.size))
+    pictures_of = {i: (one.width, one.height) for i, one in facts.items()}
+    good = replace(good, contents=_framed(images, pictures_of, backbone.size), poses=poses)
     pictures = {("", int(i)): pixels[int(i)] for i in good.ids}
     pictures |= {(view, i): derive(pixels[i], view) for view in views for _, i in list(pictures)}
     arrays = _extract(backbone, list(pictures.values()), layers, "float16") if len(good) else {}
@@ -161,7 +188,8 @@ def _attach_stored(
 ) -> tuple[ImageSet, dict[int, str]]:
     names = {layer: backbone.resolve(layer).name for layer in layers}
     exact = sorted(set(names.values()))
-    digests, failed = _digests(images, progress)
+    contents, failed = _digests(images, progress)
+    digests = {i: view_digest(digest, images.seen_as) for i, digest in contents.items()}
     index = store.index(store.space(backbone), exact, set(digests.values()))
     complete = set.intersection(*(set(entries) for entries in index.values())) if index else set()
     # the first id of each content stands for all its copies
@@ -171,11 +199,13 @@ def _attach_stored(
         store.sweep()
         _check_space(store, backbone, list(names.values()), len(missing))
     undecodable: dict[str, str] = {}
+    poses: dict[int, Pose] = {}
     n_shard = shard_of(backbone)
     for start in range(0, len(missing), n_shard):
         progress(Stage.LOOKING, start, len(missing))
         part = images.select(missing[start : start + n_shard])
-        pixels, bad, _ = _decode(part, backbone.size)
+        pixels, bad, _, found = _decode(part, backbone.size)
+        poses |= found
         undecodable.update((digests[i], reason) for i, reason in bad.items())
         if pixels:
             arrays = _extract(backbone, list(pixels.values()), exact, store.dtype)
@@ -192,10 +222,9 @@ def _attach_stored(
             f"The feature cache '{store.root}' does not give back what was just written to it. Its disk is damaged, "
             "or another program clears it; move it with FLAWSIFT_CACHE or --cache."
         )
-    contents = _contents(good, backbone.size)
-    return replace(
-        good, contents=contents, reader=StoredFeatures(backbone.size, backbone.key, digests, entries, files)
-    ), failed
+    poses = _poses(good, poses)
+    reader = StoredFeatures(backbone.size, backbone.key, contents, entries, files)
+    return replace(good, contents=_contents(good, backbone.size), poses=poses, reader=reader), failed
 
 
 def _joined(reader: FeatureReader | None, other: FeatureReader | None) -> FeatureReader | None:
@@ -212,7 +241,7 @@ def _digests(images: ImageSet, progress: Progress) -> tuple[dict[int, str], dict
         if n % SHARD == 0:
             progress(Stage.READING, n, len(images))
         try:
-            digests[int(i)] = view_digest(images.source.digest(int(i)), images.derived)
+            digests[int(i)] = images.source.digest(int(i))
         except UnreadableImage as error:
             failed[int(i)] = str(error)
     progress(Stage.READING, len(images), len(images))
@@ -228,32 +257,68 @@ def _contents(images: ImageSet, size: Size) -> dict[int, Shape]:
     """{id: rows and columns of the network's input} of images that do not take all of it."""
     if isinstance(size, int):
         return {}
-    return _framed({i: images.source.size(i) for i in images.ids.tolist()}, size)
+    return _framed(images, {i: images.source.size(i) for i in images.ids.tolist()}, size)
 
 
-def _framed(pictures: Mapping[int, tuple[int, int]], size: Size) -> dict[int, Shape]:
-    full = as_shape(size)
-    contents = {id_: content_of(picture, size) for id_, picture in pictures.items()}
+def _framed(images: ImageSet, pictures: Mapping[int, tuple[int, int]], size: Size) -> dict[int, Shape]:
+    full, alignment = as_shape(size), images.alignment
+    seen = pictures if alignment is None else {id_: alignment.size(picture) for id_, picture in pictures.items()}
+    contents = {id_: content_of(picture, size) for id_, picture in seen.items()}
     return {id_: content for id_, content in contents.items() if content != full}
 
 
-def _decode(images: ImageSet, size: Size) -> tuple[dict[int, Tensor], dict[int, str], dict[int, ImageFacts]]:
-    """{id: (3, H, W) uint8} of the images that can be decoded, {id: reason} of the others, and their facts."""
+class _Decoded(NamedTuple):
+    """{id: ...} of some images: (3, H, W) uint8 in the network's input and facts, of those that can be decoded; the
+    reason why others cannot; and where parts lie, of aligned ones."""
 
-    def one(id_: int) -> tuple[Tensor, ImageFacts] | UnreadableImage:
+    pixels: dict[int, Tensor]
+    failed: dict[int, str]
+    facts: dict[int, ImageFacts]
+    poses: dict[int, Pose]
+
+
+def _decode(images: ImageSet, size: Size) -> _Decoded:
+    alignment = images.alignment
+
+    def one(id_: int) -> tuple[Tensor, ImageFacts, Pose | None] | UnreadableImage:
         try:
             image = images.image(id_)
-            pixels = to_pixels(image, size)
+            pose = None if alignment is None else alignment.pose(image)
+            pixels = to_pixels(image if alignment is None or pose is None else alignment.crop(image, pose), size)
         except UnreadableImage as error:
             return error
-        return derive(pixels, images.derived), facts_of(image, pixels)
+        return derive(pixels, images.derived), facts_of(image, pixels), pose
 
-    ids = [int(i) for i in images.ids]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes outside the interpreter lock
-        results = dict(zip(ids, pool.map(one, ids), strict=True))
-    decoded = {i: r for i, r in results.items() if isinstance(r, tuple)}
-    failed = {i: str(r) for i, r in results.items() if isinstance(r, UnreadableImage)}
-    return {i: pixels for i, (pixels, _) in decoded.items()}, failed, {i: facts for i, (_, facts) in decoded.items()}
+    result = _Decoded({}, {}, {}, {})
+    for id_, found in _in_threads(one, images.ids.tolist()):
+        if isinstance(found, UnreadableImage):
+            result.failed[id_] = str(found)
+            continue
+        result.pixels[id_], result.facts[id_], pose = found
+        if pose is not None:
+            result.poses[id_] = pose
+    return result
+
+
+def _poses(images: ImageSet, known: Mapping[int, Pose]) -> dict[int, Pose]:
+    """{id: where the part lies} of aligned images: those known, and of images whose features were in the cache."""
+    alignment = images.alignment
+    if alignment is None:
+        return {}
+    return {
+        **known,
+        **dict(
+            _in_threads(
+                lambda id_: alignment.pose(images.image(id_)), [i for i in images.ids.tolist() if i not in known]
+            )
+        ),
+    }
+
+
+def _in_threads(one: Callable[[int], T], ids: Sequence[int]) -> Iterable[tuple[int, T]]:
+    """(id, what is made of it): Pillow decodes outside the interpreter lock."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(zip(ids, pool.map(one, ids), strict=True))
 
 
 def _extract(backbone: Backbone, pixels: Sequence[Tensor], layers: Sequence[str], dtype: str) -> Arrays:

@@ -55,7 +55,7 @@ class StoredFeatures:
             raise InputError(f"Layer '{layer}' was not extracted; attached are: {', '.join(self.entries)}.")
         known = self.entries[layer]
         try:
-            return [known[view_digest(self.digests[int(i)], images.derived)] for i in images.ids]
+            return [known[view_digest(self.digests[int(i)], images.seen_as)] for i in images.ids]
         except KeyError:
             raise _no_view(images) from None
 
@@ -122,7 +122,7 @@ class MemoryFeatures:
 
 
 def view_digest(digest: str, view: str) -> str:
-    """The key of a derived view of an image in a store, of its content digest and the view's name."""
+    """The key of an image in a store, of its content digest and how it is seen (`ImageSet.seen_as`)."""
     return hashlib.sha256(f"{digest} {view}".encode()).hexdigest() if view else digest
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 import flawsift
+from flawsift.data.alignment import ALIGNMENT, Alignment
 from flawsift.data.decoding import UnreadableImage
 from flawsift.data.frames import Region
 from flawsift.data.images import ImageSet
@@ -88,6 +89,11 @@ class Model:
     def region(self) -> Region | None:
         """The part of each image that it looks at; None for all."""
         return Region.from_json(self.training.get(REGION))
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """How it turns and crops images before it looks at them; None leaves them as they are."""
+        return Alignment.from_json(self.training.get(ALIGNMENT))
 
     def threshold(self, false_alarm_rate: float | None = None) -> Threshold | None:
         """The threshold at a false-alarm rate; None takes the model's."""
@@ -236,8 +242,8 @@ class Model:
         observed: Observed | None = None,
     ) -> Iterator[Predictions]:
         """Predictions of one piece after the other, as they are made."""
-        layers, ranged, region = self.detector.layers, self.value_range, self.region
-        for piece in stream(images, self.backbone, layers, size=size, progress=progress, value_range=ranged):
+        region, seen = self.region, (self.value_range, self.alignment)
+        for piece in stream(images, self.backbone, self.detector.layers, *seen, size=size, progress=progress):
             piece = piece._replace(data=piece.data.looked_at(region))
             scores: dict[int, float] = {}
             kept: dict[int, npt.NDArray[np.float32]] = {}
@@ -332,7 +338,7 @@ def load_model(folder: str | Path, *, weights: str | Path | None = None, runtime
         training, told = dict(content["training"]), content.get("profile")  # models of before have none
         calibration = calibration_of(content)
         profile = None if told is None else Profile.from_json(told)
-        Region.from_json(training.get(REGION))  # what is damaged is told now
+        Region.from_json(training.get(REGION)), Alignment.from_json(training.get(ALIGNMENT))  # damage is told now
         known = content.get("learned")
         learned = None if known is None else frozenset(map(str, known))
         detector = load_detector(folder, digest=str(content["detector_digest"]))

@@ -84,7 +84,7 @@ class Profile:
         def look(id_: int) -> ImageFacts | None:
             try:
                 image = images.image(id_)
-                return facts_of(image, to_pixels(image, size))
+                return facts_of(image, to_pixels(images.looked_at_in(image, id_), size))
             except UnreadableImage:
                 return None
 

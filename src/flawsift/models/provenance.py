@@ -5,6 +5,7 @@ from importlib import metadata
 from typing import Any
 
 import flawsift
+from flawsift.data.alignment import ALIGNMENT
 from flawsift.data.images import ImageSet
 from flawsift.data.roi import REGION
 from flawsift.data.values import VALUE_RANGE, kept
@@ -13,6 +14,7 @@ from flawsift.features.backbones import Backbone, typical_picture
 from flawsift.screening.result import Screening
 
 PICTURES = "pictures"  # under which a screening and a model keep what their images' size is
+SEEN = (VALUE_RANGE, REGION, ALIGNMENT)  # what changes scores of it
 VERSIONED = ("torch", "timm", "openvino", "numpy", "pillow")  # packages whose version can change a score
 
 
@@ -27,11 +29,12 @@ def provenance_of(detector: Detector, backbone: Backbone, images: ImageSet) -> d
 
 
 def how_seen(images: ImageSet) -> dict[str, Any]:
-    """What a screening and a model keep of how their images were looked at: range of values, region, usual size."""
+    """What a screening and a model keep of how their images were looked at, and of what size they usually are."""
     picture = typical_picture(images)
     return {
         **kept(images.value_range),
         **({} if images.region is None else {REGION: images.region.as_json()}),
+        **({} if images.alignment is None else {ALIGNMENT: images.alignment.as_json()}),
         **({} if picture is None else {PICTURES: list(picture)}),
     }
 
@@ -39,7 +42,7 @@ def how_seen(images: ImageSet) -> dict[str, Any]:
 def is_made_by(screening: Screening | None, detector: Detector, backbone: Backbone, images: ImageSet) -> bool:
     """Whether the scores of a screening are this detector's: a threshold from another's would be nonsense."""
     mine = provenance_of(detector, backbone, images)
-    if screening is None or any(screening.provenance.get(key) != mine.get(key) for key in (VALUE_RANGE, REGION)):
+    if screening is None or any(screening.provenance.get(key) != mine.get(key) for key in SEEN):
         return False
     keys = (("detector", "name"), ("detector", "params"), ("backbone", "key"), ("backbone", "weights_digest"))
     return all(screening.provenance.get(part, {}).get(key) == mine[part][key] for part, key in keys)

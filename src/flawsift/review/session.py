@@ -35,7 +35,8 @@ from flawsift.screening.decisions import Change, Decision, DecisionStore
 from flawsift.screening.lookalikes import most_alike
 from flawsift.screening.mixture import UNKNOWN
 from flawsift.screening.result import Screening
-from flawsift.screening.storage import images_of, load_screening, region_of, screening_folder
+from flawsift.screening.seen import region_of
+from flawsift.screening.storage import images_of, load_screening, screening_folder
 
 N_ALIKE = 6
 REPORT = "report.html"

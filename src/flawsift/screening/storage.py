@@ -12,10 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flawsift.damage import DAMAGE, json_object
-from flawsift.data.frames import Region
 from flawsift.data.images import FileSource, ImageSet
-from flawsift.data.roi import REGION
-from flawsift.data.values import VALUE_RANGE, ValueRange
 from flawsift.errors import InputError
 from flawsift.files import DamagedPart, Parts, new_result, settle, write_bytes, write_json
 from flawsift.paths import find_name, name_some, show
@@ -23,6 +20,7 @@ from flawsift.screening.consensus import Contamination, keep_lowest
 from flawsift.screening.evidence import load_evidence, save_evidence
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Screening, SubModelScores
+from flawsift.screening.seen import as_seen_by
 from flawsift.screening.table import is_yes, rows_of, safe_path, table_of
 from flawsift.tables import write_csv
 from flawsift.types import Floats, Ids
@@ -238,17 +236,7 @@ def _files(screening: Screening, folder: Path) -> ImageSet:
     """The files below a folder that a screening names, under its ids."""
     named = zip(screening.ids.tolist(), screening.names, strict=True)
     files = ImageSet.from_files(folder, {id_: find_name(folder, name) for id_, name in named})
-    return replace(files.within(range_of(screening)), groups=screening.groups, region=region_of(screening))
-
-
-def range_of(screening: Screening) -> ValueRange | None:
-    """The range of values that its images of more than 8 bits were read by."""
-    return ValueRange.from_json(screening.provenance.get(VALUE_RANGE))
-
-
-def region_of(screening: Screening) -> Region | None:
-    """The part of its images that was looked at; None for all."""
-    return Region.from_json(screening.provenance.get(REGION))
+    return replace(as_seen_by(screening, files), groups=screening.groups)
 
 
 def matched(screening: Screening, images: ImageSet) -> Screening:
@@ -290,7 +278,7 @@ def matched(screening: Screening, images: ImageSet) -> Screening:
 
 
 def grouped(screening: Screening, images: ImageSet) -> tuple[ImageSet, str | None]:
-    """The images to train on with groups, range of values and region of their screening, or their own where given.
+    """The images to train on with the groups of their screening and as it saw them, or as they are given.
 
     Args:
         screening: Of the same images, from disk or not, which are found by name.
@@ -299,10 +287,7 @@ def grouped(screening: Screening, images: ImageSet) -> tuple[ImageSet, str | Non
     Returns:
         The images; and what a person should know where both have groups and put the images together in other ways.
     """
-    if images.value_range is None:
-        images = images.within(range_of(screening))
-    if images.region is None:
-        images = images.looked_at(region_of(screening))
+    images = as_seen_by(screening, images)
     by_name = _ids_by_name(images)
     new_id = {i: by_name.get(show(name)) for i, name in zip(screening.ids.tolist(), screening.names, strict=True)}
     known = {id_: group for i, group in screening.groups.items() if (id_ := new_id[i]) is not None}

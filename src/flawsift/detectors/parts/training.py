@@ -282,7 +282,7 @@ def _signature(
     rejected = {i: (mask.shape, np.packbits(mask).tobytes()) for i, mask in data.rejected.items()}
     features = data.reader.key if data.reader is not None else ""
     region = None if data.region is None else data.region.as_json()
-    seen = [data.ids.tolist(), data.names, data.derived, features, list(layers), sorted(rejected.items()), region]
+    seen = [data.ids.tolist(), data.names, data.seen_as, features, list(layers), sorted(rejected.items()), region]
     return hashlib.sha256(repr([shapes, rule, seen]).encode("utf-8", "backslashreplace")).hexdigest()
 
 
