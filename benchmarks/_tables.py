@@ -282,7 +282,7 @@ def ablation(results: Path) -> str | None:
 
 
 def quorum(results: Path, metric: str, sets: Sequence[str]) -> str | None:
-    """Quorum beside detectors on everything and the former default, on some sets, and the mean of the sets.
+    """Quorum beside detectors on everything, on some sets, and the mean of the sets.
 
     A detector with fewer rows than Quorum is left out.
     """
@@ -290,7 +290,6 @@ def quorum(results: Path, metric: str, sets: Sequence[str]) -> str | None:
         ("patchcore", "all data"): "PatchCore",
         ("softpatch", "all data"): "SoftPatch",
         ("inreach", "all data"): "InReaCh",
-        ("twobanks", "default"): "TwoBanks, both stages",
         ("quorum", "default"): "Quorum, both stages",
         ("quorum", "oracle"): "Quorum, good images only",
     }
@@ -342,6 +341,28 @@ def sizes(results: Path, detector: str) -> str | None:
     ]
     header = ["set", "pixels", "defective", "image AUROC", "AUPRO", "AUROC of the ranking"]
     return table(header, body, rows)
+
+
+def framed(results: Path, detector: str) -> str | None:
+    """Sets whose images are not square, squeezed into a square and with their aspect ratio, in as many pixels."""
+    rows = read(results / "accuracy.csv")
+    rows = rows[(rows["detector"] == detector) & (rows["arm"] == "default")]
+    shape = rows["backbone"].str.extract(r"-(256|\d+x\d+)-(?:openvino|torch)")[0]
+    rows = newest(rows.assign(shape=shape).dropna(subset=["shape"]), [*CELL, "shape"])
+    rows = rows[rows.groupby("data")["shape"].transform("nunique") > 1]
+    if rows.empty:
+        return None
+    metrics = {"image_auroc": 3, "aupro": 3, "pixel_ap": 3, "hits": 3}
+    body = [
+        [
+            data,
+            f"{alpha:.0%}",
+            "squeezed, 256 x 256" if shape == "256" else f"fitted in, {shape}",
+            *texts_of(some, metrics),
+        ]
+        for (data, alpha, shape), some in rows.groupby(["data", "alpha", "shape"])
+    ]
+    return table(["set", "defective", "images are", "image AUROC", "AUPRO", "pixel AP", "hits"], body, rows)
 
 
 def aligned(results: Path) -> str | None:

@@ -11,6 +11,7 @@ Finished cells are rows already and are skipped, so a killed run goes on where i
 
 import argparse
 import contextlib
+import math
 import os
 import statistics
 import tempfile
@@ -33,7 +34,7 @@ from flawsift.detectors.base import Detector
 from flawsift.detectors.registry import DETECTORS, detector_class, make_detector
 from flawsift.errors import InputError
 from flawsift.executors import Run
-from flawsift.features.backbones import Backbone, load_backbone
+from flawsift.features.backbones import Backbone, fitting_size, load_backbone, typical_picture
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.models.model import set_digest
@@ -182,6 +183,10 @@ def main() -> None:
     parser.add_argument("--overlap", action="store_true", help="training anomalies stay in the test set, too")
     parser.add_argument("--no-calibrate", action="store_true", help="cross-fit for no rates of false alarms and misses")
     parser.add_argument("--size", type=int, default=256, help="edge length of the network input")
+    framed = (
+        "fit images into an input of as many pixels with their aspect ratio, as commands do, instead of squeezing them"
+    )
+    parser.add_argument("--framed", action="store_true", help=framed)
     parser.add_argument("--cache", type=Path, help="folder for features, reused when it exists (default: temporary)")
     parser.add_argument("--fresh", action="store_true", help="run cells again that have rows of this commit")
     args = parser.parse_args()
@@ -189,19 +194,27 @@ def main() -> None:
     commit = _rows.commit()
     with contextlib.ExitStack() as stack:
         scratch = args.cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flawsift-bench-")))
-        backbone = load_backbone(size=args.size)
-        for name in args.sets:
-            _run_set(name, backbone, FeatureStore(scratch), commit, path, args)
-    mine = [row for row in _rows.read_rows(path) if row["commit"] == commit and row["backbone"] == backbone.key]
+        keys = {_run_set(name, FeatureStore(scratch), commit, path, args) for name in args.sets}
+    mine = [row for row in _rows.read_rows(path) if row["commit"] == commit and row["backbone"] in keys]
     mine = [row for row in mine if row["protocol"].endswith(OVERLAP) == args.overlap]
     for name in args.sets:
         _print_table(name, [row for row in mine if row["data"] == name], args)
     _rows.finish("accuracy", _figures(mine, args), args)
 
 
-def _run_set(
-    name: str, backbone: Backbone, store: FeatureStore, commit: str, path: Path, args: argparse.Namespace
-) -> None:
+def _backbone_for(images: ImageSet, args: argparse.Namespace) -> Backbone:
+    if not args.framed:
+        return load_backbone(size=args.size)
+    width, height = typical_picture(images) or (1, 1)
+    return load_backbone(size=fitting_size(images, round(args.size * math.sqrt(max(width / height, height / width)))))
+
+
+def _run_set(name: str, store: FeatureStore, commit: str, path: Path, args: argparse.Namespace) -> str | None:
+    """The key of the backbone that looked at the set; None where it is not on this machine."""
+    data = load_set(name)
+    if data is None:
+        return None
+    backbone = _backbone_for(data.images, args)
     earlier = [r for r in _rows.read_rows(path) if r["protocol"].endswith(OVERLAP) == args.overlap]
     done = set() if args.fresh else {tuple(r[k] for k in (*KEY, "backbone")) for r in earlier}
     trials = []
@@ -212,9 +225,8 @@ def _run_set(
                 arms = [arm for arm in args.arms if (*key, arm, backbone.key) not in done]
                 if arms:
                     trials.append(Combination(detector, alpha, seed, arms))
-    data = load_set(name) if trials else None
-    if data is None:
-        return
+    if not trials:
+        return backbone.key
     images, failed = attach(data.images, backbone, LAYERS, store=store)
     if failed:
         _rows.say(f"{name}: {len(failed)} images cannot be read")
@@ -226,6 +238,7 @@ def _run_set(
         shown = "  ".join(f"{row['arm']} {row['image_auroc']:.3f}" for row in rows)
         at = f"[{number + 1}/{len(trials)}] {name} {trial.detector} alpha {trial.alpha:g} seed {trial.seed}"
         _rows.say(f"{at}: {shown}  ({time.perf_counter() - started:.0f} s)")
+    return backbone.key
 
 
 def _values(rows: Sequence[dict[str, str]], metric: str, **where: object) -> list[float]:

@@ -292,6 +292,7 @@ MEASURED: Mapping[str, Callable[[Path], str | None]] = {
     "speed": speed,
     "scale": scale,
     "align": _tables.aligned,
+    "framed": lambda r: _tables.framed(r, FINAL),
     "tiles": tiles,
     "confirmation": _tables.confirmation,
     "headline": _tables.headline,
