@@ -78,7 +78,7 @@ def tiles(results: Path) -> str | None:
         last = some.iloc[-1]
         cut = f" of {str(last['tiles']).replace(':', ' that share ')}"
         if pd.isna(last["tiles"]):
-            cut = ", of which one holds it" if mode == "in tiles" else ""
+            cut = ", of which one holds it" if mode.startswith("in tiles") else ""
         figures = [f"{last[key]:.2f}" for key in ("looked_at", "seconds", "cpu_seconds", "cpu_per_megapixel")]
         body.append([f"{width} x {height}", f"{mode}{cut}", *figures, f"{last['peak_mb']:,.0f}"])
     header = ["picture", "looked at", "megapixels of it", "seconds", "core seconds", "per megapixel", "peak MiB"]
