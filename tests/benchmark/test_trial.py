@@ -7,15 +7,19 @@ import pytest
 
 from flawsift import pipeline
 from flawsift.benchmark.trial import Trial
+from flawsift.data.alignment import learn
+from flawsift.data.truth import GroundTruth
 from flawsift.datasets import Dataset
 from flawsift.detectors.registry import DETECTORS, make_detector
-from flawsift.features.backbones import Backbone
+from flawsift.features.backbones import Backbone, fitting_size, load_backbone
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
+from flawsift.metrics.ranking import image_auroc
 from flawsift.models.model import set_digest
 from flawsift.screening.options import PRESETS, ScreenOptions
 from flawsift.screening.stage1 import ranker_of, resolve_screener
 from flawsift.screening.submodels import rank_by_submodels
+from tests.data.nails import nails
 
 # as short as they get: what is learned does not matter here
 SHORT: dict[str, dict[str, Any]] = {
@@ -89,3 +93,18 @@ def test_kinds_of_stage_one_are_kept_apart(n_subsets: int | None, easy: Dataset,
     (by_another,) = patchcore.arms(["default"])
     assert by_another.plan.screening is not None
     assert by_another.plan.screening.submodel_scores.score_matrix.shape[0] == (n_subsets or 5)
+
+
+def test_test_images_are_looked_at_as_the_training_images() -> None:
+    """Aligned: a model that forgot it would compare nails at any angle with nails that lie alike."""
+    images = nails(40, marked=8)
+    aligned = images.aligned(learn(images))
+    backbone = load_backbone("tiny", size=fitting_size(aligned, 128))
+    detector = make_detector("quorum")
+    seen, _ = attach(aligned, backbone, detector.layers)
+    truth = GroundTruth(images.ids, np.r_[np.zeros(32), np.ones(8)], ("good",) * 32 + ("mark",) * 8, {})
+    train, test = seen.select(range(24)), seen.select(range(24, 40))
+    trial = Trial(train=train, test=test, truth=truth, detector=detector, backbone=backbone)
+    (row,) = trial.rows(["none"])
+    wanted = image_auroc(detector.clone().fit(train).predict(test).scores, truth.labels[24:])
+    assert row["image_auroc"] == wanted == 1

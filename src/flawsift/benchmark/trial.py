@@ -19,6 +19,7 @@ from flawsift.features.backbones import Backbone
 from flawsift.metrics.ranking import image_auroc
 from flawsift.models.model import Model, evaluate, set_digest
 from flawsift.models.plan import NOTHING, Judged, TrainingPlan, calibrate, judge, options_for, plan_training
+from flawsift.models.provenance import how_seen
 from flawsift.screening.consensus import keep_lowest
 from flawsift.screening.result import Screening
 from flawsift.screening.stage1 import ranker_of, reselected, resolve_screener, screen
@@ -141,7 +142,7 @@ class Trial:
         judged = judge(plan, fitted, replace(self.run, checkpoint=None))
         calibration = calibrate(plan, judged)
         calibrated_at = time.perf_counter()
-        model = Model(fitted, self.backbone, calibration, {})
+        model = Model(fitted, self.backbone, calibration, how_seen(self.train))
         measured, _ = evaluate(model, self.test, self.truth, device=self.run.device, exact_pixels=EXACT_PIXELS)
         figures = {key: measured.get(key) for key in (*METRICS, *RATES)}
         with tempfile.TemporaryDirectory() as folder:
