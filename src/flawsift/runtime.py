@@ -13,7 +13,7 @@ import importlib
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,13 @@ from flawsift.damage import DAMAGE, json_object
 from flawsift.errors import InputError, ModelError, ParameterError
 from flawsift.files import content_digest
 
+INPUTS = ("image", "turn")  # of the graph; the second of models that align parts
 OUTPUTS = ("score", "p_value", "anomalous", "map")  # of the graph, in this order
 CARD = "flawsift"  # the key under which a file carries its model card
 CARD_FORMAT = 2  # from which on files end with `seal`
 SEAL = "flawsift.sha256"  # the key of that; what reads these formats passes over it
 Image = npt.NDArray[np.uint8]
-Run = Callable[[Image], list[npt.NDArray[Any]]]
+Run = Callable[[Sequence[npt.NDArray[Any]]], list[npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,7 @@ class Inspector:
             self._rates = np.array(self.card["calibration"]["rates"], np.float64)
             self.threshold = float(self.card["threshold"]["value"])
             self._range = self.card["training"].get("value_range")  # of images of more than 8 bits
+            self._alignment = _alignment(self.card["training"].get("alignment"))
             is_known = self.card["format"] <= CARD_FORMAT
             is_whole = is_sealed or self.card["format"] < CARD_FORMAT
         except DAMAGE as error:
@@ -113,7 +115,7 @@ class Inspector:
         Raises:
             InputError: It is no image, or cannot be read.
         """
-        score, p_value, _, anomaly_map = self._run(_pixels(image, self._range))
+        score, p_value, _, anomaly_map = self._run(self._inputs(_pixels(image, self._range)))
         value = float(score[0])
         if not math.isfinite(value):
             raise InputError("The model gives no number for this picture.")
@@ -138,12 +140,31 @@ class Inspector:
             for future in waiting:
                 yield future.result()
 
+    def _inputs(self, pixels: Image) -> list[npt.NDArray[Any]]:
+        """Of the graph: all of the picture, or its part, turned and cropped, and where it lies."""
+        if self._alignment is None:
+            return [pixels]
+        from PIL import Image as Pictures
+
+        picture = Pictures.fromarray(pixels)
+        pose = self._alignment.pose(picture)
+        return [np.asarray(self._alignment.crop(picture, pose)), self._alignment.to_crop(pose)]
+
     def _threshold_at(self, rate: float) -> float:
         """As `Calibration.threshold`."""
         if not 0 < rate < 1:
             raise ParameterError(f"false_alarm_rate must be in (0, 1), got {rate}.")
         within = self._rates <= rate * (1 + 1e-8)
         return float(self._thresholds[within.argmax() if within.any() else -1])
+
+
+def _alignment(content: Any) -> Any:
+    """What a model aligns parts by, which needs Pillow and SciPy; None where it does not."""
+    if content is None:
+        return None
+    from flawsift.data.alignment import Alignment
+
+    return Alignment.from_json(content)
 
 
 def _file_of(path: Path) -> Path:
@@ -211,8 +232,9 @@ def _load_onnx(path: Path, n_threads: int | None) -> tuple[Run, str]:
     except Exception as error:  # what a damaged file raises is not documented
         raise ModelError(f"'{path}' cannot be loaded: {_first_line(error)}") from error
 
-    def run(image: Image) -> list[npt.NDArray[Any]]:
-        outputs: list[npt.NDArray[Any]] = session.run(list(OUTPUTS), {"image": image})
+    def run(inputs: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        named = dict(zip(INPUTS, inputs, strict=False))
+        outputs: list[npt.NDArray[Any]] = session.run(list(OUTPUTS), named)
         return outputs
 
     return run, card
@@ -233,10 +255,10 @@ def _load_openvino(path: Path, n_threads: int | None) -> tuple[Run, str]:
         raise ModelError(f"'{path}' cannot be loaded: {_first_line(error)}") from error
     own = threading.local()  # a request answers one call at a time
 
-    def run(image: Image) -> list[npt.NDArray[Any]]:
+    def run(inputs: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         if not hasattr(own, "request"):
             own.request = compiled.create_infer_request()
-        own.request.infer([image])
+        own.request.infer(dict(zip(INPUTS, inputs, strict=False)))
         return [own.request.get_tensor(name).data.copy() for name in OUTPUTS]
 
     return run, card

@@ -1,8 +1,10 @@
 """Parts at any angle: where they lie, images turned and cropped, and maps that lie over the images again."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +19,15 @@ from flawsift.cli.main import app
 from flawsift.data.alignment import ALIGNMENT, Alignment, Pose, find_part, learn
 from flawsift.data.frames import Frame, Region
 from flawsift.data.images import ImageSet
-from flawsift.deploy.export import export_model
+from flawsift.deploy.export import export_model, in_float32
 from flawsift.detectors.registry import make_detector
-from flawsift.errors import InputError, ModelError
+from flawsift.errors import InputError
 from flawsift.features.backbones import fitting_size, load_backbone
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
+from flawsift.models.calibration import Calibration
 from flawsift.models.model import Model, load_model
+from flawsift.runtime import Inspector
 from flawsift.screening.seen import alignment_of
 from flawsift.screening.storage import load_screening
 from flawsift.testing import tiny_backbone
@@ -242,8 +246,28 @@ def test_a_model_keeps_how_it_looks(model: tuple[Model, Path]) -> None:
     scores = fitted.predict(new).scores
     assert scores[4:].min() > scores[:4].max()
     assert alignment_of(load_screening(folder / "screening")) == fitted.alignment
-    with pytest.raises(ModelError, match="Models that align parts cannot be exported yet"):
-        export_model(fitted, folder.parent / "exported")
+
+
+@pytest.mark.parametrize("detector", ["quorum", "padim"])
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_exported_models_align_too(to: Any, detector: str, model: tuple[Model, Path], tmp_path: Path) -> None:
+    """Scores and maps of the file are those of the model, also where a part lies partly beyond the border."""
+    fitted = model[0]
+    if detector != "quorum":
+        images = nails(24)
+        fitted = pipeline.fit(images.aligned(learn(images)), detector, fitted.backbone, no_screen=True).model
+        scores = np.linspace(1, 30, 40)
+        fitted = dataclasses.replace(fitted, calibration=Calibration.of(scores))
+    inspector = Inspector(export_model(fitted, tmp_path / "exported", to))
+    exact = in_float32(fitted)
+    for x, angle, mark in ((100, 0.3, None), (112, 2.0, (20.0, 0.0)), (60, math.pi, None)):
+        picture = np.asarray(nail(angle, x, 100, mark=mark))
+        wanted = exact.predict([picture], maps=True).item()
+        got = inspector(picture)
+        assert got.score == pytest.approx(wanted.score, rel=3e-3)  # PaDiM of 24 images is sensitive to rounding
+        assert wanted.map is not None
+        assert got.map.shape == wanted.map.shape
+        np.testing.assert_allclose(got.map, wanted.map, atol=1e-2 * float(wanted.map.max()))
 
 
 def test_an_image_without_a_part_is_looked_at_and_told(

@@ -249,14 +249,13 @@ class Frame:
     def over_grid(self, h: int, w: int) -> Shape:
         """(rows, columns) of a map over the image, of one of the network's input on an (h, w) grid."""
         down, across = self.finer
-        return max(1, round(h * down)), max(1, round(w * across))
+        return max(1, round(int(h) * down)), max(1, round(int(w) * across))  # numbers, not inputs of a traced graph
 
     def _within_image(self, h: int, w: int) -> Tensor:
         """(B, h, w) True where the middle of a turned patch is on the image; what was filled in counts for nothing."""
         places = self._to_image(_middles(h, w).expand(self._n_turned, -1, -1))
         inside = ((places >= 0) & (places <= 1)).all(2).view(-1, h, w)
-        inside[:, h // 2, w // 2] = True  # one counts at least
-        return inside
+        return inside | (torch.arange(h * w) == h // 2 * w + w // 2).view(h, w)  # one counts at least
 
     def _turned_back(self, maps: Tensor) -> Tensor:
         """(B, h, w) maps of the network's input over the images, bilinearly."""
@@ -286,16 +285,22 @@ class Frame:
 
     def _to_seen(self, places: Tensor) -> Tensor:
         """(B, n, 2) x and y over the image, from 0 to 1, over the network's input."""
-        assert self.turns is not None
-        seen = places @ self.turns[:, :, :2].mT + self.turns[:, None, :, 2]
-        return seen * self._filled
+        (a, b, c), (d, e, f) = self._turn
+        x, y = places.unbind(2)
+        return torch.stack([a * x + b * y + c, d * x + e * y + f], 2) * self._filled
 
     def _to_image(self, seen: Tensor) -> Tensor:
         """The other way."""
+        (a, b, c), (d, e, f) = self._turn
+        x, y = (seen / self._filled).unbind(2)
+        x, y = x - c, y - f
+        return torch.stack([e * x - b * y, a * y - d * x], 2) / (a * e - b * d)[..., None]
+
+    @property
+    def _turn(self) -> list[list[Tensor]]:
+        """The numbers of `turns`, each (B, 1): written out, since graphs know no solver."""
         assert self.turns is not None
-        shifted = seen / self._filled - self.turns[:, None, :, 2]
-        over_image: Tensor = torch.linalg.solve(self.turns[:, :, :2], shifted.mT).mT
-        return over_image
+        return [[self.turns[:, i, j, None] for j in range(3)] for i in range(2)]
 
     @property
     def _filled(self) -> Tensor:
@@ -319,5 +324,5 @@ class Frame:
 
 def _middles(h: int, w: int) -> Tensor:
     """(1, h w, 2) x and y of the middles of the cells of a grid, from 0 to 1, row by row."""
-    rows, columns = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (h, w))
+    rows, columns = ((torch.arange(int(n), dtype=torch.float64) + 0.5) / int(n) for n in (h, w))
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], 2).view(1, -1, 2)

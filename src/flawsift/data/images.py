@@ -41,7 +41,7 @@ class Batch:
         ids: (B,) global ids.
         features: {layer: (B, C, h, w)} float32, keyed by the layer names that were asked for.
         pixels: (B, 3, H, W) float32 in [0, 1], only when asked for.
-        size: Of the network input in pixels, the grid that maps are brought to.
+        size: Of the network input in pixels.
         memo: What detectors derive from the features, so that sub-models on one batch derive it once.
         rejected: (B, h, w) bool on some patch grid over the images, True where a patch is not to be learned from; None
             for nowhere.
@@ -85,6 +85,13 @@ class Batch:
         """(B, h, w) maps, nan where a patch does not count."""
         counted = None if self.frame is None else self.frame.counted(*maps.shape[1:])
         return maps if counted is None else maps.masked_fill(~counted.to(maps.device), torch.nan)
+
+    @property
+    def map_size(self) -> Size:
+        """Of maps over the images, in pixels: that of the network's input, or of as fine cells over turned images."""
+        if self.frame is None or self.frame.turns is None:
+            return self.size
+        return self.frame.over_grid(*as_shape(self.size))
 
     def over_image(self, maps: Tensor) -> Tensor:
         """(B, h, w) maps over the network's input as maps over the images."""

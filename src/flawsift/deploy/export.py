@@ -16,13 +16,14 @@ import numpy.typing as npt
 import torch
 
 import flawsift
+from flawsift.data.alignment import Alignment
 from flawsift.deploy.graph import Graph, traceable_pooling
 from flawsift.detectors.registry import ADAPTERS
 from flawsift.errors import ModelError, ParameterError, unknown_name
 from flawsift.features.backbones import load_backbone
 from flawsift.files import new_folder, write_bytes, write_json
 from flawsift.models.model import Model
-from flawsift.runtime import CARD, CARD_FORMAT, OUTPUTS, Inspector, Verdict, import_openvino, seal
+from flawsift.runtime import CARD, CARD_FORMAT, INPUTS, OUTPUTS, Inspector, Verdict, import_openvino, seal
 from flawsift.types import Size, as_shape
 
 Format = Literal["onnx", "openvino"]
@@ -39,6 +40,10 @@ def export_model(model: Model, out: str | Path, to: Format = "onnx", *, now: dat
     Its input "image" is (H, W, 3) uint8 RGB, upright, of any size. Its outputs are "score" (1,), "p_value" (1,),
     "anomalous" (1,) bool, by the threshold of the model, and "map" (S, S) on the grid of the network's input: resizing,
     normalisation, backbone, detector and threshold are in it, so that no client can differ from the training.
+
+    Where the model aligns parts, finding them is no matter of a graph: "image" is the crop then, and a second input
+    "turn" (2, 3) says where it lies, both by `flawsift.data.alignment`, as `Inspector` does it. The map is over the
+    whole image all the same.
 
     The file is scored against the model on made-up pictures before it appears.
 
@@ -72,7 +77,7 @@ def export_model(model: Model, out: str | Path, to: Format = "onnx", *, now: dat
             _write_onnx(graph, card, target)
         else:
             _write_openvino(graph, card, target)
-        card["parity"] = parity(model, Inspector(target), made_up_pictures(model.backbone.size))
+        card["parity"] = parity(model, Inspector(target), made_up_pictures(model.backbone.size, model.alignment))
         if not card["parity"]["largest_difference"] <= AGREES:
             raise ModelError(
                 f"The exported {model.detector.name} scores made-up pictures differently from the model, by up to "
@@ -87,8 +92,6 @@ def card_of(model: Model, now: datetime) -> dict[str, Any]:
     threshold = model.threshold()
     if threshold is None:
         raise ModelError("The model has no threshold, since it was fitted on too few images. Fit it on more.")
-    if model.alignment is not None:
-        raise ModelError("Models that align parts cannot be exported yet: fit one without --align, or use its folder.")
     training = dict(model.training)
     return {
         "format": CARD_FORMAT,
@@ -98,7 +101,7 @@ def card_of(model: Model, now: datetime) -> dict[str, Any]:
         "detector": {"name": model.detector.name, "params": model.detector.params()},
         "backbone": {"name": model.backbone.name, "weights_digest": model.backbone.weights_digest},
         "size": model.backbone.size,
-        "training": training,
+        "training": training,  # with the alignment, if there is one
         "contamination": model.calibration.contamination,
         "threshold": {**vars(threshold), "promise": threshold.promise, "warning": model.calibration.warning},
         "calibration": {
@@ -145,8 +148,11 @@ def parity(
     }
 
 
-def made_up_pictures(size: Size) -> Iterator[npt.NDArray[np.uint8]]:
-    """Smooth pictures with noise: of the network's own size, larger, and so wide that blocks of pixels are averaged."""
+def made_up_pictures(size: Size, alignment: Alignment | None = None) -> Iterator[npt.NDArray[np.uint8]]:
+    """Smooth pictures with noise: of the network's own size, larger, and so wide that blocks of pixels are averaged.
+
+    For models that align, as parts before a plain background, one of them reaching over the border.
+    """
     generator = np.random.default_rng(0)
     h, w = as_shape(size)
     for height, width in ((h, w), (h + 17, 2 * w), (h // 2 + 5, 4 * w)):
@@ -154,6 +160,12 @@ def made_up_pictures(size: Size) -> Iterator[npt.NDArray[np.uint8]]:
         phases = generator.uniform(0, 6, (3, 1, 1))
         waves = np.sin(rows / 9 + phases) + np.cos(columns / 13 - phases)  # (3, height, width)
         picture = 128 + 50 * waves + generator.normal(0, 8, (3, height, width))
+        if alignment is not None:
+            along, across = alignment.along * max(height, width) / 2.5, alignment.across * max(height, width) / 2.5
+            x, y = columns - generator.uniform(0.2, 0.8) * width, (rows - generator.uniform(0.2, 0.8) * height)
+            angle = generator.uniform(-np.pi, np.pi)
+            turned = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+            picture = np.where((turned[0] / along) ** 2 + (turned[1] / across) ** 2 < 1, picture / 2, 240)
         yield picture.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
@@ -173,20 +185,24 @@ def _to_onnx(model: Model) -> Any:
     assert threshold is not None
     spec = {**model.backbone.spec, "runtime": "torch", "device": "cpu"}  # what another runtime holds cannot be traced
     backbone = load_backbone(**spec)
-    graph = Graph(backbone, model.detector, model.calibration, threshold.value, model.region).eval()
-    example = torch.from_numpy(next(iter(made_up_pictures(model.backbone.size))))
+    alignment = model.alignment
+    finer = None if alignment is None else alignment.finer
+    graph = Graph(backbone, model.detector, model.calibration, threshold.value, model.region, finer).eval()
+    example: tuple[torch.Tensor, ...] = (torch.from_numpy(next(iter(made_up_pictures(model.backbone.size)))),)
+    if alignment is not None:
+        example += (torch.eye(2, 3, dtype=torch.float64),)
     content = io.BytesIO()
     try:
         with warnings.catch_warnings(), torch.no_grad(), traceable_pooling():
             warnings.simplefilter("ignore")  # the tracer tells of what it takes as constants, which here they are
             cast(Any, torch.onnx).export(  # its stub knows no file in memory
                 graph,
-                (example,),
+                example,
                 content,
                 dynamo=False,
                 opset_version=OPSET,
                 do_constant_folding=False,  # the bank stays float16 in the file
-                input_names=["image"],
+                input_names=list(INPUTS[: len(example)]),
                 output_names=list(OUTPUTS),
                 dynamic_axes={"image": {0: "height", 1: "width"}},
             )

@@ -1,8 +1,7 @@
 """A model as one graph, from the pixels of a picture to score, p-value, verdict and map: what `export` writes.
 
-The backbone and the detector's own `_score_batch` are traced as they are. What cannot be traced is the search among
-patches, which works in blocks, picks neighbours in NumPy and mends near ties; here it is written plainly, and tests
-hold the two together.
+The backbone and the detector's own `_score_batch` are traced as they are, but for the search among patches, which works
+in blocks, picks neighbours in NumPy and mends near ties; here it is written plainly, and tests hold the two together.
 """
 
 import contextlib
@@ -47,7 +46,8 @@ class Graph(nn.Module):
         detector: Fitted.
         calibration: For the p-value.
         threshold: Scores above it are anomalous.
-        region: The part of each picture that counts; None for all.
+        region: What counts of each picture; None for all.
+        finer: Of a model that aligns, whose graph takes a crop and its `Alignment.to_crop`.
     """
 
     # long: what a graph is made of
@@ -58,9 +58,10 @@ class Graph(nn.Module):
         calibration: Calibration,
         threshold: float,
         region: Region | None = None,
+        finer: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        self.size, self.trunk, self.region = backbone.size, backbone.trunk, region
+        self.size, self.trunk, self.region, self.finer = backbone.size, backbone.trunk, region, finer
         self.members = {layer: backbone.members(layer) for layer in detector.layers}
         self.detector = _traceable(detector)
         self.reads_pixels = detector.reads_pixels
@@ -68,11 +69,8 @@ class Graph(nn.Module):
         self.register_buffer("rates", torch.from_numpy(np.concatenate([[1.0], calibration.rates]).astype(np.float32)))
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float32))
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, image: Tensor, turn: Tensor | None = None) -> tuple[Tensor, ...]:
         pixels, contents = resized(image, self.size)
-        frame = None
-        if contents is not None or self.region is not None:
-            frame = Frame(as_shape(self.size), None if contents is None else contents[None], self.region)
         taps = sorted({tap for several in self.members.values() for tap in several})
         outputs = dict(zip(taps, self.trunk.taps(pixels[None], taps), strict=True))
         features = {
@@ -81,13 +79,17 @@ class Graph(nn.Module):
         }
         features = {layer: values.half().float() for layer, values in features.items()}  # as they are stored
         given = pixels[None] / 255 if self.reads_pixels else None
-        grids, score = _scored(self.detector, Batch(np.zeros(1, np.int64), features, given, self.size, frame=frame))
-        grids = grids.float() if frame is None else frame.over_image(grids.float())
+        batch = Batch(np.zeros(1, np.int64), features, given, self.size, frame=self._frame(contents, turn))
+        grids, score = _scored(self.detector, batch)
+        maps = to_image_grid(batch.over_image(grids.float()), batch.map_size, self.detector._map_sigma())
         p_value = cast(Tensor, self.rates)[(cast(Tensor, self.thresholds) < score).sum()].reshape(1)
-        return score, p_value, score > cast(Tensor, self.threshold), self._image_grid(grids)
+        return score, p_value, score > cast(Tensor, self.threshold), maps[0]
 
-    def _image_grid(self, grids: Tensor) -> Tensor:
-        return to_image_grid(grids, self.size, self.detector._map_sigma())[0]
+    def _frame(self, contents: Tensor | None, turn: Tensor | None) -> Frame | None:
+        shape, contents = as_shape(self.size), None if contents is None else contents[None]
+        if self.finer is not None and turn is not None:
+            return Frame(shape, contents, turns=turn[None], finer=self.finer)
+        return None if contents is None and self.region is None else Frame(shape, contents, self.region)
 
 
 def resized(image: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
@@ -181,9 +183,7 @@ def _traceable(detector: Detector) -> Detector:
     cache = vars(plain)["_cache"] = {}
     bank = getattr(detector, "memory_bank_", None)
     if getattr(detector, PARAMETER, None) is not None:
-        raise ParameterError(
-            "Models that compare tiles by position cannot be exported: fit one without, or use its folder."
-        )
+        raise ParameterError("Models that compare tiles by position cannot be exported: fit one without it.")
     if isinstance(detector, Quorum):
         cache["search", "cpu"] = Groups(detector)
     elif bank is not None:

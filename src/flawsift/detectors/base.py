@@ -145,7 +145,7 @@ class Detector(ABC):
         Args:
             data: N images with features attached.
             device: "auto" takes a GPU where there is one.
-            maps: Also make (N, H, W) maps, in the size of the network's input.
+            maps: Also make (N, H, W) maps, in the size of the network's input; over aligned images, with pixels of it.
             batch_size: Images at a time; does not change a score.
 
         Raises:
@@ -313,7 +313,7 @@ def score_together(
     grids: list[list[Tensor]] = [[] for _ in models]
     with torch.inference_mode():
         for batch in data.batches(models[0].layers, pixels=models[0].reads_pixels, batch_size=batch_size):
-            size = batch.size
+            size = batch.map_size
             for m, model in enumerate(models):
                 score = model._score_batch if keep_grids else model._score_roughly
                 batch_maps, batch_scores = score(batch, target)
