@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--detectors", nargs="+", default=["quorum", "patchcore", "padim"], choices=list(DETECTORS))
     parser.add_argument("--alphas", nargs="+", type=float, default=list(accuracy.ALPHAS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--positions", nargs="+", default=[AS_THEY_ARE, ALIGNED], choices=[AS_THEY_ARE, ALIGNED])
     parser.add_argument("--edge", type=int, default=256, help="of a square input that has as many pixels")
     args = parser.parse_args()
     data = accuracy.load_set(NAME)
@@ -36,7 +37,8 @@ def main() -> None:
     figures: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
         store = FeatureStore(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flawsift-bench-"))))
-        for kind, images in ((AS_THEY_ARE, data.images), (ALIGNED, data.images.aligned(learn(data.images)))):
+        for kind in args.positions:
+            images = data.images.aligned(learn(data.images) if kind == ALIGNED else None)
             backbone = load_backbone(size=_as_many_pixels(images, args.edge))
             images, _ = attach(images, backbone, accuracy.LAYERS, store=store)
             for detector in args.detectors:
