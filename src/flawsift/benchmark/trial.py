@@ -26,7 +26,7 @@ from flawsift.screening.stage1 import ranker_of, reselected, resolve_screener, s
 from flawsift.screening.submodels import rank_by_submodels
 from flawsift.types import Ids
 
-EXACT_PIXELS = 20_000_000  # 300 maps of 256 x 256: exact metrics sort them in 1 GB; more are streamed
+EXACT_PIXELS = 30_000_000  # 450 maps of 256 x 256: exact metrics sort them in 1.5 GB; more are streamed
 METRICS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "aupro_bound")
 RATES = ("false_alarms_per_100", "missed_per_100", "hits_per_100")
 
