@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from flawsift import pipeline
 from flawsift.cli.main import app
 from flawsift.data.alignment import ALIGNMENT, Alignment, Pose, find_part, learn
+from flawsift.data.checks import ready_to_train
 from flawsift.data.frames import Frame, Region
 from flawsift.data.images import ImageSet
 from flawsift.deploy.export import export_model, in_float32
@@ -177,6 +178,23 @@ def test_what_cannot_be_aligned_is_refused() -> None:
         aligned.looked_at(whole)
     with pytest.raises(InputError, match="exclude each other"):
         images.looked_at(whole).aligned(aligned.alignment)
+
+
+def test_aligning_is_proposed_where_parts_lie_at_different_angles(caplog: pytest.LogCaptureFixture) -> None:
+    def told(images: ImageSet) -> bool:
+        caplog.clear()
+        ready_to_train(images)
+        return "--align turns all alike" in caplog.text
+
+    turned = nails(12)
+    assert told(turned)
+    assert not told(turned.aligned(learn(turned)))
+    assert not told(turned.looked_at(Region(np.ones((4, 4), bool))))
+    generator = np.random.default_rng(0)
+    assert not told(ImageSet.from_arrays([noisy(nail(a, 100, 100), generator) for a in np.linspace(-0.3, 0.3, 12)]))
+    assert told(ImageSet.from_arrays([noisy(nail(i % 2 * math.pi, 100, 100), generator) for i in range(12)]))
+    texture = generator.integers(0, 256, (6, 64, 64, 3)).astype(np.uint8)
+    assert not told(ImageSet.from_arrays(list(texture)))
 
 
 def test_it_survives_json_and_damage_is_an_error() -> None:

@@ -7,7 +7,7 @@ need know of it.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -32,6 +32,7 @@ FOUND = 0.9  # share of the images that must have a part: one may be missing, or
 ROUND = 1.2  # times as long as wide: below, a part has no direction that noise would not turn
 ALIKE = 1.5  # times as long as the parts at the lower decile may those at the upper one be: else they are not one kind
 WITHIN = 0.95  # share of the parts that reach no farther than the crop before its margin
+ONE_WAY = 0.9  # length of the mean of directions, from which on they are one: they differ by 26 degrees, or less
 MARGIN = 0.05  # of the length of the parts, around them
 MOST_FINER = 4.0  # a map over an image has at most so many times as many cells on an edge as one of the crop: memory
 
@@ -178,8 +179,22 @@ def learn(images: "ImageSet") -> Alignment:
             parts.append(find_part(image))
     if not parts:
         raise InputError("No image can be read, so that there is no part to align.")
+    return _fitting(parts, float(np.median(aspects)))
+
+
+def would_help(parts: Sequence["Part"]) -> bool:
+    """Whether parts of one kind lie at angles that differ, so that aligning them makes them alike."""
+    try:
+        alignment = _fitting(parts, 1.0)
+    except InputError:
+        return False
+    lines = np.exp(1j * np.array([part.angle for part in parts if part.points is not None]))
+    return alignment.turned and float(abs(lines.mean())) < ONE_WAY
+
+
+def _fitting(parts: Sequence["Part"], aspect: float) -> Alignment:
     found = [part for part in parts if part.points is not None]
-    if len(found) < FOUND * len(parts):
+    if not found or len(found) < FOUND * len(parts):
         raise InputError(
             f"--align needs parts before a plain background, and {len(parts) - len(found)} of {len(parts)} images have "
             "none. Leave it out; the same part of each image is chosen by --roi."
@@ -194,7 +209,7 @@ def learn(images: "ImageSet") -> Alignment:
             "chosen by --roi."
         )
     left, right, top, bottom = (np.quantile(edges, WITHIN, axis=0) + MARGIN * longest).tolist()
-    return Alignment(left, right, top, bottom, turned, float(np.median(aspects)))
+    return Alignment(left, right, top, bottom, turned, aspect)
 
 
 class Part(NamedTuple):

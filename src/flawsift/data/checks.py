@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from flawsift.data.alignment import Part, find_part, would_help
 from flawsift.data.decoding import UnreadableImage
 from flawsift.data.images import ImageSet
 from flawsift.data.values import Sample, learn_range
@@ -28,7 +29,8 @@ SATURATED = 0.99  # share of values at one end: what is left shows nothing of a 
 def ready_to_train(images: ImageSet, *, progress: Progress = silent) -> ImageSet:
     """The images, those of more than 8 bits read by one range of values: the given one, or what is learned from all.
 
-    Of up to `N_LOOKED_AT` images, those that are of one colour, saturated, or the same as another are told as warnings.
+    Of up to `N_LOOKED_AT` images, those that are of one colour, saturated, or the same as another are told as warnings;
+    and that parts lie at different angles, where aligning them would help.
 
     Raises:
         InputError: A range was given and no image has more than 8 bits, or one range is not for all; see `learn_range`.
@@ -63,14 +65,16 @@ class _Look:
     digest: bytes
     is_constant: bool
     is_saturated: bool
+    part: Part
 
 
 def _oddities(images: ImageSet) -> Iterator[str]:
     def look(id_: int) -> _Look:
-        pixels = np.asarray(images.image(id_))
+        image = images.image(id_)
+        pixels = np.asarray(image)
         saturated = max(float((pixels == end).mean()) for end in (0, 255))
         digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).digest()
-        return _Look(digest, bool((pixels == pixels[0, 0]).all()), saturated >= SATURATED)
+        return _Look(digest, bool((pixels == pixels[0, 0]).all()), saturated >= SATURATED, find_part(image))
 
     looks = _each(images, images.ids[:: -(-len(images) // N_LOOKED_AT)].tolist(), look)
     name, n = images.source.name, len(looks)
@@ -85,6 +89,11 @@ def _oddities(images: ImageSet) -> Iterator[str]:
         listed = name_some(" = ".join(names[:2]) for names in copies)
         n_same = sum(map(len, copies))
         yield f"{n_same} of {n} images are the same as another, pixel by pixel: {listed}."
+    if images.alignment is None and images.region is None and would_help([one.part for one in looks.values()]):
+        yield (
+            "The parts lie at different angles before a plain background. --align turns all alike before they are "
+            "compared: see 'Parts at any angle' in the documentation."
+        )
 
 
 def _each(images: ImageSet, ids: list[int], look: Callable[[int], Result]) -> dict[int, Result]:
