@@ -109,6 +109,34 @@ def test_a_pipe_gets_a_line_for_each_stage(
     assert capsys.readouterr() == ("", "".join(f" 1:15 {line}\n" for line in lines))
 
 
+def test_a_pipe_hears_of_a_long_stage_ever_less_often(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+    with as_progress(True) as tell:
+        tell(Stage.SCORING, 0, 1000)
+        for done in range(1, 1001):
+            clock.now += 1
+            tell(Stage.SCORING, done, 1000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:4] == [
+        " 0:00 Scoring images (1,000)",
+        " 0:10 Scoring images 10/1,000, about 16:30 left",
+        " 0:20 Scoring images 20/1,000, about 16:20 left",
+    ]
+    assert len(lines) < 25
+
+
+def test_a_pipe_hears_of_each_cell(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+    with as_progress(True) as tell:
+        for done in range(4):
+            tell(Stage.CELLS, done, 3)
+            clock.now += 5
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        " 0:00 Running cells (3)",
+        " 0:05 Running cells 1/3, about 0:10 left",
+        " 0:10 Running cells 2/3, about 0:05 left",
+        " 0:15 Running cells 3/3",
+    ]
+
+
 class Broken(io.StringIO):
     """A pipe whose reader has gone."""
 

@@ -22,6 +22,8 @@ from flawsift.errors import ParameterError
 BAR_WIDTH = 20  # columns
 MOST_ROWS = 6  # on a terminal: the present stage and those before it; more would push away what was on it
 SHORT = 1.0  # seconds: of a stage that took less, nobody needs to know afterwards
+SILENT = 10.0  # seconds without a line in a log, after which a stage says how far it is
+LONGER = 0.25  # of the time that a stage has taken: so much passes between two such lines, or the log gets long
 REDRAWN = 0.1  # seconds between two changes of the bar of a notebook: as often as rich redraws a terminal
 
 
@@ -76,8 +78,8 @@ def as_progress(progress: ProgressOption) -> Iterator[Progress]:
 
     Args:
         progress: True shows the stages: on a terminal and in a notebook a bar with the time that is left, which
-            vanishes at the end; elsewhere a line on stderr as each begins. False and None are silent; a callable is
-            told.
+            vanishes at the end; elsewhere a line on stderr as each begins, and now and then how far a long one is.
+            False and None are silent; a callable is told.
     """
     if progress is None or progress is False or (progress is True and sys.stderr is None):
         yield silent
@@ -210,20 +212,29 @@ def _in_notebook() -> bool:
 
 
 class _Lines(_Display):
-    """A line on stderr as each stage begins, with the time since the first one: for pipes and logs."""
+    """A line on stderr as each stage begins, with the time since the first one, and some in between: for pipes and logs.
+
+    Each cell of a benchmark has one; of other stages only long ones say how far they are, ever less often.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._began = time.monotonic()
+        self._began = self._wrote = time.monotonic()
 
     def _begin(self, pace: Pace) -> None:
-        count = f" ({pace.total:,})" if pace.total > 1 else ""
-        with contextlib.suppress(OSError):  # whoever read it has gone: no reason to stop the work
-            sys.stderr.write(f"{clock(pace.began - self._began):>5} {pace.name}{count}\n")
-            sys.stderr.flush()
+        self._write(pace.name + (f" ({pace.total:,})" if pace.total > 1 else ""))
 
     def _advance(self, pace: Pace) -> None:
-        """Nothing: a log is not to be long."""
+        silent_for = time.monotonic() - self._wrote
+        if pace.name == Stage.CELLS or silent_for >= max(SILENT, LONGER * pace.spent):
+            left = "" if pace.left is None else f", about {clock(pace.left)} left"
+            self._write(f"{pace.name} {pace.count}{left}".rstrip())
+
+    def _write(self, text: str) -> None:
+        self._wrote = time.monotonic()
+        with contextlib.suppress(OSError):  # whoever read it has gone: no reason to stop the work
+            sys.stderr.write(f"{clock(self._wrote - self._began):>5} {text}\n")
+            sys.stderr.flush()
 
     def close(self) -> None:
         """Nothing."""
