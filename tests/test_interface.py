@@ -359,7 +359,7 @@ def test_predict_answers_for_one_image(easy_folder: Path, tmp_path: Path, capsys
     assert "p-value 0.0" in first[0]
     both = run(*files).splitlines()
     assert [line.split()[0] for line in both[:2]] == ["part-45.png", "part-00.png"], "the most anomalous first"
-    assert both[2] == "1 of 2 images is anomalous."
+    assert both[2] == "1 of 2 images looks defective."
     told = json.loads(run(*reversed(files), "--json"))
     assert [image["path"] for image in told["images"]] == ["part-00.png", "part-45.png"], "in the order given"
     assert "20 more" not in run(str(easy_folder / "part-0*.png"))

@@ -212,7 +212,7 @@ def _in_notebook() -> bool:
 
 
 class _Lines(_Display):
-    """A line on stderr as each stage begins, with the time since the first one, and some in between: for pipes and logs.
+    """A line on stderr as each stage begins, with the time since the first one, and now and then more: for logs.
 
     Each cell of a benchmark has one; of other stages only long ones say how far they are, ever less often.
     """

@@ -235,7 +235,7 @@ def test_kept_defects_are_warned_of_until_a_person_has_seen_them() -> None:
 def test_a_share_that_the_scores_do_not_tell_is_warned_of() -> None:
     table = replace(made(), n_suspects=0, contamination=(0.0, 0.45))
     assert table.warning is not None
-    assert table.warning.startswith("Between 0 and 45 % of the training images may be defective: their scores do not")
+    assert table.warning.startswith("Nobody knows how many training images are defective: between 0 and 45 % may be.")
     threshold = table.threshold()
     assert threshold is not None
     assert threshold.warning == table.warning

@@ -71,7 +71,7 @@ def test_a_rate_that_the_images_do_not_support(model: Model, easy: Dataset) -> N
     assert found.threshold.limited
     assert found.threshold.expected_rate == 1 / 16
     assert found.notes == (
-        "15 good images are too few for a rate of 1 false alarms per 100, which needs 99: the threshold is the highest "
+        "15 good images are too few for a false-alarm rate of 1 in 100, which needs 99: the threshold is the highest "
         "that these support.",
     )
 

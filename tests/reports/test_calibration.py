@@ -77,6 +77,7 @@ def test_points_and_rows() -> None:
     assert before.y_ends[0] > before.y > before.y_ends[1]
     page = Page(calibration_page(result))
     assert "Threshold 95: of 100 good parts about 5 are stopped, of 100 defective ones 25 pass" in words(page.text[""])
+    assert "Next: use the model as before; its threshold is the new one." in words(page.text[""])
     rates = words(page.text["rates"])
     assert "in force 95 5 (2" in rates
     assert "before 60 40 (32" in rates
@@ -99,6 +100,7 @@ def test_a_threshold_that_stays_is_one_point() -> None:
 def test_the_fewest_images_make_a_page() -> None:
     page = Page(calibration_page(made([1.0], [0.5], 0.01, before=9.0)))
     assert "of 100 good parts about 50 are stopped, of 100 defective ones 100 pass" in words(page.text[""])
+    assert "Next: label more good images and calibrate again" in words(page.text[""])
     assert "10 per 100 needs 9 good images" in words(page.text["rates"])
 
 

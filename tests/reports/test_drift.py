@@ -1,6 +1,7 @@
 """The page about scores of several days: its chart, its words and its numbers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,5 +82,16 @@ def test_the_page_says_what_has_shifted(tmp_path: Path) -> None:
     assert "Unreadable" in numbers
     assert json.loads((tmp_path / "drift.json").read_text("utf-8")) == json.loads(json.dumps(drift.as_json()))
     assert not any(tag in ("script", "link", "img") for tag, _ in read.elements)
-    calm = Page(drift_page(made(1))).text["shifts"]
-    assert "No file differs from the training scores" in words(calm)
+    assert words("Next: look at the highest-scoring images of <b>3</b>") in words(read.text[""])
+    calm = Page(drift_page(made(1))).text
+    assert "No file differs from the training scores" in words(calm["shifts"])
+    assert "Next: nothing has to be done." in words(calm[""])
+
+
+def test_the_page_says_what_the_command_says_before_its_numbers() -> None:
+    drift = made(1, 0.01)
+    assert drift.threshold is not None
+    doubtful = replace(drift, threshold=replace(drift.threshold, n_suspects=3), notes=("a file was written before",))
+    top = words(Page(drift_page(doubtful)).text[""])
+    assert "Warning. At least 3 images look defective" in top
+    assert "Note. a file was written before" in top

@@ -37,11 +37,11 @@ def test_headline(n: int, n_removed: int, estimate: Contamination | None, expect
      (None, 0.6, "The share to set aside (40\u00a0%) was set by the user"),
      (Contamination(0.0, "none: too few scores", {}), 1.0, "could not be estimated (too few scores)."),
      (Contamination(0.0, MIXTURE, {}, (0.0, 0.0)), 1.0, "No more images score high"),
-     (Contamination(0.0, MIXTURE, {}, (0.0, 0.03)), 1.0, ": 0 % (between 0 and 3 %). Perhaps there is none"),
+     (Contamination(0.0, MIXTURE, {}, (0.0, 0.03)), 1.0, ": 0 % (between 0 and 3 %). Perhaps none is defective"),
      (Contamination(0.05, MIXTURE, {}, (0.0, 0.1)), 1.0, "so nothing was set aside; look at the highest-ranked"),
-     (Contamination(0.2, MIXTURE, {}, (0.0, 0.5)), 1.0, ": between 0 and 50 %: their scores do not tell. Perhaps"),
+     (Contamination(0.2, MIXTURE, {}, (0.0, 0.5)), 1.0, ": between 0 and 50 % (the scores tell no more). Perhaps"),
      (Contamination(0.2, MIXTURE, {}, (0.1, 0.3)), 0.8, ": 20 % (between 10 and 30 %). Nine of ten such"),
-     (Contamination(0.3, MIXTURE, {}, (0.1, 0.5)), 0.8, ": between 10 and 50 %: their scores do not tell. Nine")],
+     (Contamination(0.3, MIXTURE, {}, (0.1, 0.5)), 0.8, ": between 10 and 50 % (the scores tell no more). Nine")],
 )  # fmt: skip
 def test_where_the_share_comes_from(estimate: Contamination | None, keep_share: float, expected: str) -> None:
     images = ImageSet.from_arrays(noise(5, edge=1))

@@ -117,8 +117,8 @@ def calibrated_lines(result: "Recalibration") -> list[str]:
         value, defective = result.before.value, result.truth.labels == 1
         good, bad = result.scores[~defective], result.scores[defective]
         lines.append(
-            f"Before: threshold {value:.4g}, which calls {int((good > value).sum()):,} of these {len(good):,} good "
-            f"images anomalous and misses {int((bad <= value).sum()):,} of the {len(bad):,} defective ones."
+            f"Before: threshold {value:.4g}, which stops {int((good > value).sum()):,} of these {len(good):,} good "
+            f"images and misses {int((bad <= value).sum()):,} of the {len(bad):,} defective ones."
         )
     return lines + [f"Note: {note}" for note in result.notes]
 

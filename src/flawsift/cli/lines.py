@@ -22,9 +22,20 @@ def threshold_lines(threshold: "Threshold | None", *, reservation: str = "") -> 
         return ["No threshold: one image or group gives no held-out scores to calibrate with. Scores are still ranked."]
     text = str(threshold).replace("threshold", "Threshold", 1)
     if threshold.limited:
-        text += f" ({threshold.n_calibration} images cannot support {100 * threshold.false_alarm_rate:g} per 100)"
+        text += f". {_too_few(threshold)}"
     promises = threshold.warning is None
     return [f"{text}; {reservation}." if reservation and promises else f"{text}."]
+
+
+def _too_few(threshold: "Threshold") -> str:
+    """Why a threshold has a higher rate than was asked for."""
+    from flawsift.models.calibration import n_needed
+
+    needed, there = n_needed(threshold.false_alarm_rate), threshold.n_calibration
+    asked = f"{100 * threshold.false_alarm_rate:g} in 100"
+    if there >= needed:
+        return f"The images are too few for {asked}"
+    return f"{asked} needs {needed:,} good images to be told; about {there:,} count here"
 
 
 def range_lines(record: Mapping[str, Any]) -> list[str]:

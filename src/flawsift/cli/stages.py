@@ -203,7 +203,7 @@ def fitted_lines(result: "FitResult", out: Path) -> list[str]:
     lines = [*warning_lines(threshold), f"Trained {name} on {kept} of {total} images{more}: {out}"]
     if result.model.calibration.contamination is not None and threshold is not None and threshold.warning is None:
         low, high = (100 * end for end in result.model.calibration.contamination)
-        lines.append(f"Between {low:.0f} and {high:.0f} % of the images may be defective (9 in 10 likely).")
+        lines.append(f"Between {low:.0f} and {high:.0f} % of the images may be defective (right in nine cases of ten).")
     if training["n_groups"] is not None:
         lines.append(f"They are in {training['n_groups']} groups; none was judged by images of its own group.")
     if drawn := result.model.detector.n_drawn:

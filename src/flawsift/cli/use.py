@@ -138,8 +138,8 @@ def predicted_lines(result: "Predictions", *, one_by_one: bool) -> list[str]:
             lines.append(f"and {more} more, which score lower. Give --out for a table of all.")
     if len(result) > 1 or not one_by_one:
         n_flagged = 0 if flagged is None else int(flagged.sum())
-        verb = "is" if n_flagged == 1 else "are"
-        counted = f"{n_flagged} of {len(result)} images {verb} anomalous." if flagged is not None else ""
+        verb = "looks" if n_flagged == 1 else "look"
+        counted = f"{n_flagged} of {len(result)} images {verb} defective." if flagged is not None else ""
         lines.append(counted or f"{len(result)} images scored.")
     lines += [] if result.images is None or result.images.value_range is None else [result.images.value_range.line]
     lines += threshold_lines(result.threshold, reservation=RESERVATION if result.notices else "")
@@ -210,7 +210,7 @@ def evaluate(
     with output.progress() as progress:
         from flawsift import datasets
         from flawsift.files import write_json
-        from flawsift.reports.evaluation import write_evaluation_report
+        from flawsift.reports.evaluation import headline, write_evaluation_report
         from flawsift.reports.predictions import move_earlier_maps, write_predictions
 
         _check_folder(out, METRICS)
@@ -226,7 +226,7 @@ def evaluate(
         write_json(out / METRICS, result)
         page = write_evaluation_report(loaded, result, predictions, images, data.truth, out, device=device)
     width = max(map(len, result))
-    lines = [*warning_lines(predictions.threshold), *notice_lines(predictions)]
+    lines = [*warning_lines(predictions.threshold), *notice_lines(predictions), headline(result)]
     lines += [f"{key:<{width}}  {'-' if value is None else f'{value:.4g}'}" for key, value in result.items()]
     if n := result["n_trained_on"]:
         lines.append(f"Note: the model was trained on {n} of these {len(images)} images. On new ones it is worse.")

@@ -51,15 +51,15 @@ class Threshold:
         if self.n_suspects:
             which = "1 image looks" if self.n_suspects == 1 else f"{self.n_suspects:,} images look"
             return (
-                f"At least {which} defective and still count for the threshold, which may be too high: review the "
-                "highest-ranked ones. Until then no rate of false alarms is promised."
+                f"At least {which} defective and still count for the threshold, which may be too high. Review the "
+                "highest-ranked ones and train again; until then no rate of false alarms is promised."
             )
         if self._unknown and self.contamination is not None:
             low, high = (100 * end for end in self.contamination)
             return (
-                f"Between {low:.0f} and {high:.0f} % of the training images may be defective: their scores do not "
-                "tell. If many are, the threshold is too high and misses defects: review the highest-ranked ones. "
-                "Until then no rate of false alarms is promised."
+                f"Nobody knows how many training images are defective: between {low:.0f} and {high:.0f} % may be. If "
+                "many are, the threshold is too high and misses defects. Review the highest-ranked ones and train "
+                "again; until then no rate of false alarms is promised."
             )
         return None
 
@@ -83,7 +83,7 @@ class Threshold:
         if self.n_suspects:
             return "provisional, since defective images still count for it"
         if self._unknown:
-            return "provisional, since nothing tells how many of the images that it rests on are defective"
+            return "provisional, since nobody knows how many training images are defective"
         alarms = of_hundred(self.expected_rate)
         text = f"about {alarms} false {'alarm' if alarms == '1' else 'alarms'} per 100 good parts"
         text += "" if self.n_defective else " expected"
@@ -336,6 +336,11 @@ class Calibration:
         n_good, n_suspects = int(content["n_good"]), int(content["n_suspects"])
         n_defective = int(content["n_defective"])
         return cls(scores, thresholds, rates, intervals, n_good, n_suspects, contamination, misses, n_defective)
+
+
+def n_needed(rate: float) -> int:
+    """Number of good images from which on a false-alarm rate can be set: 1 / (n + 1) is the lowest that n support."""
+    return int(np.ceil(1 / rate - 1 - 1e-9))  # 1 / 0.01 may come out above 100
 
 
 def of_hundred(share: float, *, digits: int = 2) -> str:

@@ -11,7 +11,7 @@ from flawsift.data.images import ImageSet
 from flawsift.data.inputs import Images, as_images
 from flawsift.data.truth import GroundTruth
 from flawsift.errors import InputError, ParameterError
-from flawsift.models.calibration import Calibration, Threshold, missed_shares, of_hundred
+from flawsift.models.calibration import Calibration, Threshold, missed_shares, n_needed, of_hundred
 from flawsift.models.model import Model, content_digests
 from flawsift.models.predictions import Predictions
 from flawsift.models.record import LABELLED
@@ -248,15 +248,10 @@ def _notes_on_threshold(made: Model, misses: float | None) -> list[str]:
     if threshold.limited:
         rate = threshold.false_alarm_rate
         return [
-            f"{n:,} good images are too few for a rate of {of_hundred(rate)} false alarms per 100, which needs "
+            f"{n:,} good images are too few for a false-alarm rate of {of_hundred(rate)} in 100, which needs "
             f"{n_needed(rate):,}: the threshold is the highest that these support."
         ]
     return []
-
-
-def n_needed(rate: float) -> int:
-    """Number of good images from which on a false-alarm rate can be set: 1 / (n + 1) is the lowest that n support."""
-    return int(np.ceil(1 / rate - 1 - 1e-9))  # 1 / 0.01 may come out above 100
 
 
 def _digest(truth: GroundTruth, digests: Mapping[int, str]) -> str:

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from flawsift.files import ensure_folder, write_text
-from flawsift.models.calibration import Threshold, of_hundred
-from flawsift.models.labelled import Recalibration, n_needed
+from flawsift.models.calibration import Threshold, n_needed, of_hundred
+from flawsift.models.labelled import Recalibration
 from flawsift.models.record import LABELLED
 from flawsift.paths import show
 from flawsift.reports.histogram import Histogram
@@ -148,6 +148,7 @@ def calibration_page(result: Recalibration) -> str:
         title="Calibration report",
         headline=headline,
         explanation=text,
+        next_step=_next_step(threshold),
         notes=[show(note) for note in result.notes],
         sections=SECTIONS,
         curve=Curve.of(result),
@@ -171,6 +172,16 @@ def _headline(threshold: Threshold) -> str:
     return (
         f"Threshold {number(threshold.value)}: of 100 good parts about {of_hundred(threshold.expected_rate)} are "
         f"stopped, of 100 defective ones {of_hundred(threshold.misses[0])} pass."
+    )
+
+
+def _next_step(threshold: Threshold) -> str:
+    """What a person does with the result."""
+    if threshold.limited:
+        return "label more good images and calibrate again, or allow more false alarms: see the table of rates."
+    return (
+        "use the model as before; its threshold is the new one. If too many defects pass, allow more false alarms: "
+        "see the table of rates."
     )
 
 

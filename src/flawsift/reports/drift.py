@@ -10,6 +10,7 @@ import numpy as np
 from flawsift.files import ensure_folder, write_json, write_text
 from flawsift.metrics.shares import CONFIDENCE
 from flawsift.models.drift import LEVELS, SIGNIFICANCE, Comparison, DayRow, Drift, interval_text, percent
+from flawsift.paths import show
 from flawsift.reports.histogram import nice_step
 from flawsift.reports.pages import REPORT, number, plural, template
 
@@ -116,6 +117,9 @@ def drift_page(drift: Drift) -> str:
         headline=drift.headline,
         explanation=f"{n:,} {plural(n, 'score')} of {len(drift.days)} {plural(len(drift.days), 'file')}, compared with "
         f"the {drift.training.n:,} held-out scores of the training images that were judged good.",
+        warning=None if drift.threshold is None else drift.threshold.warning,
+        next_step=_next_step(drift),
+        notes=[show(note) for note in drift.notes],
         sections=SECTIONS,
         ramp="none",  # of heatmaps, which this page has none of
         chart=BandChart.of(drift),
@@ -128,6 +132,21 @@ def drift_page(drift: Drift) -> str:
         significance=f"{SIGNIFICANCE:g}",
         has_unreadable=any(day.n_unreadable for day in drift.days),
     )
+
+
+def _next_step(drift: Drift) -> str:
+    """What a person does with the result."""
+    last = drift.days[-1]
+    if last.shifts:
+        name, rose = show(last.label), last.shifts[-1].rose
+        what = "false alarms" if rose else "missed defects"
+        return (
+            f"look at the {'highest' if rose else 'lowest'}-scoring images of {name}, and at lamp, lens and material. "
+            f"There may be more {what} than before; if the change is to stay, train again with new images."
+        )
+    if any(day.shifts for day in drift.days):
+        return "find out what was different on the days named. The model can go on as it is."
+    return "nothing has to be done. Compare again when more images have come."
 
 
 def _cells(row: DayRow) -> dict[str, Any]:

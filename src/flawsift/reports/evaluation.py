@@ -99,14 +99,14 @@ def write_evaluation_report(
     path = ensure_folder(folder) / REPORT
     page = template("evaluation.html").render(
         title="Evaluation report",
-        headline=_headline(metrics),
+        headline=headline(metrics),
         explanation="Labels were used for these metrics only, not for training." + _overlap(metrics),
         warning=None if predictions.threshold is None else predictions.threshold.warning,
         next_step=_next_step(metrics, warned=predictions.threshold is not None and bool(predictions.threshold.warning)),
         sections=SECTIONS,
         metrics=[(label, "-" if metrics.get(key) is None else f"{metrics[key]:.4g}") for key, label in METRICS.items()],
         histogram=Histogram.of(scores, ~defective, cut=cut, sides=("good", "defective")),
-        histogram_text=_headline(metrics),
+        histogram_text=headline(metrics),
         types=_types(truth, scores, cut),
         threshold="" if cut is None else number(cut),
         groups=[
@@ -137,7 +137,8 @@ def _settings(model: models.Model, predictions: Predictions) -> dict[str, Any]:
     }
 
 
-def _headline(metrics: Mapping[str, Any]) -> str:
+def headline(metrics: Mapping[str, Any]) -> str:
+    """The result in a sentence or two."""
     n, n_defective = metrics["n_images"], metrics["n_anomalous"]
     text = f"{n:,} test images, {n_defective:,} of them defective."
     alarms, missed = metrics["false_alarms_per_100"], metrics["missed_per_100"]
@@ -154,7 +155,10 @@ def _next_step(metrics: Mapping[str, Any], *, warned: bool) -> str:
     if alarms is None and missed is None:
         return "train on more images: the model has no threshold, so it stops no part."
     if missed and warned:
-        return "review the most unusual training images and train again: the threshold may be too high (see above)."
+        return (
+            "decide on the most unusual training images (flawsift review MODEL) and train again: the threshold may "
+            "be too high (see above)."
+        )
     if missed:
         return "look at the missed defects below. Where the heatmap does not show the defect, try a larger --size."
     if alarms:

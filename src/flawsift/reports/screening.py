@@ -133,7 +133,7 @@ def _trained_model(model: Model, screening: Screening) -> dict[str, Any]:
             "warning": None,
             "histogram": None,
         }
-    text += f". Images that score above {number(threshold.value)} are called anomalous: {threshold.promise}."
+    text += f". Images that score above {number(threshold.value)} are stopped: {threshold.promise}."
     # the scores of stage 1 are the model's own where it had the same detector; else there are none of removed images
     own, kept = model.calibration.scores, screening.held_out_scores[screening.is_kept]
     shared = len(own) == len(kept) and np.allclose(np.sort(own), np.sort(kept), rtol=1e-4)

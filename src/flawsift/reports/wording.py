@@ -42,7 +42,10 @@ def caveat(screening: Screening) -> str:
         return contamination_text(screening)
     if estimate.is_evident or estimate.interval == (0, 0):
         return ""
-    return f"The images do not tell whether some are defective. {contamination_text(screening)}"
+    return (
+        f"The images do not tell whether some are defective. Estimated share: {estimate.text}. "
+        "So nothing was set aside; look at the highest-ranked images."
+    )
 
 
 def contamination_text(screening: Screening) -> str:
@@ -67,7 +70,7 @@ def contamination_text(screening: Screening) -> str:
     text = f"Estimated share of defective images: {estimate.text}."
     if estimate.is_evident:
         return text + " Nine of ten such intervals hold the true share; defects that score like good images widen it."
-    return text + " Perhaps there is none, so nothing was set aside; look at the highest-ranked ones."
+    return text + " Perhaps none is defective, so nothing was set aside; look at the highest-ranked images."
 
 
 def selection_text(screening: Screening) -> str:

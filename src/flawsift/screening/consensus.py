@@ -58,7 +58,7 @@ class Contamination:
             return f"{100 * self.alpha_hat:.0f} %"
         low, high = (100 * end for end in self.interval)
         if self.cannot_tell:
-            return f"between {low:.0f} and {high:.0f} %: their scores do not tell"
+            return f"between {low:.0f} and {high:.0f} % (the scores tell no more)"
         return f"{100 * self.alpha_hat:.0f} % (between {low:.0f} and {high:.0f} %)"
 
 
