@@ -1,7 +1,7 @@
 """Fully unsupervised visual anomaly detection: an unlabelled folder in; suspects, a purified set and a detector out.
 
     screening = flawsift.screen("parts")                    # who is probably defective
-    model = flawsift.fit("parts", out="model")              # screen, then train on what is kept
+    model = flawsift.fit("parts", out="model")              # rank, then train and set a threshold
     predictions = flawsift.load_model("model").predict("new_parts")
 
 Names are imported on first use, so that `import flawsift` and the command line's help stay fast.

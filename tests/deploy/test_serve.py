@@ -393,6 +393,8 @@ def test_the_api_is_described(client: TestClient, bad: bytes) -> None:
     assert paths == set(api["paths"])
     page = client.get("/")
     assert "page.js" in page.text
+    assert 'list="products"' in page.text
+    assert 'fetch("v1"' in client.get("/page.js").text, "the page offers the products that are served"
     assert "http" not in page.text  # nothing from elsewhere
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
 

@@ -116,7 +116,10 @@ ExecutorOption = Annotated[
     str, typer.Option("--executor", help="Where sub-models run: serial, process:N or ray:ADDRESS[,gpus=0.25].")
 ]
 Cache = Annotated[Path | None, typer.Option("--cache", help="Feature cache. [~/.cache/flawsift or $FLAWSIFT_CACHE]")]
-Rate = Annotated[float | None, typer.Option("--false-alarm-rate", help="Share of good parts that may be stopped.")]
+Rate = Annotated[
+    float | None,
+    typer.Option("--false-alarm-rate", help="Share of good parts that may be stopped, such as 0.01 for 1 of 100."),
+]
 Decisions = Annotated[
     Path | None, typer.Option("--decisions", help="CSV with columns path, decision: keep, remove or unsure.")
 ]

@@ -144,7 +144,7 @@ def fit(
     machine: Machine,
     output: Output,
 ) -> None:
-    """Both stages: screen a folder, then train a detector on what is kept."""
+    """Both stages: rank the images of a folder, then train a detector and set its threshold."""
     with output.progress() as progress:
         from flawsift import pipeline
         from flawsift.models.calibration import DEFAULT_RATE

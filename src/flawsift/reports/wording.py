@@ -31,7 +31,7 @@ def explanation(screening: Screening) -> str:
 def next_step(screening: Screening) -> str:
     """What a person does with the result."""
     if len(screening.kept) < len(screening.ids):
-        return "look at the suspects below and say of each whether it is defective. Then train on the rest."
+        return "look at the suspects below and say of each whether it is defective. Then train again."
     return "look at the first images below: a defect that looks ordinary can still be among them."
 
 

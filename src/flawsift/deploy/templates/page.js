@@ -19,11 +19,24 @@ function show(result) {
   return box;
 }
 
+const keyed = () => (element("key").value ? { "X-API-Key": element("key").value } : {});
+
+async function offerProducts() {
+  const answer = await fetch("v1", { headers: keyed() }).catch(() => null);
+  if (!answer || !answer.ok) return; // without the key nobody is told
+  const names = Object.keys((await answer.json()).products);
+  element("products").replaceChildren(...names.map((name) => new Option(name, name)));
+  if (names.length && !names.includes(element("product").value)) element("product").value = names[0];
+}
+
+element("key").addEventListener("change", offerProducts);
+offerProducts();
+
 element("form").addEventListener("submit", async (event) => {
   event.preventDefault();
   const body = new FormData();
   for (const file of element("files").files) body.append("image", file);
-  const headers = element("key").value ? { "X-API-Key": element("key").value } : {};
+  const headers = keyed();
   const results = element("results");
   results.textContent = "Inspecting …";
   try {
