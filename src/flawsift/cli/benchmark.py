@@ -9,6 +9,7 @@ import typer
 from flawsift.cli.options import Cache, Out, store_of, takes_groups
 from flawsift.cli.output import Output
 from flawsift.errors import InputError
+from flawsift.paths import show
 from flawsift.progress import Stage
 
 cache_app = typer.Typer(help="List, verify or clear the feature cache.", no_args_is_help=True)
@@ -79,6 +80,7 @@ def benchmark(
     lines = [f"{len(cells)} cells, {len(rows)} new rows, {len(failed)} of them failed: {out / RESULTS}"]
     reasons = list(dict.fromkeys(row["error"] for row in failed))
     lines += [f"  {reason}" for reason in reasons[:5]]
+    lines.append(f"Tables and curves: flawsift benchmark-report {show(out)} --out REPORT")
     output.say({"n_cells": len(cells), "n_rows": len(rows), "n_failed": len(failed), "reasons": reasons}, lines)
     if failed:
         raise typer.Exit(1)

@@ -97,14 +97,15 @@ def export_model(
     if found is not None:
         summary["check"] = found
         lines.append(
-            f"On {found['n_images']} images of '{check}': within {_percent(found)}, {found['n_other_verdicts']} other "
-            f"verdicts; {found['ms_median']:.0f} ms a picture (99 of 100 within {found['ms_p99']:.0f})."
+            f"On {found['n_images']} images of '{check}': scores within {_percent(found)}, other verdicts on "
+            f"{found['n_other_verdicts']}; {found['ms_median']:.0f} ms a picture (99 of 100 within {found['ms_p99']:.0f})."
         )
     threshold = loaded.threshold()
     summary["threshold"] = None if threshold is None else vars(threshold)
     lines += threshold_lines(threshold)
     lines = [*warning_lines(threshold), *lines]
-    lines.append(f'Run it: flawsift.runtime.Inspector("{path}")(image)')
+    lines.append(f"Run it: flawsift watch {path} FOLDER, flawsift serve {path}, or in Python")
+    lines.append(f'  flawsift.runtime.Inspector("{path}")(image)')
     output.say(summary, lines)
 
 

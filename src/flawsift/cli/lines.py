@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from flawsift.models.calibration import Threshold
 
 SMALLEST_SEEN = 4  # pixels of a network's input: half of the finest cells that the default detectors read
+MOST = 0.5  # of the defects: when more are missed, it is said what to do
 MUCH_REDUCED = 8  # pixels of an image for one of the input: a mark of 30 is then smaller than that
 
 
@@ -24,7 +25,10 @@ def threshold_lines(threshold: "Threshold | None", *, reservation: str = "") -> 
     if threshold.limited:
         text += f". {_too_few(threshold)}"
     promises = threshold.warning is None
-    return [f"{text}; {reservation}." if reservation and promises else f"{text}."]
+    lines = [f"{text}; {reservation}." if reservation and promises else f"{text}."]
+    if promises and threshold.misses is not None and threshold.misses[0] > MOST:
+        lines.append("Note: most defects would pass. A higher --false-alarm-rate, such as 0.05, stops more of them.")
+    return lines
 
 
 def _too_few(threshold: "Threshold") -> str:

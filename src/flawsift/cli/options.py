@@ -118,7 +118,7 @@ ExecutorOption = Annotated[
 Cache = Annotated[Path | None, typer.Option("--cache", help="Feature cache. [~/.cache/flawsift or $FLAWSIFT_CACHE]")]
 Rate = Annotated[
     float | None,
-    typer.Option("--false-alarm-rate", help="Share of good parts that may be stopped, such as 0.01 for 1 of 100."),
+    typer.Option("--false-alarm-rate", help="Share of good parts that may be stopped: 0.01 is 1 of 100."),
 ]
 Decisions = Annotated[
     Path | None, typer.Option("--decisions", help="CSV with columns path, decision: keep, remove or unsure.")
