@@ -97,8 +97,9 @@ def export_model(
     if found is not None:
         summary["check"] = found
         lines.append(
-            f"On {found['n_images']} images of '{check}': scores within {_percent(found)}, other "
-            f"verdicts on {found['n_other_verdicts']}; {found['ms_median']:.0f} ms a picture (99 of 100 within {found['ms_p99']:.0f})."
+            f"On {found['n_images']} images of '{check}': scores within {_percent(found)}, other verdicts on "
+            f"{found['n_other_verdicts']}; {found['ms_median']:.0f} ms a picture "
+            f"(99 of 100 within {found['ms_p99']:.0f})."
         )
     threshold = loaded.threshold()
     summary["threshold"] = None if threshold is None else vars(threshold)
