@@ -241,11 +241,16 @@ class Quorum(Detector):
             yield batch, own, batch.only_counted(self._to_grid(search, self._embed(batch), own))
 
     def _over_images(self, data: ImageSet, images: Ids, places: Ids, grid: Sequence[int]) -> Ids:
-        """Places of patches in the network's input, of (N, n) images of the bank, as places over these images."""
-        if data.reader is None or not (data.contents or data.poses):
+        """Places of patches in the network's input, of (N, n) images of the bank, as places over these images.
+
+        Where there is no image, both are -1 and stay so.
+        """
+        there = images >= 0
+        if data.reader is None or not (data.contents or data.poses) or not there.any():
             return places
-        frame = data.frame_of([int(self.ids_[i]) for i in images.ravel()], data.reader.size)
-        over: Ids = frame.place_over_image(torch.from_numpy(places.ravel()), *grid).view(places.shape).numpy()
+        frame = data.frame_of(self.ids_[images[there]].tolist(), data.reader.size)
+        over = places.copy()
+        over[there] = frame.place_over_image(torch.from_numpy(places[there]), *grid).numpy()
         return over
 
     def _asked(self) -> list[int]:
