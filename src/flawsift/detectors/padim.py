@@ -339,9 +339,11 @@ def _whitened_products(whitener: Tensor, x: Tensor, mean: Tensor, m: int) -> Ten
 def _held_out_norms(products: Tensor, learned: Tensor, n: Tensor) -> Tensor:
     """(P, G m) distances without a patch's own group, from the (P, G, m, m) products of `PaDiM.held_out_scores`.
 
-    learned (P, G, m) tells whose patches the statistics of n (P, 1) images contain.
+    learned (P, G, m) tells whose patches the statistics of n (P, 1) images contain. Where no other group has such a
+    patch, nothing is left to compare with, and it is scored by what was learned of itself.
     """
     k, w, n = products.double(), learned.double(), n.double().unsqueeze(2)  # n: (P, 1, 1)
+    w = torch.where(w.sum(2, keepdim=True) < n, w, 0.0)
     m = k.shape[3]
     others = (n - w.sum(2, keepdim=True)).clamp_min(1)  # (P, G, 1)
     c = (1 / (others - 1).clamp_min(1)).unsqueeze(3)
