@@ -20,6 +20,7 @@ from flawsift.paths import show
 from flawsift.screening import decisions
 
 NAME = "roi.json"
+ALIGNED = "The parts of this screening are aligned: a region of interest has no fixed place in its images."
 MAX_POLYGONS, MAX_POINTS = 50, 500  # of a drawing; nobody clicks as many
 DIMMED = 140  # of 255: what a screening did not look at stays visible under it
 
@@ -68,7 +69,9 @@ class Drawing:
         """
         polygons: list[list[list[float]]] = []
         region, problem = self.screened, None
-        if self.path.exists():
+        if self.path.exists() and self.images.alignment is not None:
+            problem = ALIGNED
+        elif self.path.exists():
             try:
                 region, polygons = read_region(str(self.path), self.images), self._scaled()
             except (InputError, OSError, *DAMAGE) as error:
@@ -80,7 +83,7 @@ class Drawing:
             "screened": None if self.screened is None else self.screened.share,
             "is_new": region != self.screened,
             "problem": problem,
-            "command": self._command() if self.path.exists() else None,
+            "command": self._command() if self.path.exists() and problem != ALIGNED else None,
         }
 
     def _scaled(self) -> list[list[list[float]]]:
@@ -99,12 +102,14 @@ class Drawing:
         """Write polygons, in pixels of the mean image; none takes the file away. Returns the state then.
 
         Raises:
-            ParameterError: They are none, or hold nothing.
+            ParameterError: They are none, or hold nothing; or the images are aligned.
             OutputError: The file cannot be written; it is as before then.
         """
         width, height = self._mean.size
         if not isinstance(polygons, list) or len(polygons) > MAX_POLYGONS:
             raise ParameterError(f"Polygons must be a list of {MAX_POLYGONS} at most.")
+        if polygons and self.images.alignment is not None:
+            raise ParameterError(ALIGNED)
         for polygon in polygons:
             if not isinstance(polygon, list) or not 3 <= len(polygon) <= MAX_POINTS:
                 raise ParameterError(f"A polygon needs 3 points at least, and {MAX_POINTS} at most.")

@@ -224,6 +224,7 @@ class Review:
             out=show(self.out),
             has_maps=self.screening.patch_maps is not None,
             has_region=self.drawing.screened is not None,
+            is_aligned=self.images.alignment is not None,
             has_votes=self.screening.submodels is not None,
         )
 
