@@ -18,7 +18,7 @@ from flawsift.features.store import FeatureStore
 from flawsift.files import MANIFEST
 from flawsift.models.model import load_model
 from flawsift.screening.options import ScreenOptions
-from flawsift.screening.storage import FILES, load_screening, save_screening, screening_folder
+from flawsift.screening.storage import FILES, TURNS, load_screening, save_screening, screening_folder
 
 DECIDED = "path,decision,version,time\npart-03.png,remove,1,2024-05-01T10:00:00\n"
 
@@ -172,7 +172,7 @@ def test_no_two_runs_mix_wherever_a_fit_is_killed(
 
 
 def test_a_screening_is_checked_when_it_is_read(other: Path) -> None:
-    for name in sorted(FILES):
+    for name in sorted({*FILES} - {TURNS}):  # which only aligned images have
         path = other / name
         whole = path.read_bytes()
         at = len(whole) // 2

@@ -9,7 +9,7 @@ need know of it.
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,7 @@ from scipy import ndimage
 
 from flawsift.data.unreadable import UnreadableImage
 from flawsift.errors import InputError
-
-if TYPE_CHECKING:
-    from flawsift.data.images import ImageSet
+from flawsift.types import Ids
 
 ALIGNMENT = "alignment"  # under which a screening and a model keep it
 N_MEASURED = 100  # images that parts are measured in, evenly spaced
@@ -34,7 +32,6 @@ ALIKE = 1.5  # times as long as the parts at the lower decile may those at the u
 WITHIN = 0.95  # share of the parts that reach no farther than the crop before its margin
 ONE_WAY = 0.9  # length of the mean of directions, from which on they are one: they differ by 26 degrees, or less
 MARGIN = 0.05  # of the length of the parts, around them
-MOST_FINER = 4.0  # a map over an image has at most so many times as many cells on an edge as one of the crop: memory
 
 
 class Pose(NamedTuple):
@@ -106,10 +103,9 @@ class Alignment:
 
     @property
     def finer(self) -> tuple[float, float]:
-        """(down, across): how many times as many cells a map over the image has as one of the crop, so that no place
-        is lost; at most `MOST_FINER`."""
+        """(down, across): how many times as high and wide as the crop the usual image is."""
         height, width = min(1.0, 1 / self.aspect), min(1.0, self.aspect)
-        return min(MOST_FINER, height / self.across), min(MOST_FINER, width / self.along)
+        return height / self.across, width / self.along
 
     def as_json(self) -> dict[str, Any]:
         """Ready for model.json."""
@@ -161,7 +157,16 @@ class Alignment:
         return to_crop
 
 
-def learn(images: "ImageSet") -> Alignment:
+class _Images(Protocol):
+    """What is needed of an `ImageSet`, which knows of alignments."""
+
+    @property
+    def ids(self) -> Ids: ...
+    def __len__(self) -> int: ...
+    def image(self, id_: int) -> Image.Image: ...
+
+
+def learn(images: _Images) -> Alignment:
     """The alignment that fits the parts of some images, good and bad: nearly all of them lie within its crop.
 
     Args:

@@ -27,6 +27,7 @@ from flawsift.types import Shape, Size, as_shape
 # survive that, and a frame would cost every image of the set a border.
 STRETCH = 1.05
 REDUCING_GAP = 3  # times as many pixels as in the result are left by means of blocks: no pixel differs visibly
+MOST_FINER = 4.0  # times as many cells as the crop that a grid over a turned image has on an edge at most: memory
 _PARTS = 4  # places on an edge of a cell that are asked whether they are marked, where cells are turned
 ROI_EDGE = 256  # cells on the longer edge at which a region of interest is kept: finer than any grid of patches
 
@@ -143,7 +144,7 @@ class Frame:
         contents: (B, 2) rows and columns of it that each image takes; None where every image takes all.
         region: Of each image, what counts; None for all.
         turns: (B, 2, 3) `Alignment.to_crop` of images that were turned and cropped; None where they were not.
-        finer: (down, across) how many times as many cells a map over the image has then, see `Alignment.finer`.
+        finer: `Alignment.finer`, of turned images.
     """
 
     shape: Shape
@@ -214,7 +215,7 @@ class Frame:
     def from_image(self, marked: Tensor) -> Tensor:
         """(B, h, w) bool over the images, in the network's input on the same grid: what touches one is marked."""
         if self.turns is not None:
-            return self._turned(marked)
+            return self.marks_turned(marked, *marked.shape[1:])
         if self.contents is None:
             return marked
         for axis in (1, 2):
@@ -227,6 +228,21 @@ class Frame:
             up_to, before = (sums.gather(axis, at.view(shape).expand(marked.shape)) for at in (last, first))
             marked = up_to > before
         return marked
+
+    def back_in_input(self, maps: Tensor, h: int, w: int) -> Tensor:
+        """(B, H, W) maps over turned images, bilinearly on an (h, w) grid of what was looked at of them."""
+        places = self._to_image(_middles(h, w).expand(self._n_turned, -1, -1)).view(-1, h, w, 2)
+        return F.grid_sample(maps[:, None], (2 * places - 1).to(maps), "bilinear", "border", align_corners=False)[:, 0]
+
+    def marks_turned(self, marked: Tensor, h: int, w: int) -> Tensor:
+        """(B, H, W) bool over turned images, on an (h, w) grid of the network's input, by `_PARTS` x `_PARTS` places of
+        each cell."""
+        return _marks_at(marked, self._to_image(_middles(_PARTS * h, _PARTS * w).expand(self._n_turned, -1, -1)), h, w)
+
+    def marks_over_image(self, marked: Tensor, height: int, width: int) -> Tensor:
+        """The other way: (B, h, w) bool in the network's input, on a grid over the images."""
+        places = self._to_seen(_middles(_PARTS * height, _PARTS * width).expand(self._n_turned, -1, -1))
+        return _marks_at(marked, places, height, width)
 
     def place_over_image(self, places: Tensor, h: int, w: int) -> Tensor:
         """(B,) numbers of cells, row by row, of a grid of the network's input, on `over_grid` of it over the image."""
@@ -248,8 +264,17 @@ class Frame:
 
     def over_grid(self, h: int, w: int) -> Shape:
         """(rows, columns) of a map over the image, of one of the network's input on an (h, w) grid."""
-        down, across = self.finer
+        down, across = limited(self.finer)
         return max(1, round(int(h) * down)), max(1, round(int(w) * across))  # numbers, not inputs of a traced graph
+
+    @property
+    def map_shape(self) -> Shape:
+        """(H, W) of maps over the images, in pixels: over turned ones square, as many as the input has."""
+        if self.turns is None:
+            return self.shape
+        (height, width), (down, across) = self.shape, self.finer
+        scale = min(1.0, (down * across) ** -0.5)
+        return max(1, round(height * down * scale)), max(1, round(width * across * scale))
 
     def _within_image(self, h: int, w: int) -> Tensor:
         """(B, h, w) True where the middle of a turned patch is on the image; what was filled in counts for nothing."""
@@ -266,17 +291,6 @@ class Frame:
         sampled = F.grid_sample(maps[:, None], grid, "bilinear", "border", align_corners=False)[:, 0]
         lowest = maps.flatten(1).amin(1)
         return torch.where(inside, sampled, lowest[:, None, None])
-
-    def _turned(self, marked: Tensor) -> Tensor:
-        """(B, h, w) bool over the images, in the network's input, by `_PARTS` x `_PARTS` places of each cell."""
-        h, w = marked.shape[1:]
-        places = self._to_image(_middles(_PARTS * h, _PARTS * w).expand(self._n_turned, -1, -1))
-        column, row = ((places[..., axis] * n).floor() for axis, n in ((0, w), (1, h)))
-        on_image = (column >= 0) & (column < w) & (row >= 0) & (row < h)
-        index = row.clamp(0, h - 1).long() * w + column.clamp(0, w - 1).long()
-        found = marked.flatten(1).gather(1, index) & on_image
-        parts = found.view(-1, 1, _PARTS * h, _PARTS * w).float()
-        return F.max_pool2d(parts, _PARTS)[:, 0] > 0
 
     @property
     def _n_turned(self) -> int:
@@ -320,6 +334,22 @@ class Frame:
     def _cells(self) -> Tensor:
         assert self.region is not None
         return torch.from_numpy(self.region.cells)
+
+
+def limited(finer: tuple[float, float]) -> tuple[float, float]:
+    """(down, across) how many times as many cells a grid over turned images has as one of the crop, so that hardly a
+    place is lost."""
+    return min(MOST_FINER, finer[0]), min(MOST_FINER, finer[1])
+
+
+def _marks_at(marked: Tensor, places: Tensor, height: int, width: int) -> Tensor:
+    """(B, height, width) whether (B, h, w) cells are marked at any of `_PARTS` x `_PARTS` places (x, y) of a cell."""
+    h, w = marked.shape[1:]
+    column, row = ((places[..., axis] * n).floor() for axis, n in ((0, w), (1, h)))
+    inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+    index = row.clamp(0, h - 1).long() * w + column.clamp(0, w - 1).long()
+    found = (marked.flatten(1).gather(1, index) & inside).view(-1, 1, _PARTS * height, _PARTS * width)
+    return F.max_pool2d(found.float(), _PARTS)[:, 0] > 0
 
 
 def _middles(h: int, w: int) -> Tensor:

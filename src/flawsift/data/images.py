@@ -67,6 +67,9 @@ class Batch:
         counted = None if self.frame is None else self.frame.counted(h, w)
         if self.rejected is None:
             return None if counted is None else counted.expand(len(self), h, w)
+        if self.frame is not None and self.frame.turns is not None:
+            free = ~self.frame.marks_turned(self.rejected, h, w)
+            return free if counted is None else free & counted
         marked = self.rejected[:, None].float()
         if h >= marked.shape[2]:
             free = F.interpolate(marked, (h, w), mode="nearest")[:, 0] == 0
@@ -88,10 +91,8 @@ class Batch:
 
     @property
     def map_size(self) -> Size:
-        """Of maps over the images, in pixels: that of the network's input, or of as fine cells over turned images."""
-        if self.frame is None or self.frame.turns is None:
-            return self.size
-        return self.frame.over_grid(*as_shape(self.size))
+        """Of maps over the images, in pixels."""
+        return self.size if self.frame is None or self.frame.turns is None else self.frame.map_shape
 
     def over_image(self, maps: Tensor) -> Tensor:
         """(B, h, w) maps over the network's input as maps over the images."""

@@ -145,7 +145,7 @@ class Detector(ABC):
         Args:
             data: N images with features attached.
             device: "auto" takes a GPU where there is one.
-            maps: Also make (N, H, W) maps, in the size of the network's input; over aligned images, with pixels of it.
+            maps: Also make (N, H, W) maps, in the size of the network's input; over aligned images, of as many pixels.
             batch_size: Images at a time; does not change a score.
 
         Raises:

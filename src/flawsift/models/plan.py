@@ -16,6 +16,7 @@ from flawsift.models.model import set_digest
 from flawsift.paths import name_some, show
 from flawsift.progress import Stage, steps_of
 from flawsift.screening.consensus import design_effect
+from flawsift.screening.counted import Counted
 from flawsift.screening.decisions import SAID, apply_decisions
 from flawsift.screening.mixture import UNKNOWN, ordinary_scores
 from flawsift.screening.options import ScreenOptions
@@ -46,14 +47,15 @@ class Judged:
     @classmethod
     def of(cls, screening: Screening) -> Self:
         """Those of a screening."""
-        return cls.of_maps(screening.ids, screening.held_out_scores, screening.patch_maps)
+        return cls.of_maps(screening.ids, screening.held_out_scores, screening.counted_maps)
 
     @classmethod
     def of_maps(cls, ids: Ids, scores: Floats, maps: npt.NDArray[np.floating[Any]] | None) -> Self:
-        """With (n, h, w) held-out maps."""
+        """With (n, h, w) held-out maps, nan where a place does not count."""
         if maps is None:
             return cls(ids, scores)
-        medians = np.median(maps.reshape(len(maps), -1).astype(np.float64), axis=1)
+        flat = maps.reshape(len(maps), -1).astype(np.float64)
+        medians = (np.nanmedian if np.isnan(flat).any() else np.median)(flat, axis=1)
         return cls(ids, scores, ordinary_scores(maps), medians)
 
     def select(self, ids: Ids) -> Self:
@@ -172,7 +174,7 @@ def judge(plan: TrainingPlan, fitted: Detector, run: Run | None = None) -> Judge
         return NOTHING
     if isinstance(fitted, LeavesOut):
         held_out = fitted.held_out(plan.train, device=run.device, progress=steps_of(run.progress, Stage.THRESHOLD))
-        return Judged.of_maps(plan.train.ids, held_out.scores, held_out.maps.numpy())
+        return Judged.of_maps(plan.train.ids, held_out.scores, Counted.of(plan.train).seen(held_out.maps.numpy()))
     if isinstance(fitted, Additive):
         judged = Judged(plan.images.ids, fitted.held_out_scores(plan.images, device=run.device))
         if plan.screening is None:

@@ -44,9 +44,11 @@ class Region(NamedTuple):
 
 def normal_level(screening: "Screening") -> float:
     """What an ordinary place of an ordinary image scores: the median of the maps of kept images."""
-    assert screening.patch_maps is not None
-    kept = screening.patch_maps[screening.is_kept]
-    return float(np.median(np.nan_to_num(kept.astype(np.float32)))) if kept.size else 0.0
+    maps = screening.counted_maps
+    assert maps is not None
+    kept = maps[screening.is_kept].astype(np.float32)
+    kept = kept[~np.isnan(kept)]
+    return float(np.median(kept)) if kept.size else 0.0
 
 
 def regions(

@@ -147,13 +147,18 @@ def rejected_patches(grids: npt.NDArray[np.floating[Any]], z: float) -> npt.NDAr
 
     A patch is rejected when its score lies more than `z` robust deviations (median and MAD of all patches of the set)
     above the median, or beside such a patch: receptive fields overlap. At one position at most half of the images lose
-    their patch, the worse half, so that a part which is always hard, such as an edge, is still learned.
+    their patch, the worse half, so that a part which is always hard, such as an edge, is still learned. What is nan
+    does not count, and is not rejected.
     """
     values = grids.astype(np.float64)
-    above: npt.NDArray[np.bool_] = robust_units(values) > z
+    counts = ~np.isnan(values)
+    above: npt.NDArray[np.bool_] = robust_units(values, values[counts]) > z
     if min(values.shape[1:], default=0) >= DILATION_GRID:
         above = binary_dilation(above, np.ones((1, 3, 3), bool))
-    return above & (values > np.median(values, axis=0))
+    if counts.all():
+        return above & (values > np.median(values, axis=0))
+    middle = np.nanmedian(np.where(counts.any(0), values, 0.0), axis=0)  # of a place that never counts: any number
+    return above & (values > middle)
 
 
 def choose(
@@ -169,7 +174,7 @@ def choose(
 
     Args:
         probability: (N,) that each image is defective.
-        grids: (N, h, w) held-out maps, or None.
+        grids: (N, h, w) held-out maps, nan where a place does not count, or None.
         z: Robust deviations above which a patch is rejected; 0 for none.
         estimate: Of the contamination, by `estimate_contamination`.
 

@@ -142,9 +142,9 @@ def says_little(interval: tuple[float, float]) -> bool:
 
 
 def ordinary_scores(maps: npt.NDArray[np.floating[Any]]) -> Floats:
-    """(N,) score of the ordinary patches of each image: the lower quartile of its (N, h, w) map."""
+    """(N,) score of the ordinary patches of each image: the lower quartile of its (N, h, w) map, nan aside."""
     flat = maps.reshape(len(maps), -1).astype(np.float64)
-    result: Floats = np.quantile(flat, ORDINARY, axis=1)
+    result: Floats = (np.nanquantile if np.isnan(flat).any() else np.quantile)(flat, ORDINARY, axis=1)
     return result
 
 

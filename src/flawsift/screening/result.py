@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from flawsift.data.alignment import ALIGNMENT, Alignment
+from flawsift.data.frames import Region
 from flawsift.data.images import ImageSet
 from flawsift.data.notebook import data_frame, rows_html
+from flawsift.data.roi import REGION
 from flawsift.detectors.base import Detector
 from flawsift.detectors.protocols import Evidence
 from flawsift.errors import ParameterError
 from flawsift.paths import show
 from flawsift.screening.consensus import EFFECT, SUSPECT, Contamination, choose, estimate_contamination
+from flawsift.screening.counted import Counted
 from flawsift.screening.decisions import SAID, apply_decisions
 from flawsift.screening.mixture import DEFECTIVE, GOOD, UNKNOWN, ordinary_scores
 from flawsift.screening.options import ScreenOptions
@@ -79,6 +83,8 @@ class Screening:
         seed: Of the partitions.
         contamination: The estimate behind keep="auto", else None.
         patch_maps: (N, h, w) float16 held-out maps on the patch grid, or None.
+        turns: (N, 2, 3) where what was looked at of each image lies in it, by `Alignment.to_crop`; None where all of it
+            was looked at.
         rejected: (N, h, w) bool, patches that stage 2 does not learn from, or None.
         submodels: What only sub-models know, or None where stage 1 was of another kind.
         descriptions: (N, D) float16 of `flawsift.screening.lookalikes.describe_images`, or None.
@@ -105,6 +111,7 @@ class Screening:
     seed: int = 0
     contamination: Contamination | None = None
     patch_maps: npt.NDArray[np.float16] | None = None
+    turns: npt.NDArray[np.float64] | None = None
     rejected: npt.NDArray[np.bool_] | None = None
     submodels: SubModelScores | None = None
     descriptions: npt.NDArray[np.float16] | None = None
@@ -215,6 +222,18 @@ class Screening:
         return train.select(self.ids[learned]).without_patches({i: mask for i, mask in masks if mask.any()})
 
     @property
+    def counted_maps(self) -> npt.NDArray[np.floating[Any]] | None:
+        """(N, h, w) `patch_maps` as statistics need them, see `flawsift.screening.counted`; None without maps."""
+        return None if self.patch_maps is None else self._counted.seen(self.patch_maps)
+
+    @property
+    def _counted(self) -> Counted:
+        alignment = Alignment.from_json(self.provenance.get(ALIGNMENT))
+        if self.turns is None or alignment is None:
+            return Counted(region=Region.from_json(self.provenance.get(REGION)))
+        return Counted(self.turns, alignment.finer)
+
+    @property
     def kept_by_itself(self) -> Ids:
         """(m,) ids that stage 1 kept before a person changed anything."""
         return self.kept if self.set_aside is None else self.ids[~np.isin(self.ids, self.set_aside)]
@@ -259,13 +278,13 @@ class Screening:
             return replace(now, rejected=rejected), counts
         if not known.any():
             return now, counts
-        maps = self.patch_maps
+        maps = self.counted_maps
         ordinary, effect = None if maps is None else ordinary_scores(maps), self.contamination.evidence.get(EFFECT, 1.0)
         estimate, probability = estimate_contamination(self.consensus, ordinary, effect, known)
         kept, rejected = choose(probability, maps, self.options.reject_patches or 0.0, estimate)
         is_kept = (kept | stays) & (known != DEFECTIVE)
-        if rejected is not None:
-            rejected = rejected & ~stays[:, None, None]
+        if rejected is not None and self.patch_maps is not None:
+            rejected = self._counted.over_images(rejected, self.patch_maps.shape[1:]) & ~stays[:, None, None]
         decided = replace(
             now,
             kept=self.ids[is_kept],

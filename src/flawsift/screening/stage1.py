@@ -32,6 +32,7 @@ from flawsift.screening.consensus import (
     own_mask,
     rejected_patches,
 )
+from flawsift.screening.counted import Counted
 from flawsift.screening.held_out import rank_by_held_out_scores
 from flawsift.screening.mixture import ordinary_scores
 from flawsift.screening.options import OF_SUBMODELS, OWN, ScreenOptions
@@ -135,6 +136,7 @@ def screen_and_fit(
         patch_maps=ranking.patch_maps,
         submodels=ranking.submodels,
         images=train,
+        turns=Counted.of(train).turns,
         evidence=ranking.evidence,
         groups={i: train.groups[i] for i in train.ids.tolist() if train.groups.get(i)},
         **selection,
@@ -175,14 +177,19 @@ def _select(
     train: ImageSet, consensus: Floats, patch_maps: npt.NDArray[np.float16] | None, options: ScreenOptions
 ) -> _Selection:
     ids, keep, z = train.ids, options.keep, options.reject_patches or 0.0
-    ordinary = None if patch_maps is None else ordinary_scores(patch_maps)
+    counted = Counted.of(train)
+    seen = None if patch_maps is None else counted.seen(patch_maps)
+    ordinary = None if seen is None else ordinary_scores(seen)
     effect = design_effect(consensus, list(train.members.values()))
     estimate, probability = estimate_contamination(consensus, ordinary, effect)
     if keep == "auto":
-        is_kept, rejected = choose(probability, patch_maps, z, estimate)
+        is_kept, rejected = choose(probability, seen, z, estimate)
+        if patch_maps is not None and rejected is not None:
+            rejected = counted.over_images(rejected, patch_maps.shape[1:])
         return _Selection(kept=ids[is_kept], rejected=rejected, contamination=estimate, probability=probability)
     kept, rejected = keep_lowest(ids, consensus, float(keep)), None
-    if patch_maps is not None and z > 0:
-        rejected = rejected_patches(patch_maps, z) & np.isin(ids, kept)[:, None, None]
+    if patch_maps is not None and seen is not None and z > 0:
+        rejected = counted.over_images(rejected_patches(seen, z), patch_maps.shape[1:])
+        rejected &= np.isin(ids, kept)[:, None, None]
     # who sets the share does not ask for another one
     return _Selection(kept=kept, rejected=rejected, contamination=None, probability=probability)

@@ -20,15 +20,16 @@ from flawsift.screening.consensus import Contamination, keep_lowest
 from flawsift.screening.evidence import load_evidence, save_evidence
 from flawsift.screening.options import ScreenOptions
 from flawsift.screening.result import Screening, SubModelScores
-from flawsift.screening.seen import as_seen_by
+from flawsift.screening.seen import alignment_of, as_seen_by, range_of, region_of
 from flawsift.screening.table import is_yes, rows_of, safe_path, table_of
 from flawsift.tables import write_csv
 from flawsift.types import Floats, Ids
 
 CSV, JSON = "screening.csv", "screening.json"
 MAPS, REJECTED, DESCRIPTIONS, EVIDENCE = "maps.npy", "rejected.npy", "descriptions.npy", "evidence.npz"
+TURNS = "turns.npy"  # of aligned images
 ORIGINAL = "screening-original.csv"  # the table as it was written, for that of `CSV` may be edited
-FILES = (CSV, JSON, ORIGINAL, MAPS, REJECTED, DESCRIPTIONS, EVIDENCE)
+FILES = (CSV, JSON, ORIGINAL, MAPS, TURNS, REJECTED, DESCRIPTIONS, EVIDENCE)
 ROOT = "images_root"  # in screening.json: the folder that the paths are relative to
 log = logging.getLogger("flawsift")
 Kind = TypeVar("Kind", bound=np.generic)
@@ -56,7 +57,8 @@ def write_files(screening: Screening, folder: Path) -> None:
     Arrays have the images in the order of their ids, so that a table which a person has sorted still fits them.
     """
     order = np.argsort(screening.ids)
-    arrays = {MAPS: screening.patch_maps, REJECTED: screening.rejected, DESCRIPTIONS: screening.descriptions}
+    arrays = {MAPS: screening.patch_maps, TURNS: screening.turns, REJECTED: screening.rejected}
+    arrays |= {DESCRIPTIONS: screening.descriptions}
     for name, values in arrays.items():
         if values is not None:
             buffer = io.BytesIO()
@@ -150,6 +152,7 @@ def _load(folder: Path) -> Screening:
             seed=seed,
             contamination=_estimate(estimate),
             patch_maps=_array(parts, MAPS, len(rows), 3, np.float16),
+            turns=_turns(parts, len(rows)),
             rejected=_array(parts, REJECTED, len(rows), 3, np.bool_),
             submodels=_submodels(rows),
             descriptions=_array(parts, DESCRIPTIONS, len(rows), 2, np.float16),
@@ -159,7 +162,15 @@ def _load(folder: Path) -> Screening:
             groups={int(row["id"]): row["group"] for row in rows if row["group"]} if has_groups else {},
             provenance={key: value for key, value in content.items() if key not in known},
         )
+        range_of(loaded), region_of(loaded), alignment_of(loaded)  # damage is told now
         return replace(loaded, removed_by_hand=np.setdiff1d(loaded.kept_by_itself, loaded.kept))  # by an edit
+
+
+def _turns(parts: Parts, n: int) -> npt.NDArray[np.float64] | None:
+    turns = _array(parts, TURNS, n, 3, np.float64)
+    if turns is not None and not (turns.shape[1:] == (2, 3) and (np.abs(np.linalg.det(turns[:, :, :2])) > 0).all()):
+        raise ValueError(f"{TURNS} holds no turns")
+    return turns
 
 
 def _set_aside(rows: list[dict[str, str]], content: Mapping[str, Any]) -> Ids:
