@@ -25,10 +25,12 @@ from flawsift.features.backbones import Backbone
 from flawsift.features.extraction import attach
 from flawsift.features.store import FeatureStore
 from flawsift.paths import show
+from flawsift.screening.held_out import rank_by_held_out_scores
 from flawsift.screening.options import OF_SUBMODELS, ScreenOptions
 from flawsift.screening.result import Screening
 from flawsift.screening.stage1 import ranker_of
 from flawsift.screening.storage import load_screening
+from flawsift.screening.submodels import rank_by_submodels
 
 EXACT = Quorum(precision="float32")
 
@@ -203,20 +205,30 @@ CHANGED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", OF_SUBMODELS)
-def test_an_option_that_nothing_would_read_is_told_before_the_work(
-    name: str, easy: Dataset, tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_who_sets_an_option_of_submodels_has_them(
+    name: str, easy: Dataset, tiny: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert set(CHANGED) == set(OF_SUBMODELS)
+    assert ranker_of(EXACT, ScreenOptions()) is rank_by_held_out_scores
+    options = ScreenOptions.of("default", **{name: CHANGED[name]})
+    assert ranker_of(EXACT, options) is rank_by_submodels
+    few = easy.images.select(easy.images.ids[:12])
+    found = pipeline.screen(few, backbone=tiny, options=options, store=FeatureStore(tmp_path))
+    assert found.submodels is not None
+    assert "Images are ranked by sub-models, since --" in caplog.text
+    caplog.clear()
+    assert pipeline.screen(few, backbone=tiny, store=FeatureStore(tmp_path)).submodels is None
+    assert "sub-models" not in caplog.text
 
+
+def test_options_of_a_stage_1_that_there_is_not_are_told_before_the_work(
+    easy: Dataset, tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: Any) -> Any:
         raise AssertionError("features were made")
 
     monkeypatch.setattr(tiny, "extract", never)
-    options = ScreenOptions.of("default", **{name: CHANGED[name]})
-    for run in (pipeline.screen, pipeline.fit):
-        with pytest.raises(ParameterError, match=rf"no sub-models, so {name} would not be read.*--rank-by submodels"):
-            run(easy.images, backbone=tiny, options=options, store=FeatureStore(tmp_path))
-    ranker_of(EXACT, replace(options, rank_by="submodels"))
+    options = ScreenOptions.of("default", keep=0.5)
     with pytest.raises(ParameterError, match=r"Without stage 1 .*, options of stage 1 \(--.*\) would not be read"):
         pipeline.fit(easy.images, backbone=tiny, options=options, no_screen=True, store=FeatureStore(tmp_path))
 

@@ -42,7 +42,7 @@ from flawsift.screening.decisions import choices_of, located
 from flawsift.screening.lookalikes import describe_images
 from flawsift.screening.options import FINAL, OWN, ScreenOptions
 from flawsift.screening.result import Screening
-from flawsift.screening.stage1 import ranker_of, resolve_screener, screen_and_fit
+from flawsift.screening.stage1 import resolve_screener, screen_and_fit
 from flawsift.screening.storage import CSV, ROOT, edited_table, grouped, images_of, load_screening, write_files
 
 RESUME = ".resume"  # in the folder that is written: unfinished work of a run, until it is complete
@@ -321,8 +321,6 @@ def _prepare(
         run.progress(Stage.LOADING, 0, 1)
         backbone = load_backbone(backbone, size=fitting_size(given))
     first = made if stage1 is None else resolve_screener(stage1.screener, made, backbone, run.seed)
-    if stage1 is not None:
-        ranker_of(first, stage1)  # an option that would not be read is told now, not after the work
     layers = tuple(dict.fromkeys([*made.layers, *first.layers]))
     views = tuple(dict.fromkeys([*made.views, *first.views]))
     data, failed = attach(given, backbone, layers, views=views, store=store, progress=run.progress)

@@ -202,7 +202,8 @@ def _fitting(parts: Sequence["Part"], aspect: float) -> Alignment:
     if not found or len(found) < FOUND * len(parts):
         raise InputError(
             f"--align needs parts before a plain background, and {len(parts) - len(found)} of {len(parts)} images have "
-            "none. Leave it out; the same part of each image is chosen by --roi."
+            f"none that covers {100 * LEAST_AREA:g} % of them. Leave it out; the same part of each image is chosen by "
+            "--roi."
         )
     turned = float(np.median([part.elongation for part in found])) >= ROUND
     edges = np.array([part.edges(part.angle if turned else 0.0) for part in found])  # left, right, top, bottom

@@ -25,8 +25,8 @@ class ScreenOptions:
     Attributes:
         screener: Registry name of the detector of stage 1, or "own" for the final detector itself as in the paper.
         rank_by: "auto" ranks by the screener's own scores of its training images without themselves, where it has
-            them exactly (`flawsift.detectors.protocols.LeavesOut`), as Quorum does, and by sub-models elsewhere;
-            "submodels" always by these. All options of `OF_SUBMODELS` are theirs.
+            them exactly (`flawsift.detectors.protocols.LeavesOut`), as Quorum does, and by sub-models elsewhere, or
+            where one of their options (`OF_SUBMODELS`) is set; "submodels" always by these.
         keep: Share of the images kept, floor(keep * N) (LLBNAD, equation 4), or "auto": see `consensus.choose`;
             without rejection of patches, as many as the estimate of the contamination says.
         reject_patches: Patches whose mean held-out score lies more than so many robust deviations above the set's
@@ -83,8 +83,8 @@ class ScreenOptions:
                 value = value.item()
                 object.__setattr__(self, name, value)
             if not holds(value):
-                flag = _flag(self.__dataclass_fields__[name])
-                raise ParameterError(f"Stage 1: {name} ({flag}) must {constraint}, got {value!r}.")
+                named = flag(self.__dataclass_fields__[name])
+                raise ParameterError(f"Stage 1: {name} ({named}) must {constraint}, got {value!r}.")
 
     @classmethod
     def of(cls, preset: "ScreenOptions | str" = "default", **changes: Any) -> "ScreenOptions":
@@ -115,7 +115,7 @@ class ScreenOptions:
         Raises:
             ParameterError: Always.
         """
-        changed = [_flag(f) for f in fields(self) if getattr(self, f.name) != f.default]
+        changed = [flag(f) for f in fields(self) if getattr(self, f.name) != f.default]
         named = f" ({', '.join(changed)})" if changed else ""
         which = f"options of stage 1{named} would not be read"
         if no_screen:
@@ -132,7 +132,7 @@ class ScreenOptions:
         return asdict(self)
 
 
-def _flag(option: Field[Any]) -> str:
+def flag(option: Field[Any]) -> str:
     """How the command line calls an option."""
     return str(option.metadata.get(FLAG, f"--{option.name.replace('_', '-')}"))
 

@@ -7,6 +7,7 @@ There is more than one kind of ranking (`Ranker`). Everything is addressed by gl
 positions.
 """
 
+import logging
 from dataclasses import fields, replace
 from typing import Protocol, TypedDict
 
@@ -35,10 +36,12 @@ from flawsift.screening.consensus import (
 from flawsift.screening.counted import Counted
 from flawsift.screening.held_out import rank_by_held_out_scores
 from flawsift.screening.mixture import ordinary_scores
-from flawsift.screening.options import OF_SUBMODELS, OWN, ScreenOptions
+from flawsift.screening.options import OF_SUBMODELS, OWN, ScreenOptions, flag
 from flawsift.screening.result import Ranking, Screening
 from flawsift.screening.submodels import rank_by_submodels
 from flawsift.types import Floats, Ids
+
+log = logging.getLogger("flawsift")
 
 
 class Ranker(Protocol):
@@ -68,26 +71,21 @@ def screen(
 
     Raises:
         InputError: Fewer images (or groups) than subsets, or than two.
-        ParameterError: An option of sub-models was set, and there are none.
         ExecutorError: Workers were lost more often than a task is retried.
     """
     return screen_and_fit(train, detector, options or ScreenOptions(), run or Run(), ranker, wants_fitted=False)[0]
 
 
 def ranker_of(detector: Detector, options: ScreenOptions) -> Ranker:
-    """The kind of stage 1 that a detector and `options.rank_by` ask for.
-
-    Raises:
-        ParameterError: An option of sub-models was set, and there are none.
-    """
-    if options.rank_by == "submodels" or not isinstance(detector, LeavesOut):
+    """The kind of stage 1 that a detector and the options ask for; who sets an option of sub-models has them."""
+    if options.rank_by == "submodels" or not isinstance(detector, LeavesOut) or _of_submodels(options):
         return rank_by_submodels
-    if wrong := [f.name for f in fields(options) if f.name in OF_SUBMODELS and getattr(options, f.name) != f.default]:
-        raise ParameterError(
-            f"Stage 1 by {detector.name} has no sub-models, so {', '.join(wrong)} would not be read. Leave it out, or "
-            'rank by sub-models (rank_by="submodels", --rank-by submodels).'
-        )
     return rank_by_held_out_scores
+
+
+def _of_submodels(options: ScreenOptions) -> list[str]:
+    """Flags of the options of sub-models that were set."""
+    return [flag(f) for f in fields(options) if f.name in OF_SUBMODELS and getattr(options, f.name) != f.default]
 
 
 def resolve_screener(screener: str, detector: Detector, backbone: Backbone, seed: int) -> Detector:
@@ -120,7 +118,11 @@ def screen_and_fit(
     wants_fitted: bool,
 ) -> tuple[Screening, Detector | None]:
     """As `screen`, and the detector of all images where the ranking made it by the way and it is wanted."""
-    ranker = ranker or ranker_of(detector, options)
+    if ranker is None:
+        ranker = ranker_of(detector, options)
+        if options.rank_by == "auto" and isinstance(detector, LeavesOut) and ranker is rank_by_submodels:
+            named = ", ".join(_of_submodels(options))
+            log.warning("Images are ranked by sub-models, since %s was given; %s needs none.", named, detector.name)
     ranking = ranker(train, detector, options, run, wants_fitted=wants_fitted)
     used = _used(options, detector)
     run.progress(Stage.COUNTING, 0, 1)
