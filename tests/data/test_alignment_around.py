@@ -14,12 +14,14 @@ from flawsift.data.alignment import ALIGNMENT, Alignment, learn
 from flawsift.data.frames import Frame, Region
 from flawsift.data.images import ImageSet
 from flawsift.data.inputs import as_images
+from flawsift.deploy.export import export_model
 from flawsift.errors import InputError, ParameterError
 from flawsift.features.backbones import Backbone, fitting_size, load_backbone
 from flawsift.features.extraction import attach
 from flawsift.files import content_digest
 from flawsift.models.plan import Judged
 from flawsift.review.region import ALIGNED, Drawing
+from flawsift.runtime import Inspector
 from flawsift.screening.counted import Counted
 from flawsift.screening.storage import load_screening
 from tests.data.nails import nail, nails, noisy
@@ -210,3 +212,13 @@ def test_a_picture_of_one_pixel_is_no_part() -> None:
         pose = images.alignment.pose(picture := Image.new("RGB", size, (9, 9, 9)))
         assert not pose.found
         assert images.alignment.crop(picture, pose).size == images.alignment.size(size)
+
+
+def test_an_exported_model_scores_a_picture_of_which_one_patch_counts(tmp_path: Path) -> None:
+    """It is thinner than a patch of the crop: all other patches lie beyond it."""
+    images, backbone = aligned_nails(24, edge=256)
+    model = pipeline.fit(images, "quorum", backbone, no_screen=True).model
+    inspector = Inspector(export_model(model, tmp_path / "exported"))
+    for shape in ((3, 400, 3), (400, 3, 3), (40, 400, 3)):
+        picture = np.full(shape, 200, np.uint8)
+        assert inspector(picture).score == pytest.approx(float(model.predict([picture]).scores[0]), rel=0.01)

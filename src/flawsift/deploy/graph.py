@@ -378,9 +378,11 @@ def _scored(detector: Detector, batch: Batch) -> tuple[Tensor, Tensor]:
     halves = search.images(queries)
     h, w = coarse.shape[1:]
     scores = batch.only_counted(search.query(halves).view(1, h, w))[0]
-    worst = scores.flatten().topk(min(N_EXACT, len(queries))).indices
-    distances = search.exact(queries[worst], halves[worst])
     counted = None if batch.frame is None else batch.frame.counted(h, w)
+    # what does not count is as low as the lowest that does: where one place counts, all would be alike
+    ranked = scores if counted is None else scores.masked_fill(~counted[0], -1)
+    worst = ranked.flatten().topk(min(N_EXACT, len(queries))).indices
+    distances = search.exact(queries[worst], halves[worst])
     if counted is not None:
         distances = torch.where(counted.flatten()[worst], distances, 0)
     maps = counted_as(batch, _sharpened(search, fine, scores)[None], int(h), int(w))
