@@ -374,9 +374,8 @@ def _scored(detector: Detector, batch: Batch) -> tuple[Tensor, Tensor]:
         return detector._score_batch(batch, "cpu")
     search: Groups = vars(detector)["_cache"]["search", "cpu"]
     coarse, fine = detector._embed(batch)[0], embed_batch(batch, detector.layers)[0]
-    queries = coarse.flatten(1).T
+    queries, (h, w) = coarse.flatten(1).T, coarse.shape[1:]
     halves = search.images(queries)
-    h, w = coarse.shape[1:]
     scores = batch.only_counted(search.query(halves).view(1, h, w))[0]
     counted = None if batch.frame is None else batch.frame.counted(h, w)
     # what does not count is as low as the lowest that does: where one place counts, all would be alike
