@@ -221,6 +221,16 @@ def test_who_sets_an_option_of_submodels_has_them(
     assert "sub-models" not in caplog.text
 
 
+def test_the_final_detector_is_that_of_all_images_whoever_ranked_them(easy: Dataset, tiny: Backbone) -> None:
+    """Not a sum of sub-models, whose k and scale are those of a part; a run that went on after a kill has no sum."""
+    options = ScreenOptions(rank_by="submodels", n_subsets=2, keep=1.0, reject_patches=0.0)
+    by_submodels = pipeline.fit(easy.images, EXACT, tiny, options=options).model.detector
+    alone = pipeline.fit(easy.images, EXACT, tiny, no_screen=True).model.detector
+    assert isinstance(by_submodels, Quorum)
+    assert isinstance(alone, Quorum)
+    assert (by_submodels.k_, by_submodels.scale_) == (alone.k_, alone.scale_)
+
+
 def test_options_of_a_stage_1_that_there_is_not_are_told_before_the_work(
     easy: Dataset, tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

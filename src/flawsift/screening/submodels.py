@@ -20,7 +20,7 @@ from flawsift.detectors.base import Detector, score_together
 from flawsift.detectors.parts.maps import as_float16, top_mean
 from flawsift.detectors.parts.robust import robust_units
 from flawsift.detectors.parts.training import Watch
-from flawsift.detectors.protocols import Additive
+from flawsift.detectors.protocols import Additive, LeavesOut
 from flawsift.detectors.registry import load_detector
 from flawsift.errors import InputError, ModelError
 from flawsift.executors import Executor, Run, Serial
@@ -58,7 +58,9 @@ def rank_by_submodels(
     subset_of = np.stack([split(train, k, seed=run.seed, partition=r) for r in range(options.n_partitions)])
     sub = SubModels(train, detector, subset_of, k, device, run.checkpoint, run.progress)
     keep_models = options.divergence_weight > 0
-    merger = _Merger(k) if wants_fitted and isinstance(detector, Additive) else None  # others need not travel back
+    # others need not travel back; and what leaves out images by itself learns from all of them what no sum of parts has
+    adds_up = isinstance(detector, Additive) and not isinstance(detector, LeavesOut)
+    merger = _Merger(k) if wants_fitted and adds_up else None
     if isinstance(run.executor, Serial):
         models = sub.all(merger, keep_models=keep_models)
     else:
