@@ -72,7 +72,7 @@ def tiles(results: Path) -> str | None:
     rows = read(results / "tiles.csv")
     if rows.empty:
         return None
-    rows = newest(rows, ["mode", "height", "width"])
+    rows = newest(rows, ["mode", "height", "width"]).sort_values("width", kind="stable")
     body = []
     for (width, height, mode), some in rows.groupby(["width", "height", "mode"], sort=False):
         last = some.iloc[-1]
@@ -80,7 +80,8 @@ def tiles(results: Path) -> str | None:
         if pd.isna(last["tiles"]):
             cut = ", of which one holds it" if mode.startswith("in tiles") else ""
         figures = [f"{last[key]:.2f}" for key in ("looked_at", "seconds", "cpu_seconds", "cpu_per_megapixel")]
-        body.append([f"{width} x {height}", f"{mode}{cut}", *figures, f"{last['peak_mb']:,.0f}"])
+        way, comma, by = mode.partition(", ")
+        body.append([f"{width} x {height}", f"{way}{cut}{comma}{by}", *figures, f"{last['peak_mb']:,.0f}"])
     header = ["picture", "looked at", "megapixels of it", "seconds", "core seconds", "per megapixel", "peak MiB"]
     return table(header, body, rows, seeds=False)
 
