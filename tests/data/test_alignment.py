@@ -125,7 +125,7 @@ def test_marked_places_come_back(angle: float, seed: int) -> None:
     frame, alignment = turned_frame(angle)
     h, w = 6, 18
     marked = torch.from_numpy(np.random.default_rng(seed).random((1, h, w)) < 0.2)
-    found = frame.from_image(marked)[0].numpy()
+    found = frame.marks_turned(marked, h, w)[0].numpy()
     inverse = np.linalg.inv(np.vstack([alignment.to_crop(Pose(100, 100, angle, 200, 200, (0, 0, 0), True)), [0, 0, 1]]))
     for row, column in np.ndindex(h, w):
         hit = False

@@ -150,11 +150,12 @@ def fit(
         from flawsift.models.calibration import DEFAULT_RATE
         from flawsift.pipeline import SCREENING
         from flawsift.screening.seen import as_seen_by
-        from flawsift.screening.storage import load_screening, screening_folder
+        from flawsift.screening.storage import load_screening
 
         options, pictures = stage1.options, images_in(images, groups, value_range, roi, align, progress=progress)
-        if screening is not None:
-            pictures = as_seen_by(load_screening(screening_folder(screening)), pictures)
+        given = None if screening is None else load_screening(screening)
+        if given is not None:
+            pictures = as_seen_by(given, pictures)
         if decisions is None and not no_screen:
             _tell_decisions(out / SCREENING if screening is None else screening)
         unfitted = detector.make(machine.seed)
@@ -164,7 +165,7 @@ def fit(
             pictures,
             _placed(unfitted, network) if tiles_by_position else unfitted,
             network,
-            screening=screening,
+            screening=given,
             no_screen=no_screen,
             options=options,
             decisions=decisions,

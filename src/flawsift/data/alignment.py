@@ -23,7 +23,7 @@ from flawsift.types import Ids
 ALIGNMENT = "alignment"  # under which a screening and a model keep it
 N_MEASURED = 100  # images that parts are measured in, evenly spaced
 EDGE = 256  # pixels of the longer edge at which parts are looked for: places are right to a part of any patch
-BACKGROUND = 12.0  # grey levels that noise and JPEG may move a plain background, as for `flawsift.data.roi`
+BACKGROUND = 12.0  # grey levels that a plain background may be off from its median: noise and JPEG, not texture
 NOISE = 0.95  # share of the border that is background, whose spread a part exceeds twice: parts may touch the border
 LEAST_AREA = 0.002  # of an image, that a part covers: less is dirt
 FOUND = 0.9  # share of the images that must have a part: one may be missing, or hidden by a defect
@@ -263,8 +263,7 @@ def find_part(image: Image.Image) -> Part:
     scale = min(1.0, EDGE / max(image.size))
     width, height = (max(1, round(edge * scale)) for edge in image.size)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BOX, reducing_gap=2), np.float32)
-    border = np.concatenate([pixels[[0, -1]].reshape(-1, 3), pixels[:, [0, -1]].reshape(-1, 3)])
-    colour = np.median(border, axis=0)
+    border, colour = background_of(pixels)
     red, green, blue = (int(value) for value in colour)
     differs = np.abs(pixels - colour).max(2)
     level = max(BACKGROUND, 2 * float(np.quantile(np.abs(border - colour).max(1), NOISE)))
@@ -277,6 +276,13 @@ def find_part(image: Image.Image) -> Part:
     points = np.column_stack([(columns + 0.5) * image.width / width, (rows + 0.5) * image.height / height])
     x, y = points.mean(0).tolist()
     return Part((red, green, blue), (x, y), (points - [x, y]) / max(image.size))
+
+
+def background_of(pixels: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """(n, 3) pixels of the border of (..., h, w, 3) images, and their (3,) median."""
+    ends = [0, -1]
+    border = np.concatenate([pixels[..., ends, :, :].reshape(-1, 3), pixels[..., ends, :].reshape(-1, 3)])
+    return border, np.median(border, axis=0)
 
 
 def _largest(marked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

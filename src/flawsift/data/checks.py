@@ -65,16 +65,23 @@ class _Look:
     digest: bytes
     is_constant: bool
     is_saturated: bool
-    part: Part
+    part: Part | None  # where aligning could be proposed
 
 
 def _oddities(images: ImageSet) -> Iterator[str]:
+    as_they_are = images.alignment is None and images.region is None
+
     def look(id_: int) -> _Look:
         image = images.image(id_)
         pixels = np.asarray(image)
         saturated = max(float((pixels == end).mean()) for end in (0, 255))
         digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).digest()
-        return _Look(digest, bool((pixels == pixels[0, 0]).all()), saturated >= SATURATED, find_part(image))
+        return _Look(
+            digest,
+            bool((pixels == pixels[0, 0]).all()),
+            saturated >= SATURATED,
+            find_part(image) if as_they_are else None,
+        )
 
     looks = _each(images, images.ids[:: -(-len(images) // N_LOOKED_AT)].tolist(), look)
     name, n = images.source.name, len(looks)
@@ -89,7 +96,7 @@ def _oddities(images: ImageSet) -> Iterator[str]:
         listed = name_some(" = ".join(names[:2]) for names in copies)
         n_same = sum(map(len, copies))
         yield f"{n_same} of {n} images are the same as another, pixel by pixel: {listed}."
-    if images.alignment is None and images.region is None and would_help([one.part for one in looks.values()]):
+    if would_help([one.part for one in looks.values() if one.part is not None]):
         yield (
             "The parts lie at different angles before a plain background. --align turns all alike before they are "
             "compared: see 'Parts at any angle' in the documentation."

@@ -214,8 +214,6 @@ class Frame:
 
     def from_image(self, marked: Tensor) -> Tensor:
         """(B, h, w) bool over the images, in the network's input on the same grid: what touches one is marked."""
-        if self.turns is not None:
-            return self.marks_turned(marked, *marked.shape[1:])
         if self.contents is None:
             return marked
         for axis in (1, 2):

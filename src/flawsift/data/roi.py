@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from flawsift.damage import DAMAGE, json_object
+from flawsift.data.alignment import BACKGROUND, background_of
 from flawsift.data.frames import ROI_EDGE, Region
 from flawsift.data.images import ImageSet
 from flawsift.data.masks import read_mask
@@ -22,8 +23,6 @@ from flawsift.paths import show
 REGION = "region"  # under which a screening and a model keep it
 AUTO = "auto"
 N_SEEN = 32  # images that a constant background is looked for in, evenly spaced
-# Grey levels that a constant background may be off from its median: noise and JPEG, not texture.
-BACKGROUND = 12.0
 CONSTANT = 0.95  # share of the border's pixels that must be so
 CIRCLE = 64  # corners that a circle is drawn with: off by a thousandth of its radius
 MARGIN = 0.03  # of the longer edge, added around what was seen: the next part may lie a little elsewhere
@@ -141,8 +140,7 @@ def foreground(images: ImageSet) -> Region:
         InputError: It is not, or nothing differs, or no image can be read.
     """
     stack = sample(images)
-    border = np.concatenate([stack[:, [0, -1]].reshape(-1, 3), stack[:, :, [0, -1]].reshape(-1, 3)])
-    colour = np.median(border, axis=0)
+    border, colour = background_of(stack)
     share = float((np.abs(border - colour).max(1) <= BACKGROUND).mean())
     if share < CONSTANT:
         raise InputError(

@@ -69,9 +69,10 @@ class Drawing:
         """
         polygons: list[list[list[float]]] = []
         region, problem = self.screened, None
-        if self.path.exists() and self.images.alignment is not None:
+        is_drawn, is_aligned = self.path.exists(), self.images.alignment is not None
+        if is_drawn and is_aligned:
             problem = ALIGNED
-        elif self.path.exists():
+        elif is_drawn:
             try:
                 region, polygons = read_region(str(self.path), self.images), self._scaled()
             except (InputError, OSError, *DAMAGE) as error:
@@ -83,7 +84,7 @@ class Drawing:
             "screened": None if self.screened is None else self.screened.share,
             "is_new": region != self.screened,
             "problem": problem,
-            "command": self._command() if self.path.exists() and problem != ALIGNED else None,
+            "command": self._command() if is_drawn and not is_aligned else None,
         }
 
     def _scaled(self) -> list[list[list[float]]]:

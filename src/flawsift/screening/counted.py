@@ -51,10 +51,8 @@ class Counted:
         h, w = max(1, round(maps.shape[1] / down)), max(1, round(maps.shape[2] / across))
         parts = [np.empty((0, h, w), np.float32)]
         for start in range(0, len(maps), N_AT_ONCE):
-            frame, some = (
-                self._frame((h, w), start),
-                torch.from_numpy(maps[start : start + N_AT_ONCE].astype(np.float32)),
-            )
+            frame = self._frame((h, w), start)
+            some = torch.from_numpy(maps[start : start + N_AT_ONCE].astype(np.float32))
             inside = frame.counted(h, w)
             assert inside is not None
             parts.append(frame.back_in_input(some, h, w).masked_fill(~inside, torch.nan).numpy())
